@@ -206,7 +206,7 @@ class TrainingConfig:
     weight_decay: float = key(0.001, "weight decay of weights and h0", minimum=0)
     weight_decay_day: float = key(0.0, "weight decay of the day layers", minimum=0)
     grad_norm_clip_value: float = key(10.0, "gradient norm clip; 0 turns it off", minimum=0)
-    seed: int = key(10, "seed of weights, dropout and augmentation; -1: from the clock", minimum=-1)
+    seed: int = key(10, "seed of weights, dropout and augmentation", minimum=0)
     ema_decay: float = key(
         0.0,
         "decay of averaged weights used for validation; 0: off",
@@ -218,7 +218,7 @@ class TrainingConfig:
     batches_per_train_log: int = key(200, "steps between two log lines", minimum=1)
     batches_per_val_step: int = key(2000, "steps between two validations", minimum=1)
     batches_per_save: int = key(0, "steps between two checkpoints; 0: by time only", minimum=0)
-    log_individual_day_val_PER: bool = key(True, "log validation per session")
+    log_individual_day_val_PER: bool = key(True, "log validation per session")  # noqa: N815
     log_val_skip_logs: bool = key(False, "log the sessions left out of validation")
     checkpoint_interval_seconds: float = key(
         600.0, "time between two checkpoints", minimum=0, added=True
@@ -272,9 +272,7 @@ def load_config(
             reason = " ".join(str(error).split())
             raise ConfigError(f"Config file {path} is not valid YAML: {reason}.") from error
     if not isinstance(document, dict):
-        raise ConfigError(
-            f"Config file {path} must hold a mapping of keys, not a {_kind(document)}."
-        )
+        raise ConfigError(f"Config file {path} must hold keys and values, not {_kind(document)}.")
     for name, value in (overrides or {}).items():
         _set_path(document, resolve_key(name), value)
     source = f" in {Path(path).name}" if path is not None else ""
@@ -355,8 +353,8 @@ def check_combinations(config: TrainingConfig) -> None:
         )
     if dataset.must_include_days and len(dataset.must_include_days) > dataset.days_per_batch:
         raise ConfigError(
-            f"dataset.must_include_days lists {len(dataset.must_include_days)} sessions but a batch "
-            f"has dataset.days_per_batch = {dataset.days_per_batch}."
+            f"dataset.must_include_days lists {len(dataset.must_include_days)} sessions but a "
+            f"batch has dataset.days_per_batch = {dataset.days_per_batch}."
         )
     if dataset.sessions is not None:
         repeated = sorted({s for s in dataset.sessions if dataset.sessions.count(s) > 1})
@@ -371,13 +369,11 @@ def check_combinations(config: TrainingConfig) -> None:
                 f"{len(dataset.sessions)} sessions: give one per session, or null."
             )
     elif dataset.dataset_probability_val is not None:
-        raise ConfigError(
-            "dataset.dataset_probability_val needs dataset.sessions to be listed too."
-        )
+        raise ConfigError("dataset.dataset_probability_val needs dataset.sessions listed too.")
     if transforms.random_walk_std != 0:
         raise ConfigError(
-            f"dataset.data_transforms.random_walk_std is {transforms.random_walk_std} but only 0 is "
-            "supported: the public recipe does not use it."
+            f"dataset.data_transforms.random_walk_std is {transforms.random_walk_std} but only 0 "
+            "is supported: the public recipe does not use it."
         )
     for suffix in ("", "_day"):
         low, high = getattr(config, f"lr_min{suffix}"), getattr(config, f"lr_max{suffix}")
