@@ -1,8 +1,8 @@
-"""Errors that a user can act on: each message is one sentence saying what, where, why, what next."""
+"""Errors that a user can act on: one sentence saying what, where, why, and what to type next."""
 
 
 class BrainToTextError(Exception):
-    """Base of every error this library raises on purpose; front doors print it without a traceback."""
+    """Base of every error raised on purpose; front doors print it without a traceback."""
 
 
 class ConfigError(BrainToTextError):
