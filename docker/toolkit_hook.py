@@ -1,0 +1,412 @@
+"""What the SageMaker training toolkit's `train` runs instead of its own runner.
+
+The toolkit calls `run_trainer` because SAGEMAKER_TRAINING_MODULE names it. It starts the training
+program (SAGEMAKER_PROGRAM in the code folder) with the hyperparameters as arguments and adds what
+the toolkit's runner leaves out:
+
+- SIGTERM (a stop, or a spot instance being taken back) reaches every trainer process;
+- `output/failure` holds the real reason: the sentence the trainer wrote there, else the end of its
+  stderr (the toolkit leaves the file empty);
+- more than one process in all (hosts x GPUs) starts through torchrun;
+- a GPU that was paid for and cannot be used is an error before the first step;
+- CUDA's forward-compatibility libraries come into play only on hosts with an older driver.
+
+Runs inside the image and, for `local_run.sh --no-docker`, in the local environment, where
+SAGEMAKER_BASE_DIR moves /opt/ml. Knows nothing of the trainer but its command line and its failure
+file.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from sagemaker_training import environment, errors
+
+log = logging.getLogger("toolkit_hook")
+
+PROCESSES_VARIABLE = "BRAIN_TO_TEXT_PROCESSES_PER_HOST"
+"""Trainer processes per host where there are no GPUs to count (gloo on CPU)."""
+EXPECT_GPU_VARIABLE = "BRAIN_TO_TEXT_EXPECT_GPU"
+"""1: fail without a usable GPU, 0: never ask; unset: decide by the instance type."""
+
+RENDEZVOUS_PORT = 29500
+HOST_WAIT_SECONDS = 15 * 60  # a cluster's names resolve only once every instance is up
+STDERR_TAIL_LINES = 400
+FAILURE_DETAIL_LINES = 40
+
+CUDA_COMPAT_DIR = Path("/usr/local/cuda/compat")
+DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")
+
+
+def run_trainer() -> None:
+    """Run the training program to its end.
+
+    Raises:
+        sagemaker_training.errors.ClientError: the program failed; `train` writes its text to
+            output/failure and exits with 1.
+    """
+    env = environment.Environment()
+    if env.module_dir and str(env.module_dir).startswith("s3://"):
+        log.warning(
+            "This image runs the code it was built with: the job's source_dir %s is ignored.",
+            env.module_dir,
+        )
+
+    child_env = trainer_environment(env)
+    if expects_gpu(env.current_instance_type, env.num_gpus, os.environ):
+        require_usable_gpus(child_env, env.current_instance_type)
+    wait_for_hosts(env.hosts)
+
+    command = trainer_command(
+        [str(Path(environment.code_dir) / env.user_entry_point), *env.to_cmd_args()],
+        hosts=env.hosts,
+        current_host=env.current_host,
+        processes_per_host=processes_per_host(env.num_gpus, os.environ),
+    )
+    log.info("Running %s", " ".join(command))
+    trainer = Trainer(command, child_env, Path(environment.code_dir))
+    return_code = trainer.run()
+    if return_code and not trainer.stopped_before_it_listened(return_code):
+        raise errors.ClientError(
+            failure_text(Path(environment.output_dir) / "failure", trainer.stderr_tail, return_code)
+        )
+
+
+# --- the process
+
+
+class Trainer:
+    """The trainer process (or torchrun and its workers), its signals and the end of its stderr."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
+        self._command = list(command)
+        self._env = dict(env)
+        self._cwd = cwd
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop_requested = False
+        self._tail: collections.deque[str] = collections.deque(maxlen=STDERR_TAIL_LINES)
+
+    def run(self) -> int:
+        """Start, forward SIGTERM and SIGINT, wait; the return code is negative for a signal."""
+        previous = {s: signal.signal(s, self._forward) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            # A process group of its own: a terminal's Ctrl-C reaches the trainer once, as SIGTERM.
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._env,
+                cwd=self._cwd,
+                stderr=subprocess.PIPE,
+                process_group=0,
+            )
+            if self._stop_requested:
+                self._signal_trainers()
+            assert self._process.stderr is not None
+            copier = threading.Thread(
+                target=self._copy_stderr, args=(self._process.stderr,), daemon=True
+            )
+            copier.start()
+            return_code = self._process.wait()
+            # A helper process that outlives the trainer may hold the pipe open: do not wait for it.
+            copier.join(timeout=10)
+            return return_code
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @property
+    def stderr_tail(self) -> list[str]:
+        """The last lines of stderr, oldest first."""
+        return list(self._tail)
+
+    def stopped_before_it_listened(self, return_code: int) -> bool:
+        """A stop that came while Python was still importing: nothing was lost, nothing failed."""
+        stopped = self._stop_requested and return_code == -signal.SIGTERM
+        if stopped:
+            log.warning("Stopped before training began.")
+        return stopped
+
+    def _forward(self, number: int, _frame: object) -> None:
+        log.info("%s: asking the trainer to stop.", signal.Signals(number).name)
+        self._stop_requested = True
+        self._signal_trainers()
+
+    def _signal_trainers(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        # torchrun would kill its workers after a moment; they are asked themselves, and it then
+        # ends by itself when the last of them has.
+        for pid in torchrun_workers(self._process.pid) or [self._process.pid]:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                log.info("Process %d had already ended.", pid)
+
+    def _copy_stderr(self, stream: BinaryIO) -> None:
+        for line in stream:
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+            self._tail.append(line.decode("utf-8", "replace").rstrip("\n"))
+
+
+def torchrun_workers(pid: int, proc: Path = Path("/proc")) -> list[int]:
+    """Children of process `pid` that torchrun started as ranks: those with LOCAL_RANK set."""
+    try:
+        children = (proc / str(pid) / "task" / str(pid) / "children").read_text().split()
+    except OSError:
+        return []
+    workers = []
+    for child in children:
+        try:
+            variables = (proc / child / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended between the two reads
+        if any(variable.startswith(b"LOCAL_RANK=") for variable in variables):
+            workers.append(int(child))
+    return workers
+
+
+# --- the command
+
+
+def processes_per_host(num_gpus: int, variables: Mapping[str, str]) -> int:
+    """One process per GPU; without GPUs one, or as many as PROCESSES_VARIABLE asks for.
+
+    Raises:
+        errors.ClientError: PROCESSES_VARIABLE is not a positive whole number.
+    """
+    asked = variables.get(PROCESSES_VARIABLE, "")
+    if not asked:
+        return max(1, num_gpus)
+    if not asked.isdigit() or int(asked) < 1:
+        raise errors.ClientError(
+            f"{PROCESSES_VARIABLE} is {asked!r}: set it to a number of processes, or unset it."
+        )
+    return int(asked)
+
+
+def trainer_command(
+    program: Sequence[str], *, hosts: Sequence[str], current_host: str, processes_per_host: int
+) -> list[str]:
+    """The program alone, or under torchrun when hosts x processes is more than one."""
+    if len(hosts) * processes_per_host <= 1:
+        return [sys.executable, *program]
+    if len(hosts) == 1:
+        where = ["--standalone", "--nnodes=1"]
+    else:
+        ordered = sorted(hosts)
+        where = [
+            f"--nnodes={len(ordered)}",
+            f"--node-rank={ordered.index(current_host)}",
+            f"--master-addr={ordered[0]}",
+            f"--master-port={RENDEZVOUS_PORT}",
+        ]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *where,
+        f"--nproc-per-node={processes_per_host}",
+        "--max-restarts=0",
+        *program,
+    ]
+
+
+def trainer_environment(env: environment.Environment) -> dict[str, str]:
+    """This process's environment with the toolkit's SM_* variables and what the hardware needs."""
+    variables = {**os.environ, **env.to_env_vars()}
+    variables.setdefault("SM_CHECKPOINT_DIR", str(Path(environment.base_dir) / "checkpoints"))
+    # Spawned helpers of the trainer import from its own folder, not from the hook's.
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [environment.code_dir, *filter(None, [variables.get("PYTHONPATH")])]
+    )
+    interface = env.network_interface_name
+    if len(env.hosts) > 1 and interface and Path("/sys/class/net", interface).exists():
+        variables.setdefault("NCCL_SOCKET_IFNAME", interface)
+        variables.setdefault("GLOO_SOCKET_IFNAME", interface)
+    ranks_here = processes_per_host(env.num_gpus, os.environ)
+    if ranks_here > 1:
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here)))
+    compat = cuda_compat_path()
+    if compat is not None:
+        log.info("The host's driver is older than this image's CUDA: using %s.", compat)
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(
+            [str(compat), *filter(None, [variables.get("LD_LIBRARY_PATH")])]
+        )
+    return variables
+
+
+def wait_for_hosts(hosts: Sequence[str], timeout: float = HOST_WAIT_SECONDS) -> None:
+    """Return once every host of a multi-host job resolves.
+
+    Raises:
+        errors.ClientError: a host does not resolve within `timeout` seconds.
+    """
+    if len(hosts) == 1:
+        return
+    deadline = time.monotonic() + timeout
+    for host in hosts:
+        while True:
+            try:
+                socket.gethostbyname(host)
+                break
+            except OSError as cause:
+                if time.monotonic() > deadline:
+                    raise errors.ClientError(
+                        f"Host {host} of this job did not come up in {timeout:.0f} s ({cause}): "
+                        "start the job again."
+                    ) from cause
+                time.sleep(2)
+
+
+# --- the GPU
+
+
+def expects_gpu(instance_type: str | None, num_gpus: int, variables: Mapping[str, str]) -> bool:
+    """Whether no usable GPU is an error: on a GPU instance, or where the driver shows one."""
+    asked = variables.get(EXPECT_GPU_VARIABLE, "")
+    if asked:
+        return asked != "0"
+    named = instance_type or ""
+    return num_gpus > 0 or named == "local_gpu" or re.match(r"ml\.(g|gr|p)\d", named) is not None
+
+
+GPU_QUESTION = """
+import json, torch
+answer = {"cuda": torch.version.cuda, "version": torch.__version__, "error": "", "devices": []}
+try:
+    torch.cuda.init()
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        answer["devices"].append([p.name, p.major * 10 + p.minor])
+    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
+    answer["lowest"] = min(known, default=0)
+except (RuntimeError, AssertionError) as cause:
+    answer["error"] = str(cause).splitlines()[0]
+print(json.dumps(answer))
+"""
+
+
+def require_usable_gpus(variables: Mapping[str, str], instance_type: str | None) -> None:
+    """Ask torch, in a process of its own (CUDA must not be initialised in this one).
+
+    Raises:
+        errors.ClientError: one sentence saying why no GPU can be used.
+    """
+    question = subprocess.run(
+        [sys.executable, "-c", GPU_QUESTION],
+        env=dict(variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    where = f"instance type {instance_type}" if instance_type else "this machine"
+    if question.returncode:
+        last = (question.stderr.strip().splitlines() or ["no message"])[-1]
+        raise errors.ClientError(f"torch cannot be imported in this image: {last}")
+    problem = gpu_problem(json.loads(question.stdout), where)
+    if problem:
+        raise errors.ClientError(problem)
+
+
+def gpu_problem(answer: Mapping, where: str) -> str | None:
+    """One sentence for what GPU_QUESTION found wrong, or None."""
+    if answer["cuda"] is None:
+        return (
+            f"A GPU was expected ({where}) but this image holds torch {answer['version']} without "
+            "CUDA: build it again without --cpu (docker build argument TORCH_VARIANT=cuda)."
+        )
+    if answer["error"] or not answer["devices"]:
+        return (
+            f"A GPU was expected ({where}) but none is visible to torch "
+            f"({answer['error'] or 'no device'}): start the container with --gpus all, choose a "
+            f"GPU instance type, or set {EXPECT_GPU_VARIABLE}=0 to train on the CPU."
+        )
+    for name, capability in answer["devices"]:
+        if capability < answer["lowest"]:
+            return (
+                f"{name} (sm_{capability}) is older than the oldest GPU torch {answer['version']} "
+                f"supports (sm_{answer['lowest']}): choose a g4dn, g5, g6, p4 or p5 instance."
+            )
+    return None
+
+
+def cuda_compat_path(
+    compat_dir: Path = CUDA_COMPAT_DIR, driver_file: Path = DRIVER_VERSION_FILE
+) -> Path | None:
+    """The compatibility folder when the host's driver is older than it; on a newer driver using
+    it would fail (CUDA error 803).
+    """
+    ours = max((_version(p.name) for p in compat_dir.glob("libcuda.so.*.*")), default=())
+    try:
+        text = driver_file.read_text()
+    except OSError:
+        return None
+    match = re.search(r"Kernel Module(?:\s+for\s+\S+)?\s+(\d+(?:\.\d+)+)", text)
+    return compat_dir if ours and match and _version(match[1]) < ours else None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+# --- the failure
+
+
+def failure_text(failure_file: Path, stderr: Sequence[str], return_code: int) -> str:
+    """What output/failure shall say: one sentence first, the cause after it.
+
+    The trainer's own text wins. Otherwise: the signal that ended it, the last exception with its
+    traceback, or the last line it printed.
+    """
+    try:
+        written = failure_file.read_text(errors="replace").strip()
+    except OSError:
+        written = ""
+    if written:
+        return written
+    # torch.distributed prefixes a worker's traceback with its rank
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in stderr if line.strip()]
+    detail = "\n".join(lines[-FAILURE_DETAIL_LINES:])
+    if return_code == -signal.SIGKILL:
+        sentence = (
+            "The trainer was killed (signal 9), most likely because the machine ran out of memory: "
+            "lower dataset.cache_gb, dataset.prefetch_mb or dataset.batch_size."
+        )
+    elif return_code < 0:
+        sentence = f"The trainer was ended by {signal.Signals(-return_code).name}."
+    else:
+        block = last_traceback(lines)
+        if block:
+            sentence, detail = block[-1], "\n".join(block)
+        else:
+            sentence = lines[-1] if lines else f"The trainer ended with exit code {return_code}."
+    return f"{sentence}\n\n{detail}".strip()
+
+
+def last_traceback(lines: Sequence[str]) -> list[str]:
+    """The last traceback up to its exception line; torchrun's own, which says nothing, left out."""
+    block: list[str] = []
+    best: list[str] = []
+    for line in lines:
+        if line.startswith("Traceback (most recent call last)"):
+            block = [line]
+        elif block:
+            block.append(line)
+            if not line.startswith((" ", "Traceback")):
+                if "ChildFailedError" not in line:
+                    best = block
+                block = []
+    return best
