@@ -252,7 +252,7 @@ def read_best_checkpoint(path: Path) -> dict[str, Any]:
         return load_verified(path)
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.isfile() and member.name.lstrip("./") == "checkpoint/best_checkpoint":
+            if member.isfile() and member.name.removeprefix("./") == "checkpoint/best_checkpoint":
                 with archive.extractfile(member) as file:  # type: ignore[union-attr]
                     return load_verified(io.BytesIO(file.read()), f"{path}:{member.name}")
     raise CheckpointError(

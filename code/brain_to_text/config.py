@@ -6,6 +6,7 @@ that exist only here are marked with `added=True`. Defaults are the public basel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -275,7 +276,19 @@ def load_config(
         raise ConfigError(f"Config file {path} must hold keys and values, not {_kind(document)}.")
     for name, value in (overrides or {}).items():
         _set_path(document, resolve_key(name), value)
-    source = f" in {Path(path).name}" if path is not None else ""
+    return config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
+
+
+def config_from_dict(document: Mapping[str, Any], source: str = "") -> TrainingConfig:
+    """A checked configuration from nested plain types.
+
+    Args:
+        document: keys as in the YAML files; absent keys take their defaults.
+        source: " in FILE" for error messages, or empty.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     legacy: list[str] = []
     config = _build(TrainingConfig, document, "", source, legacy)
     if legacy:
@@ -400,6 +413,9 @@ def check_combinations(config: TrainingConfig) -> None:
 
 
 def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str]) -> Any:
+    if isinstance(document, str):  # an override: --objective.schedule '{start: 0, end: 0.6}'
+        with contextlib.suppress(yaml.YAMLError):
+            document = yaml.safe_load(document)
     if not isinstance(document, Mapping):
         raise ConfigError(
             f"Setting '{prefix.rstrip('.')}'{source} must be a mapping of keys, "

@@ -78,7 +78,8 @@ def failure_text(error: BaseException) -> str:
     cause = error.__cause__
     if cause is not None:
         reason = " ".join(str(cause).split())
-        if reason and reason not in text:
+        said = getattr(cause, "strerror", None) or reason
+        if reason and said not in text:
             text += f" Cause: {type(cause).__name__}: {reason}"
     return text if len(text) <= 1024 else text[:1021] + "..."
 

@@ -1,0 +1,687 @@
+"""Trains the diphone decoder on batches streamed from S3: the whole run, top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pickle
+import platform
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .augmentations import Augmentation
+from .checkpoints import (
+    CheckpointFolder,
+    copy_atomically,
+    load_verified,
+    read_best_checkpoint,
+    save_atomically,
+    state_to_cpu,
+)
+from .config import TrainingConfig, config_from_dict, differences
+from .dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
+from .errors import CheckpointError, TrainingError
+from .evaluation import evaluate
+from .interruption import Interruption, RunInterrupted
+from .losses import JointObjective
+from .metrics import ValidationResult
+from .object_store import open_store
+from .optimizer import build_optimizer, build_scheduler
+from .rnn_model import GRUDecoder, load_public_state_dict
+from .telemetry import RunLog
+from .throughput import flops_per_step, peak_flops
+from .train_step import StepResult, TrainStep
+from .trial_manifest import load_or_build_manifest
+from .trial_selection import TrialSelection, select_trials
+from .trial_stream import TrialStream
+
+# Settings that change how fast or how talkative a run is, never what it computes: they may differ
+# between the job that stopped and the one that resumes.
+FREE_ON_RESUME = (
+    "dataset.num_dataloader_workers",
+    "dataset.max_concurrent_reads",
+    "dataset.cache_gb",
+    "dataset.gpu_cache_gb",
+    "dataset.prefetch_batches",
+    "dataset.prefetch_mb",
+    "dataset.read_timeout_seconds",
+    "dataset.retry_budget_seconds",
+    "batches_per_train_log",
+    "batches_per_save",
+    "checkpoint_interval_seconds",
+    "keep_checkpoints",
+    "log_individual_day_val_PER",
+    "log_val_skip_logs",
+    "save_all_val_steps",
+    "save_final_model",
+    "save_val_logits",
+    "save_val_metrics",
+    "try_largest_batches_first",
+)
+CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run writes: becomes model.tar.gz, becomes output.tar.gz, outlives the job."""
+
+    model_dir: Path
+    output_data_dir: Path
+    checkpoint_dir: Path
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.model_dir / "checkpoint" / "best_checkpoint"
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run goes on, apart from tensors and RNGs.
+
+    Attributes:
+        step: completed steps; also the next step to run.
+        validated_step: `step` at the last validation; -1 before the first.
+        best_value: lowest validation error rate so far (DER, or PER for 41 classes).
+        best_step: `step` at which it was reached.
+        validations_without_improvement: for early stopping.
+        stopped_early: early stopping ended the run before its last step.
+        finished: nothing is left to do.
+        seconds: training time so far, over all jobs of this run.
+        validations: one dict of numbers per validation, in order.
+    """
+
+    step: int = 0
+    validated_step: int = -1
+    best_value: float = float("inf")
+    best_step: int = -1
+    validations_without_improvement: int = 0
+    stopped_early: bool = False
+    finished: bool = False
+    seconds: float = 0.0
+    validations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class BrainToTextDecoder_Trainer_S3:
+    """One training run: build, resume, train, validate, checkpoint, leave a model.
+
+    Args:
+        config: what to compute.
+        data_url: `s3://bucket/prefix` or a folder with SESSION/data_{train,val}.hdf5.
+        paths: where results go.
+        log_url: object-store folder that gets a live copy of the log; None for none.
+        accept_changes: resume even when config, dataset or code differ from the checkpoint's.
+        device: default: the first GPU, else the CPU.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        data_url: str,
+        paths: RunPaths,
+        *,
+        log_url: str | None = None,
+        accept_changes: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config
+        self.data_url = data_url
+        self.paths = paths
+        self.log_url = log_url
+        self.accept_changes = accept_changes
+        self.device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.state = RunState()
+        self.interruption = Interruption()
+
+    def train(self) -> RunState:
+        """Run to the last step, to early stopping, or to a stop signal; resume where one ended.
+
+        Returns:
+            The state at the end; `finished` is False after a stop signal.
+
+        Raises:
+            BrainToTextError: bad configuration, data, storage or checkpoints; divergence.
+        """
+        self.log = RunLog(
+            self.paths.model_dir / "training_log", self.paths.output_data_dir / "metrics.jsonl"
+        )
+        try:
+            with self.interruption:
+                try:
+                    with self.interruption.immediate():
+                        self._open_data()
+                        self._build_model()
+                        self._open_checkpoints()
+                except RunInterrupted:
+                    self.log.info(f"Stopped by {self.interruption.requested} before training")
+                    return self.state
+                try:
+                    self._run()
+                finally:
+                    self.checkpoints.close()
+        finally:
+            for dataset in (getattr(self, "train_set", None), getattr(self, "val_set", None)):
+                if dataset is not None:
+                    dataset.close()
+            self.log.close()
+        return self.state
+
+    # --- the run ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The loop: whatever is due at this step, then one more step."""
+        config, state = self.config, self.state
+        if state.finished:
+            self.log.info(
+                f"This run already finished at step {state.step}; its model is in "
+                f"{self.paths.model_dir}. Raise num_training_batches to train on."
+            )
+            return
+        self._try_largest_batches()
+        batches = self.train_set.batches(start=state.step, stop=config.num_training_batches)
+        self._mark_interval()
+        try:
+            while True:
+                if self._validation_due():
+                    self._validate()
+                if self.interruption.requested:
+                    return self._stop_on_signal()
+                if state.stopped_early or state.step == config.num_training_batches:
+                    return self._finish()
+                if self._checkpoint_due():
+                    self._save_state()
+
+                with self.interruption.immediate():
+                    batch = next(batches)
+                    self._data_wait += batches.last_wait_seconds
+                result = self.train_step(batch, state.step)
+                if state.step % config.batches_per_train_log == 0:
+                    self._log_step(result, batch)
+                state.step += 1
+        except RunInterrupted:
+            self._stop_on_signal()
+        finally:
+            batches.close()
+
+    def _validation_due(self) -> bool:
+        """After step 0 (so that trouble shows at once), every so often, and after the last step."""
+        done, config = self.state.step, self.config
+        if done == 0 or done == self.state.validated_step:
+            return False
+        return (done - 1) % config.batches_per_val_step == 0 or done == config.num_training_batches
+
+    def _validate(self) -> None:
+        """Score the validation set; keep the model if it is the best so far."""
+        state, config = self.state, self.config
+        step = state.step - 1
+        self.log.info(f"Running test after training batch: {step}")
+        with self.train_step.averaged_weights():
+            result = evaluate(
+                self.model,
+                self.augmentation,
+                self.val_set,
+                sessions=self.selection.sessions,
+                objective=self.objective,
+                autocast=self.train_step.autocast,
+                device=self.device,
+                keep_logits=config.save_val_logits,
+                stop=lambda: self.interruption.requested is not None,
+            )
+            if result is None:  # interrupted: the next job validates this step again
+                return
+            self._log_validation(step, result)
+            metric = config.primary_metric
+            value = result.der if metric == "DER" else result.per
+            if config.save_all_val_steps:
+                self._write_model(self.paths.model_dir / "checkpoint" / f"step_{step}", result)
+            if value < state.best_value:
+                self.log.info(f"New best test {metric} {state.best_value:.4f} --> {value:.4f}")
+                state.best_value, state.best_step = value, state.step
+                state.validations_without_improvement = 0
+                if config.save_best_checkpoint:
+                    self.log.info("Checkpointing model")
+                    self._write_best(result)
+            else:
+                state.validations_without_improvement += 1
+        if (
+            config.early_stopping
+            and state.validations_without_improvement >= config.early_stopping_val_steps
+        ):
+            state.stopped_early = True
+            self.log.info(
+                f"Stopping early: no better {metric} in {config.early_stopping_val_steps} validations"
+            )
+        state.validated_step = state.step
+        self._save_state()
+        self._mark_interval()
+
+    def _finish(self) -> None:
+        """The last words of a run that reached its end."""
+        state, config = self.state, self.config
+        if config.save_final_model:
+            self._write_model(self.paths.model_dir / "checkpoint" / "final_checkpoint", None)
+        state.finished = True
+        self._save_state(wait=True)
+        metric = config.primary_metric
+        self.log.info(
+            f"Finished at step {state.step}: best {metric} {state.best_value:.4f} "
+            f"after training batch {state.best_step - 1}"
+        )
+        self.log.info(self.stream.summary())
+
+    def _stop_on_signal(self) -> None:
+        """Leave a state to resume from, and a model even when no validation has chosen one yet."""
+        self._save_state(wait=True)
+        if not self.paths.best_checkpoint.exists():
+            self._write_model(self.paths.best_checkpoint, None)
+        self.log.info(
+            f"Stopped by {self.interruption.requested} after {self.state.step} steps; a job with "
+            "the same checkpoint location continues from here"
+        )
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def _open_data(self) -> None:
+        config, log = self.config, self.log
+        log.info(f"Using device: {self.device}")
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+            torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        log.info(f"Loading data from: {self.data_url.removeprefix('s3://')}")
+        store = open_store(self.data_url)
+        self.manifest = load_or_build_manifest(store, log.info)
+        selection = self.selection = select_trials(self.manifest, config)
+        config.dataset.sessions = list(selection.sessions)
+        for sentence in selection.excluded:
+            log.info(f"Left out: {sentence}")
+        if selection.excluded:
+            log.warning(f"{len(selection.excluded)} trials are left out of this run")
+        if config.log_val_skip_logs:
+            for session in selection.val_skipped:
+                log.info(f"Validation skips session {session}")
+
+        self.stream = TrialStream.from_config(store, self.manifest, config.dataset)
+        self.train_set = BrainToTextDatasetS3.from_config(
+            self.stream, selection.train, config, device=self.device
+        )
+        self.val_set = EvaluationDatasetS3.from_config(
+            self.stream, selection.val, config, device=self.device
+        )
+        log.info("Successfully initialized S3-backed datasets")
+        log.info(f"Train batches: {config.num_training_batches}")
+        log.info(f"Val batches: {len(self.val_set)}")
+        log.info(
+            f"Trials: {sum(map(len, selection.train))} train, {sum(map(len, selection.val))} val, "
+            f"from {len(selection.sessions)} sessions"
+        )
+
+    def _build_model(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        self.model = build_model(config).to(self.device)
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        n_day = sum(p.numel() for name, p in self.model.named_parameters() if "day_" in name)
+        self.log.info("Initialized RNN decoding model")
+        self.log.info(f"Model has {n_parameters:,} parameters")
+        self.log.info(
+            f"Model has {n_day:,} day-specific parameters ({100 * n_day / n_parameters:.1f}%)"
+        )
+        self.augmentation = Augmentation(config.dataset.data_transforms)
+        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.optimizer = build_optimizer(self.model, config, self.device)
+        self.scheduler = build_scheduler(self.optimizer, config)
+        self.train_step = TrainStep(
+            self.model,
+            self.augmentation,
+            self.objective,
+            self.optimizer,
+            self.scheduler,
+            config,
+            self.device,
+        )
+
+    def _open_checkpoints(self) -> None:
+        """Resume the newest valid state, or start from given weights, or from scratch."""
+        config, paths = self.config, self.paths
+        self.checkpoints = CheckpointFolder(paths.checkpoint_dir, config.keep_checkpoints)
+        state, passed_over = self.checkpoints.load_latest()
+        for sentence in passed_over:
+            self.log.warning(f"{sentence} Going back to the checkpoint before it.")
+        if state is not None:
+            self._check_identity(state["identity"])
+            self._load_state(state)
+            self._restore_best()
+            self.log.info(
+                f"Resuming after step {self.state.step} from {paths.checkpoint_dir} "
+                f"(best {config.primary_metric} so far {self.state.best_value:.4f})"
+            )
+        elif config.init_from_checkpoint:
+            self._init_weights(str(config.init_checkpoint_path))
+        if self.log_url is not None:
+            self.log.upload_to(self.log_url)
+        args = paths.model_dir / "checkpoint" / "args.yaml"
+        args.parent.mkdir(parents=True, exist_ok=True)
+        args.write_text(config.to_yaml(), encoding="utf-8")
+        self._next_save = time.monotonic() + config.checkpoint_interval_seconds
+
+    def _init_weights(self, path: str) -> None:
+        """Start from the weights of an earlier run or of the public baseline."""
+        if path.startswith("s3://"):
+            folder, _, name = path.rpartition("/")
+            local = self.paths.checkpoint_dir / "initial_checkpoint"
+            local.write_bytes(open_store(folder).read(name))
+            content = read_best_checkpoint(local)
+            local.unlink()
+        else:
+            content = read_best_checkpoint(Path(path))
+        weights = content.get("model_state_dict", content)
+        for sentence in load_public_state_dict(self.model, weights):
+            self.log.info(sentence)
+        self.log.info(f"Initialized weights from {path}")
+
+    def _try_largest_batches(self) -> None:
+        """Meet out-of-memory in minute one: a step on the longest trials, without an update."""
+        choice = self.config.try_largest_batches_first
+        remaining = self.config.num_training_batches - self.state.step
+        long_run = self.device.type == "cuda" and remaining * 0.1 > 3600
+        if choice == "false" or (choice == "auto" and not long_run):
+            return
+        trials = np.concatenate(self.selection.train)
+        longest = max(self.manifest.trials[i].n_time_steps for i in trials)
+        n_labels = max(len(self.manifest.trials[i].class_ids) for i in trials)  # type: ignore[arg-type]
+        fits = self.train_step.try_batch(self.config.dataset.batch_size, longest, n_labels)
+        if fits < self.config.dataset.batch_size:
+            raise TrainingError(
+                f"A batch of {self.config.dataset.batch_size} trials of {longest} bins does not fit "
+                f"the memory of {self.device}: start again with --batch-size {fits}."
+            )
+        self.log.info(f"The largest batch fits: {self.config.dataset.batch_size} x {longest} bins")
+
+    # --- saying what happens ----------------------------------------------------------------------
+
+    def _mark_interval(self) -> None:
+        """Start counting time, steps and traffic for the next log line."""
+        self._interval_start = time.perf_counter()
+        self._interval_step = self.state.step
+        self._interval_stats = self.stream.stats.snapshot()
+        self._data_wait = 0.0
+        self._frames = 0
+
+    def _log_step(self, result: StepResult, batch: Any) -> None:
+        """The one place per interval that waits for the device."""
+        loss = float(result.nats_per_frame)
+        steps = self.state.step + 1 - self._interval_step
+        now = time.perf_counter()
+        elapsed = now - self._interval_start
+        self.state.seconds += elapsed
+        seconds = elapsed / steps
+        traffic = self.stream.stats.snapshot() - self._interval_stats
+        numbers: dict[str, Any] = {
+            "step": self.state.step,
+            "loss": loss,
+            "grad_norm": float(result.grad_norm),
+            "seconds_per_step": seconds,
+            "lr": self.optimizer.param_groups[-1]["lr"],
+            "data_wait_share": self._data_wait / max(elapsed, 1e-9),
+            "trials_per_second": self.config.dataset.batch_size / seconds,
+            "frames_per_second": int(batch.n_time_steps.sum())
+            / self.config.model.patch_stride
+            / seconds,
+            **traffic.as_dict(),
+        }
+        flops = flops_per_step(self.config, batch.n_time_steps)
+        peak = peak_flops(self.device, self.config)
+        extra = f" lr: {numbers['lr']:.2e}"
+        for name in ("diphone", "phoneme"):
+            term = getattr(result, name)
+            if term is not None and self.objective.is_joint:
+                numbers[f"{name}_loss"] = float(term)
+                extra += f" {name} loss: {float(term):.3f}"
+        if self.objective.is_joint:
+            numbers["phoneme_weight"] = result.alpha
+            extra += f" phoneme weight: {result.alpha:.2f}"
+        extra += (
+            f" trials/s: {numbers['trials_per_second']:.1f}"
+            f" frames/s: {numbers['frames_per_second']:.0f}"
+            f" data wait: {100 * numbers['data_wait_share']:.1f}%"
+        )
+        if peak is not None:
+            numbers["mfu"] = flops / seconds / peak
+            extra += f" MFU: {100 * numbers['mfu']:.1f}%"
+        if self.device.type == "cuda":
+            numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            extra += f" peak memory: {numbers['gpu_memory_gb']:.1f} GB"
+        extra += f" {traffic.describe()}"
+        self.log.info(
+            f"Train batch {self.state.step}: loss: {loss:.2f} "
+            f"grad norm: {numbers['grad_norm']:.2f} time: {seconds:.3f}{extra}"
+        )
+        self.log.metrics("train", **numbers)
+        self._check_divergence(batch)
+        self._mark_interval()
+        self._interval_step = self.state.step + 1
+
+    def _check_divergence(self, batch: Any) -> None:
+        """Stop when the device refused too many updates in a row; runs on logging steps only."""
+        health = self.train_step.health()
+        if health.refused_total:
+            self.log.warning(
+                f"{health.refused_total} updates were refused so far because the loss or a gradient "
+                f"was not finite (last at step {health.last_refused_step})"
+            )
+        if health.refused_in_a_row < self.config.non_finite_patience:
+            return
+        bad = self.train_set[health.last_refused_step]
+        names = [self.manifest.trials[i].name for i in bad.trial_indices.tolist()]
+        path = self.paths.output_data_dir / "offending_batch.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically({"features": bad.features, "labels": bad.labels, "trials": names}, path)
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        last = self.checkpoints.state_path(saved[-1]) if saved else "none"
+        raise TrainingError(
+            f"The loss or gradients were not finite in {health.refused_in_a_row} steps in a row, "
+            f"last at step {health.last_refused_step} with trials {', '.join(names[:4])} …: the "
+            f"batch is in {path}, the last good checkpoint is {last}; lower lr_max or check the "
+            "trials with prepare_dataset.py validate."
+        )
+
+    def _log_validation(self, step: int, result: ValidationResult) -> None:
+        primary = f"DER (avg): {result.der:.4f} " if self.config.primary_metric == "DER" else ""
+        self.log.info(
+            f"Val batch {step}: {primary}"
+            + (f"PER (avg): {result.per:.4f} " if not primary else "")
+            + f"CTC Loss (avg): {result.ctc_loss:.4f} time: {result.seconds:.3f}"
+            + (f" PER (avg): {result.per:.4f}" if primary else "")
+            + (f" PER (diphone path): {result.per_path:.4f}" if result.per_path is not None else "")
+        )
+        if self.config.log_individual_day_val_PER:
+            for session, rates in result.per_session.items():
+                text = " ".join(f"{k}: {v:.4f}" for k, v in rates.items() if isinstance(v, float))
+                self.log.info(f"  {session} {text}")
+        numbers = result.as_dict()
+        self.state.validations.append({"step": step, **numbers})
+        self.log.metrics("validation", step=step, **numbers)
+        if self.config.save_val_metrics:
+            path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pickle.dumps(self.state.validations))
+
+    # --- keeping what happened --------------------------------------------------------------------
+
+    def _write_model(self, path: Path, result: ValidationResult | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "model_state_dict": state_to_cpu(self.model.state_dict()),
+            "step": self.state.step,
+            "val_DER": None if result is None else result.der,
+            "val_PER": None if result is None else result.per,
+            "val_loss": None if result is None else result.ctc_loss,
+            "sessions": list(self.selection.sessions),
+        }
+        save_atomically(content, path)
+
+    def _write_best(self, result: ValidationResult) -> None:
+        """Into the model folder, and beside the states so that a later job still has it."""
+        self._write_model(self.paths.best_checkpoint, result)
+        copy_atomically(self.paths.best_checkpoint, self._kept_best)
+        if result.logits is not None:
+            save_atomically(result.logits, self.paths.output_data_dir / "val_logits.pt")
+
+    def _restore_best(self) -> None:
+        if self.state.best_step >= 0 and self.config.save_best_checkpoint:
+            load_verified(self._kept_best)
+            copy_atomically(self._kept_best, self.paths.best_checkpoint)
+        if self.state.validations and self.config.save_val_metrics:
+            path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pickle.dumps(self.state.validations))
+
+    @property
+    def _kept_best(self) -> Path:
+        return self.paths.checkpoint_dir / "best_checkpoint"
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.batches_per_save
+        if every and self.state.step and self.state.step % every == 0:
+            return self.state.step not in self.checkpoints.steps()[-1:]
+        return time.monotonic() >= self._next_save
+
+    def _save_state(self, *, wait: bool = False) -> None:
+        started = time.monotonic()
+        self.checkpoints.save(self._state_dict(), self.state.step, wait=wait)
+        blocked = time.monotonic() - started
+        interval = max(self.config.checkpoint_interval_seconds, blocked / CHECKPOINT_SHARE)
+        self._next_save = time.monotonic() + interval
+
+    def _state_dict(self) -> dict[str, Any]:
+        """The whole run as tensors and plain values."""
+        return {
+            "run": dataclasses.asdict(self.state),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "train_step": self.train_step.state_dict(),
+            "rng": _rng_state(self.device),
+            "log": self.log.snapshot(),
+            "identity": self._identity(),
+        }
+
+    def _load_state(self, saved: dict[str, Any]) -> None:
+        self.state = RunState(**saved["run"])
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.train_step.load_state_dict(saved["train_step"])
+        _set_rng_state(saved["rng"], self.device)
+        self.log.restore(saved["log"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that stopped."""
+        return {
+            "config": self.config.to_dict(),
+            "dataset": self.manifest.fingerprint(),
+            "code": code_fingerprint(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "numpy": str(np.__version__),
+            },
+        }
+
+    def _check_identity(self, saved: dict[str, Any]) -> None:
+        """Name every difference; refuse those that change what is computed, unless accepted.
+
+        Raises:
+            CheckpointError: config, dataset or code differ and changes were not accepted.
+        """
+        own = self._identity()
+        changes = differences(config_from_dict(saved["config"]), self.config)
+        free = [line for line in changes if line.split(":")[0] in FREE_ON_RESUME]
+        binding = [line for line in changes if line not in free]
+        if saved["dataset"] != own["dataset"]:
+            binding.append("dataset: the trials or their bytes changed")
+        binding += [
+            f"code: {name} changed"
+            for name in sorted(saved["code"].keys() | own["code"].keys())
+            if saved["code"].get(name) != own["code"].get(name)
+        ]
+        for line in free:
+            self.log.info(f"Changed since the checkpoint, without effect on results: {line}")
+        for name, version in own["versions"].items():
+            if saved["versions"].get(name) != version:
+                self.log.warning(
+                    f"{name} was {saved['versions'].get(name)} and is {version}: results may "
+                    "differ in the last digits"
+                )
+        if binding and not self.accept_changes:
+            raise CheckpointError(
+                f"The checkpoint in {self.paths.checkpoint_dir} belongs to a different run "
+                f"({'; '.join(binding)}): give this run its own checkpoint location, or accept "
+                "the changes with --accept-changes true."
+            )
+        for line in binding:
+            self.log.warning(f"Resuming although changed: {line}")
+
+
+def build_model(config: TrainingConfig) -> GRUDecoder:
+    """The decoder a configuration describes; `dataset.sessions` must be resolved.
+
+    Frozen parts (`rnn_trainable`, `input_trainable`) have `requires_grad` False.
+    """
+    model = config.model
+    decoder = GRUDecoder(
+        neural_dim=model.n_input_features,
+        n_units=model.n_units,
+        n_days=len(config.dataset.sessions or ()),
+        n_classes=config.dataset.n_classes,
+        rnn_dropout=model.rnn_dropout,
+        input_dropout=model.input_network.input_layer_dropout,
+        n_layers=model.n_layers,
+        patch_size=model.patch_size,
+        patch_stride=model.patch_stride,
+        bidirectional=model.bidirectional,
+    )
+    for name, parameter in decoder.named_parameters():
+        if name.startswith("gru.") and not model.rnn_trainable:
+            parameter.requires_grad_(False)
+        if name.startswith("day_") and not model.input_network.input_trainable:
+            parameter.requires_grad_(False)
+    return decoder
+
+
+def code_fingerprint() -> dict[str, str]:
+    """SHA-256 of every module of this library, by file name."""
+    folder = Path(__file__).parent
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(folder.glob("*.py"))
+    }
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    """Every random state of this process as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(saved: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["device"], device)
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))

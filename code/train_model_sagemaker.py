@@ -1,0 +1,150 @@
+"""Train a brain-to-text decoder on data streamed from S3: the program SageMaker starts.
+
+Works alike as `python train_model_sagemaker.py …`, under the training toolkit's `train`, and with
+every option given as a SageMaker hyperparameter. Any key of the configuration is an option too, by
+its dotted path or its unambiguous last part: `--model.n_units 768`, `--batch-size 32`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from brain_to_text.config import load_config  # noqa: E402
+from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
+from brain_to_text.sagemaker_environment import SageMakerEnvironment  # noqa: E402
+
+DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
+DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
+
+
+def parse_arguments(
+    arguments: list[str], environment: SageMakerEnvironment
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Split the command line into this program's options and configuration overrides.
+
+    Raises:
+        ConfigError: something that is neither, or an option without a value.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    text = parser.add_argument
+    text("--s3-bucket", default=os.environ.get("S3_BUCKET"), help="bucket that holds the dataset")
+    text("--s3-data-prefix", default=DEFAULT_PREFIX, help="prefix of the SESSION folders")
+    text("--data-dir", help="a folder instead of a bucket (File or FastFile channels, local data)")
+    text(
+        "--config-file", default=DEFAULT_CONFIG, help="YAML: a path, or a name beside this program"
+    )
+    text("--model-dir", default=str(environment.model_dir), help="becomes model.tar.gz")
+    text(
+        "--output-data-dir", default=str(environment.output_data_dir), help="becomes output.tar.gz"
+    )
+    text("--checkpoint-dir", default=str(environment.checkpoint_dir), help="resume states")
+    text("--output-s3-uri", help="folder for logs/training_log while the job runs")
+    text(
+        "--accept-changes",
+        default="false",
+        help="true: resume even though config, data or code differ from the checkpoint's",
+    )
+    options, rest = parser.parse_known_args(arguments)
+    return options, _overrides(rest)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train; 0 when finished or stopped by a signal, 1 with one clear sentence otherwise."""
+    environment = SageMakerEnvironment.from_variables()
+    try:
+        options, overrides = parse_arguments(
+            sys.argv[1:] if arguments is None else arguments, environment
+        )
+        train(options, overrides, environment)
+    except BrainToTextError as error:
+        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def train(
+    options: argparse.Namespace, overrides: dict[str, str], environment: SageMakerEnvironment
+) -> None:
+    """Turn options into one call of the trainer."""
+    config = load_config(_find_config(options.config_file), overrides)
+    accept_changes = str(options.accept_changes).lower()
+    if accept_changes not in ("true", "false"):
+        raise ConfigError(f"--accept-changes is {options.accept_changes!r}: write true or false.")
+
+    # After the cheap checks: importing torch takes seconds.
+    from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
+
+    trainer = BrainToTextDecoder_Trainer_S3(
+        config,
+        _data_url(options, environment),
+        RunPaths(
+            Path(options.model_dir), Path(options.output_data_dir), Path(options.checkpoint_dir)
+        ),
+        log_url=_log_url(options, environment),
+        accept_changes=accept_changes == "true",
+    )
+    trainer.train()
+
+
+def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str:
+    folder = options.data_dir or (None if options.s3_bucket else environment.data_dir)
+    if folder is not None:
+        return str(folder)
+    if not options.s3_bucket:
+        raise ConfigError(
+            "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or --data-dir FOLDER."
+        )
+    bucket = options.s3_bucket.removeprefix("s3://").strip("/")
+    return f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+
+
+def _log_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str | None:
+    if options.output_s3_uri:
+        return f"{options.output_s3_uri.rstrip('/')}/logs"
+    if options.s3_bucket and environment.job_name:
+        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
+        return f"s3://{bucket}/sagemaker-outputs/{environment.job_name}/logs"
+    return None
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name)
+    return path if path.exists() or path.is_absolute() else HERE / name
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+    """`--key value`, `--key=value` pairs as a mapping."""
+    overrides: dict[str, str] = {}
+    remaining = iter(rest)
+    for word in remaining:
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(
+                f"Argument {word!r} was not understood: options are --key value pairs."
+            )
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            try:
+                value = next(remaining)
+            except StopIteration:
+                raise ConfigError(f"Option --{name} needs a value: write --{name} VALUE.") from None
+        overrides[name] = value
+    return overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Resume states: whole or absent, checked before use, never more than asked for."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from brain_to_text.checkpoints import (
+    CheckpointFolder,
+    load_verified,
+    read_best_checkpoint,
+    save_atomically,
+)
+from brain_to_text.errors import CheckpointError
+
+
+def state(value: int) -> dict:
+    return {"step": value, "weights": torch.full((64, 64), float(value))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    yield folder
+    folder.close()
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_state_is_loaded_and_only_the_last_two_are_kept(folder):
+    for step in (10, 20, 30):
+        folder.save(state(step), step)
+    folder.wait()
+    loaded, passed_over = folder.load_latest()
+    assert loaded["step"] == 30 and passed_over == []
+    assert folder.steps() == [20, 30]
+
+
+def test_a_background_save_holds_the_values_of_the_moment_it_was_asked_for(folder):
+    live = state(1)
+    folder.save(live, 1)
+    live["weights"].fill_(99.0)
+    folder.wait()
+    assert folder.load_latest()[0]["weights"].eq(1.0).all()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, lambda p: os.truncate(p, 1000), os.truncate])
+def test_a_damaged_state_is_reported_and_the_one_before_it_is_used(folder, damage):
+    for step in (1, 2):
+        folder.save(state(step), step, wait=True)
+    path = folder.state_path(2)
+    damage(path) if damage is not os.truncate else os.truncate(path, 0)
+    loaded, passed_over = folder.load_latest()
+    assert loaded["step"] == 1
+    assert len(passed_over) == 1 and "state-000000002.pt" in passed_over[0]
+
+
+def test_when_every_state_is_damaged_the_run_does_not_silently_start_over(folder):
+    folder.save(state(1), 1, wait=True)
+    flip_a_byte(folder.state_path(1))
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* can be read"):
+        folder.load_latest()
+
+
+def test_a_crash_in_the_middle_of_a_save_leaves_the_old_state(folder, monkeypatch):
+    folder.save(state(1), 1, wait=True)
+
+    def crash(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(CheckpointError, match="full"):
+        folder.save(state(2), 2, wait=True)
+    assert folder.load_latest()[0]["step"] == 1
+    assert not list(folder.path.glob("*.tmp"))
+
+
+def test_a_failed_background_save_is_raised_at_the_next_occasion(folder, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(30, "read-only")))
+    folder.save(state(1), 1)
+    with pytest.raises(CheckpointError, match="read-only"):
+        folder.wait()
+
+
+def test_two_runs_cannot_share_a_folder(folder):
+    with pytest.raises(CheckpointError, match="in use by another run"):
+        CheckpointFolder(folder.path)
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
+    (tmp_path / "state-000000007.pt.tmp").write_bytes(b"x")
+    folder = CheckpointFolder(tmp_path)
+    assert not list(tmp_path.glob("*.tmp")) and folder.steps() == []
+    folder.close()
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("executed-by-unpickling",))
+
+
+def test_pickled_code_is_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": Malicious()}, tmp_path / "best_checkpoint")
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        read_best_checkpoint(tmp_path)
+    assert not (tmp_path / "executed-by-unpickling").exists()
+
+
+def test_numpy_scalars_of_the_public_baseline_are_data(tmp_path):
+    torch.save({"val_PER": np.float64(0.101)}, tmp_path / "c")
+    assert load_verified(tmp_path / "c")["val_PER"] == 0.101
+
+
+def test_best_checkpoint_is_found_in_file_folder_and_archive(tmp_path):
+    model = tmp_path / "model"
+    (model / "checkpoint").mkdir(parents=True)
+    save_atomically(state(5), model / "checkpoint" / "best_checkpoint")
+    archive = tmp_path / "model.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(model / "checkpoint", "checkpoint")
+    for source in (model, model / "checkpoint", model / "checkpoint" / "best_checkpoint", archive):
+        assert read_best_checkpoint(source)["step"] == 5
+
+
+def test_an_archive_that_climbs_out_is_not_followed(tmp_path):
+    archive = tmp_path / "model.tar.gz"
+    buffer = io.BytesIO()
+    torch.save(state(1), buffer)
+    with tarfile.open(archive, "w:gz") as tar:
+        entry = tarfile.TarInfo("../checkpoint/best_checkpoint")
+        entry.size = len(buffer.getvalue())
+        tar.addfile(entry, io.BytesIO(buffer.getvalue()))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        read_best_checkpoint(archive)
+
+
+@pytest.mark.parametrize("name", ["absent", "empty-folder"])
+def test_nothing_there_is_one_sentence(tmp_path, name):
+    (tmp_path / "empty-folder").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        read_best_checkpoint(tmp_path / name)
+    assert name in str(caught.value)

@@ -1,0 +1,200 @@
+"""The configuration: files load, overrides apply, every mistake is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brain_to_text.config import (
+    LEGACY_KEYS,
+    TrainingConfig,
+    config_from_dict,
+    config_keys,
+    differences,
+    load_config,
+    resolve_key,
+)
+from brain_to_text.errors import ConfigError
+
+CODE = Path(__file__).parents[2] / "code"
+SHIPPED = sorted(CODE.glob("rnn_args_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / "args.yaml"
+    copy.write_text(config.to_yaml())
+    assert load_config(copy) == config
+
+
+def test_diphone_config_is_the_missions_table():
+    config = load_config(CODE / "rnn_args_diphone_sagemaker.yaml")
+    assert config.dataset.n_classes == 1681
+    assert config.model.n_units == 1024
+    assert config.dataset.batch_size == 48
+    assert config.model.rnn_dropout == 0.5
+    assert config.num_training_batches == 150_000
+    assert config.lr_max == 0.004
+    assert config.weight_decay == 0.002
+
+
+def test_diphone_config_differs_from_the_phoneme_config_only_where_the_mission_says():
+    changed = differences(
+        load_config(CODE / "rnn_args_phoneme_sagemaker.yaml"),
+        load_config(CODE / "rnn_args_diphone_sagemaker.yaml"),
+    )
+    assert {line.split(":")[0] for line in changed} == {
+        "batches_per_val_step",
+        "dataset.batch_size",
+        "dataset.n_classes",
+        "lr_max",
+        "model.n_units",
+        "model.rnn_dropout",
+        "num_training_batches",
+        "weight_decay",
+    }
+
+
+def test_phoneme_config_is_the_default_recipe():
+    assert load_config(CODE / "rnn_args_phoneme_sagemaker.yaml") == TrainingConfig()
+
+
+def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
+    document = TrainingConfig().to_dict()
+    document |= {"gpu_number": "1", "mode": "train", "output_dir": "x", "checkpoint_dir": "x/c"}
+    document |= {"save_val_data": False, "init_checkpoint_path": "None"}
+    document["dataset"] |= {"dataset_dir": "d", "loader_shuffle": False, "test_percentage": 0.1}
+    path = tmp_path / "rnn_args.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with caplog.at_level("WARNING", logger="brain_to_text"):
+        assert load_config(path) == TrainingConfig()
+    assert len(caplog.records) == 1
+    assert all(key in caplog.text for key in LEGACY_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "path", "expected"),
+    [
+        ("batch-size", "32", "dataset.batch_size", 32),
+        ("model.n_units", "768", "model.n_units", 768),
+        ("num_training_batches", 1000.0, "num_training_batches", 1000),
+        ("lr_max", "1e-3", "lr_max", 1e-3),
+        ("early_stopping", "True", "early_stopping", True),
+        ("dataset.sessions", '["a", "b"]', "dataset.sessions", ["a", "b"]),
+        ("seed", "3", "seed", 3),
+        ("cache_gb", "auto", "dataset.cache_gb", "auto"),
+        ("cache_gb", "2.5", "dataset.cache_gb", 2.5),
+        ("objective.schedule.end", "0.5", "objective.schedule.end", 0.5),
+    ],
+)
+def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path, expected):
+    config = load_config(None, {"n_classes": 1681, name: value})
+    for part in path.split("."):
+        config = getattr(config, part)
+    assert config == expected and type(config) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"n_unit": 1}, ["Unknown setting 'n_unit'", "model.n_units"]),
+        ({"dataset.bach_size": 1}, ["dataset.bach_size", "dataset.batch_size"]),
+        ({"seed": 1.5}, ["seed", "1.5", "whole number"]),
+        ({"seed": "true"}, ["seed", "whole number"]),
+        ({"use_amp": "perhaps"}, ["use_amp", "perhaps", "true or false"]),
+        ({"use_amp": 1}, ["use_amp", "true or false"]),
+        ({"model.n_layers": 0}, ["model.n_layers", "at least 1"]),
+        ({"rnn_dropout": 1.5}, ["model.rnn_dropout", "from 0 to 0.99"]),
+        ({"lr_max": ".nan"}, ["lr_max", "finite"]),
+        ({"lr_max": ".inf"}, ["lr_max", "finite"]),
+        ({"n_classes": 42}, ["dataset.n_classes", "41, 1681"]),
+        ({"lr_scheduler_type": "step"}, ["lr_scheduler_type", "cosine, linear"]),
+        ({"sessions": "a"}, ["dataset.sessions", "list"]),
+        ({"sessions": "[a, a]"}, ["lists a more than once"]),
+        ({"sessions": "[]"}, ["dataset.sessions is empty"]),
+        ({"sessions": "[a]", "dataset_probability_val": "[1, 1]"}, ["2 entries for 1 sessions"]),
+        ({"dataset_probability_val": "[1]"}, ["needs dataset.sessions"]),
+        ({"days_per_batch": 65}, ["days_per_batch", "batch_size"]),
+        ({"must_include_days": "[0,1,2,3,4]"}, ["must_include_days", "days_per_batch"]),
+        ({"neural_dim": 256}, ["n_input_features", "256"]),
+        ({"feature_subset": "[0, 1]"}, ["n_input_features", "2"]),
+        ({"feature_subset": str([*range(511), 512])}, ["feature_subset", "512 is outside"]),
+        ({"input_layer_sizes": "[256]"}, ["input_layer_sizes", "[512]"]),
+        ({"n_input_layers": 2}, ["n_input_layers", "from 1 to 1"]),
+        ({"random_walk_std": 0.1}, ["random_walk_std", "only 0"]),
+        ({"lr_min": 1}, ["lr_min", "exceeds lr_max"]),
+        ({"lr_min_day": 1}, ["lr_min_day", "exceeds lr_max_day"]),
+        ({"phoneme_weight": 0.5}, ["objective.phoneme_weight", "1681"]),
+        ({"phoneme_weight": 0.5, "schedule.start": 0, "n_classes": 1681}, ["'schedule.start'"]),
+        (
+            {"phoneme_weight": 0.5, "objective.schedule.start": 0, "n_classes": 1681},
+            ["not both"],
+        ),
+        ({"objective.schedule": "{start: 1, end: 0.5}", "n_classes": 1681}, ["exceeds its end"]),
+        ({"init_from_checkpoint": True}, ["init_checkpoint_path"]),
+        ({"model": 3}, ["Unknown setting 'model'"]),
+    ],
+)
+def test_each_mistake_is_one_sentence_that_names_key_and_value(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model: [", ["not valid YAML"]),
+        (b"- a\n- b\n", ["must hold keys and values"]),
+        (b"model: 5\n", ["'model'", "mapping of keys"]),
+        (b"learning_rate: 5\n", ["Unknown setting 'learning_rate'"]),
+        (b"\xff\xfe\x00", ["not valid YAML"]),
+    ],
+)
+def test_a_bad_file_is_named(content, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert all(word in str(caught.value) for word in [*words, "mine.yaml"]), str(caught.value)
+
+
+def test_a_missing_file_says_what_to_type():
+    with pytest.raises(ConfigError, match="--config-file"):
+        load_config("/nowhere/x.yaml")
+
+
+@given(st.text(max_size=40))
+def test_no_text_for_a_number_escapes_as_another_error(text):
+    try:
+        load_config(None, {"batch_size": text, "days_per_batch": 1})
+    except ConfigError:
+        pass
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        ),
+        max_leaves=5,
+    )
+)
+def test_no_document_escapes_as_another_error(document):
+    try:
+        config_from_dict(document)
+    except ConfigError:
+        pass
+
+
+def test_every_key_has_help_and_resolves_to_itself():
+    for path, _, entry in config_keys():
+        if "help" in entry.metadata:
+            assert entry.metadata["help"]
+            assert resolve_key(path) == path
