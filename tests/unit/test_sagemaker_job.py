@@ -1,0 +1,301 @@
+"""The job request: what the user asked for, nothing secret, everything decodable."""
+
+import json
+import re
+
+import pytest
+from brain_to_text.config import load_config
+from brain_to_text.errors import ConfigError, JobError
+from brain_to_text.sagemaker_job import (
+    CODE_FOLDER,
+    DEFAULT_CONFIG,
+    METRIC_DEFINITIONS,
+    JobSettings,
+    hyperparameter_text,
+    new_job_name,
+    resolve_config,
+    training_request,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+KNOWN = {
+    "s3_bucket": "my-bucket",
+    "role": "arn:aws:iam::123456789012:role/brain-to-text-training",
+    "image_uri": "123456789012.dkr.ecr.us-east-1.amazonaws.com/b2t@sha256:" + "ab" * 32,
+    "job_name": "b2t-diphone-1",
+}
+
+# The log contract, literally: every line after a timestamp.
+LOG_LINES = {
+    "train:loss": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "5.21"),
+    "train:grad_norm": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "8.43"),
+    "train:seconds_per_batch": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "0.538"),
+    "train:trials_per_second": (
+        "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 trials/s: 89.2",
+        "89.2",
+    ),
+    "train:data_wait_percent": (
+        "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 data wait: 1.5%",
+        "1.5",
+    ),
+    "validation:DER": (
+        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345",
+        "0.7654",
+    ),
+    "validation:CTC_loss": (
+        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345",
+        "4.32",
+    ),
+    "validation:PER": (
+        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345 PER (avg): 0.41",
+        "0.41",
+    ),
+    "validation:best_DER": ("New best test DER 0.9876 --> 0.7654", "0.7654"),
+    "validation:best_PER": ("New best test PER 0.9876 --> 0.1e-2", "0.1e-2"),
+}
+OTHER_LINES = (
+    "Using device: cuda:0",
+    "Model has 63,900,000 parameters",
+    "Loading data from: BUCKET/PREFIX",
+    "Successfully initialized S3-backed datasets",
+    "Running test after training batch: 1500",
+    "Checkpointing model",
+)
+
+
+def request(**settings):
+    return training_request(JobSettings(**{**KNOWN, **settings}))
+
+
+@pytest.mark.parametrize("metric", METRIC_DEFINITIONS, ids=lambda metric: metric["Name"])
+def test_each_metric_is_found_on_its_log_line_and_on_no_other(metric):
+    line, value = LOG_LINES[metric["Name"]]
+    assert re.findall(metric["Regex"], f"2025-01-15 10:30:00: {line}") == [value]
+    longer = f"2025-01-15 10:30:00: {line} MFU: 31.2% read time: 99 s"
+    assert re.findall(metric["Regex"], longer) == [value]
+    kind = line.split(" batch")[0].split(" test")[0]
+    others = [other for other, _ in LOG_LINES.values() if not other.startswith(kind)]
+    assert not [other for other in (*others, *OTHER_LINES) if re.search(metric["Regex"], other)]
+
+
+def test_metric_definitions_respect_the_limits_of_the_api():
+    assert len(METRIC_DEFINITIONS) <= 40
+    assert all(len(metric["Regex"]) <= 500 for metric in METRIC_DEFINITIONS)
+
+
+def test_the_shortest_command_makes_the_reference_job():
+    assert request() == {
+        "TrainingJobName": "b2t-diphone-1",
+        "RoleArn": KNOWN["role"],
+        "AlgorithmSpecification": {
+            "TrainingImage": KNOWN["image_uri"],
+            "TrainingInputMode": "File",
+            "MetricDefinitions": list(METRIC_DEFINITIONS),
+        },
+        "HyperParameters": {
+            "s3-bucket": "my-bucket",
+            "s3-data-prefix": "data/hdf5_data_diphone_encoded",
+            "config-file": "rnn_args_diphone_sagemaker.yaml",
+            "output-s3-uri": "s3://my-bucket/sagemaker-outputs/b2t-diphone-1",
+        },
+        "OutputDataConfig": {"S3OutputPath": "s3://my-bucket/sagemaker-outputs"},
+        "ResourceConfig": {
+            "InstanceType": "ml.g5.2xlarge",
+            "InstanceCount": 1,
+            "VolumeSizeInGB": 30,
+        },
+        "StoppingCondition": {"MaxRuntimeInSeconds": 172800},
+        "CheckpointConfig": {
+            "S3Uri": "s3://my-bucket/sagemaker-outputs/b2t-diphone-1/checkpoints",
+            "LocalPath": "/opt/ml/checkpoints",
+        },
+        "Tags": [{"Key": "project", "Value": "brain-to-text"}],
+        "ProfilerConfig": {"DisableProfiler": True},
+        "RetryStrategy": {"MaximumRetryAttempts": 1},
+        "TensorBoardOutputConfig": {
+            "S3OutputPath": "s3://my-bucket/sagemaker-outputs",
+            "LocalPath": "/opt/ml/output/tensorboard",
+        },
+    }
+
+
+def test_spot_sets_waiting_time_and_checkpoints():
+    made = request(spot=True, max_run_hours=30)
+    assert made["EnableManagedSpotTraining"] is True
+    assert made["StoppingCondition"] == {
+        "MaxRuntimeInSeconds": 30 * 3600,
+        "MaxWaitTimeInSeconds": 54 * 3600,
+    }
+    assert made["CheckpointConfig"]["S3Uri"].endswith("/b2t-diphone-1/checkpoints")
+
+
+def test_resuming_uses_the_earlier_jobs_checkpoints():
+    made = request(resume_from="b2t-earlier")
+    assert (
+        made["CheckpointConfig"]["S3Uri"]
+        == "s3://my-bucket/sagemaker-outputs/b2t-earlier/checkpoints"
+    )
+
+
+@pytest.mark.parametrize("channel, mode", [("fastfile", "FastFile"), ("file", "File")])
+def test_a_channel_replaces_the_stream(channel, mode):
+    made = request(data_channel=channel, s3_data_prefix="some/data/")
+    assert made["AlgorithmSpecification"]["TrainingInputMode"] == mode
+    assert made["InputDataConfig"] == [
+        {
+            "ChannelName": "training",
+            "InputMode": mode,
+            "DataSource": {
+                "S3DataSource": {
+                    "S3DataType": "S3Prefix",
+                    "S3Uri": "s3://my-bucket/some/data/",
+                    "S3DataDistributionType": "FullyReplicated",
+                }
+            },
+        }
+    ]
+    assert made["HyperParameters"]["data-dir"] == "/opt/ml/input/data/training"
+
+
+def test_vpc_keys_and_warm_pool_arrive():
+    made = request(
+        subnets=("subnet-1", "subnet-2"),
+        security_group_ids=("sg-1",),
+        output_kms_key="key-1",
+        volume_kms_key="key-2",
+        encrypt_traffic=True,
+        keep_alive_minutes=30,
+        tags={"team": "speech"},
+    )
+    assert made["VpcConfig"] == {
+        "SecurityGroupIds": ["sg-1"],
+        "Subnets": ["subnet-1", "subnet-2"],
+    }
+    assert made["OutputDataConfig"]["KmsKeyId"] == "key-1"
+    assert made["ResourceConfig"]["VolumeKmsKeyId"] == "key-2"
+    assert made["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1800
+    assert made["EnableInterContainerTrafficEncryption"] is True
+    assert {"Key": "team", "Value": "speech"} in made["Tags"]
+
+
+def test_mlflow_settings_travel_as_environment():
+    made = request(mlflow_tracking_uri="https://mlflow.example.org", mlflow_experiment="t15")
+    assert made["Environment"] == {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
+        "MLFLOW_EXPERIMENT_NAME": "t15",
+        "MLFLOW_RUN_NAME": "b2t-diphone-1",
+    }
+
+
+def test_short_options_and_dotted_keys_become_the_same_hyperparameters():
+    short = request(batch_size=32, num_training_batches=1000)["HyperParameters"]
+    dotted = request(overrides={"dataset.batch_size": "32", "num-training-batches": "1000"})
+    assert short == dotted["HyperParameters"]
+    assert short["dataset.batch_size"] == "32"
+
+
+def test_an_own_config_file_travels_as_its_differences(tmp_path):
+    own = tmp_path / "mine.yaml"
+    text = (CODE_FOLDER / DEFAULT_CONFIG).read_text()
+    own.write_text(text.replace("n_units: 1024", "n_units: 512").replace("[512]", "[512]"))
+    made = request(config_file=str(own))["HyperParameters"]
+    assert made["config-file"] == DEFAULT_CONFIG
+    assert made["model.n_units"] == "512"
+    assert sorted(name for name in made if "." in name) == ["model.n_units"]
+
+
+def test_what_travels_makes_the_same_config_in_the_image(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "dataset: {n_classes: 1681, bad_trials_dict: {t15.2023.08.11: {2: [1, 4]}}}\n"
+        "objective: {schedule: {start: 0.1}}\nlr_min: 1.0e-05\nuse_amp: false\n"
+    )
+    base, changed, config = resolve_config(JobSettings(**{**KNOWN, "config_file": str(own)}))
+    received = {}
+    for name, value in changed.items():
+        decoded = through_toolkit(hyperparameter_text(value))
+        received[name] = decoded
+    again = load_config(CODE_FOLDER / base, received)
+    ours, theirs = config.to_dict(), again.to_dict()
+    for settings in (ours, theirs):  # JSON has text keys only
+        bad = settings["dataset"].pop("bad_trials_dict")
+        settings["bad"] = {s: {int(b): t for b, t in v.items()} for s, v in bad.items()}
+    assert ours == theirs
+
+
+def through_toolkit(text: str) -> str:
+    """What the program sees on its command line: JSON-decoded, then str(), mappings as k=v."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in sorted(value.items()))
+    return str(value)
+
+
+@given(st.text())
+def test_text_reaches_the_program_unchanged(text):
+    assert through_toolkit(hyperparameter_text(text)) == text
+
+
+@given(st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False)))
+def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
+    assert through_toolkit(hyperparameter_text(value)) == str(value)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"s3_bucket": "s3://my-bucket"}, "bare name"),
+        ({"job_name": "no_underscores"}, "letters, digits"),
+        ({"instance_type": "g5.2xlarge"}, "starts with ml."),
+        ({"instance_count": 0}, "--instance-count is 0"),
+        ({"retries": 31}, "--retries"),
+        ({"subnets": ("subnet-1",)}, "--security-group-ids"),
+        ({"max_wait_hours": 60.0}, "--spot"),
+        ({"spot": True, "max_wait_hours": 1.0}, "cannot be less"),
+        ({"spot": True, "keep_alive_minutes": 5}, "warm"),
+        ({"checkpoint_s3_uri": "bucket/key"}, "s3://BUCKET/KEY"),
+        ({"checkpoint_s3_uri": "s3://b/k", "resume_from": "job"}, "not both"),
+        ({"data_channel": "pipe"}, "fastfile"),
+        ({"environment": {"HF_TOKEN": "x"}}, "looks like a secret"),
+        ({"environment": {"A": "AKIAIOSFODNN7EXAMPLE"}}, "looks like a secret"),
+        ({"overrides": {"model.n_units": "https://me:pw@host"}}, "looks like a secret"),
+        ({"mlflow_tracking_uri": "https://me:pw@host"}, "password"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_sentence(settings, said):
+    with pytest.raises(JobError) as refused:
+        request(**settings)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["role", "image_uri", "job_name"])
+def test_what_is_missing_is_named_with_the_option_that_gives_it(name):
+    with pytest.raises(JobError, match="--" + name.replace("_", "-")):
+        request(**{name: None})
+
+
+def test_a_wrong_config_value_is_refused_before_anything_is_sent():
+    with pytest.raises(ConfigError, match=r"model.n_units"):
+        request(overrides={"model.n_unit": "3"})
+
+
+@pytest.mark.parametrize("config", ["rnn_args_diphone_sagemaker.yaml", "/a/b/my own!.yaml", "."])
+def test_made_names_are_valid_and_differ(config):
+    names = {new_job_name(config) for _ in range(20)}
+    assert len(names) == 20
+    assert all(JobSettings(s3_bucket="my-bucket", job_name=name) for name in names)
+    assert all(len(name) <= 63 for name in names)
+
+
+def test_nothing_of_this_machines_credentials_is_in_the_request(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
+    text = json.dumps(request(environment={"A": "b"}))
+    assert "AKIA" not in text and "very-secret" not in text
