@@ -1,0 +1,68 @@
+"""One pass of a model over labelled trials: the same for validation in training and afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from .augmentations import Augmentation
+from .dataset_s3 import EvaluationDatasetS3
+from .metrics import ValidationMeter, ValidationResult
+from .rnn_model import GRUDecoder
+
+
+@torch.no_grad()
+def evaluate(
+    model: GRUDecoder,
+    augmentation: Augmentation,
+    dataset: EvaluationDatasetS3,
+    sessions: Sequence[str],
+    *,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    keep_logits: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> ValidationResult | None:
+    """Score every trial of `dataset`.
+
+    Args:
+        model: on the dataset's device; its training mode is restored afterwards.
+        augmentation: only its smoothing is used.
+        sessions: names in day-layer order.
+        autocast: the precision of the forward pass.
+        keep_logits: also return every trial's logits, [T', C] float16 on the CPU by manifest index.
+        stop: asked between batches; when it says True the pass is given up.
+
+    Returns:
+        The scores, or None when the pass was given up.
+    """
+    started = time.perf_counter()
+    meter = ValidationMeter(sessions, model.n_classes)
+    logits_by_trial: dict[int, torch.Tensor] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with dataset.batches() as batches:
+            for batch in batches:
+                if stop is not None and stop():
+                    return None
+                features, n_time_steps = augmentation(
+                    batch.features, batch.n_time_steps, training=False
+                )
+                with autocast():
+                    logits = model(features, batch.day_indices, n_time_steps=n_time_steps)
+                frame_lengths = model.frame_lengths(n_time_steps)
+                meter.add(logits, batch, frame_lengths)
+                if keep_logits:
+                    for index, frames, own in zip(
+                        batch.trial_indices.tolist(), frame_lengths.tolist(), logits, strict=True
+                    ):
+                        logits_by_trial[index] = own[:frames].half().cpu()
+    finally:
+        model.train(was_training)
+    result = meter.result()
+    result.seconds = time.perf_counter() - started
+    result.logits = logits_by_trial if keep_logits else None
+    return result

@@ -1,0 +1,285 @@
+"""One training step: augment, forward, loss, backward, clip, update; the host never waits in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from .augmentations import Augmentation, step_generator
+from .config import TrainingConfig
+from .device import autocast_dtype
+from .losses import JointObjective, LabelledBatch
+from .optimizer import apply_update, clip_and_check
+from .rnn_model import GRUDecoder
+
+# Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+NAMED_STEPS = 16  # refused steps remembered by number
+
+
+class TrainingBatch(LabelledBatch, Protocol):
+    """A labelled batch with its features; lengths and days on the CPU."""
+
+    features: Any
+    n_time_steps: torch.Tensor
+    day_indices: torch.Tensor
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@dataclass
+class StepResult:
+    """One step in numbers; tensors are scalars on the device: reading one waits for it."""
+
+    loss: torch.Tensor  # nats per trial, what was differentiated
+    nats_per_frame: torch.Tensor
+    diphone: torch.Tensor | None  # nats per output frame
+    phoneme: torch.Tensor | None
+    grad_norm: torch.Tensor  # before clipping
+    finite: torch.Tensor  # False: the update was refused
+    alpha: float
+    n_frames: int  # output frames in the batch
+
+
+@dataclass(frozen=True)
+class Health:
+    """Updates refused because the gradient was not finite."""
+
+    refused_total: int
+    refused_in_a_row: int  # up to the last step
+    refused_steps: list[int]  # the latest of them, ascending
+
+    @property
+    def last_refused_step(self) -> int:
+        return self.refused_steps[-1] if self.refused_steps else -1
+
+
+class TrainStep:
+    """Everything that changes the weights, and what must survive a restart besides them.
+
+    Args:
+        model: on `device`.
+        augmentation, objective, optimizer, scheduler: as built from `config`.
+        config: seeds, precision, clipping, averaging, patience.
+        device: where the model is.
+        rank: this process among those that share a batch; decides its noise and dropout.
+        after_backward: called with the batch between backward and clipping, e.g. to sum
+            gradients over ranks and to give absent day layers a zero gradient.
+    """
+
+    def __init__(
+        self,
+        model: GRUDecoder,
+        augmentation: Augmentation,
+        objective: JointObjective,
+        optimizer: AdamW,
+        scheduler: LambdaLR,
+        config: TrainingConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        after_backward: Callable[[TrainingBatch], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.augmentation = augmentation
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.config = config
+        self.device = torch.device(device)
+        self.rank = rank
+        self.after_backward = after_backward
+        self.amp_dtype = autocast_dtype(config, self.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._state: dict[str, torch.Tensor] = {
+            "refused": self._count(0),
+            "refused_in_a_row": self._count(0),
+            "refused_steps": torch.full((NAMED_STEPS,), -1, device=self.device),
+        }
+        if self.amp_dtype == torch.float16:
+            self._state["scale"] = torch.tensor(INITIAL_SCALE, device=self.device)
+            self._state["good_steps"] = self._count(0)
+        self.average: list[torch.Tensor] | None = None
+        if config.ema_decay > 0:
+            self.average = [p.detach().clone() for p in self.parameters]
+
+    def __call__(
+        self, batch: TrainingBatch, step: int, global_batch_size: int | None = None
+    ) -> StepResult:
+        """Train on `batch` (features and labels on the device, lengths and days on the CPU).
+
+        Args:
+            batch: this rank's share of the batch.
+            step: global step; with the seed and rank it decides noise, cuts and dropout.
+            global_batch_size: trials in the batch over all ranks, if there are several.
+        """
+        if batch.features is None or batch.features.device != self.device:
+            batch = batch.to(self.device)
+        self.model.train()
+        generator = step_generator(self.device, self.config.seed, step, self.rank)
+        torch.manual_seed(generator.initial_seed())  # dropout
+        features, n_time_steps = self.augmentation(
+            batch.features, batch.n_time_steps, training=True, generator=generator
+        )
+        frame_lengths = self.model.frame_lengths(n_time_steps)
+        with self.autocast():
+            logits = self.model(features, batch.day_indices, n_time_steps=n_time_steps)
+        terms = self.objective(logits, batch, frame_lengths, step, global_batch_size)
+        scale = self._state.get("scale")
+        self.optimizer.zero_grad(set_to_none=True)
+        (terms.total if scale is None else terms.total * scale).backward()
+        if self.after_backward is not None:
+            self.after_backward(batch)
+        norm, finite, divisor = clip_and_check(
+            self.parameters, self.config.grad_norm_clip_value, 1.0 if scale is None else scale
+        )
+        apply_update(self.optimizer, divisor, ~finite)
+        self.scheduler.step()
+        self._count_refusals(finite, step)
+        self._update_average(step)
+        return StepResult(
+            loss=terms.total.detach(),
+            nats_per_frame=terms.nats_per_frame,
+            diphone=terms.diphone,
+            phoneme=terms.phoneme,
+            grad_norm=norm,
+            finite=finite,
+            alpha=terms.alpha,
+            n_frames=int(frame_lengths.sum()),
+        )
+
+    def autocast(self) -> torch.autocast:
+        """The forward pass's precision, for training and validation alike."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        )
+
+    def health(self) -> Health:
+        """Refused updates so far; waits for the device, so ask on logging steps only."""
+        steps = sorted(step for step in self._state["refused_steps"].tolist() if step >= 0)
+        return Health(
+            refused_total=int(self._state["refused"]),
+            refused_in_a_row=int(self._state["refused_in_a_row"]),
+            refused_steps=steps,
+        )
+
+    def try_batch(self, batch_size: int, n_bins: int, n_labels: int) -> int:
+        """The largest batch of trials this long that fits the memory, found by trying.
+
+        Runs forward and backward on zeros, halving the batch while memory runs out; weights,
+        optimizer, counters and generators are left as they were.
+
+        Returns:
+            `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
+        """
+        cpu_state = torch.get_rng_state()
+        device_state = torch.cuda.get_rng_state(self.device) if self._on_gpu else None
+        fits = batch_size
+        while fits > 0:
+            try:
+                self._forward_and_backward(fits, n_bins, n_labels)
+                break
+            except torch.OutOfMemoryError:
+                fits //= 2
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(cpu_state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, self.device)
+            torch.cuda.empty_cache()
+        return fits
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _forward_and_backward(self, batch_size: int, n_bins: int, n_labels: int) -> None:
+        def labels(length: int) -> torch.Tensor:
+            return torch.ones(batch_size, length, dtype=torch.int64, device=self.device)
+
+        n_time_steps = torch.full((batch_size,), n_bins)
+        n_labels = min(n_labels, max(int(self.model.frame_lengths(n_time_steps)[0]) // 2, 1))
+        features = torch.zeros(batch_size, n_bins, self.model.neural_dim, device=self.device)
+        days = torch.arange(batch_size) * self.model.n_days // batch_size
+        batch = SimpleNamespace(
+            labels=labels(n_labels),
+            label_lengths=torch.full((batch_size,), n_labels),
+            phoneme_labels=labels(n_labels),
+            phoneme_lengths=torch.full((batch_size,), n_labels),
+        )
+        self.model.train()
+        features, n_time_steps = self.augmentation(
+            features,
+            n_time_steps,
+            training=True,
+            generator=step_generator(self.device, self.config.seed, 0, self.rank),
+        )
+        frame_lengths = self.model.frame_lengths(n_time_steps)
+        with self.autocast():
+            logits = self.model(features, days, n_time_steps=n_time_steps)
+        self.objective(logits, batch, frame_lengths, step=0).total.backward()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights (its own, where averaging is off)."""
+        if self.average is None:
+            yield
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        values = [p.data for p in self.parameters]
+        torch._foreach_copy_(values, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(values, own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, loss scale and averaged weights; model, optimiser and schedule have theirs."""
+        state: dict[str, Any] = {name: value.clone() for name, value in self._state.items()}
+        if self.average is not None:
+            state["average"] = [value.clone() for value in self.average]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; what this configuration does not use is left out."""
+        for name, value in self._state.items():
+            if name in state:
+                value.copy_(state[name])
+        if self.average is not None and "average" in state:
+            for value, saved in zip(self.average, state["average"], strict=True):
+                value.copy_(saved)
+
+    def _count(self, value: int) -> torch.Tensor:
+        return torch.tensor(value, device=self.device)
+
+    def _count_refusals(self, finite: torch.Tensor, step: int) -> None:
+        state, refused = self._state, ~finite
+        overflow = torch.zeros_like(refused)
+        if "scale" in state:
+            overflow = refused & (state["scale"] > 1)  # a smaller scale may cure it
+            good = torch.where(finite, state["good_steps"] + 1, 0)
+            grown = good == GROWTH_INTERVAL
+            factor = torch.where(refused, 0.5, torch.where(grown, 2.0, 1.0))
+            state["scale"].mul_(factor).clamp_(min=2.0**-14)
+            state["good_steps"].copy_(torch.where(grown, 0, good))
+        counted = refused & ~overflow
+        slot = torch.remainder(state["refused"], NAMED_STEPS).view(1)
+        steps = state["refused_steps"]
+        steps.scatter_(0, slot, torch.where(counted, step, steps.gather(0, slot)))
+        state["refused"].add_(counted)
+        state["refused_in_a_row"].add_(1).mul_(counted)
+
+    def _update_average(self, step: int) -> None:
+        if self.average is None:
+            return
+        # a young average follows faster, so that it does not remember the initial weights
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
