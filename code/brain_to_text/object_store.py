@@ -67,7 +67,9 @@ def open_store(location: str | Path) -> ObjectStore:
     if text.startswith("s3://"):
         return S3Store(text)
     if "://" in text:
-        raise StorageError(f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX.")
+        raise StorageError(
+            f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX."
+        )
     return LocalStore(location)
 
 
@@ -252,7 +254,9 @@ def _s3_sentence(error: Exception, verb: str, where: str, bucket: str) -> str:
         return f"Cannot {verb} {where}: no AWS credentials were found; {advice}."
     if name == "NoRegionError":
         return f"Cannot {verb} {where}: no AWS region is set; type 'export AWS_REGION=us-east-1'."
-    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and where == f"s3://{bucket}"):
+    if code == "NoSuchBucket" or (
+        isinstance(error, FileNotFoundError) and where == f"s3://{bucket}"
+    ):
         return (
             f"Cannot {verb} {where}: there is no bucket '{bucket}'; "
             "list yours with 'aws s3 ls' and give one with --s3-bucket."
