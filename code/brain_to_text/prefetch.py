@@ -1,0 +1,124 @@
+"""Batches prepared ahead of the training loop, in order, within limits on number and bytes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Preparation(Protocol[T_co]):
+    """One batch under way."""
+
+    def finish(self) -> T_co:
+        """Wait for its data and put it together; runs on a preparing thread."""
+
+    def cancel(self) -> None:
+        """Give up its reads; `finish` then raises `concurrent.futures.CancelledError`."""
+
+
+@dataclass(frozen=True)
+class PrefetchLimits:
+    """How far ahead batches are prepared.
+
+    Attributes:
+        batches: at most this many at once.
+        n_bytes: at most this many bytes at once, except that one batch is always allowed.
+        threads: batches put together at the same time.
+    """
+
+    batches: int = 4
+    n_bytes: int = 2 << 30
+    threads: int = 4
+
+
+class Prefetcher(Generic[T]):
+    """Iterates over `finish()` of steps start … stop-1, several of them under way.
+
+    An exception in a preparation is raised when its turn comes. Close it (or use `with`) when
+    leaving early: reads under way are given up at once.
+
+    Args:
+        begin: starts one step's reads and returns at once.
+        n_bytes: memory one step's batch needs, known before it is read.
+        start, stop: the steps.
+        limits: how far ahead.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[int], Preparation[T]],
+        n_bytes: Callable[[int], int],
+        start: int,
+        stop: int,
+        limits: PrefetchLimits,
+    ) -> None:
+        self._begin = begin
+        self._n_bytes = n_bytes
+        self._next_step = start
+        self._stop = stop
+        self._limits = limits
+        self._queue: deque[tuple[int, Preparation[T], concurrent.futures.Future[T]]] = deque()
+        self._bytes_ahead = 0
+        self._threads = concurrent.futures.ThreadPoolExecutor(limits.threads, "prepare-batch")
+        self.last_wait_seconds = 0.0
+        self._fill()
+
+    def __iter__(self) -> Prefetcher[T]:
+        return self
+
+    def __next__(self) -> T:
+        self._fill()
+        if not self._queue:
+            self.close()
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            batch = self._queue[0][2].result()
+        except BaseException:
+            self.close()
+            raise
+        self.last_wait_seconds = time.perf_counter() - started
+        self._bytes_ahead -= self._queue.popleft()[0]
+        self._fill()
+        return batch
+
+    def ready(self) -> bool:
+        """True when the next batch needs no waiting."""
+        return bool(self._queue) and self._queue[0][2].done()
+
+    def close(self) -> None:
+        """Give up everything under way."""
+        self._stop = self._next_step
+        while self._queue:
+            _, preparation, future = self._queue.popleft()
+            preparation.cancel()
+            future.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Prefetcher[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_queue"):
+            self.close()
+
+    def _fill(self) -> None:
+        while self._next_step < self._stop and len(self._queue) < self._limits.batches:
+            size = self._n_bytes(self._next_step)
+            if self._queue and self._bytes_ahead + size > self._limits.n_bytes:
+                return
+            preparation = self._begin(self._next_step)
+            future = self._threads.submit(preparation.finish)
+            self._queue.append((size, preparation, future))
+            self._bytes_ahead += size
+            self._next_step += 1

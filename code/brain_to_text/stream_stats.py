@@ -1,0 +1,88 @@
+"""What a stream of trials did: the counts behind every statement about its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+# S3 Standard, us-east-1, per 1000 GET requests; reading within the region is not billed by the
+# byte. https://aws.amazon.com/s3/pricing/, as of 2025.
+USD_PER_1000_GETS = 0.0004
+
+
+@dataclass(frozen=True)
+class StreamCounts:
+    """Totals since the stream was opened, or between two moments (`later - earlier`).
+
+    Attributes:
+        requests: GETs sent (attempts, so retries count); reads of a local file count too.
+        bytes_fetched: payload received, failed attempts included.
+        bytes_needed: bytes of the trials that had to be read.
+        trials_read: trials that had to be read.
+        cache_hits, cache_misses: distinct trials of batches found in RAM, or not.
+        device_hits: distinct trials of batches found in GPU memory.
+        retries: attempts after the first.
+        batches: batches handed out.
+        wait_seconds: time the training loop waited for a batch.
+    """
+
+    requests: int = 0
+    bytes_fetched: int = 0
+    bytes_needed: int = 0
+    trials_read: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    device_hits: int = 0
+    retries: int = 0
+    batches: int = 0
+    wait_seconds: float = 0.0
+
+    def __sub__(self, earlier: StreamCounts) -> StreamCounts:
+        before = dataclasses.asdict(earlier)
+        return StreamCounts(**{k: v - before[k] for k, v in dataclasses.asdict(self).items()})
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of distinct trials that needed no read; 0 when none was asked for."""
+        hits = self.cache_hits + self.device_hits
+        asked = hits + self.cache_misses
+        return hits / asked if asked else 0.0
+
+    @property
+    def request_cost_usd(self) -> float:
+        """What S3 bills for the GETs, at the list price above."""
+        return self.requests / 1000 * USD_PER_1000_GETS
+
+    def as_dict(self) -> dict[str, float]:
+        """Every count, the hit rate and the request cost, by name."""
+        shares = {"cache_hit_rate": self.hit_rate, "request_cost_usd": self.request_cost_usd}
+        return {**dataclasses.asdict(self), **shares}
+
+    def describe(self) -> str:
+        """One line for a log or a run's summary."""
+        return (
+            f"{self.requests:,} GETs, {self.bytes_fetched / 1e6:,.1f} MB, "
+            f"cache hits {100 * self.hit_rate:.1f} %, {self.retries:,} retries, "
+            f"waited {self.wait_seconds:.1f} s for {self.batches:,} batches, "
+            f"S3 requests ${self.request_cost_usd:.4f}"
+        )
+
+
+class StreamStats:
+    """Counters that threads add to and the training loop reads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, Any] = dataclasses.asdict(StreamCounts())
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def snapshot(self) -> StreamCounts:
+        """Totals so far; subtract two snapshots for an interval."""
+        with self._lock:
+            return StreamCounts(**self._counts)
