@@ -1,8 +1,8 @@
-"""Batches of trials as tensors, streamed from S3 (or a folder) and prepared ahead of the training loop.
+"""Batches of trials as tensors, streamed from S3 (or a folder) ahead of the training loop.
 
-`BrainToTextDatasetS3` gives training batches: the batch at a step is a pure function of (seed, step),
-whatever the number of threads, ranks, restarts or the state of any cache. `EvaluationDatasetS3` gives
-every trial of a split once.
+`BrainToTextDatasetS3` gives training batches: the batch at a step is a pure function of (seed,
+step), whatever the number of threads, ranks, restarts or the state of any cache.
+`EvaluationDatasetS3` gives every trial of a split once.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
 
 
 class EvaluationDatasetS3(StreamedBatches):
-    """Every trial once, in batches of similar length and fixed order; rank r takes every n-th batch.
+    """Every trial once, in batches of similar length and fixed order, dealt out to the ranks.
 
     Args:
         stream: where features come from.

@@ -221,9 +221,7 @@ class LocalRangedReader:
                 found = f"{status.st_mtime_ns}-{status.st_size}"
                 expected = self._seen.setdefault(key, found) if _S3_ETAG.fullmatch(etag) else etag
                 if found != expected:
-                    raise ObjectReplacedError(
-                        f"its time and size are {found}, no longer {expected}"
-                    )
+                    raise ObjectReplacedError(f"its time and size are {found}, not {expected}")
                 file.seek(offset)
                 span = bytearray(length)
                 filled = 0

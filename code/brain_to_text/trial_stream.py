@@ -1,7 +1,8 @@
 """Verified neural features of any trials, by index, from S3 or a folder.
 
-Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight. Bytes
-that are too few, too many or different from the manifest's CRC are read again; nobody sees them.
+Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight.
+Bytes that are too few, too many or different from the manifest's CRC are read again; nobody sees
+them.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class TrialStream:
             expected = self._first_crc.setdefault(index, crc)
         if crc != expected:
             raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {expected:08x}")
-        features = record.decode(span)
+        features = record.decode(memoryview(span))
         if self.cache_dtype == "float16" and features.dtype != np.float16:
             features = _halved(features, record)
         return self.cache.put(index, features)

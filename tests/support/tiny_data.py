@@ -1,4 +1,4 @@
-"""Small HDF5 datasets in the public schema, written directly with h5py: random features, valid labels."""
+"""Small HDF5 datasets in the public schema: random features, valid labels, any layout."""
 
 from __future__ import annotations
 
