@@ -8,6 +8,7 @@ import pickle
 import platform
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from .augmentations import Augmentation
+from .batch import Batch
 from .checkpoints import (
     CheckpointFolder,
     copy_atomically,
@@ -26,6 +28,7 @@ from .checkpoints import (
 )
 from .config import TrainingConfig, config_from_dict, differences
 from .dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
+from .device import allow_tf32
 from .errors import CheckpointError, TrainingError
 from .evaluation import evaluate
 from .interruption import Interruption, RunInterrupted
@@ -36,9 +39,9 @@ from .optimizer import build_optimizer, build_scheduler
 from .rnn_model import GRUDecoder, load_public_state_dict
 from .telemetry import RunLog
 from .throughput import flops_per_step, peak_flops
-from .train_step import StepResult, TrainStep
+from .train_step import Health, StepResult, TrainStep
 from .trial_manifest import load_or_build_manifest
-from .trial_selection import TrialSelection, select_trials
+from .trial_selection import select_trials
 from .trial_stream import TrialStream
 
 # Settings that change how fast or how talkative a run is, never what it computes: they may differ
@@ -181,10 +184,10 @@ class BrainToTextDecoder_Trainer_S3:
                 f"This run already finished at step {state.step}; its model is in "
                 f"{self.paths.model_dir}. Raise num_training_batches to train on."
             )
-            return
+            return None
         self._try_largest_batches()
         batches = self.train_set.batches(start=state.step, stop=config.num_training_batches)
-        self._mark_interval()
+        self._mark_interval(state.step)
         try:
             while True:
                 if self._validation_due():
@@ -198,7 +201,6 @@ class BrainToTextDecoder_Trainer_S3:
 
                 with self.interruption.immediate():
                     batch = next(batches)
-                    self._data_wait += batches.last_wait_seconds
                 result = self.train_step(batch, state.step)
                 if state.step % config.batches_per_train_log == 0:
                     self._log_step(result, batch)
@@ -225,10 +227,8 @@ class BrainToTextDecoder_Trainer_S3:
                 self.model,
                 self.augmentation,
                 self.val_set,
-                sessions=self.selection.sessions,
-                objective=self.objective,
+                self.selection.sessions,
                 autocast=self.train_step.autocast,
-                device=self.device,
                 keep_logits=config.save_val_logits,
                 stop=lambda: self.interruption.requested is not None,
             )
@@ -254,11 +254,12 @@ class BrainToTextDecoder_Trainer_S3:
         ):
             state.stopped_early = True
             self.log.info(
-                f"Stopping early: no better {metric} in {config.early_stopping_val_steps} validations"
+                f"Stopping early: {config.early_stopping_val_steps} validations without a better "
+                f"{metric}"
             )
         state.validated_step = state.step
         self._save_state()
-        self._mark_interval()
+        self._mark_interval(state.step)
 
     def _finish(self) -> None:
         """The last words of a run that reached its end."""
@@ -272,7 +273,7 @@ class BrainToTextDecoder_Trainer_S3:
             f"Finished at step {state.step}: best {metric} {state.best_value:.4f} "
             f"after training batch {state.best_step - 1}"
         )
-        self.log.info(self.stream.summary())
+        self.log.info(f"Streaming: {self.stream.stats.snapshot().describe()}")
 
     def _stop_on_signal(self) -> None:
         """Leave a state to resume from, and a model even when no validation has chosen one yet."""
@@ -289,12 +290,12 @@ class BrainToTextDecoder_Trainer_S3:
     def _open_data(self) -> None:
         config, log = self.config, self.log
         log.info(f"Using device: {self.device}")
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-            torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        allow_tf32(config.allow_tf32)
         log.info(f"Loading data from: {self.data_url.removeprefix('s3://')}")
         store = open_store(self.data_url)
-        self.manifest = load_or_build_manifest(store, log.info)
+        self.manifest = load_or_build_manifest(
+            store, log.info, on_damage=config.dataset.on_damaged_trial
+        )
         selection = self.selection = select_trials(self.manifest, config)
         config.dataset.sessions = list(selection.sessions)
         for sentence in selection.excluded:
@@ -325,7 +326,12 @@ class BrainToTextDecoder_Trainer_S3:
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed)
-        self.model = build_model(config).to(self.device)
+        self.model = GRUDecoder.from_config(config, len(self.selection.sessions)).to(self.device)
+        for name, parameter in self.model.named_parameters():
+            frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
+                name.startswith("day_") and not config.model.input_network.input_trainable
+            )
+            parameter.requires_grad_(not frozen)
         n_parameters = sum(p.numel() for p in self.model.parameters())
         n_day = sum(p.numel() for name, p in self.model.named_parameters() if "day_" in name)
         self.log.info("Initialized RNN decoding model")
@@ -382,6 +388,8 @@ class BrainToTextDecoder_Trainer_S3:
         else:
             content = read_best_checkpoint(Path(path))
         weights = content.get("model_state_dict", content)
+        if "sessions" in content:
+            weights = match_day_layers(weights, content["sessions"], self.selection.sessions)
         for sentence in load_public_state_dict(self.model, weights):
             self.log.info(sentence)
         self.log.info(f"Initialized weights from {path}")
@@ -389,108 +397,106 @@ class BrainToTextDecoder_Trainer_S3:
     def _try_largest_batches(self) -> None:
         """Meet out-of-memory in minute one: a step on the longest trials, without an update."""
         choice = self.config.try_largest_batches_first
-        remaining = self.config.num_training_batches - self.state.step
-        long_run = self.device.type == "cuda" and remaining * 0.1 > 3600
-        if choice == "false" or (choice == "auto" and not long_run):
+        steps = self.config.num_training_batches - self.state.step
+        short = self.device.type != "cuda" or steps < 20_000  # about an hour on a T4 or A10G
+        if choice == "false" or (choice == "auto" and short):
             return
-        trials = np.concatenate(self.selection.train)
-        longest = max(self.manifest.trials[i].n_time_steps for i in trials)
-        n_labels = max(len(self.manifest.trials[i].class_ids) for i in trials)  # type: ignore[arg-type]
-        fits = self.train_step.try_batch(self.config.dataset.batch_size, longest, n_labels)
-        if fits < self.config.dataset.batch_size:
+        trials = [self.manifest.trials[i] for i in np.concatenate(self.selection.train)]
+        n_bins = max(trial.n_time_steps for trial in trials)
+        n_labels = max(len(trial.class_ids) for trial in trials if trial.class_ids is not None)
+        wanted = self.config.dataset.batch_size
+        fits = self.train_step.try_batch(wanted, n_bins, n_labels)
+        if fits < wanted:
             raise TrainingError(
-                f"A batch of {self.config.dataset.batch_size} trials of {longest} bins does not fit "
-                f"the memory of {self.device}: start again with --batch-size {fits}."
+                f"A batch of {wanted} trials of {n_bins} bins does not fit the memory of "
+                f"{self.device}: start again with --batch-size {fits}."
+                if fits
+                else f"Not even one trial of {n_bins} bins fits the memory of {self.device}: "
+                "lower model.n_units, or take a larger instance type."
             )
-        self.log.info(f"The largest batch fits: {self.config.dataset.batch_size} x {longest} bins")
+        self.log.info(f"The largest batch fits: {wanted} trials of {n_bins} bins")
 
     # --- saying what happens ----------------------------------------------------------------------
 
-    def _mark_interval(self) -> None:
-        """Start counting time, steps and traffic for the next log line."""
+    def _mark_interval(self, first_step: int) -> None:
+        """Start counting time and traffic for the log line after the one just written."""
         self._interval_start = time.perf_counter()
-        self._interval_step = self.state.step
+        self._interval_step = first_step
         self._interval_stats = self.stream.stats.snapshot()
-        self._data_wait = 0.0
-        self._frames = 0
 
-    def _log_step(self, result: StepResult, batch: Any) -> None:
+    def _log_step(self, result: StepResult, batch: Batch) -> None:
         """The one place per interval that waits for the device."""
-        loss = float(result.nats_per_frame)
-        steps = self.state.step + 1 - self._interval_step
-        now = time.perf_counter()
-        elapsed = now - self._interval_start
-        self.state.seconds += elapsed
-        seconds = elapsed / steps
+        step, trials = self.state.step, self.config.dataset.batch_size
+        loss, norm = float(result.nats_per_frame), float(result.grad_norm)
+        elapsed = time.perf_counter() - self._interval_start
+        seconds = elapsed / (step + 1 - self._interval_step)
         traffic = self.stream.stats.snapshot() - self._interval_stats
         numbers: dict[str, Any] = {
-            "step": self.state.step,
+            "step": step,
             "loss": loss,
-            "grad_norm": float(result.grad_norm),
+            "grad_norm": norm,
             "seconds_per_step": seconds,
-            "lr": self.optimizer.param_groups[-1]["lr"],
-            "data_wait_share": self._data_wait / max(elapsed, 1e-9),
-            "trials_per_second": self.config.dataset.batch_size / seconds,
-            "frames_per_second": int(batch.n_time_steps.sum())
-            / self.config.model.patch_stride
-            / seconds,
-            **traffic.as_dict(),
+            "learning_rate": self.optimizer.param_groups[-1]["lr"],
+            "trials_per_second": trials / seconds,
+            "frames_per_second": result.n_frames / seconds,
+            "data_wait_share": traffic.wait_seconds / elapsed,
+            **dataclasses.asdict(traffic),
         }
-        flops = flops_per_step(self.config, batch.n_time_steps)
-        peak = peak_flops(self.device, self.config)
-        extra = f" lr: {numbers['lr']:.2e}"
-        for name in ("diphone", "phoneme"):
-            term = getattr(result, name)
-            if term is not None and self.objective.is_joint:
-                numbers[f"{name}_loss"] = float(term)
-                extra += f" {name} loss: {float(term):.3f}"
-        if self.objective.is_joint:
+        said = [f"Train batch {step}: loss: {loss:.2f} grad norm: {norm:.2f} time: {seconds:.3f}"]
+        if result.diphone is not None and result.phoneme is not None:
+            numbers["diphone_loss"], numbers["phoneme_loss"] = (
+                float(result.diphone),
+                float(result.phoneme),
+            )
             numbers["phoneme_weight"] = result.alpha
-            extra += f" phoneme weight: {result.alpha:.2f}"
-        extra += (
-            f" trials/s: {numbers['trials_per_second']:.1f}"
-            f" frames/s: {numbers['frames_per_second']:.0f}"
-            f" data wait: {100 * numbers['data_wait_share']:.1f}%"
+            said.append(
+                f"diphone: {numbers['diphone_loss']:.3f} phoneme: {numbers['phoneme_loss']:.3f} "
+                f"phoneme weight: {result.alpha:.2f}"
+            )
+        said.append(
+            f"lr: {numbers['learning_rate']:.2e} trials/s: {numbers['trials_per_second']:.1f} "
+            f"frames/s: {numbers['frames_per_second']:.0f}"
         )
+        peak = peak_flops(self.device, self.config)
         if peak is not None:
-            numbers["mfu"] = flops / seconds / peak
-            extra += f" MFU: {100 * numbers['mfu']:.1f}%"
-        if self.device.type == "cuda":
+            numbers["mfu"] = flops_per_step(self.config, batch.n_time_steps) / seconds / peak
             numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            extra += f" peak memory: {numbers['gpu_memory_gb']:.1f} GB"
-        extra += f" {traffic.describe()}"
-        self.log.info(
-            f"Train batch {self.state.step}: loss: {loss:.2f} "
-            f"grad norm: {numbers['grad_norm']:.2f} time: {seconds:.3f}{extra}"
+            said.append(f"MFU: {numbers['mfu']:.3f} GPU GB: {numbers['gpu_memory_gb']:.1f}")
+        said.append(
+            f"data wait: {100 * numbers['data_wait_share']:.1f}% GETs: {traffic.requests} "
+            f"MB: {traffic.bytes_fetched / 1e6:.1f} cache hits: {100 * traffic.hit_rate:.0f}% "
+            f"retries: {traffic.retries}"
         )
+        self.log.info(" ".join(said))
         self.log.metrics("train", **numbers)
-        self._check_divergence(batch)
-        self._mark_interval()
-        self._interval_step = self.state.step + 1
-
-    def _check_divergence(self, batch: Any) -> None:
-        """Stop when the device refused too many updates in a row; runs on logging steps only."""
+        self.state.seconds += elapsed
         health = self.train_step.health()
         if health.refused_total:
             self.log.warning(
-                f"{health.refused_total} updates were refused so far because the loss or a gradient "
-                f"was not finite (last at step {health.last_refused_step})"
+                f"{health.refused_total} updates were refused so far, last at step "
+                f"{health.last_refused_step}: loss or gradients were not finite"
             )
-        if health.refused_in_a_row < self.config.non_finite_patience:
-            return
+        if health.refused_in_a_row >= self.config.non_finite_patience:
+            raise self._diverged(health)
+        self._mark_interval(step + 1)
+
+    def _diverged(self, health: Health) -> TrainingError:
+        """What happened, in which trials, with the batch saved and the way back."""
         bad = self.train_set[health.last_refused_step]
-        names = [self.manifest.trials[i].name for i in bad.trial_indices.tolist()]
+        trials = [self.manifest.trials[index] for index in bad.trial_indices.tolist()]
         path = self.paths.output_data_dir / "offending_batch.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically({"features": bad.features, "labels": bad.labels, "trials": names}, path)
+        content = {"step": bad.step, "features": bad.features, "labels": bad.labels}
+        save_atomically({**content, "trials": [trial.name for trial in trials]}, path)
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
-        last = self.checkpoints.state_path(saved[-1]) if saved else "none"
-        raise TrainingError(
-            f"The loss or gradients were not finite in {health.refused_in_a_row} steps in a row, "
-            f"last at step {health.last_refused_step} with trials {', '.join(names[:4])} …: the "
-            f"batch is in {path}, the last good checkpoint is {last}; lower lr_max or check the "
-            "trials with prepare_dataset.py validate."
+        good = self.checkpoints.state_path(saved[-1]) if saved else "none yet"
+        names = [f"{t.session} block {t.block_num} trial {t.trial_num}" for t in trials]
+        return TrainingError(
+            f"Training diverged: loss or gradients were not finite in {health.refused_in_a_row} "
+            f"updates in a row, last at step {health.last_refused_step} with {len(names)} trials "
+            f"({', '.join(names[:3])}, …), saved in {path}; the last good checkpoint is {good}; "
+            "lower lr_max, or look for bad trials with prepare_dataset.py validate."
         )
 
     def _log_validation(self, step: int, result: ValidationResult) -> None:
@@ -631,30 +637,25 @@ class BrainToTextDecoder_Trainer_S3:
             self.log.warning(f"Resuming although changed: {line}")
 
 
-def build_model(config: TrainingConfig) -> GRUDecoder:
-    """The decoder a configuration describes; `dataset.sessions` must be resolved.
+def match_day_layers(
+    weights: dict[str, torch.Tensor], theirs: Sequence[str], ours: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """`weights` with day layers renumbered from the order `theirs` to `ours`, by session name.
 
-    Frozen parts (`rnn_trainable`, `input_trainable`) have `requires_grad` False.
+    Sessions that the checkpoint does not know get an identity layer; ones we do not use are left
+    out.
     """
-    model = config.model
-    decoder = GRUDecoder(
-        neural_dim=model.n_input_features,
-        n_units=model.n_units,
-        n_days=len(config.dataset.sessions or ()),
-        n_classes=config.dataset.n_classes,
-        rnn_dropout=model.rnn_dropout,
-        input_dropout=model.input_network.input_layer_dropout,
-        n_layers=model.n_layers,
-        patch_size=model.patch_size,
-        patch_stride=model.patch_stride,
-        bidirectional=model.bidirectional,
-    )
-    for name, parameter in decoder.named_parameters():
-        if name.startswith("gru.") and not model.rnn_trainable:
-            parameter.requires_grad_(False)
-        if name.startswith("day_") and not model.input_network.input_trainable:
-            parameter.requires_grad_(False)
-    return decoder
+    matched = {name: value for name, value in weights.items() if not name.startswith("day_")}
+    width = weights["day_biases.0"].shape[1]
+    for day, session in enumerate(ours):
+        known = theirs.index(session) if session in theirs else None
+        matched[f"day_weights.{day}"] = (
+            torch.eye(width) if known is None else weights[f"day_weights.{known}"]
+        )
+        matched[f"day_biases.{day}"] = (
+            torch.zeros(1, width) if known is None else weights[f"day_biases.{known}"]
+        )
+    return matched
 
 
 def code_fingerprint() -> dict[str, str]:
