@@ -1,0 +1,149 @@
+"""Error statistics against independent computations and against simulated truth."""
+
+from __future__ import annotations
+
+import itertools
+
+import jiwer
+import numpy as np
+import pytest
+from brain_to_text.error_analysis import (
+    align,
+    bootstrap_interval,
+    calibration,
+    compare_paired,
+    confusion_matrix,
+    count_errors,
+    diphone_errors,
+    length_group,
+    rates_by,
+    token_correctness,
+    worst_diphones,
+)
+from brain_to_text.errors import DataError
+from brain_to_text.metrics import ErrorCounts
+from hypothesis import given
+from hypothesis import strategies as st
+
+PHONEME_SEQUENCES = st.lists(st.integers(1, 6), max_size=12)
+
+
+def corrupted(random: np.random.Generator, reference: list[int]) -> list[int]:
+    hypothesis = []
+    for token in reference:
+        draw = random.random()
+        if draw < 0.1:
+            continue
+        hypothesis.append(int(random.integers(1, 41)) if draw < 0.25 else token)
+        if draw > 0.95:
+            hypothesis.append(int(random.integers(1, 41)))
+    return hypothesis
+
+
+def test_rates_equal_jiwer_exactly():
+    random = np.random.default_rng(0)
+    references = [random.integers(1, 41, random.integers(1, 40)).tolist() for _ in range(200)]
+    hypotheses = [corrupted(random, reference) for reference in references]
+    total = sum(
+        (count_errors(r, h) for r, h in zip(references, hypotheses, strict=True)), ErrorCounts()
+    )
+    as_words = [" ".join(map(str, sequence)) for sequence in references + hypotheses]
+    expected = jiwer.process_words(as_words[:200], as_words[200:])
+    assert total.rate == expected.wer
+    assert total.edits == expected.substitutions + expected.deletions + expected.insertions
+
+
+@given(PHONEME_SEQUENCES, PHONEME_SEQUENCES)
+def test_alignment_spells_both_sequences_and_costs_the_edit_distance(reference, hypothesis):
+    pairs = align(reference, hypothesis)
+    assert [r for r, _ in pairs if r is not None] == reference
+    assert [h for _, h in pairs if h is not None] == hypothesis
+    assert sum(r != h for r, h in pairs) == count_errors(reference, hypothesis).edits
+    assert len(token_correctness(reference, hypothesis)) == len(hypothesis)
+
+
+def test_intervals_cover_the_truth_at_their_stated_rate():
+    random = np.random.default_rng(1)
+    truth, covered, repeats = 0.2, 0, 400
+    for repeat in range(repeats):
+        tokens = random.integers(10, 50, size=40)
+        # trials differ in difficulty, so errors are overdispersed as in real sessions
+        difficulty = random.beta(2, 8, size=40)
+        errors = random.binomial(tokens, difficulty)
+        interval = bootstrap_interval(errors, tokens, resamples=800, seed=repeat)
+        covered += interval.low <= truth <= interval.high
+    # standard error of the coverage: sqrt(0.95 * 0.05 / 400) = 0.011
+    assert 0.915 <= covered / repeats <= 0.985
+
+
+def test_paired_test_is_uniform_under_the_null_and_finds_a_real_difference():
+    random = np.random.default_rng(2)
+    p_values = []
+    for repeat in range(200):
+        tokens = random.integers(10, 50, size=60)
+        difficulty = random.beta(2, 8, size=60)
+        a, b = random.binomial(tokens, difficulty), random.binomial(tokens, difficulty)
+        p_values.append(compare_paired(a, b, tokens, resamples=400, seed=repeat).p_value)
+    assert 0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.10
+    better = random.binomial(tokens, 0.6 * difficulty)
+    comparison = compare_paired(a, better, tokens)
+    assert comparison.p_value < 0.01
+    assert comparison.difference.high < 0
+    assert comparison.trials_better > comparison.trials_worse
+
+
+def test_few_differing_trials_give_the_exact_p_value():
+    difference = np.array([-3, -2, -1, 2, 0, 0])
+    a = np.array([5, 5, 5, 5, 5, 5])
+    observed = abs(difference.sum())
+    patterns = itertools.product((-1, 1), repeat=4)
+    expected = np.mean([abs(np.dot(p, difference[:4])) >= observed for p in patterns])
+    assert compare_paired(a, a + difference, np.full(6, 20)).p_value == expected
+
+
+def test_equal_models_differ_by_nothing():
+    comparison = compare_paired([1, 2, 3], [1, 2, 3], [10, 10, 10])
+    assert comparison.p_value == 1.0
+    assert comparison.difference.as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_different_trials_are_refused():
+    with pytest.raises(DataError, match="same trials"):
+        compare_paired([1, 2], [1, 2, 3], [10, 10, 10])
+    with pytest.raises(DataError, match="no reference tokens"):
+        bootstrap_interval([0], [0])
+
+
+def test_confusion_matrix_keeps_insertions_and_deletions_apart():
+    pairs = align([1, 2, 3], [1, 4, 3, 5]) + align([7], [])
+    matrix = confusion_matrix(pairs)
+    assert matrix[2, 4] == 1
+    assert matrix[0, 5] == 1
+    assert matrix[7, 0] == 1
+    assert matrix.trace() == 2
+
+
+def test_diphone_errors_count_the_context_of_the_reference():
+    alignments = [align([1, 2, 3], [1, 9, 3]), align([1, 2], [1])]
+    counts = diphone_errors(alignments)
+    assert counts[(1, 2)] == ErrorCounts(substitutions=1, deletions=1, reference_labels=2)
+    assert counts[(0, 1)].edits == 0
+    assert worst_diphones(counts, at_least=2)[0][0] == (1, 2)
+
+
+def test_groups_are_sorted_and_add_up():
+    table = rates_by(["b", "a", "b"], [1, 2, 3], [10, 10, 10])
+    assert list(table) == ["a", "b"]
+    assert table["b"]["value"] == 0.2
+    assert table["b"]["n_trials"] == 2
+    assert [length_group(n) for n in (1, 10, 11)] == ["01–10", "01–10", "11–20"]
+
+
+def test_perfectly_calibrated_confidences_have_no_expected_error():
+    random = np.random.default_rng(3)
+    confidence = random.random(200_000)
+    correct = random.random(200_000) < confidence
+    result = calibration(confidence, correct)
+    assert result.expected_error < 0.01
+    assert result.count.sum() == 200_000
+    assert calibration(np.full(10, 0.9), np.zeros(10, bool)).expected_error == pytest.approx(0.9)
