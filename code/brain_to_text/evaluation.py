@@ -39,9 +39,7 @@ def evaluate(
         The scores, or None when the pass was given up.
     """
     started = time.perf_counter()
-    if label_form is None and hasattr(batches, "manifest"):
-        label_form = batches.manifest.label_form
-    meter = ValidationMeter(sessions, model.n_classes)
+    meter = ValidationMeter(sessions, model.n_classes, dataset.manifest.label_form)
     logits_by_trial: dict[int, torch.Tensor] = {}
     was_training = model.training
     model.eval()

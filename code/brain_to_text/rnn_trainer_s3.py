@@ -67,6 +67,22 @@ FREE_ON_RESUME = (
     "save_val_metrics",
     "try_largest_batches_first",
 )
+# Rooms whose code decides what a run computes; a change in them is a change of the run.
+COMPUTING_ROOMS = (
+    "augmentations",
+    "batch",
+    "batch_plan",
+    "diphones",
+    "losses",
+    "metrics",
+    "optimizer",
+    "packed_gru",
+    "rnn_model",
+    "rnn_trainer_s3",
+    "train_step",
+    "trial_records",
+    "trial_selection",
+)
 CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
 
 
@@ -659,12 +675,9 @@ def match_day_layers(
 
 
 def code_fingerprint() -> dict[str, str]:
-    """SHA-256 of every module of this library, by file name."""
-    folder = Path(__file__).parent
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in sorted(folder.glob("*.py"))
-    }
+    """SHA-256 (16 digits) of every room that decides what is computed, by file name."""
+    files = [Path(__file__).with_name(f"{room}.py") for room in COMPUTING_ROOMS]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class RunLog:
                 file.write(earlier + so_far)
         for handler in self._handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.stream.seek(0, os.SEEK_END)
+                handler.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
 
     def upload_to(self, url: str) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread of its own."""
