@@ -1,0 +1,512 @@
+"""The job behind ./local_run.sh: data into a local S3 server, our image through the SDK's Estimator
+in local mode, the model out of the same server.
+
+Everything it makes lies under .local/: `s3/` is what the server serves (data and outputs),
+`runs/JOB/` holds one run's logs and its unpacked model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests"), str(REPOSITORY / "docker")]
+
+from build_image import ImageError, build_image, docker_client, engine_problem, on_path  # noqa: E402
+from support.local_s3 import LocalS3, serve_s3  # noqa: E402
+
+LOCAL = REPOSITORY / ".local"
+BUCKET = "brain-to-text-local"
+DATA_PREFIX = "data/hdf5_data_diphone_encoded"
+OUTPUT_PREFIX = "sagemaker-outputs"
+CONFIG = "rnn_args_smoke.yaml"
+RUN_LABEL = "brain-to-text.run"
+LEARNED = 0.10  # DER and PER of a decoder that learned the smoke data
+# local mode never assumes the role, it only wants the shape of one
+ANY_ROLE = "arn:aws:iam::000000000000:role/local-mode"
+STOP_SECONDS = 120  # what SageMaker gives a job between SIGTERM and SIGKILL
+PROMISED = {
+    "checkpoint/best_checkpoint",
+    "checkpoint/args.yaml",
+    "checkpoint/val_metrics.pkl",
+    "training_log",
+}
+
+
+class LocalRunError(Exception):
+    """The run cannot go on; one sentence saying why and what to type."""
+
+
+@dataclass
+class Run:
+    """One local job: its name, its folder, the server it reads from and writes to."""
+
+    job: str
+    folder: Path
+    s3: LocalS3
+    steps: int | None
+    hyperparameters: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hyperparameters = {
+            "s3-bucket": BUCKET,
+            "s3-data-prefix": DATA_PREFIX,
+            "config-file": CONFIG,
+            "output-s3-uri": f"s3://{BUCKET}/{OUTPUT_PREFIX}/{self.job}",
+        }
+        if self.steps is not None:
+            self.hyperparameters["num-training-batches"] = str(self.steps)
+
+    @property
+    def model_key(self) -> str:
+        return f"{OUTPUT_PREFIX}/{self.job}/output/model.tar.gz"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_everything(options)
+    except (LocalRunError, ImageError) as problem:
+        print(f"local_run: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nlocal_run: stopped; everything it started is gone.", file=sys.stderr)
+        return 130
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="local_run.sh", description="The main job, locally.")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cpu", action="store_true", help="train on the CPU")
+    device.add_argument("--gpu", action="store_true", help="train on an NVIDIA GPU")
+    parser.add_argument("--no-docker", action="store_true", help="without a container")
+    parser.add_argument("--steps", type=_positive, help="training steps")
+    parser.add_argument("--base-image", default=os.environ.get("BASE_IMAGE") or None)
+    return parser.parse_args(arguments)
+
+
+def run_everything(options: argparse.Namespace) -> int:
+    """Data, image, job, model, table; the exit code."""
+    gpu = wants_gpu(options)
+    no_docker = options.no_docker
+    if not no_docker and (problem := engine_problem()):
+        say(f"No container on this machine: {problem} Running the toolkit's train without one.")
+        no_docker = True
+
+    job = f"brain-to-text-smoke-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = LOCAL / "runs" / job
+    folder.mkdir(parents=True)
+    host = "127.0.0.1" if no_docker else container_host()
+    with serve_s3(LOCAL / "s3", host, cached=True, log_file=folder / "s3-server.log") as s3:
+        os.environ.update(s3.environment())
+        s3.make_bucket(BUCKET)
+        provide_data()
+        run = Run(job, folder, s3, options.steps)
+        if no_docker:
+            train_without_docker(run, gpu)
+        else:
+            image = provide_image(run, gpu, options.base_image)
+            train_in_local_mode(run, image, gpu)
+        return show_results(run)
+
+
+def wants_gpu(options: argparse.Namespace) -> bool:
+    """The GPU unless --cpu; --gpu without one is an error."""
+    if options.cpu:
+        return False
+    found = _succeeds("nvidia-smi", "--list-gpus")
+    if options.gpu and not found:
+        raise LocalRunError("--gpu: nvidia-smi finds no GPU on this machine; use --cpu.")
+    return found
+
+
+# --- data
+
+
+def provide_data() -> None:
+    """Synthesise the smoke data straight into the S3 server; kept for the next run."""
+    from brain_to_text.object_store import open_store
+    from brain_to_text.trial_manifest import load_manifest
+
+    url = f"s3://{BUCKET}/{DATA_PREFIX}"
+    if (LOCAL / "s3" / BUCKET / DATA_PREFIX).exists() and load_manifest(open_store(url)):
+        say(f"Using the smoke data of an earlier run ({url}).")
+        return
+    say(f"Making the smoke data ({url}).")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(REPOSITORY / "code" / "prepare_dataset.py"),
+            "synthesize",
+            url,
+            "--preset",
+            "smoke",
+        ],
+        check=False,
+    )
+    if done.returncode:
+        raise LocalRunError("the smoke data could not be made: the line above says why.")
+
+
+# --- with Docker
+
+
+def provide_image(run: Run, gpu: bool, base_image: str | None) -> str:
+    """Build the image and return its tag; the build's output goes to a file."""
+    tag = f"brain-to-text-training:local-{'cuda' if gpu else 'cpu'}"
+    log = run.folder / "build.log"
+    say(f"Building {tag} (the first time takes minutes; log: {_short(log)}).")
+    with log.open("w") as file, contextlib.redirect_stderr(_Tee(file, show=_is_build_step)):
+        build_image([tag], cpu=not gpu, base_image=base_image)
+    return tag
+
+
+def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
+    """One training job through the SDK's Estimator, exactly as on SageMaker but on this machine."""
+    bridge_docker_commands(gpu)
+    os.environ["SAGEMAKER_SUPPRESS_V2_WARNING"] = "1"
+    import boto3
+    from sagemaker.estimator import Estimator
+    from sagemaker.local import LocalSession
+
+    logging.getLogger("sagemaker").setLevel(logging.WARNING)
+    session = LocalSession(boto_session=boto3.Session(), default_bucket=BUCKET)
+    session.config = {
+        "local": {
+            "container_root": str(run.folder),
+            # 64 MB of shared memory, Docker's default, is too little for worker processes
+            "container_config": {"shm_size": "2gb", "labels": {RUN_LABEL: run.job}},
+        }
+    }
+    variables = {"AWS_ENDPOINT_URL_S3": run.s3.endpoint_url}
+    if not gpu:
+        variables["BRAIN_TO_TEXT_EXPECT_GPU"] = "0"
+    estimator = Estimator(
+        image_uri=image,
+        role=ANY_ROLE,
+        instance_count=1,
+        instance_type="local_gpu" if gpu else "local",
+        output_path=f"s3://{BUCKET}/{OUTPUT_PREFIX}",
+        hyperparameters=run.hyperparameters,
+        environment=variables,
+        sagemaker_session=session,
+        disable_profiler=True,
+        debugger_hook_config=False,
+    )
+    say(f"Training: job {run.job} in SageMaker local mode.")
+    log = run.folder / "container.log"
+    try:
+        with (
+            log.open("w") as file,
+            contextlib.redirect_stdout(_Tee(file, show=_is_trainer_line, strip=COMPOSE_PREFIX)),
+        ):
+            estimator.fit(job_name=run.job)
+    except (RuntimeError, ImportError) as error:
+        raise LocalRunError(f"the job failed: {failure_reason(run, error)}") from error
+    finally:
+        remove_containers(run.job)
+
+
+def bridge_docker_commands(gpu: bool) -> None:
+    """Put first on PATH a folder with the `docker` that works and a Compose that the SDK knows.
+
+    The SDK accepts `docker compose` only when its version says v2, else it wants `docker-compose`.
+
+    Raises:
+        LocalRunError: there is no Compose, or only one too old for a GPU.
+    """
+    client = docker_client()
+    shims = LOCAL / "bin"
+    shutil.rmtree(shims, ignore_errors=True)
+    shims.mkdir(parents=True)
+    (shims / "docker").symlink_to(Path(client).resolve())
+    plugin = _succeeds(client, "compose", "version")
+    if plugin:
+        _write_script(shims / "docker-compose", f'exec "{client}" compose "$@"')
+    elif standalone := on_path("docker-compose"):
+        (shims / "docker-compose").symlink_to(Path(standalone[0]).resolve())
+        version = subprocess.run(
+            [standalone[0], "version", "--short"], capture_output=True, text=True, check=False
+        ).stdout
+        if gpu and version.strip().startswith("1."):
+            raise LocalRunError(
+                f"docker-compose {version.strip()} gives containers no GPU: install the Compose "
+                "plugin (package docker-compose-plugin), or use --cpu."
+            )
+    else:
+        raise LocalRunError(
+            "SageMaker local mode needs Docker Compose: install the package docker-compose-plugin "
+            "or docker-compose, or use --no-docker."
+        )
+    os.environ["PATH"] = f"{shims}{os.pathsep}{os.environ['PATH']}"
+
+
+def container_host() -> str:
+    """An address of this machine that containers reach: the bridge network's gateway."""
+    found = subprocess.run(
+        [
+            docker_client(),
+            "network",
+            "inspect",
+            "bridge",
+            "--format",
+            "{{(index .IPAM.Config 0).Gateway}}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    address = found.stdout.strip()
+    if found.returncode or not re.fullmatch(r"[0-9.]+", address):
+        raise LocalRunError(
+            "the engine's bridge network has no gateway for containers to reach the local S3 "
+            f"server ({found.stderr.strip() or address or 'no address'}): use --no-docker."
+        )
+    return address
+
+
+def remove_containers(job: str) -> None:
+    """Remove this run's containers and the network local mode leaves behind."""
+    client = docker_client()
+    listed = subprocess.run(
+        [client, "ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={job}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if containers := listed.stdout.split():
+        _succeeds(client, "rm", "--force", "--volumes", *containers)
+    # refused, rightly, while another local job uses it
+    _succeeds(client, "network", "rm", "sagemaker-local")
+
+
+def failure_reason(run: Run, error: Exception) -> str:
+    """The sentence in output/failure, which local mode packs into output.tar.gz."""
+    packed = LOCAL / "s3" / BUCKET / OUTPUT_PREFIX / run.job / "output" / "output.tar.gz"
+    if packed.exists():
+        with tarfile.open(packed) as archive:
+            for member in archive:
+                if Path(member.name).name == "failure" and (file := archive.extractfile(member)):
+                    return file.read().decode("utf-8", "replace").strip()
+    return f"{error} (log: {_short(run.folder / 'container.log')})"
+
+
+# --- without Docker
+
+
+def train_without_docker(run: Run, gpu: bool) -> None:
+    """The toolkit's `train` on a folder shaped like /opt/ml; model.tar.gz goes to the S3 server."""
+    base = run.folder / "opt" / "ml"
+    for name in ("input/config", "input/data", "model", "output/data", "checkpoints"):
+        (base / name).mkdir(parents=True)
+    (base / "code").symlink_to(REPOSITORY / "code", target_is_directory=True)
+    configuration = {
+        "hyperparameters.json": run.hyperparameters,
+        "resourceconfig.json": {
+            "current_host": "localhost",
+            "hosts": ["localhost"],
+            "network_interface_name": "lo",
+        },
+        "inputdataconfig.json": {},
+    }
+    for name, content in configuration.items():
+        (base / "input" / "config" / name).write_text(json.dumps(content))
+    variables = {
+        **os.environ,
+        "SAGEMAKER_BASE_DIR": str(base),
+        "SAGEMAKER_PROGRAM": "train_model_sagemaker.py",
+        "SAGEMAKER_TRAINING_MODULE": "toolkit_hook:run_trainer",
+        "PYTHONPATH": str(REPOSITORY / "docker"),
+        "PYTHONUNBUFFERED": "1",
+        "TRAINING_JOB_NAME": run.job,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    if not gpu:
+        variables |= {"BRAIN_TO_TEXT_EXPECT_GPU": "0", "CUDA_VISIBLE_DEVICES": ""}
+    say(f"Training: job {run.job} by the toolkit's train in {_short(base)}.")
+    train = Path(sys.executable).with_name("train")
+    with (run.folder / "container.log").open("w") as log:
+        tee = _Tee(log, show=_is_trainer_line)
+        process = subprocess.Popen(
+            [str(train)],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # Ctrl-C must reach it once, as the SIGTERM of a SageMaker stop
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                tee.write(line)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        failure = base / "output" / "failure"
+        reason = failure.read_text().strip() if failure.exists() else "no reason was written"
+        raise LocalRunError(f"the job failed: {reason}")
+    upload_model(run, base / "model")
+
+
+def upload_model(run: Run, model: Path) -> None:
+    """Pack the model folder as SageMaker does and put it where the job's output goes."""
+    import boto3
+
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in sorted(model.iterdir()):
+            archive.add(path, arcname=path.name)
+    boto3.client("s3").put_object(Bucket=BUCKET, Key=run.model_key, Body=packed.getvalue())
+
+
+# --- results
+
+
+def show_results(run: Run) -> int:
+    """Fetch and unpack model.tar.gz, print the curve and where everything is; the exit code."""
+    import boto3
+
+    archive = run.folder / "model.tar.gz"
+    boto3.client("s3").download_file(BUCKET, run.model_key, str(archive))
+    model = run.folder / "model"
+    with tarfile.open(archive) as packed:
+        packed.extractall(model, filter="data")
+    held = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
+    if missing := sorted(PROMISED - held):
+        raise LocalRunError(f"model.tar.gz lacks {', '.join(missing)}: see {_short(run.folder)}.")
+
+    curve = read_curve((model / "training_log").read_text())
+    print(f"\n{'step':>8}  {'DER':>7}  {'PER':>7}  {'CTC loss':>8}")
+    for point in curve:
+        per = "" if point.per is None else f"{point.per:7.4f}"
+        print(f"{point.step:>8,}  {point.der:7.4f}  {per:>7}  {point.loss:8.4f}")
+    print(f"\nmodel        {_short(archive)}")
+    print(f"unpacked     {_short(model)}")
+    print(f"in S3        s3://{BUCKET}/{OUTPUT_PREFIX}/{run.job}/  (.local/s3/{BUCKET}/...)")
+    print(f"logs         {_short(run.folder)}")
+
+    best = min(curve, key=lambda point: point.der, default=None)
+    if run.steps is None and (best is None or max(best.der, best.per or 0.0) >= LEARNED):
+        say(f"The decoder did not learn: DER and PER should fall below {LEARNED:.2f}.")
+        return 1
+    return 0
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One validation, as its log line says it."""
+
+    step: int
+    der: float
+    loss: float
+    per: float | None
+
+
+def read_curve(training_log: str) -> list[CurvePoint]:
+    """The validations in a training log, in order; a step validated again counts once, the last."""
+    pattern = re.compile(
+        r"Val batch (?P<step>\d+): DER \(avg\): (?P<der>[\d.]+) CTC Loss \(avg\): (?P<loss>[\d.]+)"
+        r"(?:.*?\bPER(?: \(avg\))?: (?P<per>[\d.]+))?"
+    )
+    points = {
+        int(found["step"]): CurvePoint(
+            int(found["step"]),
+            float(found["der"]),
+            float(found["loss"]),
+            None if found["per"] is None else float(found["per"]),
+        )
+        for found in pattern.finditer(training_log)
+    }
+    return [points[step] for step in sorted(points)]
+
+
+# --- what is shown
+
+COMPOSE_PREFIX = re.compile(r"^(\x1b\[[\d;]*m)*[\w.-]+ *\|( |\x1b\[[\d;]*m)*")
+
+
+class _Tee(io.TextIOBase):
+    """Writes every line to a file and the lines worth a look to the terminal."""
+
+    def __init__(self, file: TextIO, show, strip: re.Pattern[str] | None = None) -> None:
+        self._file = file
+        self._show = show
+        self._strip = strip
+        self._terminal = sys.stdout
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            clean = self._strip.sub("", line.rstrip("\r")) if self._strip else line
+            self._file.write(clean + "\n")
+            if self._show(clean):
+                self._terminal.write(clean + "\n")
+        self._file.flush()
+        self._terminal.flush()
+        return len(text)
+
+
+def _is_build_step(line: str) -> bool:
+    return re.match(r"#\d+ \[(?!internal)", line) is not None
+
+
+def _is_trainer_line(line: str) -> bool:
+    """Not the toolkit's own chatter, not Compose's."""
+    return bool(line.strip()) and not re.search(
+        r"sagemaker-training-toolkit|^Attaching to|^(Creating|Recreating|Starting)\b|\bexited with",
+        line,
+    )
+
+
+def say(sentence: str) -> None:
+    print(f"==> {sentence}", flush=True)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of steps")
+    return int(text)
+
+
+def _write_script(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def _succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The hook between the toolkit and the trainer: commands, GPUs, failure texts, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import toolkit_hook as hook
+from sagemaker_training import errors
+
+TRACEBACK = """\
+Traceback (most recent call last):
+  File "train.py", line 5, in <module>
+    raise RuntimeError("the bolts came off")
+RuntimeError: the bolts came off"""
+
+TORCHRUN = """\
+Traceback (most recent call last):
+  File "run.py", line 9, in main
+    run(args)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+train.py FAILED"""
+
+
+def test_one_process_starts_without_torchrun():
+    command = hook.trainer_command(
+        ["t.py", "--a", "1"], hosts=["algo-1"], current_host="algo-1", processes_per_host=1
+    )
+    assert command == [sys.executable, "t.py", "--a", "1"]
+
+
+def test_two_gpus_on_one_host_start_through_torchrun():
+    command = hook.trainer_command(
+        ["t.py"], hosts=["algo-1"], current_host="algo-1", processes_per_host=2
+    )
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert {"--standalone", "--nproc-per-node=2", "--max-restarts=0"} <= set(command)
+    assert command[-1] == "t.py"
+
+
+def test_every_host_meets_the_first_and_knows_its_rank():
+    hosts = ["algo-2", "algo-1"]
+    commands = [
+        hook.trainer_command(["t.py"], hosts=hosts, current_host=host, processes_per_host=1)
+        for host in ("algo-1", "algo-2")
+    ]
+    for rank, command in enumerate(commands):
+        assert f"--node-rank={rank}" in command
+        assert "--master-addr=algo-1" in command
+        assert "--nnodes=2" in command
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "processes"), [(0, "", 1), (4, "", 4), (0, "2", 2), (4, "1", 1)]
+)
+def test_processes_per_host(gpus, asked, processes):
+    assert hook.processes_per_host(gpus, {hook.PROCESSES_VARIABLE: asked}) == processes
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "two"])
+def test_a_senseless_number_of_processes_is_refused(asked):
+    with pytest.raises(errors.ClientError, match=hook.PROCESSES_VARIABLE):
+        hook.processes_per_host(0, {hook.PROCESSES_VARIABLE: asked})
+
+
+@pytest.mark.parametrize(
+    ("instance", "gpus", "asked", "expected"),
+    [
+        ("ml.g5.2xlarge", 0, "", True),
+        ("ml.p5.48xlarge", 0, "", True),
+        ("ml.gr6.4xlarge", 0, "", True),
+        ("local_gpu", 0, "", True),
+        ("ml.m5.large", 0, "", False),
+        ("ml.c7g.large", 0, "", False),
+        ("local", 0, "", False),
+        (None, 0, "", False),
+        (None, 1, "", True),
+        ("ml.m5.large", 0, "1", True),
+        ("ml.g5.2xlarge", 1, "0", False),
+    ],
+)
+def test_when_a_gpu_is_expected(instance, gpus, asked, expected):
+    assert hook.expects_gpu(instance, gpus, {hook.EXPECT_GPU_VARIABLE: asked}) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"cuda": None}, "without CUDA"),
+        ({"error": "no NVIDIA driver"}, "no NVIDIA driver"),
+        ({"devices": []}, "none is visible"),
+        ({"devices": [["Tesla V100", 70]]}, "Tesla V100 .sm_70. is older"),
+        ({}, None),
+    ],
+)
+def test_each_gpu_problem_has_its_sentence(answer, says):
+    usable = {
+        "cuda": "13.0",
+        "version": "2.13",
+        "error": "",
+        "devices": [["A10G", 86]],
+        "lowest": 75,
+    }
+    problem = hook.gpu_problem({**usable, **answer}, "instance type ml.g5.2xlarge")
+    if says is None:
+        assert problem is None
+    else:
+        assert problem is not None
+        assert re.search(says, problem)
+
+
+def test_the_gpu_question_is_answered_by_this_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", hook.GPU_QUESTION], capture_output=True, text=True, check=True
+    )
+    assert {"cuda", "version", "error", "devices"} <= set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("driver", "used"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12", True),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release", False),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release", False),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release", True),
+        (None, False),
+    ],
+)
+def test_cuda_compatibility_only_for_older_drivers(tmp_path, driver, used):
+    compat = tmp_path / "compat"
+    compat.mkdir()
+    (compat / "libcuda.so.1").touch()
+    (compat / "libcuda.so.580.95.05").touch()
+    version = tmp_path / "version"
+    if driver:
+        version.write_text(driver)
+    assert hook.cuda_compat_path(compat, version) == (compat if used else None)
+
+
+def test_no_compatibility_folder_no_path(tmp_path):
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun")
+    assert hook.cuda_compat_path(tmp_path / "none", version) is None
+
+
+def test_the_trainers_own_sentence_wins(tmp_path):
+    failure = tmp_path / "failure"
+    failure.write_text("Prefix s3://b/p has no sessions: check --s3-data-prefix.\n")
+    text = hook.failure_text(failure, TRACEBACK.splitlines(), 1)
+    assert text == "Prefix s3://b/p has no sessions: check --s3-data-prefix."
+
+
+def test_an_exception_leads_and_its_traceback_follows(tmp_path):
+    text = hook.failure_text(tmp_path / "failure", ["noise", *TRACEBACK.splitlines()], 1)
+    assert text.startswith("RuntimeError: the bolts came off\n\nTraceback")
+    assert "noise" not in text
+
+
+def test_torchruns_own_traceback_does_not_hide_the_cause(tmp_path):
+    worker = [f"[rank0]: {line}" for line in TRACEBACK.splitlines()]
+    text = hook.failure_text(tmp_path / "failure", [*worker, *TORCHRUN.splitlines()], 1)
+    assert text.startswith("RuntimeError: the bolts came off\n")
+
+
+def test_without_a_traceback_the_last_line_is_the_reason(tmp_path):
+    text = hook.failure_text(tmp_path / "failure", ["usage: t.py", "t.py: error: no --x", ""], 2)
+    assert text.startswith("t.py: error: no --x\n")
+
+
+def test_a_silent_death_is_still_said(tmp_path):
+    assert "exit code 3" in hook.failure_text(tmp_path / "failure", [], 3)
+    assert "out of memory" in hook.failure_text(tmp_path / "failure", [], -signal.SIGKILL)
+    assert "SIGSEGV" in hook.failure_text(tmp_path / "failure", [], -signal.SIGSEGV)
+
+
+# --- under the real toolkit
+
+PROGRAM = """
+import os, signal, sys, time
+mode = sys.argv[sys.argv.index("--mode") + 1]
+rank = os.environ.get("RANK", "0")
+base = os.environ["SAGEMAKER_BASE_DIR"]
+open(f"{base}/started{rank}", "w").write(" ".join(sys.argv[1:]))
+if mode == "raise":
+    raise RuntimeError("the bolts came off")
+if mode == "sentence":
+    open(os.environ["SM_OUTPUT_DIR"] + "/failure", "w").write("One clear sentence.")
+    sys.exit(1)
+if mode == "wait":
+    def stop(*_):
+        open(os.environ["SM_CHECKPOINT_DIR"] + f"/saved{rank}", "w").close()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, stop)
+    open(f"{base}/listening{rank}", "w").close()
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """Start the toolkit's `train` on a folder shaped like /opt/ml holding PROGRAM."""
+    base = tmp_path / "ml"
+    for name in ("code", "input/config", "output", "model", "checkpoints"):
+        (base / name).mkdir(parents=True)
+    (base / "code" / "program.py").write_text(textwrap.dedent(PROGRAM))
+    config = base / "input" / "config"
+    (config / "inputdataconfig.json").write_text("{}")
+    (config / "resourceconfig.json").write_text(
+        json.dumps({"current_host": "localhost", "hosts": ["localhost"]})
+    )
+    started = []
+
+    def start(mode: str, processes: int = 1) -> tuple[subprocess.Popen, Path]:
+        (config / "hyperparameters.json").write_text(json.dumps({"mode": mode, "flag": "true"}))
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("train"))],
+            env={
+                **os.environ,
+                "SAGEMAKER_BASE_DIR": str(base),
+                "SAGEMAKER_PROGRAM": "program.py",
+                "SAGEMAKER_TRAINING_MODULE": "toolkit_hook:run_trainer",
+                "PYTHONPATH": str(Path(hook.__file__).parent),
+                hook.PROCESSES_VARIABLE: str(processes),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process, base
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_success_passes_hyperparameters_as_arguments(toolkit):
+    process, base = toolkit("fine")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert (base / "started0").read_text() == "--flag True --mode fine"
+    assert not (base / "output" / "failure").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "failure"),
+    [("raise", "RuntimeError: the bolts came off\n"), ("sentence", "One clear sentence.")],
+)
+def test_a_failure_leaves_its_reason_and_a_non_zero_exit(toolkit, mode, failure):
+    process, base = toolkit(mode)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert (base / "output" / "failure").read_text().startswith(failure)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_reaches_every_trainer_process(toolkit, processes):
+    process, base = toolkit("wait", processes)
+    _await(lambda: len(list(base.glob("listening*"))) == processes)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert len(list((base / "checkpoints").glob("saved*"))) == processes
+    assert not (base / "output" / "failure").exists()
+
+
+def _await(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
