@@ -45,7 +45,7 @@ class SyntheticDataset:
     gain: how strongly articulation modulates firing; the signal-to-noise ratio.
     session_change: 0 (every session mixes alike) … 1 (unrelated mixing).
     phoneme_set: 41-class labels instead of diphones. label_form: form of diphone labels.
-    permute_labels: give every trial the labels of another one of about the same length.
+    permute_labels: label every trial with what another one of its file says.
     """
 
     sessions: int = 4
@@ -85,6 +85,7 @@ class _PlannedTrial:
     block: int
     trial_num: int
     sentence: str
+    label: str  # what the file says was said; another trial's sentence if labels are permuted
 
 
 def synthesize(
@@ -162,9 +163,22 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
     supply["test"] = supply["val"]
     plan: dict[str, list[_PlannedTrial]] = {}
     for session, (split, block, number) in slots:
-        trial = _PlannedTrial(split, block, number, next(supply[split]))
+        sentence = next(supply[split])
+        trial = _PlannedTrial(split, block, number, sentence, sentence)
         plan.setdefault(session, []).append(trial)
+    if dataset.permute_labels:
+        plan = {session: _permuted(trials, rng) for session, trials in plan.items()}
     return plan
+
+
+def _permuted(trials: list[_PlannedTrial], rng: np.random.Generator) -> list[_PlannedTrial]:
+    """Each trial labelled with the sentence of another one of its split, in one random cycle."""
+    result = list(trials)
+    for split in ("train", "val"):
+        cycle = rng.permutation([i for i, trial in enumerate(trials) if trial.split == split])
+        for taker, donor in zip(cycle.tolist(), np.roll(cycle, 1).tolist(), strict=True):
+            result[taker] = replace(trials[taker], label=trials[donor].sentence)
+    return result
 
 
 def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]]:
@@ -199,16 +213,12 @@ def _make_session(
     by_split: dict[str, list[TrialContents]] = {}
     for block in dict.fromkeys(trial.block for trial in plan):
         trials = [trial for trial in plan if trial.block == block]
-        phonemes = [sentence_phonemes(trial.sentence) for trial in trials]
-        for trial, labels, features in zip(
-            trials, phonemes, _block_features(dataset, mixing, phonemes, rng), strict=True
-        ):
+        block_features = _block_features(dataset, mixing, trials, rng)
+        for trial, features in zip(trials, block_features, strict=True):
             made = by_split.setdefault(trial.split, [])
-            made.append(_contents(dataset, session, trial, labels, features, len(made)))
+            made.append(_contents(dataset, session, trial, features, len(made)))
     inspections = []
     for split, contents in by_split.items():
-        if dataset.permute_labels:
-            contents = _permuted(contents, rng)
         key = f"{session}/data_{split}.hdf5"
         data = data_file_bytes(contents, dataset.layout, dataset.dtype)
         store.write(key, data)
@@ -247,12 +257,12 @@ def _articulation(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def _block_features(
     dataset: SyntheticDataset,
     mixing: np.ndarray,
-    phonemes: Sequence[np.ndarray],
+    trials: Sequence[_PlannedTrial],
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Features [T, 2 x electrodes] float32 of the trials of one block, z-scored over the block."""
     places, onsets = _articulation(dataset.seed)
-    current, previous, age, ends = _timeline(dataset, phonemes, rng)
+    current, previous, age, ends = _timeline(dataset, trials, rng)
     pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None]
     articulation = places[current] * (1 - pull / 2) + places[previous] * (pull / 2)
     articulation += onsets[N_PHONEMES * previous + current] * pull
@@ -268,18 +278,19 @@ def _block_features(
 
 
 def _timeline(
-    dataset: SyntheticDataset, phonemes: Sequence[np.ndarray], rng: np.random.Generator
+    dataset: SyntheticDataset, trials: Sequence[_PlannedTrial], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Per bin: current phoneme, previous phoneme, bins since the onset; and where trials end.
 
     Every trial starts and ends at rest and is long enough for CTC with self-loop labels.
     """
     current, previous, durations, ends = [], [], [], []
-    for labels in phonemes:
+    for trial in trials:
+        labels = sentence_phonemes(trial.sentence)
         spoken = rng.gamma(8.0, dataset.bins_per_phoneme / 8.0, len(labels))
         spoken = np.maximum(np.round(spoken), np.ceil(dataset.bins_per_phoneme / 2)).astype(int)
         rest = rng.integers(8, 24, 2)
-        diphones = encode_diphones(labels)
+        diphones = encode_diphones(sentence_phonemes(trial.label))
         frames = len(diphones) + int((diphones[1:] == diphones[:-1]).sum())
         needed = PATCH_SIZE + PATCH_STRIDE * frames + 4  # a few bins may be cut in training
         rest[1] += max(0, needed - int(spoken.sum() + rest.sum()))
@@ -302,34 +313,14 @@ def _contents(
     dataset: SyntheticDataset,
     session: str,
     trial: _PlannedTrial,
-    phonemes: np.ndarray,
     features: np.ndarray,
     index: int,
 ) -> TrialContents:
     contents = TrialContents(f"trial_{index:04d}", session, trial.block, trial.trial_num, features)
     if trial.split == "test":
         return contents
+    phonemes = sentence_phonemes(trial.label)
     if dataset.phoneme_set:
-        return replace(contents, class_ids=phonemes, sentence=trial.sentence)
+        return replace(contents, class_ids=phonemes, sentence=trial.label)
     labels = encode_diphones(phonemes, dataset.label_form)
-    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.sentence)
-
-
-def _permuted(contents: list[TrialContents], rng: np.random.Generator) -> list[TrialContents]:
-    """Every trial with the labels of another one that has nearly as many, so that CTC has room."""
-    if contents[0].class_ids is None or len(contents) < 2:
-        return contents
-    order = sorted(range(len(contents)), key=lambda i: len(contents[i].class_ids))  # type: ignore[arg-type]
-    n_groups = max(1, len(order) // 8)
-    result = list(contents)
-    for group in np.array_split(order, n_groups):
-        donors = np.roll(group, int(rng.integers(1, len(group))))
-        for taker, donor in zip(group.tolist(), donors.tolist(), strict=True):
-            given = contents[donor]
-            result[taker] = replace(
-                contents[taker],
-                class_ids=given.class_ids,
-                phoneme_ids=given.phoneme_ids,
-                sentence=given.sentence,
-            )
-    return result
+    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.label)
