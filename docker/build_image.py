@@ -89,7 +89,8 @@ def build_image(
 
     build = subprocess.Popen(
         command,
-        env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        # SageMaker wants one plain manifest, not an index with attestations
+        env={**os.environ, "DOCKER_BUILDKIT": "1", "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
