@@ -62,6 +62,7 @@ class FileInspection:
     """
 
     key: str
+    size: int = 0
     records: list[TrialRecord] = field(default_factory=list)
     label_forms: list[str | None] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -84,7 +85,7 @@ def inspect_file(
         raise DataError(
             f"{key} is not named SESSION/data_train.hdf5, data_val.hdf5 or data_test.hdf5."
         )
-    result = FileInspection(key)
+    result = FileInspection(key, len(data))
 
     def found(trial: str | None, reason: str, kind: str, severity: str = "error") -> None:
         result.findings.append(Finding(key, trial, reason, kind, severity))

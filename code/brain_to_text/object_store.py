@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,34 @@ def open_store(location: str | Path) -> ObjectStore:
             f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX."
         )
     return LocalStore(location)
+
+
+def listing_after_writing(
+    store: ObjectStore, sizes: Mapping[str, int], patience: float = 30.0
+) -> dict[str, ObjectInfo]:
+    """The listing's entries of objects that were just written, sorted by key.
+
+    S3 lists a write at once; some servers that speak its protocol need seconds.
+
+    Args:
+        sizes: by key, the size in bytes that the listing must show.
+        patience: seconds to wait for that.
+
+    Raises:
+        StorageError: an object still is not listed as it was written.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        listing = store.list()
+        late = [k for k, size in sizes.items() if k not in listing or listing[k].size != size]
+        if not late:
+            return {key: listing[key] for key in sorted(sizes)}
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{store.url} does not list {late[0]} as it was written {patience:.0f} s ago: look "
+                f"at it, then type 'python code/prepare_dataset.py index {store.url}'."
+            )
+        time.sleep(0.5)
 
 
 class LocalStore:

@@ -19,7 +19,7 @@ import numpy as np
 from .diphones import N_DIPHONES, LabelForm, encode_diphones
 from .errors import DataError
 from .hdf5_trials import FileInspection, inspect_file
-from .object_store import ObjectInfo, ObjectStore, open_store
+from .object_store import ObjectStore, listing_after_writing, open_store
 from .phonemes import N_PHONEMES, SILENCE
 from .recording_blocks import recording_blocks
 from .sentences import random_sentences, sentence_phonemes
@@ -112,23 +112,12 @@ def synthesize(
         inspections += files
         if progress is not None:
             progress(done, len(jobs))
-    listing = _listing_of(target, [inspection.key for inspection in inspections])
+    listing = listing_after_writing(target, {i.key: i.size for i in inspections})
     manifest = manifest_from_inspections(listing, inspections)
     if manifest.damaged:
         raise DataError(f"{target.url}/{manifest.damaged[0]}: the generator made a wrong trial.")
     write_manifest(target, manifest)
     return manifest
-
-
-def _listing_of(target: ObjectStore, keys: Sequence[str]) -> dict[str, ObjectInfo]:
-    listing = target.list()
-    missing = [key for key in keys if key not in listing]
-    if missing:
-        raise DataError(
-            f"{target.url} does not list {missing[0]} though it was just written: list it again "
-            f"later with 'python code/prepare_dataset.py index {target.url}'."
-        )
-    return {key: listing[key] for key in sorted(keys)}
 
 
 def _sessions_made(jobs: list[tuple], processes: int) -> Iterator[list[FileInspection]]:

@@ -1,0 +1,163 @@
+"""Make, encode, index and check datasets, in a folder or under s3://BUCKET/PREFIX."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from brain_to_text.diphones import LABEL_FORMS
+from brain_to_text.errors import BrainToTextError
+from brain_to_text.object_store import open_store
+from brain_to_text.synthetic import SyntheticDataset, synthesize
+from brain_to_text.trial_files import FEATURE_TYPES, LAYOUTS
+from brain_to_text.trial_manifest import (
+    MANIFEST_NAME,
+    TrialManifest,
+    index_dataset,
+    write_manifest,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 with one sentence on an error, 2 on wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BrainToTextError as error:
+        print(f"ERROR: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def run_synthesize(options: argparse.Namespace) -> int:
+    """Write synthetic recordings and their manifest."""
+    base = SyntheticDataset.of_full_size() if options.preset == "full" else SyntheticDataset()
+    names = [field.name for field in dataclasses.fields(SyntheticDataset)]
+    given = {name: getattr(options, name, None) for name in names}
+    dataset = dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+    store = open_store(options.target)
+    processes = options.processes or (min(4, os.cpu_count() or 1) if dataset.full_size else 1)
+    with _progress("Sessions", "session") as report:
+        manifest = synthesize(store, dataset, processes=processes, progress=report)
+    print(_summary(store.url, manifest))
+    return 0
+
+
+def run_index(options: argparse.Namespace) -> int:
+    """Make the manifest of a dataset anew."""
+    store = open_store(options.source)
+    started = time.monotonic()
+    with _progress("Indexing", "file") as report:
+        manifest = index_dataset(
+            store,
+            processes=options.processes,
+            progress=report,
+            on_damage="collect" if options.exclude_damaged else "raise",
+        )
+    for finding in manifest.damaged:
+        print(f"Left out as damaged: {finding}")
+    write_manifest(store, manifest)
+    print(_summary(store.url, manifest))
+    print(f"Wrote {store.url}/{MANIFEST_NAME} in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _summary(url: str, manifest: TrialManifest) -> str:
+    splits = {split: manifest.select(split) for split in ("train", "val", "test")}
+    counts = ", ".join(f"{len(trials):,} {split}" for split, trials in splits.items() if trials)
+    size = sum(record.size for record in manifest.files.values())
+    return (
+        f"{url}: {len(manifest.sessions)} sessions, {len(manifest.trials):,} trials ({counts}), "
+        f"{manifest.n_features} features, {manifest.n_classes} classes, {manifest.label_form} "
+        f"labels, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()}"
+    )
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal's stderr, as the callback (done, in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=unit, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    made = commands.add_parser(
+        "synthesize",
+        help="write synthetic recordings that a decoder really learns from",
+        description="Write synthetic recordings with the real dataset's schema, and a manifest.",
+    )
+    made.add_argument("target", help="folder or s3://BUCKET/PREFIX")
+    made.add_argument(
+        "--preset",
+        choices=("smoke", "full"),
+        default="smoke",
+        help="smoke: trains in minutes on a CPU with rnn_args_smoke.yaml (default); "
+        "full: 45 sessions, 11,162 sentences, 256 electrodes, about 20 GB",
+    )
+    made.add_argument(
+        "--full-size", dest="preset", action="store_const", const="full", help="as --preset full"
+    )
+    made.add_argument("--sessions", type=int, help="how many sessions, from 1 to 45")
+    made.add_argument("--train-trials", type=int, help="per session (smoke preset)")
+    made.add_argument("--val-trials", type=int, help="per session (smoke preset)")
+    made.add_argument("--test-trials", type=int, help="per session (smoke preset)")
+    made.add_argument("--electrodes", type=int, help="two features each")
+    made.add_argument("--vocabulary", type=int, help="about how many words")
+    made.add_argument("--bins-per-phoneme", type=float, help="mean duration in 20 ms bins")
+    made.add_argument("--gain", type=float, help="strength of the signal")
+    made.add_argument("--session-change", type=float, help="0: sessions alike, 1: unrelated")
+    made.add_argument(
+        "--phonemes",
+        dest="phoneme_set",
+        action="store_true",
+        default=None,
+        help="a 41-class phoneme set instead of diphones",
+    )
+    made.add_argument("--label-form", choices=LABEL_FORMS, help="form of the diphone labels")
+    made.add_argument("--dtype", choices=FEATURE_TYPES, help="how features are stored")
+    made.add_argument("--layout", choices=LAYOUTS, help="how features lie in the files")
+    made.add_argument("--seed", type=int, help="equal seeds make equal files")
+    made.add_argument(
+        "--permute-labels",
+        action="store_true",
+        default=None,
+        help="label every trial with another one's sentence: nothing can be learnt",
+    )
+    made.add_argument("--processes", type=int, help="worker processes")
+    made.set_defaults(run=run_synthesize)
+
+    indexed = commands.add_parser(
+        "index",
+        help="record where every trial lies",
+        description="Read every data file once and write trial_manifest.json.gz beside them.",
+    )
+    indexed.add_argument("source", help="folder or s3://BUCKET/PREFIX")
+    indexed.add_argument("--processes", type=int, help="worker processes; default by size")
+    indexed.add_argument(
+        "--exclude-damaged",
+        action="store_true",
+        help="name damaged trials in the manifest and go on, instead of stopping",
+    )
+    indexed.set_defaults(run=run_index)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
