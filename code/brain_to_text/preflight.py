@@ -1,0 +1,62 @@
+"""Check a job before it costs anything: every finding is one line that says how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .account_checks import check_account
+from .aws_account import AwsAccount
+from .config import TrainingConfig
+from .data_checks import check_data
+from .errors import BrainToTextError, JobError
+from .findings import Finding, error
+from .image_checks import check_image
+from .machine_checks import check_machine
+from .pricing import Estimate, estimate
+from .sagemaker_job import JobSettings, resolve_config
+
+Check = Callable[[JobSettings, TrainingConfig, AwsAccount], Iterator[Finding]]
+CHECKS: tuple[Check, ...] = (check_machine, check_account, check_image, check_data)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and what the job will take."""
+
+    findings: tuple[Finding, ...]
+    estimate: Estimate | None
+
+    def of(self, severity: Literal["error", "warning"]) -> list[Finding]:
+        """The findings of one severity, in the order of the checks."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    def lines(self) -> list[str]:
+        """The report for people: errors, warnings, then time and price."""
+        errors, warnings = self.of("error"), self.of("warning")
+        said = [f"error: {finding.text}" for finding in errors]
+        said += [f"warning: {finding.text}" for finding in warnings]
+        if self.estimate is not None:
+            said += self.estimate.lines()
+        said.append(f"Checked: {len(errors)} errors, {len(warnings)} warnings")
+        return said
+
+
+def preflight(job: JobSettings, account: AwsAccount) -> Report:
+    """Check everything that can stop `job`, without starting or changing anything.
+
+    Args:
+        job: settings with role, image and name filled in (`launch.completed`).
+        account: where the job would run.
+    """
+    try:
+        _, _, config = resolve_config(job)
+    except BrainToTextError as problem:
+        return Report((error("config", str(problem)),), None)
+    try:
+        _ = account.identity
+    except JobError as problem:
+        return Report((error("credentials", str(problem)),), estimate(config, job.instance_type))
+    findings = tuple(finding for check in CHECKS for finding in check(job, config, account))
+    return Report(findings, estimate(config, job.instance_type, job.instance_count, account))

@@ -1,0 +1,104 @@
+"""Hours and dollars: arithmetic, sources, and honesty about what is only estimated."""
+
+import dataclasses
+
+import pytest
+from brain_to_text import pricing
+from brain_to_text.config import load_config
+from brain_to_text.pricing import estimate, gpu_of, hourly_price, instance_type, step_tflop, table
+from brain_to_text.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG
+from support.aws_emulation import emulated_aws
+
+
+@pytest.fixture
+def config():
+    return load_config(CODE_FOLDER / DEFAULT_CONFIG)
+
+
+def test_the_reference_step_is_3_2_tflop(config):
+    assert step_tflop(config) == pytest.approx(pricing.REFERENCE_TFLOP, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model.bidirectional": True},
+        {"dataset.batch_size": 7, "model.n_units": 96, "model.n_layers": 2},
+        {"model.patch_size": 4, "model.patch_stride": 2},
+    ],
+)
+def test_arithmetic_equals_the_trainers_own(overrides):
+    torch = pytest.importorskip("torch")
+    from brain_to_text.throughput import flops_per_step
+
+    config = load_config(CODE_FOLDER / DEFAULT_CONFIG, overrides)
+    lengths = torch.full((config.dataset.batch_size,), 850)
+    assert step_tflop(config) == pytest.approx(flops_per_step(config, lengths) / 1e12)
+
+
+@pytest.mark.parametrize("name", table()["types"])
+def test_every_row_of_the_table_is_complete(name):
+    row = instance_type(name)
+    assert row.vcpus > 0 and row.ram_gib > 0
+    assert (row.gpus > 0) == (gpu_of(name) is not None)
+
+
+def test_what_was_not_measured_is_said_to_be_estimated(config):
+    made = estimate(config, "ml.g5.2xlarge")
+    assert ("measured on this GPU" in made.lines()[0]) == made.measured
+
+
+def test_a_measurement_replaces_the_estimate(config, monkeypatch):
+    measured = {**table()["gpus"], "A10G": {**table()["gpus"]["A10G"], "seconds_per_step": 0.36}}
+    changed = {**table(), "gpus": measured}
+    monkeypatch.setattr(pricing, "table", lambda: changed)
+    made = estimate(config, "ml.g5.2xlarge")
+    assert made.measured
+    assert made.hours == pytest.approx(150_000 * 0.36 / 3600 + pricing.START_HOURS, rel=0.02)
+    assert made.usd == pytest.approx(made.hours * 1.515)
+    half = dataclasses.replace(config, num_training_batches=75_000)
+    assert estimate(half, "ml.g5.2xlarge").hours == pytest.approx(made.hours / 2, rel=0.02)
+
+
+def test_the_first_estimate_stands_beside_ours(config):
+    said = "\n".join(estimate(config, "ml.g5.2xlarge").lines())
+    assert "First estimate of the project for this run: 25 h, $35 at $1.212/h" in said
+    short = load_config(CODE_FOLDER / DEFAULT_CONFIG, {"num_training_batches": 1000})
+    assert "First estimate" not in "\n".join(estimate(short, "ml.g5.2xlarge").lines())
+
+
+def test_two_instances_cost_twice_per_hour(config):
+    one, two = estimate(config, "ml.g5.2xlarge"), estimate(config, "ml.g5.2xlarge", 2)
+    assert two.hours < one.hours
+    assert two.usd == pytest.approx(two.hours * 1.515 * 2)
+
+
+def test_requests_are_an_upper_bound_of_one_per_trial(config):
+    assert estimate(config, "ml.g5.2xlarge").request_usd == pytest.approx(150e3 * 48 * 4e-7)
+
+
+@pytest.mark.parametrize("name", ["ml.unknown.xlarge", "ml.m5.xlarge", "ml.p5en.48xlarge"])
+def test_what_is_not_known_is_said(config, name):
+    made = estimate(config, name)
+    assert made.usd is None
+    assert any("not known" in line for line in made.lines())
+
+
+@pytest.mark.aws
+def test_the_price_list_is_asked_first_and_training_prices_are_taken(monkeypatch):
+    with emulated_aws(monkeypatch) as aws:
+        aws.prices["ml.g5.2xlarge"] = 1.234
+        assert hourly_price("ml.g5.2xlarge", aws.account) == (1.234, "AWS Price List, us-east-1")
+
+
+@pytest.mark.aws
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_dated_table_steps_in(monkeypatch, refused):
+    with emulated_aws(monkeypatch) as aws:
+        aws.prices.clear()
+        if refused:
+            aws.refused.add("pricing")
+        price, source = hourly_price("ml.g5.2xlarge", aws.account)
+        assert price == 1.515
+        assert "not verified" in source and str(table()["prices_collected"]) in source
