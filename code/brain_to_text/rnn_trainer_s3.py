@@ -597,7 +597,9 @@ class BrainToTextDecoder_Trainer_S3:
         }
 
     def _load_state(self, saved: dict[str, Any]) -> None:
-        self.state = RunState(**saved["run"])
+        state = self.state = RunState(**saved["run"])
+        ended = state.stopped_early or state.step >= self.config.num_training_batches
+        state.finished = state.finished and ended  # accepted changes may ask for more steps
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
