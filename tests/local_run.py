@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests"), str(REPOSITORY / "docker")]
 
 from build_image import ImageError, build_image, docker_client, engine_problem, on_path  # noqa: E402
+from support.engine import container_host, docker  # noqa: E402
 from support.local_s3 import LocalS3, serve_s3  # noqa: E402
 
 LOCAL = REPOSITORY / ".local"
@@ -112,7 +113,7 @@ def run_everything(options: argparse.Namespace) -> int:
     job = f"brain-to-text-smoke-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = LOCAL / "runs" / job
     folder.mkdir(parents=True)
-    host = "127.0.0.1" if no_docker else container_host()
+    host = "127.0.0.1" if no_docker else reachable_host()
     with serve_s3(LOCAL / "s3", host, cached=True, log_file=folder / "s3-server.log") as s3:
         os.environ.update(s3.environment())
         s3.make_bucket(BUCKET)
@@ -181,15 +182,21 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
     """One training job through the SDK's Estimator, exactly as on SageMaker but on this machine."""
     bridge_docker_commands(gpu)
     os.environ["SAGEMAKER_SUPPRESS_V2_WARNING"] = "1"
+    sdk_defaults = run.folder / "sagemaker-sdk.yaml"
+    sdk_defaults.write_text("SchemaVersion: '1.0'\nSageMaker:\n  TelemetryOptOut: true\n")
+    os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = str(sdk_defaults)
+    compose_folder = run.folder / "compose"
+    compose_folder.mkdir()
     import boto3
     from sagemaker.estimator import Estimator
     from sagemaker.local import LocalSession
 
-    logging.getLogger("sagemaker").setLevel(logging.WARNING)
+    for name in ("sagemaker", "botocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     session = LocalSession(boto_session=boto3.Session(), default_bucket=BUCKET)
     session.config = {
         "local": {
-            "container_root": str(run.folder),
+            "container_root": str(compose_folder),
             # 64 MB of shared memory, Docker's default, is too little for worker processes
             "container_config": {"shm_size": "2gb", "labels": {RUN_LABEL: run.job}},
         }
@@ -221,6 +228,7 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
         raise LocalRunError(f"the job failed: {failure_reason(run, error)}") from error
     finally:
         remove_containers(run.job)
+        shutil.rmtree(compose_folder, ignore_errors=True)
 
 
 def bridge_docker_commands(gpu: bool) -> None:
@@ -257,43 +265,21 @@ def bridge_docker_commands(gpu: bool) -> None:
     os.environ["PATH"] = f"{shims}{os.pathsep}{os.environ['PATH']}"
 
 
-def container_host() -> str:
-    """An address of this machine that containers reach: the bridge network's gateway."""
-    found = subprocess.run(
-        [
-            docker_client(),
-            "network",
-            "inspect",
-            "bridge",
-            "--format",
-            "{{(index .IPAM.Config 0).Gateway}}",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    address = found.stdout.strip()
-    if found.returncode or not re.fullmatch(r"[0-9.]+", address):
-        raise LocalRunError(
-            "the engine's bridge network has no gateway for containers to reach the local S3 "
-            f"server ({found.stderr.strip() or address or 'no address'}): use --no-docker."
-        )
-    return address
+def reachable_host() -> str:
+    """Where the S3 server listens so that both this process and a container reach it."""
+    try:
+        return container_host()
+    except RuntimeError as problem:
+        raise LocalRunError(f"{problem}: use --no-docker.") from problem
 
 
 def remove_containers(job: str) -> None:
     """Remove this run's containers and the network local mode leaves behind."""
-    client = docker_client()
-    listed = subprocess.run(
-        [client, "ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={job}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if containers := listed.stdout.split():
-        _succeeds(client, "rm", "--force", "--volumes", *containers)
+    listed = docker("ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={job}", check=False)
+    if containers := listed.split():
+        docker("rm", "--force", "--volumes", *containers, check=False)
     # refused, rightly, while another local job uses it
-    _succeeds(client, "network", "rm", "sagemaker-local")
+    docker("network", "rm", "sagemaker-local", check=False)
 
 
 def failure_reason(run: Run, error: Exception) -> str:
@@ -476,10 +462,11 @@ def _is_build_step(line: str) -> bool:
 
 def _is_trainer_line(line: str) -> bool:
     """Not the toolkit's own chatter, not Compose's."""
-    return bool(line.strip()) and not re.search(
-        r"sagemaker-training-toolkit|^Attaching to|^(Creating|Recreating|Starting)\b|\bexited with",
-        line,
+    chatter = (
+        r"sagemaker-training-toolkit|^Returning the value itself|toolkit_hook INFO"
+        r"|^Attaching to|^(Creating|Recreating|Starting|Aborting)\b|\bexited with"
     )
+    return bool(line.strip()) and not re.search(chatter, line)
 
 
 def say(sentence: str) -> None:
