@@ -20,6 +20,8 @@ import fsspec.asyn
 import s3fs
 from fsspec.exceptions import FSTimeoutError
 
+from .errors import StorageError
+
 # Answers after which the credentials in use are worth renewing at once: a token that the provider
 # still believed in, a key that was rotated, a clock that is off.
 _EXPIRED = {
@@ -95,6 +97,9 @@ class S3RangedReader:
         url: s3://bucket/prefix.
         concurrency: connections kept.
         read_timeout_seconds: silence after which an attempt fails.
+
+    Raises:
+        StorageError: profile, region or endpoint make no sense.
     """
 
     def __init__(self, url: str, concurrency: int, read_timeout_seconds: float) -> None:
@@ -116,6 +121,14 @@ class S3RangedReader:
                 "response_checksum_validation": "when_required",
             },
         )
+        try:
+            # making a client takes a good part of a second: not at the first read's expense
+            fsspec.asyn.sync(self.loop, self._file_system.set_session)
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise StorageError(
+                f"No S3 client for {url}: {error}; check AWS_PROFILE, AWS_REGION and "
+                "AWS_ENDPOINT_URL_S3."
+            ) from error
         self._renewed = 0.0
         self._renewal = asyncio.Lock()
         self._previous_client: Any = None  # requests in flight may still be using it

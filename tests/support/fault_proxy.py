@@ -105,7 +105,7 @@ class FaultProxy:
         self.token_seconds = token_seconds
         self._seed = seed
         self._asked: Counter[str] = Counter()
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: set[asyncio.Task[None]] = set()
         self._port = 0
         self._tls: ssl.SSLContext | None = None
         if certificate is not None:
@@ -138,19 +138,24 @@ class FaultProxy:
         )
         self._port = self._server.sockets[0].getsockname()[1]
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """Refuse connections and drop the open ones."""
         self._server.close()
-        for writer in list(self._open):
-            writer.transport.abort()
+        tasks = list(self._open)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _go_away(self, seconds: float) -> None:
-        self.stop()
+        await self.stop()
         await asyncio.sleep(seconds)
         await self.start()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.counts.connections += 1
-        self._open.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             while True:
@@ -162,13 +167,13 @@ class FaultProxy:
                     upstream = await asyncio.open_connection(*self._upstream, limit=1 << 20)
                 if not await self._exchange(head, reader, writer, *upstream):
                     return
-        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
+        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError, asyncio.CancelledError):
             return
         finally:
-            self._open.discard(writer)
-            for each in (writer, upstream[1] if upstream else None):
-                if each is not None:
-                    each.close()
+            self._open.discard(task)
+            writer.transport.abort() if task.cancelling() else writer.close()
+            if upstream is not None:
+                upstream[1].close()
 
     async def _exchange(
         self,
@@ -399,9 +404,10 @@ def run_proxy(
     try:
         yield proxy
     finally:
-        loop.call_soon_threadsafe(proxy.stop)
+        asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5)
+        loop.close()
 
 
 def main() -> None:
