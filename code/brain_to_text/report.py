@@ -239,7 +239,9 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             percent=True,
             from_zero=True,
         ),
-        charts.line_chart("Learning rate", [of(train, "learning rate", "lr")], from_zero=True),
+        charts.line_chart(
+            "Learning rate", [of(train, "learning rate", "learning_rate")], from_zero=True
+        ),
         charts.line_chart("Gradient norm", [of(train, "before clipping", "grad_norm")], log_y=True),
         charts.line_chart(
             "Throughput", [of(train, "trials per second", "trials_per_second")], from_zero=True

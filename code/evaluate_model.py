@@ -1,0 +1,79 @@
+"""How good is a decoder? Error rates with intervals, tables per trial, and a report to look at.
+
+Reads the model exactly as a SageMaker job leaves it (a folder, model.tar.gz, or the s3:// URL of
+either) and the data from S3 or a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from brain_to_text.errors import BrainToTextError, ConfigError
+
+DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--model", required=True, help="model folder, model.tar.gz, or s3:// URL of either")
+    option("--s3-bucket", default=os.environ.get("S3_BUCKET"), help="bucket that holds the dataset")
+    option("--s3-data-prefix", default=DEFAULT_PREFIX, help="prefix of the SESSION folders")
+    option("--data-dir", help="a folder (or s3:// URL) instead of a bucket and prefix")
+    option("--split", choices=("val", "test", "train"), default="val")
+    option("--output-dir", type=Path, default=Path(".local/evaluation"), help="for the results")
+    option("--compare-with", help="another model: tested against it, trial by trial")
+    option("--batch-size", type=int, default=64, help="trials per forward pass")
+    option("--device", help="cpu, cuda:0, …; default: the first GPU, else the CPU")
+    option(
+        "--export-logits",
+        action="store_true",
+        help="also write phoneme_logits.hdf5 for the public language-model server",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when done, 1 with one clear sentence otherwise."""
+    options = build_parser().parse_args(arguments)
+    try:
+        data = options.data_dir
+        if data is None:
+            if not options.s3_bucket:
+                raise ConfigError(
+                    "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
+                    "--data-dir FOLDER."
+                )
+            bucket = options.s3_bucket.removeprefix("s3://").strip("/")
+            data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+
+        # After the cheap checks: importing torch takes seconds.
+        from brain_to_text.model_evaluation import EvaluationOptions, evaluate_model
+
+        evaluate_model(
+            EvaluationOptions(
+                model=options.model,
+                data=data,
+                split=options.split,
+                output_dir=options.output_dir,
+                compare_with=options.compare_with,
+                batch_size=options.batch_size,
+                device=options.device,
+                export_logits=options.export_logits,
+            )
+        )
+    except BrainToTextError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
