@@ -1,0 +1,340 @@
+"""The promise of the data side: the batch at a step is the same, however it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from brain_to_text.batch import Batch, pad_features
+from brain_to_text.config import TrainingConfig
+from brain_to_text.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
+from brain_to_text.device_cache import DeviceCache
+from brain_to_text.errors import ConfigError, DataError, StorageError
+from brain_to_text.object_store import open_store
+from brain_to_text.prefetch import PrefetchLimits
+from brain_to_text.trial_manifest import TrialManifest, index_dataset
+from brain_to_text.trial_stream import TrialStream
+from support.tiny_data import LAYOUTS, write_dataset
+
+N_BATCHES = 8
+Open = Callable[..., BrainToTextDatasetS3]
+
+
+@pytest.fixture
+def manifest(tiny_dataset) -> TrialManifest:
+    return index_dataset(open_store(tiny_dataset.folder))
+
+
+def by_session(manifest: TrialManifest, split: str = "train") -> list[np.ndarray]:
+    return [np.array(manifest.select(split, [s]), np.int64) for s in manifest.sessions]
+
+
+@pytest.fixture
+def open_dataset(tiny_dataset, manifest: TrialManifest) -> Iterator[Open]:
+    """open_dataset(threads=…, cache_bytes=…, …): a training set over the tiny dataset."""
+    opened = []
+
+    def open_it(threads: int = 4, cache_bytes: int = 0, cache_dtype: str = "stored", **options):
+        stream = TrialStream(
+            open_store(tiny_dataset.folder),
+            manifest,
+            cache_bytes=cache_bytes,
+            cache_dtype=cache_dtype,  # type: ignore[arg-type]
+            threads=threads,
+            concurrency=threads,
+        )
+        defaults = {
+            "batch_size": 12,
+            "days_per_batch": 2,
+            "n_batches": N_BATCHES,
+            "seed": 7,
+            "limits": PrefetchLimits(threads=threads),
+        }
+        dataset = BrainToTextDatasetS3(stream, by_session(manifest), **{**defaults, **options})
+        opened.append(dataset)
+        return dataset
+
+    yield open_it
+    for dataset in opened:
+        dataset.close()
+
+
+def assert_equal(batches: list[Batch], expected: list[Batch]) -> None:
+    assert [b.step for b in batches] == [b.step for b in expected]
+    for batch, other in zip(batches, expected, strict=True):
+        for field in dataclasses.fields(Batch):
+            mine, theirs = getattr(batch, field.name), getattr(other, field.name)
+            if isinstance(theirs, torch.Tensor):
+                assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), field.name
+
+
+def trials_of(batch: Batch) -> list[tuple[int, bytes]]:
+    """Index and feature bytes of every trial, without the padding."""
+    assert batch.features is not None
+    return [
+        (int(index), features[:n_bins].numpy().tobytes())
+        for index, features, n_bins in zip(
+            batch.trial_indices, batch.features, batch.n_time_steps, strict=True
+        )
+    ]
+
+
+@pytest.fixture
+def expected(open_dataset: Open) -> list[Batch]:
+    dataset = open_dataset(threads=1)
+    return [dataset[step] for step in range(N_BATCHES)]
+
+
+def test_a_batch_holds_what_the_files_hold(
+    tiny_dataset, manifest: TrialManifest, expected: list[Batch]
+) -> None:
+    for batch in expected:
+        assert batch.features is not None and batch.labels is not None
+        for row, index in enumerate(batch.trial_indices.tolist()):
+            trial = manifest.trials[index]
+            features = tiny_dataset.features[trial.name]
+            n_bins, n_labels = int(batch.n_time_steps[row]), int(batch.label_lengths[row])
+            assert n_bins == len(features)
+            assert np.array_equal(batch.features[row, :n_bins].numpy(), features)
+            assert not batch.features[row, n_bins:].any()
+            assert np.array_equal(batch.labels[row, :n_labels].numpy(), trial.class_ids)
+            assert not batch.labels[row, n_labels:].any()
+            assert manifest.sessions[int(batch.day_indices[row])] == trial.session
+        assert batch.features.shape[1] == int(batch.n_time_steps.max())
+        assert batch.features.dtype == torch.float32 and batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("threads", [1, 4, 16])
+@pytest.mark.parametrize("cache_bytes", [0, 200_000, 10**8], ids=["no_cache", "partial", "full"])
+def test_batches_are_the_same_on_any_threads_and_cache(
+    threads: int, cache_bytes: int, open_dataset: Open, expected: list[Batch]
+) -> None:
+    dataset = open_dataset(threads=threads, cache_bytes=cache_bytes)
+    assert_equal(list(dataset.batches()), expected)
+    assert_equal(list(dataset.batches()), expected)  # now from the cache
+    counts = dataset.stats.snapshot()
+    assert counts.requests == counts.trials_read
+    if cache_bytes == 10**8:
+        assert counts.requests == len({i for b in expected for i in b.trial_indices.tolist()})
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_batches_are_the_same_after_a_restart_at_step(
+    k: int, open_dataset: Open, expected: list[Batch]
+) -> None:
+    assert_equal(list(open_dataset().batches(start=k)), expected[k:])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_union_over_ranks_is_the_same_batch_and_each_trial_is_read_once(
+    world_size: int, open_dataset: Open, expected: list[Batch]
+) -> None:
+    ranks = [open_dataset(rank=r, world_size=world_size) for r in range(world_size)]
+    for step in range(N_BATCHES):
+        parts = [dataset[step] for dataset in ranks]
+        rows = [
+            (int(index), part.features[row, : part.n_time_steps[row]].numpy().tobytes())
+            for part in parts
+            for row, index in enumerate(part.trial_indices)
+        ]
+        whole = [
+            (
+                int(i),
+                expected[step].features[row, : expected[step].n_time_steps[row]].numpy().tobytes(),
+            )  # type: ignore[index]
+            for row, i in enumerate(expected[step].trial_indices)
+        ]
+        assert sorted(rows) == sorted(whole)
+    read = sum(dataset.stats.snapshot().trials_read for dataset in ranks)
+    assert read == sum(len(np.unique(batch.trial_indices)) for batch in expected)
+
+
+def test_a_batch_gathered_on_the_device_is_the_same(
+    open_dataset: Open, expected: list[Batch]
+) -> None:
+    # room for about half of the trials: some stay, some pass through
+    cache = DeviceCache(torch.device("cpu"), 500_000, 32, torch.float32, scratch_rows=12 * 160)
+    dataset = open_dataset(device_cache=cache, device=torch.device("cpu"))
+    assert_equal(list(dataset.batches()), expected)
+    before = dataset.stats.snapshot()
+    assert_equal(list(dataset.batches()), expected)
+    counts = dataset.stats.snapshot() - before
+    assert counts.device_hits > 0 and counts.cache_misses > 0
+    assert_equal([dataset[step] for step in range(N_BATCHES)], expected)
+
+
+def test_everything_on_the_device_needs_no_reads(open_dataset: Open, expected: list[Batch]) -> None:
+    cache = DeviceCache(torch.device("cpu"), 10**7, 32, torch.float32, scratch_rows=12 * 160)
+    dataset = open_dataset(device_cache=cache)
+    list(dataset.batches())
+    before = dataset.stats.snapshot()
+    assert_equal(list(dataset.batches()), expected)
+    counts = dataset.stats.snapshot() - before
+    assert counts.requests == 0 and counts.cache_misses == 0 and counts.hit_rate == 1.0
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**8])
+def test_half_precision_does_not_depend_on_the_cache(
+    cache_bytes: int, open_dataset: Open, expected: list[Batch]
+) -> None:
+    dataset = open_dataset(cache_bytes=cache_bytes, cache_dtype="float16")
+    for _ in range(2):
+        for batch, exact in zip(dataset.batches(), expected, strict=True):
+            assert batch.features is not None and exact.features is not None
+            assert torch.equal(batch.features, exact.features.half().float())
+
+
+def test_half_precision_refuses_values_beyond_it(tmp_path: Path) -> None:
+    written = write_dataset(tmp_path, sessions=("t15.2023.08.11",), trials={"train": 1, "val": 1})
+    manifest = index_dataset(open_store(tmp_path))
+    import h5py
+
+    with h5py.File(tmp_path / manifest.trials[0].key, "r+") as file:
+        file["trial_0000/input_features"][3, 4] = 1e6
+    manifest = index_dataset(open_store(tmp_path))
+    assert len(written) == 2
+    with TrialStream(open_store(tmp_path), manifest, cache_dtype="float16") as stream:
+        with pytest.raises(DataError, match="beyond half precision"):
+            stream.fetch([0])
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+def test_every_layout_is_one_read_per_trial(layout: str, dtype: str, tmp_path: Path) -> None:
+    written = write_dataset(tmp_path, layout=layout, dtype=dtype)
+    manifest = index_dataset(open_store(tmp_path))
+    with TrialStream(open_store(tmp_path), manifest) as stream:
+        arrays = stream.fetch(range(len(manifest.trials)))
+        counts = stream.stats.snapshot()
+    for trial, features in zip(manifest.trials, arrays, strict=True):
+        assert np.array_equal(features, written[trial.name])
+        assert features.dtype == np.dtype(dtype) and not features.flags.writeable
+    assert counts.requests == len(manifest.trials)
+    assert counts.bytes_fetched == counts.bytes_needed
+
+
+def test_a_trial_drawn_twice_is_read_once(tiny_dataset, manifest: TrialManifest) -> None:
+    with TrialStream(open_store(tiny_dataset.folder), manifest) as stream:
+        a, b, c = stream.fetch([3, 5, 3])
+        assert a is c and a is not b
+        assert stream.stats.snapshot().requests == 2
+
+
+def test_batches_that_want_the_same_trial_share_its_read(
+    tiny_dataset, manifest: TrialManifest
+) -> None:
+    store = open_store(tiny_dataset.folder)
+    with TrialStream(store, manifest, concurrency=1, cache_bytes=10**8) as stream:
+        under_way = [stream.submit(range(10)) for _ in range(5)]
+        results = [future.result() for future in under_way]
+        assert stream.stats.snapshot().requests == 10
+        assert all(np.array_equal(results[0][i], r[i]) for r in results for i in range(10))
+
+
+def test_giving_up_one_batch_does_not_take_a_shared_read_from_another(
+    tiny_dataset, manifest: TrialManifest
+) -> None:
+    with TrialStream(open_store(tiny_dataset.folder), manifest, concurrency=1) as stream:
+        for _ in range(20):
+            first, second = stream.submit(range(12)), stream.submit(range(6, 18))
+            first.cancel()
+            arrays = second.result(timeout=30)
+            for index, features in zip(range(6, 18), arrays, strict=True):
+                name = manifest.trials[index].name
+                assert np.array_equal(features, tiny_dataset.features[name])
+
+
+def test_feature_subset_picks_columns_in_order(open_dataset: Open, expected: list[Batch]) -> None:
+    subset = [30, 2, 7]
+    cache = DeviceCache(torch.device("cpu"), 10**6, 3, torch.float32, scratch_rows=12 * 160)
+    for options in ({}, {"device_cache": cache}):
+        batches = open_dataset(feature_subset=subset, **options).batches()
+        for batch, whole in zip(batches, expected, strict=True):
+            assert batch.features is not None and whole.features is not None
+            assert torch.equal(batch.features, whole.features[..., subset])
+
+
+def test_validation_holds_every_trial_once_on_any_number_of_ranks(
+    tiny_dataset, manifest: TrialManifest
+) -> None:
+    with TrialStream(open_store(tiny_dataset.folder), manifest) as stream:
+        trials = by_session(manifest, "val")
+        alone = list(EvaluationDatasetS3(stream, trials, batch_size=2).batches())
+        assert sorted(i for b in alone for i in b.trial_indices.tolist()) == sorted(
+            np.concatenate(trials).tolist()
+        )
+        for world_size in (2, 3):
+            ranks = [
+                list(
+                    EvaluationDatasetS3(stream, trials, batch_size=2, rank=r, world_size=world_size)
+                )
+                for r in range(world_size)
+            ]
+            sizes = [len(r) for r in ranks]
+            assert max(sizes) - min(sizes) <= 1
+            together = [ranks[i % world_size][i // world_size] for i in range(len(alone))]
+            for batch, other in zip(together, alone, strict=True):
+                assert torch.equal(batch.features, other.features)  # type: ignore[arg-type]
+
+
+def test_a_changed_local_file_is_detected(tiny_dataset, tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    manifest = index_dataset(open_store(tmp_path))
+    with TrialStream(open_store(tmp_path), manifest) as stream:
+        path = tmp_path / manifest.trials[0].key
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        with pytest.raises(DataError, match=r"was replaced .*prepare_dataset\.py index"):
+            stream.fetch([0])
+
+
+def test_a_fork_is_refused(tiny_dataset, manifest: TrialManifest) -> None:
+    with TrialStream(open_store(tiny_dataset.folder), manifest) as stream:
+        stream._process += 1  # what a fork looks like, without forking a process with threads
+        with pytest.raises(StorageError, match="forked"):
+            stream.fetch([0])
+        stream._process -= 1
+
+
+def test_a_closed_stream_says_so(tiny_dataset, manifest: TrialManifest) -> None:
+    stream = TrialStream(open_store(tiny_dataset.folder), manifest)
+    stream.close()
+    stream.close()
+    with pytest.raises(StorageError, match="closed"):
+        stream.fetch([0])
+
+
+def test_datasets_from_a_configuration(tiny_dataset, manifest: TrialManifest) -> None:
+    config = TrainingConfig()
+    config.dataset.batch_size, config.dataset.days_per_batch = 6, 2
+    config.num_training_batches = 3
+    config.dataset.gpu_cache_gb = 0.001
+    store = open_store(tiny_dataset.folder)
+    stream = TrialStream.from_config(store, manifest, config.dataset)
+    train = BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
+    val = EvaluationDatasetS3.from_config(stream, by_session(manifest, "val"), config)
+    assert len(train) == 3 and len(list(train.batches())) == 3
+    assert len(val) == 2 and sum(len(b) for b in val) == 9
+    with pytest.raises(IndexError):
+        train[3]
+    train.close()
+
+    config.dataset.gpu_cache_gb = 1e-6
+    with TrialStream.from_config(store, manifest, config.dataset) as stream:
+        with pytest.raises(ConfigError, match="gpu_cache_gb"):
+            BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
+
+
+def test_padding_is_exact_and_zero() -> None:
+    rng = np.random.default_rng(0)
+    trials = [rng.standard_normal((n, 5)).astype(np.float32) for n in (3, 7, 1)]
+    padded = pad_features(trials)
+    assert padded.shape == (3, 7, 5)
+    for row, trial in zip(padded, trials, strict=True):
+        assert np.array_equal(row[: len(trial)].numpy(), trial)
+        assert not row[len(trial) :].any()

@@ -1,0 +1,103 @@
+"""Prefetching: in order, never too much at once, and gone at once when it is left."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+
+import pytest
+from brain_to_text.prefetch import Prefetcher, PrefetchLimits
+
+
+class Work:
+    """A preparation that waits for permission, and what all of them have done."""
+
+    begun: list[int]
+
+    def __init__(self) -> None:
+        self.begun = []
+        self.cancelled: list[int] = []
+        self.permission: dict[int, concurrent.futures.Future[None]] = {}
+
+    def begin(self, step: int) -> Step:
+        self.begun.append(step)
+        return Step(self, step, self.permission.setdefault(step, concurrent.futures.Future()))
+
+    def allow(self, *steps: int) -> None:
+        for step in steps:
+            self.permission.setdefault(step, concurrent.futures.Future()).set_result(None)
+
+
+class Step:
+    def __init__(self, work: Work, step: int, permission: concurrent.futures.Future[None]) -> None:
+        self._work, self._step, self._permission = work, step, permission
+
+    def finish(self) -> int:
+        self._permission.result()
+        if self._step == 13:
+            raise ValueError("thirteen")
+        return self._step
+
+    def cancel(self) -> None:
+        self._work.cancelled.append(self._step)
+        self._permission.cancel()
+
+
+def test_batches_come_in_order_whatever_finishes_first() -> None:
+    work = Work()
+    with Prefetcher(work.begin, lambda _: 1, 0, 4, PrefetchLimits(batches=4, threads=4)) as ahead:
+        work.allow(3, 2, 1)
+        assert not ahead.ready()
+        work.allow(0)
+        assert list(ahead) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (PrefetchLimits(batches=3, n_bytes=1000), [0, 1, 2]),
+        (PrefetchLimits(batches=9, n_bytes=25), [0, 1]),
+        (PrefetchLimits(batches=9, n_bytes=1), [0]),
+    ],
+)
+def test_no_more_is_begun_than_the_limits_allow(
+    limits: PrefetchLimits, expected: list[int]
+) -> None:
+    work = Work()
+    with Prefetcher(work.begin, lambda _: 10, 0, 100, limits) as ahead:
+        assert work.begun == expected
+        work.allow(*range(100))
+        assert next(ahead) == 0
+        assert work.begun == [*expected, len(expected)]
+
+
+def test_an_error_is_raised_when_its_turn_comes() -> None:
+    work = Work()
+    work.allow(*range(20))
+    ahead = Prefetcher(work.begin, lambda _: 1, 10, 20, PrefetchLimits())
+    assert [next(ahead) for _ in range(3)] == [10, 11, 12]
+    with pytest.raises(ValueError, match="thirteen"):
+        next(ahead)
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_closing_gives_up_everything_under_way() -> None:
+    before = threading.active_count()
+    work = Work()
+    ahead = Prefetcher(work.begin, lambda _: 1, 0, 10, PrefetchLimits(batches=4, threads=2))
+    ahead.close()
+    assert work.cancelled == [0, 1, 2, 3]
+    assert list(ahead) == []
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_an_iterator_that_is_dropped_closes_itself() -> None:
+    work = Work()
+    ahead = Prefetcher(work.begin, lambda _: 1, 0, 10, PrefetchLimits(batches=2))
+    del ahead
+    assert work.cancelled == [0, 1]
