@@ -282,7 +282,8 @@ def _figure(
     legend: Sequence[str] = (),
     scroll: bool = False,
 ) -> str:
-    style = f' style="min-width:{min(width, 620):.0f}px"' if scroll else ""
+    least = f"min-width:{min(width, 620):.0f}px;" if scroll else ""
+    style = f' style="{least}max-width:{1.5 * width:.0f}px"'
     keys = f'<p class="legend">{"".join(legend)}</p>' if legend else ""
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>{keys}"

@@ -119,6 +119,8 @@ def bootstrap_interval(
     """
     error_counts, token_counts = _checked(errors, tokens)
     value = float(error_counts.sum() / token_counts.sum())
+    if not error_counts.any():
+        return Interval(value, 0.0, _upper_without_errors(token_counts, level))
     rates = _resampled(error_counts, token_counts, resamples, seed)
     low, high = _expanded_percentiles(rates, len(error_counts), level)
     return Interval(value, low, high)
@@ -189,6 +191,13 @@ def _resampled(errors: np.ndarray, tokens: np.ndarray, resamples: int, seed: int
         some = totals > 0
         rates.append(errors[drawn].sum(axis=1)[some] / totals[some])
     return np.concatenate(rates)
+
+
+def _upper_without_errors(tokens: np.ndarray, level: float) -> float:
+    """Resampling says nothing when no error was seen: the exact binomial bound on trials with an
+    error (Clopper & Pearson 1934), at one error in each of them."""
+    trials_with_an_error = 1 - ((1 - level) / 2) ** (1 / len(tokens))
+    return float(trials_with_an_error / tokens.mean())
 
 
 def _expanded_percentiles(rates: np.ndarray, n: int, level: float) -> tuple[float, float]:

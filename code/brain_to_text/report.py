@@ -37,7 +37,7 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.95rem}a{color:var(--c0
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.45rem;line-height:1.3}
 .tile span{font-size:.85rem;color:var(--soft)}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:.9rem}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:.9rem}
 .grid2{align-items:start}.grid2>*{min-width:0}.wide{max-width:760px;margin-top:.9rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem}
 figcaption{font-weight:600;font-size:.95rem;margin-bottom:.3rem}
