@@ -106,7 +106,7 @@ def trial_row(trial: DecodedTrial) -> dict[str, Any]:
         "sentence": record.sentence_label,
         "reference": None if trial.reference is None else _spelled(trial.reference),
         "hypothesis": _spelled(trial.hypothesis),
-        "confidence": float(trial.confidences.mean()) if len(trial.confidences) else None,
+        "confidence": round(float(trial.confidences.mean()), 4) if len(trial.confidences) else None,
     }
     if trial.reference is not None:
         counts = count_errors(trial.reference, trial.hypothesis)

@@ -1,0 +1,149 @@
+"""The report is one page that needs nothing else, and shows what it was given."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from brain_to_text import charts
+from brain_to_text.charts import Bar, Series
+from brain_to_text.errors import StorageError
+from brain_to_text.report import model_report, page, read_metrics, table, write_report
+
+
+class Outline(HTMLParser):
+    """Checks nesting and collects tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def contents() -> dict:
+    group = {"value": 0.1, "low": 0.05, "high": 0.2, "n_trials": 3, "tokens": 60}
+    confusion = np.eye(41, dtype=int) * 9
+    confusion[3, 5] = 2
+    return {
+        "title": "job-1 <model>",
+        "rates": {"PER": {"value": 0.1234, "low": 0.1, "high": 0.15}},
+        "n_trials": 48,
+        "counts": {
+            "PER": {
+                "substitutions": 3,
+                "deletions": 2,
+                "insertions": 1,
+                "reference_labels": 60,
+            }
+        },
+        "metrics": {
+            "train": [{"step": s, "loss": 7.0 / (s + 1), "learning_rate": 0.1} for s in range(5)],
+            "validation": [{"step": s, "per": 0.5, "der": 0.6, "per_path": 0.7} for s in (1, 4)],
+        },
+        "groups": {"session": {"t15.2023.08.11": group, "t15.2023.08.13": group}},
+        "confusion": confusion.tolist(),
+        "calibration": {
+            "confidence": [0.5, 0.9],
+            "accuracy": [0.4, float("nan")],
+            "count": [4, 0],
+            "expected_error": 0.1,
+        },
+        "examples": [
+            {
+                "name": "t15.2023.08.11/data_val.hdf5:trial_0001",
+                "sentence": "fish & chips",
+                "alignment": [("F", "F"), ("IH", None), (None, "S")],
+                "posteriors": np.full((2, 6), 0.5),
+                "labels": ["#→F", "F→IH"],
+                "seconds_per_frame": 0.08,
+            }
+        ],
+        "config": "model:\n  n_units: 16\n",
+        "data": {"Fingerprint": "abc"},
+    }
+
+
+def test_report_shows_what_it_was_given_and_escapes_it():
+    html = model_report(contents())
+    outline = Outline(html)
+    for shown in ("12.34 %", "job-1 <model>", "fish & chips", "t15.2023.08.13", "n_units: 16"):
+        assert shown in outline.text
+    assert "<model>" not in html
+    assert outline.tags.count("svg") >= 6
+
+
+def test_report_loads_nothing_from_anywhere():
+    html = model_report(contents())
+    outline = Outline(html)
+    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    assert all(
+        (value or "").startswith("#")
+        for name, value in outline.attributes
+        if name in ("src", "href", "xlink:href")
+    )
+    assert not re.search(r"url\(|@import|https?://", html)
+
+
+def test_every_link_has_a_target():
+    outline = Outline(model_report(contents()))
+    ids = {value for name, value in outline.attributes if name == "id"}
+    links = {value for name, value in outline.attributes if name == "href"}
+    assert links <= {f"#{name}" for name in ids}
+
+
+def test_an_empty_report_is_still_a_page():
+    assert "Model report" in Outline(model_report({})).text
+    assert page("t", [("gone", "")]).count("<section") == 0
+    assert table(["a"], []) == ""
+
+
+def test_charts_leave_out_what_cannot_be_drawn():
+    assert charts.line_chart("t", [Series("a", [], [])]) == ""
+    assert charts.line_chart("t", [Series("a", [1, 2], [float("nan"), -1])], log_y=True) == ""
+    assert charts.bar_chart("t", [Bar("a", float("nan"))]) == ""
+    one_point = charts.line_chart("t", [Series("a", [3], [0.5])], percent=True)
+    assert "<circle" in one_point
+    assert "NaN" not in one_point
+    assert "nan" not in charts.bar_chart("t", [Bar("a", 0.0, 0.0, float("nan"))])
+
+
+def test_long_runs_are_drawn_with_bounded_size():
+    x = np.arange(100_000)
+    assert len(charts.line_chart("t", [Series("a", x, 1.0 + x)])) < 20_000
+
+
+def test_metrics_are_read_back_by_kind(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "train", "step": 1}, {"kind": "validation", "step": 1}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(file) == {"train": [{"step": 1}], "validation": [{"step": 1}]}
+    assert read_metrics(tmp_path / "absent") == {}
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="--output-dir"):
+        write_report(tmp_path / "file" / "report.html", {})
