@@ -1,0 +1,208 @@
+"""Sentences from phoneme probabilities: beam search over a lexicon with a language model.
+
+Needs the optional packages flashlight-text and kenlm (docker/requirements-words.txt); they are
+imported when a decoder is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .error_analysis import count_errors
+from .errors import ConfigError, DataError, StorageError
+from .metrics import ErrorCounts
+from .phonemes import BLANK, N_PHONEMES, SILENCE
+from .pronunciation import Lexicon, normalise_text
+
+LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
+WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class WordSettings:
+    """Weights of the search.
+
+    Attributes:
+        lm_weight: of the language model's natural-log probabilities beside the acoustic ones.
+        word_score: added per word; positive values favour more, shorter words.
+        silence_score: added per silence between words.
+        beam_size: hypotheses kept per frame.
+        beam_threshold: hypotheses this much worse than the best are dropped.
+    """
+
+    lm_weight: float = 2.0
+    word_score: float = 0.0
+    silence_score: float = 0.0
+    beam_size: int = 200
+    beam_threshold: float = 50.0
+
+
+class WordDecoder:
+    """Decodes one trial at a time.
+
+    Args:
+        lexicon: word → ways to say it, in phoneme ids without silence.
+        language_model: ARPA or KenLM binary file over those words; None for the lexicon alone.
+
+    Raises:
+        ConfigError: the optional packages are not installed.
+        DataError: an empty lexicon. StorageError: no such language model.
+    """
+
+    def __init__(self, lexicon: Lexicon, language_model: Path | None) -> None:
+        decoder, dictionary = _flashlight()
+        if not lexicon:
+            raise DataError(
+                "The lexicon is empty: give --lexicon FILE, or a language model whose words the "
+                "CMU dictionary knows."
+            )
+        self._api = decoder
+        self.words = sorted(lexicon)
+        self._dictionary = dictionary.Dictionary([*self.words, "<unk>"])
+        if language_model is None:
+            self._model = decoder.ZeroLM()
+        else:
+            if not language_model.is_file():
+                raise StorageError(
+                    f"Language model {language_model} does not exist: give --language-model an "
+                    "ARPA or KenLM file, or 'training' to make one from the training sentences."
+                )
+            from flashlight.lib.text.decoder.kenlm import KenLM
+
+            self._model = KenLM(str(language_model), self._dictionary)
+        self._trie = self._spellings(lexicon)
+
+    def decode(self, log_probs: np.ndarray, settings: WordSettings) -> str:
+        """The most probable sentence.
+
+        Args:
+            log_probs: [T', 41] float32 phoneme log-probabilities.
+            settings: of the search.
+        """
+        api = self._api
+        search = api.LexiconDecoder(
+            api.LexiconDecoderOptions(
+                settings.beam_size,
+                N_PHONEMES,
+                settings.beam_threshold,
+                settings.lm_weight,
+                settings.word_score,
+                float("-inf"),
+                settings.silence_score,
+                False,
+                api.CriterionType.CTC,
+            ),
+            self._trie,
+            self._model,
+            SILENCE,
+            BLANK,
+            self._dictionary.get_index("<unk>"),
+            [],
+            False,
+        )
+        emissions = np.ascontiguousarray(log_probs, dtype=np.float32)
+        best = search.decode(emissions.ctypes.data, *emissions.shape)
+        if not best:
+            return ""
+        return " ".join(self._dictionary.get_entry(w) for w in best[0].words if w >= 0)
+
+    def _spellings(self, lexicon: Lexicon) -> Any:
+        """Every way to say every word, with the word's unigram score spread over its prefixes."""
+        trie = self._api.Trie(N_PHONEMES, SILENCE)
+        start = self._model.start(False)
+        for word in self.words:
+            index = self._dictionary.get_index(word)
+            _, score = self._model.score(start, index)
+            for sounds in lexicon[word]:
+                trie.insert(list(sounds), index, score)
+        trie.smear(self._api.SmearingMode.MAX)
+        return trie
+
+
+def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Edits between two sentences in words, after the field's normalisation."""
+    words = sorted({*normalise_text(reference).split(), *normalise_text(hypothesis).split()})
+    ids = {word: index for index, word in enumerate(words)}
+    return count_errors(
+        [ids[w] for w in normalise_text(reference).split()],
+        [ids[w] for w in normalise_text(hypothesis).split()],
+    )
+
+
+def tune(
+    decoder: WordDecoder,
+    log_probs: Sequence[np.ndarray],
+    sentences: Sequence[str],
+    settings: WordSettings | None = None,
+    *,
+    progress: Callable[[], object] | None = None,
+) -> tuple[WordSettings, list[dict[str, float]]]:
+    """The language-model weight and word score with the lowest word error rate, by grid.
+
+    Args:
+        log_probs, sentences: of the trials to tune on; never those of the final score.
+        settings: everything but the two tuned weights.
+
+    Returns:
+        The best settings, and one row {lm_weight, word_score, WER} per point of the grid.
+    """
+    base = settings or WordSettings()
+    rows = []
+    for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES):
+        point = replace(base, lm_weight=lm_weight, word_score=word_score)
+        total = ErrorCounts()
+        for probabilities, sentence in zip(log_probs, sentences, strict=True):
+            total = total + word_errors(sentence, decoder.decode(probabilities, point))
+        rows.append({"lm_weight": lm_weight, "word_score": word_score, "WER": total.rate})
+        if progress is not None:
+            progress()
+    best = min(rows, key=lambda row: row["WER"])
+    return replace(base, lm_weight=best["lm_weight"], word_score=best["word_score"]), rows
+
+
+def words_of_arpa(path: Path) -> list[str]:
+    """The vocabulary of an ARPA file.
+
+    Raises:
+        DataError: not ARPA text (a KenLM binary names no words): give a lexicon.
+        StorageError: unreadable.
+    """
+    words: list[str] = []
+    inside = False
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("\\"):
+                    if inside:
+                        break
+                    inside = line.startswith("\\1-grams")
+                elif inside and line.strip():
+                    words.append(line.split("\t")[1].split()[0])
+    except (UnicodeDecodeError, IndexError) as error:
+        raise DataError(
+            f"{path} is not ARPA text, so its words are unknown: give them with --lexicon FILE."
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"Language model {path} cannot be read ({error.strerror}): check the path."
+        ) from error
+    return [word for word in words if not word.startswith("<")]
+
+
+def _flashlight() -> tuple[Any, Any]:
+    try:
+        import flashlight.lib.text.decoder as decoder
+        import flashlight.lib.text.dictionary as dictionary
+        import kenlm  # noqa: F401  (the decoder's KenLM binding loads its library)
+    except ImportError as error:
+        raise ConfigError(
+            f"Decoding words needs an optional package ({error.name} is not installed): type "
+            "'pip install -r docker/requirements-words.txt'."
+        ) from error
+    return decoder, dictionary
