@@ -34,6 +34,7 @@ from .evaluation import evaluate
 from .interruption import Interruption, RunInterrupted
 from .losses import JointObjective
 from .metrics import ValidationResult
+from .model_evaluation import write_run_report
 from .object_store import open_store
 from .optimizer import build_optimizer, build_scheduler
 from .rnn_model import GRUDecoder, load_public_state_dict
@@ -290,6 +291,16 @@ class BrainToTextDecoder_Trainer_S3:
             f"after training batch {state.best_step - 1}"
         )
         self.log.info(f"Streaming: {self.stream.stats.snapshot().describe()}")
+        if config.save_best_checkpoint:
+            write_run_report(
+                self.paths.model_dir,
+                self.paths.output_data_dir,
+                self.stream,
+                self.device,
+                metrics_file=self.paths.output_data_dir / "metrics.jsonl",
+                batch_size=config.dataset.batch_size,
+            )
+            self.log.info(f"Report: {self.paths.output_data_dir / 'report.html'}")
 
     def _stop_on_signal(self) -> None:
         """Leave a state to resume from, and a model even when no validation has chosen one yet."""
@@ -558,9 +569,16 @@ class BrainToTextDecoder_Trainer_S3:
             save_atomically(result.logits, self.paths.output_data_dir / "val_logits.pt")
 
     def _restore_best(self) -> None:
-        if self.state.best_step >= 0 and self.config.save_best_checkpoint:
-            load_verified(self._kept_best)
-            copy_atomically(self._kept_best, self.paths.best_checkpoint)
+        state = self.state
+        if state.best_step >= 0 and self.config.save_best_checkpoint:
+            try:
+                load_verified(self._kept_best)
+                copy_atomically(self._kept_best, self.paths.best_checkpoint)
+            except CheckpointError as error:
+                self.log.warning(f"{error} The next validation chooses a best model anew.")
+                state.best_value, state.best_step = float("inf"), -1
+                if state.finished:
+                    self._write_model(self.paths.best_checkpoint, None)
         if self.state.validations and self.config.save_val_metrics:
             path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
             path.parent.mkdir(parents=True, exist_ok=True)

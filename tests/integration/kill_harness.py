@@ -106,8 +106,9 @@ def run_harness(kills: int, seed: int, folder: Path) -> Report:
 class Job:
     """One training process on the run's folder, as SageMaker would start it."""
 
-    def __init__(self, data: Path, run: Path) -> None:
+    def __init__(self, data: Path, run: Path, **settings: Any) -> None:
         self.data, self.run = data, run
+        self.settings = SETTINGS | settings
         self.checkpoints = run / "checkpoints"
 
     def start(self) -> Job:
@@ -118,7 +119,7 @@ class Job:
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["brain_to_text.rnn_trainer_s3", "torch._dynamo"])
-        self.process = context.Process(target=train, args=(self.data, self.run))
+        self.process = context.Process(target=train, args=(self.data, self.run, self.settings))
         self.process.start()
         return self
 
@@ -136,6 +137,18 @@ class Job:
         os.kill(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
         return kind
 
+    def said(self) -> str:
+        """Everything on stdout and stderr, of this job and the ones before it."""
+        path = self.run / "said"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text: str) -> None:
+        """Return once the job has said `text`."""
+        deadline = time.monotonic() + JOB_SECONDS
+        while text not in self.said():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
     def finished(self) -> bool:
         """Wait for the end; True when the run is complete. A failure that nobody caused raises."""
         self.process.join(JOB_SECONDS)
@@ -146,13 +159,13 @@ class Job:
             return "Finished at step" in text or "already finished" in text
         if code == -signal.SIGKILL or code == -signal.SIGTERM:  # before the handlers were set
             return False
-        raise AssertionError(f"a job ended with {code}:\n{(self.run / 'said').read_text()[-3000:]}")
+        raise AssertionError(f"a job ended with {code}:\n{self.said()[-3000:]}")
 
     def join_successfully(self) -> None:
-        assert self.finished(), (self.run / "said").read_text()[-3000:]
+        assert self.finished(), self.said()[-3000:]
 
 
-def train(data: Path, run: Path) -> None:
+def train(data: Path, run: Path, settings: dict[str, Any]) -> None:
     """The job itself, in the child process."""
     with (run / "said").open("a") as said:
         os.dup2(said.fileno(), 1)
@@ -160,7 +173,7 @@ def train(data: Path, run: Path) -> None:
     os.environ["SAGEMAKER_BASE_DIR"] = str(run)
     import train_model_sagemaker
 
-    options = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     sys.exit(train_model_sagemaker.main(["--data-dir", str(data), *options]))
 
 
