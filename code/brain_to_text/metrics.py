@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from .diphones import N_DIPHONES, collapse_to_phonemes, marginalise_log_probs
+from .diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
 from .losses import ctc_nll
 
 
@@ -148,7 +148,7 @@ class ValidationMeter:
     """
 
     def __init__(
-        self, sessions: Sequence[str], n_classes: int, label_form: str | None = "self_loop"
+        self, sessions: Sequence[str], n_classes: int, label_form: LabelForm | None = "self_loop"
     ) -> None:
         self.sessions = list(sessions)
         self.diphones = n_classes == N_DIPHONES

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .config import TrainingConfig
 from .device import send
 from .errors import CheckpointError
+from .packed_gru import packed_gru
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
@@ -135,6 +136,16 @@ class GRUDecoder(nn.Module):
             n_time_steps: [B] on the CPU: only these bins are computed, and frames beyond a
                 trial's own hold the classifier's bias. None: every bin counts.
         """
+        frames, packing = self.input_frames(x, day_idx, n_time_steps)
+        if not return_state:
+            return self.out(self.recurrent_frames(frames, packing, states))
+        hidden, states = self.recurrent_frames(frames, packing, states, return_state=True)
+        return self.out(hidden), states
+
+    def input_frames(
+        self, x: torch.Tensor, day_idx: torch.Tensor, n_time_steps: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Packing]:
+        """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
         B, T = x.shape[0], x.shape[1]
         x = self._day_layer(x, day_idx.tolist())
         if self.training and self.input_dropout > 0:
@@ -143,20 +154,30 @@ class GRUDecoder(nn.Module):
             n_time_steps = torch.full((B,), T)
         n_frames = int(self.frame_lengths(torch.tensor(T)))
         packing = Packing.of(self.frame_lengths(n_time_steps), n_frames, x.device)
-        frames = self._patches(x, packing)
+        return self._patches(x, packing), packing
+
+    def recurrent_frames(
+        self,
+        frames: torch.Tensor,
+        packing: Packing,
+        states: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Hidden states [B, T', H * directions], zero where a trial has no frame."""
+        B = len(packing.order)
         if states is None:
             states = self.h0.expand(self.n_layers * self.n_directions, B, self.n_units)
             states = states.contiguous()
         else:
             states = states.index_select(1, packing.order)
-        packed, states = self.gru(PackedSequence(frames, packing.batch_sizes), states)
-        hidden = packed.data
-        padded = hidden.new_zeros(B * n_frames, hidden.shape[1])
-        padded = padded.index_copy(0, packing.rows, hidden).view(B, n_frames, -1)
-        logits = self.out(padded)
-        if return_state:
-            return logits, states.index_select(1, packing.inverse)
-        return logits
+        if frames.device.type == "cpu" and not self.bidirectional:
+            hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
+        else:
+            packed, states = self.gru(PackedSequence(frames, packing.batch_sizes), states)
+            hidden = packed.data
+        padded = hidden.new_zeros(B * packing.n_frames, hidden.shape[1])
+        padded = padded.index_copy(0, packing.rows, hidden).view(B, packing.n_frames, -1)
+        return (padded, states.index_select(1, packing.inverse)) if return_state else padded
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
         """softsign(x W + b) with each trial's session's weights: one product per run of trials."""
@@ -190,6 +211,7 @@ class Packing:
     Frames are sorted by time, then by trial, longest trial first (torch's packed sequences).
     """
 
+    n_frames: int  # T' of the padded batch
     batch_sizes: torch.Tensor  # [T'] CPU int64: trials that have a frame at each time
     order: torch.Tensor  # [B] trial at each packed position, on the device
     inverse: torch.Tensor  # [B] packed position of each trial, on the device
@@ -210,7 +232,7 @@ class Packing:
         rows, trial_, time_ = send(where, device)
         order_, inverse = send(orders, device)
         batch_sizes = torch.from_numpy(present.sum(1))
-        return cls(batch_sizes, order_, inverse, rows, trial_, time_)
+        return cls(n_frames, batch_sizes, order_, inverse, rows, trial_, time_)
 
     def frame_rows(self, blocks_per_trial: int) -> torch.Tensor:
         """[N] index of each frame's first block, with blocks counted over the whole batch."""

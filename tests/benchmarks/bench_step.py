@@ -1,0 +1,541 @@
+"""Time a training step: a plain eager rendering of the recipe against this library, in one run.
+
+    python tests/benchmarks/bench_step.py                          # phases and whole step
+    python tests/benchmarks/bench_step.py --device cuda --units 1024 --batch-size 48
+    python tests/benchmarks/bench_step.py --sweep                  # batch sizes x lengths
+    python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
+    python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
+    python tests/benchmarks/bench_step.py --compile                # eager against torch.compile
+    python tests/benchmarks/bench_step.py --project                # hours and cost per instance
+
+Contenders take turns; a figure is the median over rounds of the time with everything that was
+started also finished. Trials are noise: a step's time does not depend on what is in it.
+"""
+
+# ruff: noqa: E402  (the library's folder comes first on the path)
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
+
+from brain_to_text.augmentations import Augmentation, step_generator
+from brain_to_text.batch import Batch
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.device import autocast_dtype
+from brain_to_text.evaluation import evaluate
+from brain_to_text.losses import JointObjective
+from brain_to_text.optimizer import apply_update, build_optimizer, build_scheduler, clip_and_check
+from brain_to_text.rnn_model import GRUDecoder
+from brain_to_text.throughput import flops_per_step, peak_flops, peak_of
+from brain_to_text.train_step import TrainStep
+from plain_recipe import PlainDecoder, PlainStep
+
+STEPS_OF_A_RUN = 150_000
+MEAN_BINS, LABELS_PER_BIN = 850, 58 / 850  # mean trial of the public dataset, self-loop labels
+N_SESSIONS = 4
+
+
+def synthetic_batch(
+    config: TrainingConfig, bins: int, lengths: str, seed: int, device: torch.device
+) -> Batch:
+    """Trials of `bins` bins each ('equal'), or lognormal with that mean ('spread')."""
+    random = np.random.default_rng(seed)
+    B, C = config.dataset.batch_size, config.model.n_input_features
+    n = np.full(B, bins)
+    if lengths == "spread":
+        sigma = 0.35  # 5th to 95th percentile: 0.53 to 1.67 of the mean
+        n = np.clip(
+            bins * random.lognormal(-(sigma**2) / 2, sigma, B), config.model.patch_size * 4, None
+        ).astype(np.int64)
+    n_labels = np.maximum(1, (n * LABELS_PER_BIN).astype(np.int64))
+    features = torch.zeros(B, int(n.max()), C)
+    labels = torch.zeros(B, int(n_labels.max()), dtype=torch.int64)
+    phonemes = labels.clone()
+    for trial in range(B):
+        features[trial, : n[trial]] = torch.from_numpy(
+            random.standard_normal((n[trial], C), dtype=np.float32)
+        )
+        length = n_labels[trial]
+        labels[trial, :length] = torch.from_numpy(
+            random.integers(1, config.dataset.n_classes, length)
+        )
+        phonemes[trial, : max(length // 2, 1)] = torch.from_numpy(
+            random.integers(1, 41, max(length // 2, 1))
+        )
+    return Batch(
+        step=seed,
+        features=features,
+        n_time_steps=torch.from_numpy(n),
+        labels=labels,
+        label_lengths=torch.from_numpy(n_labels),
+        phoneme_labels=phonemes,
+        phoneme_lengths=torch.from_numpy(np.maximum(n_labels // 2, 1)),
+        day_indices=torch.arange(B) * N_SESSIONS // B,
+        trial_indices=torch.arange(B),
+    ).to(device)
+
+
+class Ours:
+    """This library's step, whole (`TrainStep`) and in phases."""
+
+    def __init__(self, config: TrainingConfig, device: torch.device, weights=None) -> None:
+        self.config, self.device = config, device
+        self.model = GRUDecoder.from_config(config, N_SESSIONS).to(device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.augmentation = Augmentation(config.dataset.data_transforms)
+        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.optimizer = build_optimizer(self.model, config, device)
+        self.scheduler = build_scheduler(self.optimizer, config)
+        self.step = TrainStep(
+            self.model,
+            self.augmentation,
+            self.objective,
+            self.optimizer,
+            self.scheduler,
+            config,
+            device,
+        )
+        self.augmentation = self.step.augmentation
+
+    def whole(self, batch: Batch, k: int) -> None:
+        self.step(batch, k)
+
+    def phases(self, batch: Batch, k: int, mark: Callable[[str], None]) -> None:
+        model = self.model.train()
+        generator = step_generator(self.device, self.config.seed, k)
+        mark("")
+        x, n = self.augmentation(
+            batch.features, batch.n_time_steps, training=True, generator=generator
+        )
+        mark("augment")
+        with self.step.autocast():
+            frames, packing = model.input_frames(x, batch.day_indices, n)
+            mark("day layer, patches")
+            hidden = model.recurrent_frames(frames, packing)
+            mark("GRU")
+            logits = model.out(hidden)
+        mark("classifier")
+        terms = self.objective(logits, batch, model.frame_lengths(n), k)
+        mark("loss")
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        mark("backward")
+        _, finite, divisor = clip_and_check(self.step.parameters, 10.0)
+        apply_update(self.optimizer, divisor, ~finite)
+        mark("clip, optimiser")
+
+
+class Plain:
+    """The plain rendering, whole and in the same phases."""
+
+    def __init__(self, config: TrainingConfig, device: torch.device) -> None:
+        self.device = device
+        self.model = PlainDecoder(config, N_SESSIONS).to(device)
+        self.step = PlainStep(self.model, config, device)
+        self.dtype = autocast_dtype(config, device)
+
+    def whole(self, batch: Batch, k: int) -> None:
+        self.step.training_step(batch, self.dtype)
+
+    def phases(self, batch: Batch, k: int, mark: Callable[[str], None]) -> None:
+        step, model = self.step, self.model.train()
+        mark("")
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            x, n = step.augment(batch.features, batch.n_time_steps)
+            mark("augment")
+            frames = model.patches(model.day_layer(x, batch.day_indices))
+            mark("day layer, patches")
+            hidden = model.recurrent(frames)
+            mark("GRU")
+            logits = model.out(hidden)
+            mark("classifier")
+            loss = step.loss(logits, batch, step.frames(n))
+            mark("loss")
+        step.optimizer.zero_grad()
+        loss.backward()
+        mark("backward")
+        step.update()
+        mark("clip, optimiser")
+
+
+class InMemory:
+    """Batches that are already there, as a dataset gives them."""
+
+    manifest = SimpleNamespace(label_form="self_loop")
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def batches(self) -> AbstractContextManager[list[Batch]]:
+        return nullcontext(self._batches)
+
+
+class Stopwatch:
+    """Seconds per phase, by name, over rounds; waits for the device at every mark."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, {}
+        self.last = 0.0
+
+    def __call__(self, name: str) -> None:
+        finish(self.device)
+        now = time.perf_counter()
+        if name:
+            self.times.setdefault(name, []).append(now - self.last)
+        self.last = now
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    finish(device)
+    started = time.perf_counter()
+    work()
+    finish(device)
+    return time.perf_counter() - started
+
+
+def alternate(
+    contenders: dict[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each contender, taking turns; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for k in range(rounds + 1):
+        for name, work in contenders.items():
+            seconds = timed(lambda: work(k), device)  # noqa: B023
+            if k:
+                times[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in [header, ["-" * w for w in widths], *rows]:
+        print(
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+
+
+def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
+    plain, ours = Plain(config, device), Ours(config, device)
+    batches = [synthetic_batch(config, args.bins, args.lengths, seed, device) for seed in range(3)]
+    whole = alternate(
+        {
+            "plain": lambda k: plain.whole(batches[k % 3], k),
+            "ours": lambda k: ours.whole(batches[k % 3], k),
+        },
+        args.rounds,
+        device,
+    )
+    watches = {"plain": Stopwatch(device), "ours": Stopwatch(device)}
+    for k in range(args.rounds + 1):
+        if k == 1:
+            for watch in watches.values():
+                watch.times.clear()
+        plain.phases(batches[k % 3], k, watches["plain"])
+        ours.phases(batches[k % 3], k, watches["ours"])
+    rows = []
+    for name in watches["ours"].times:
+        p, o = (statistics.median(watches[w].times[name]) for w in ("plain", "ours"))
+        rows.append([name, f"{p * 1e3:.1f}", f"{o * 1e3:.1f}", f"{p / o:.2f}"])
+    p, o = whole["plain"], whole["ours"]
+    rows.append(["whole step", f"{p * 1e3:.1f}", f"{o * 1e3:.1f}", f"{p / o:.2f}"])
+    table("Step, ms", ["phase", "plain", "ours", "plain / ours"], rows)
+    flops = statistics.mean(flops_per_step(config, b.n_time_steps) for b in batches)
+    print(f"{flops / 1e12:.3f} TFLOP per step; ours {flops / o / 1e12:.3f} TFLOP/s", end="")
+    peak = peak_flops(device, config)
+    print(f", MFU {100 * flops / o / peak:.1f} %" if peak else "")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB (both)")
+
+
+def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    contenders = {}
+    for n_classes in (int(c) for c in args.classes.split(",")):
+        variant = copy.deepcopy(config)
+        variant.dataset.n_classes = n_classes
+        if n_classes != 1681:
+            variant.objective = type(config.objective)()
+        ours = Ours(variant, device)
+        batch = synthetic_batch(variant, args.bins, args.lengths, 0, device)
+        contenders[f"{n_classes} classes"] = lambda k, o=ours, b=batch: o.whole(b, k)
+    times = alternate(contenders, args.rounds, device)
+    least = min(times.values())
+    table(
+        "Cost of classes (ours)",
+        ["classes", "ms", "ratio"],
+        [[name, f"{t * 1e3:.1f}", f"{t / least:.3f}"] for name, t in times.items()],
+    )
+
+
+def sweep(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    rows = []
+    for batch_size in (8, 16, 32, 64):
+        for bins in (400, 850, 1800):
+            variant = copy.deepcopy(config)
+            variant.dataset.batch_size = batch_size
+            batch = synthetic_batch(variant, bins, args.lengths, 0, device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            contenders = {}
+            ours = Ours(variant, device)
+            contenders["ours"] = lambda k, o=ours, b=batch: o.whole(b, k)
+            if not args.ours_only:
+                plain = Plain(variant, device)
+                contenders["plain"] = lambda k, p=plain, b=batch: p.whole(b, k)
+            times = alternate(contenders, args.rounds, device)
+            seconds = times["ours"]
+            memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
+            rows.append(
+                [
+                    f"{batch_size} x {bins}",
+                    f"{times.get('plain', float('nan')) * 1e3:.1f}",
+                    f"{seconds * 1e3:.1f}",
+                    f"{times.get('plain', float('nan')) / seconds:.2f}",
+                    f"{batch_size / seconds:.1f}",
+                    f"{memory:.2f}" if memory else "-",
+                ]
+            )
+    table(
+        "Batch size x bins",
+        ["batch", "plain ms", "ours ms", "plain / ours", "trials/s (ours)", "peak GB"],
+        rows,
+    )
+
+
+def compare_validation(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    """Scoring `--validation` trials: batched against one trial at a time, same weights."""
+    ours, plain = Ours(config, device), Plain(config, device)
+    plain.model.load_state_dict(ours.model.state_dict())
+    n, size = args.validation, config.dataset.batch_size
+    batches, trials = [], []
+    lengths_first = copy.deepcopy(config)
+    lengths_first.dataset.batch_size = n
+    everything = synthetic_batch(lengths_first, args.bins, args.lengths, 0, torch.device("cpu"))
+    order = torch.argsort(everything.n_time_steps)
+    for rows in order.split(size):
+        batches.append(take(everything, rows, device))
+    for row in order.split(1):
+        trials.append(take(everything, row, device))
+
+    def batched() -> float:
+        sessions = [str(i) for i in range(N_SESSIONS)]
+        result = evaluate(
+            ours.model,
+            ours.augmentation,
+            InMemory(batches),  # type: ignore[arg-type]
+            sessions,
+            autocast=ours.step.autocast,
+        )
+        assert result is not None
+        return result.der
+
+    def one_by_one() -> float:
+        plain.model.eval()
+        edits = labels = 0
+        step = plain.step
+        with torch.no_grad():
+            for trial in trials:
+                x, n_time_steps = step.augment(trial.features, trial.n_time_steps, training=False)
+                logits = plain.model(x, trial.day_indices)
+                frames = step.frames(n_time_steps)
+                step.loss(logits, trial, frames).item()
+                best = torch.unique_consecutive(logits[0, : frames[0]].argmax(-1))
+                decoded = [c for c in best.tolist() if c != 0]
+                reference = trial.labels[0, : trial.label_lengths[0]].tolist()
+                edits += levenshtein(reference, decoded)
+                labels += len(reference)
+                if config.dataset.n_classes == 1681:
+                    probs = logits.float().softmax(-1)
+                    marginal = torch.stack([probs[..., c::41].sum(-1) for c in range(41)], -1)
+                    best = torch.unique_consecutive(marginal[0, : frames[0]].argmax(-1))
+                    reference = trial.phoneme_labels[0, : trial.phoneme_lengths[0]].tolist()
+                    levenshtein(reference, [c for c in best.tolist() if c != 0])
+        return edits / labels
+
+    started = time.perf_counter()
+    der_one = one_by_one()
+    finish(device)
+    slow = time.perf_counter() - started
+    started = time.perf_counter()
+    der_batched = batched()
+    finish(device)
+    fast = time.perf_counter() - started
+    table(
+        f"Validation of {n} trials",
+        ["way", "s", "DER"],
+        [
+            ["one trial at a time", f"{slow:.2f}", f"{der_one:.4f}"],
+            ["batched", f"{fast:.2f}", f"{der_batched:.4f}"],
+            ["ratio", f"{slow / fast:.2f}", ""],
+        ],
+    )
+
+
+def levenshtein(reference: list[int], decoded: list[int]) -> int:
+    """Edit distance as one writes it in Python."""
+    row = list(range(len(decoded) + 1))
+    for i, a in enumerate(reference, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(decoded, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]
+
+
+def take(batch: Batch, rows: torch.Tensor, device: torch.device) -> Batch:
+    """The trials `rows` of a CPU batch, cut to their own longest."""
+    bins = int(batch.n_time_steps[rows].max())
+    return Batch(
+        step=0,
+        features=batch.features[rows, :bins],
+        n_time_steps=batch.n_time_steps[rows],
+        labels=batch.labels[rows],
+        label_lengths=batch.label_lengths[rows],
+        phoneme_labels=batch.phoneme_labels[rows],
+        phoneme_lengths=batch.phoneme_lengths[rows],
+        day_indices=batch.day_indices[rows],
+        trial_indices=batch.trial_indices[rows],
+    ).to(device)
+
+
+# SageMaker training instances with one GPU: GPU name, price of the mission's table in $/h where it
+# gives one (EC2's on-demand list), else None: ask the pricing front door before quoting.
+INSTANCES = {
+    "ml.g4dn.xlarge": ("T4", torch.float16, 0.736),
+    "ml.g5.2xlarge": ("A10G", torch.bfloat16, 1.212),
+    "ml.g6.2xlarge": ("L4", torch.bfloat16, None),
+    "ml.p4d.24xlarge (one of 8)": ("A100", torch.bfloat16, None),
+    "ml.p5.48xlarge (one of 8)": ("H100", torch.bfloat16, None),
+    "ml.p5en.48xlarge (one of 8)": ("H200", torch.bfloat16, None),
+}
+
+
+def project(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Hours and cost of 150,000 steps from arithmetic alone, at two utilisations."""
+    n = torch.full((config.dataset.batch_size,), MEAN_BINS)
+    flops = flops_per_step(config, n)
+    rows = []
+    for instance, (gpu, dtype, price) in INSTANCES.items():
+        peak = peak_of(gpu, dtype)
+        assert peak is not None
+        cells = [instance, gpu, str(dtype).removeprefix("torch.")]
+        for mfu in (0.5, 0.2):
+            seconds = max(flops / peak / mfu, args.floor_ms / 1e3)
+            hours = STEPS_OF_A_RUN * seconds / 3600
+            cost = f"{hours * price:.0f}" if price else "-"
+            cells += [f"{seconds * 1e3:.0f}", f"{hours:.1f}", cost]
+        rows.append(cells)
+    table(
+        f"{STEPS_OF_A_RUN} steps of {flops / 1e12:.2f} TFLOP, at 50 % and at 20 % of peak, "
+        f"never below {args.floor_ms:g} ms (the serial recurrence); prices of the mission's table",
+        ["instance", "GPU", "type", "ms", "hours", "$", "ms", "hours", "$"],
+        rows,
+    )
+
+
+def compare_compile(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    """torch.compile around the GRU: on, off; with a new length at every step."""
+    contenders = {}
+    for choice in ("false", "true"):
+        variant = copy.deepcopy(config)
+        variant.compile = choice
+        ours = Ours(variant, device)
+        batches = [
+            synthetic_batch(variant, args.bins + 7 * i, args.lengths, i, device)
+            for i in range(args.rounds + 1)
+        ]
+        contenders[f"compile: {choice}"] = lambda k, o=ours, b=batches: o.whole(b[k], k)
+    for name, seconds in alternate(contenders, args.rounds, device).items():
+        print(f"{name}: {seconds * 1e3:.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--config", type=Path, help="YAML; default: the recipe, sized for a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--units", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--features", type=int)
+    parser.add_argument("--bins", type=int, default=MEAN_BINS)
+    parser.add_argument("--lengths", choices=["equal", "spread"], default="spread")
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--phoneme-weight", type=float, default=0.0)
+    parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", help="compare numbers of classes, e.g. 41,1681")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument(
+        "--ours-only", action="store_true", help="leave the plain one out of --sweep"
+    )
+    parser.add_argument("--validation", type=int, metavar="TRIALS")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--project", action="store_true")
+    parser.add_argument("--floor-ms", type=float, default=5.0)
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = load_config(args.config)
+    if args.config is None:
+        config.dataset.n_classes = 1681
+        if not args.project:
+            config.model.n_units, config.model.n_layers, config.dataset.batch_size = 512, 3, 16
+        else:
+            config.model.n_units, config.dataset.batch_size = 1024, 48
+    config.dataset.batch_size = args.batch_size or config.dataset.batch_size
+    config.model.n_units = args.units or config.model.n_units
+    config.model.n_layers = args.layers or config.model.n_layers
+    config.model.n_input_features = args.features or config.model.n_input_features
+    config.model.bidirectional = args.bidirectional
+    config.objective.phoneme_weight = args.phoneme_weight
+    if args.amp_dtype:
+        config.use_amp = args.amp_dtype != "off"
+        config.amp_dtype = args.amp_dtype if config.use_amp else "auto"
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, "
+        f"precision {autocast_dtype(config, device) or torch.float32}; "
+        f"{config.model.n_layers} x {config.model.n_units} units, {config.dataset.n_classes} "
+        f"classes, batch {config.dataset.batch_size}, {args.bins} bins ({args.lengths})"
+    )
+    if args.project:
+        project(config, args)
+    elif args.classes:
+        compare_classes(config, args, device)
+    elif args.sweep:
+        sweep(config, args, device)
+    elif args.validation:
+        compare_validation(config, args, device)
+    elif args.compile:
+        compare_compile(config, args, device)
+    else:
+        compare_step(config, args, device)
+
+
+if __name__ == "__main__":
+    main()

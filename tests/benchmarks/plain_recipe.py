@@ -1,0 +1,126 @@
+"""The reference recipe as one writes it first: padded, eager, one call per idea.
+
+Same mathematics and the same parameter names as `brain_to_text`, in plain PyTorch: day weights
+gathered to [B, C, C], depthwise convolution for smoothing, strided patches, torch's GRU over padded
+frames, torch's CTC on log-softmax, clip and AdamW one after the other, and a host read of loss and
+gradient norm at every step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from brain_to_text.augmentations import gaussian_kernel
+from brain_to_text.config import TrainingConfig
+from torch import nn
+
+
+class PlainDecoder(nn.Module):
+    def __init__(self, config: TrainingConfig, n_days: int) -> None:
+        super().__init__()
+        model = config.model
+        self.patch, self.stride = model.patch_size, model.patch_stride
+        C, H = model.n_input_features, model.n_units
+        self.day_weights = nn.ParameterList(nn.Parameter(torch.eye(C)) for _ in range(n_days))
+        self.day_biases = nn.ParameterList(nn.Parameter(torch.zeros(1, C)) for _ in range(n_days))
+        self.dropout = nn.Dropout(model.input_network.input_layer_dropout)
+        self.gru = nn.GRU(
+            C * self.patch,
+            H,
+            model.n_layers,
+            dropout=model.rnn_dropout if model.n_layers > 1 else 0.0,
+            batch_first=True,
+            bidirectional=model.bidirectional,
+        )
+        self.out = nn.Linear(H * (2 if model.bidirectional else 1), config.dataset.n_classes)
+        self.h0 = nn.Parameter(torch.zeros(1, 1, H))
+
+    def day_layer(self, x: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        weights = torch.stack([self.day_weights[d] for d in days])
+        biases = torch.stack([self.day_biases[d] for d in days])
+        return self.dropout(F.softsign(torch.bmm(x, weights) + biases))
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.unfold(1, self.patch, self.stride).transpose(2, 3)
+        return windows.reshape(*windows.shape[:2], -1)
+
+    def recurrent(self, frames: torch.Tensor) -> torch.Tensor:
+        layers = self.gru.num_layers * (2 if self.gru.bidirectional else 1)
+        states = self.h0.expand(layers, len(frames), -1).contiguous()
+        return self.gru(frames, states)[0]
+
+    def forward(self, x: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        return self.out(self.recurrent(self.patches(self.day_layer(x, days))))
+
+
+class PlainStep:
+    """Augment, forward, loss, backward, clip, update; `training_step` is the whole of it."""
+
+    def __init__(self, model: PlainDecoder, config: TrainingConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.transforms = config.dataset.data_transforms
+        self.kernel = gaussian_kernel(
+            self.transforms.smooth_kernel_std, self.transforms.smooth_kernel_size
+        ).to(device)
+        day = [p for n, p in model.named_parameters() if n.startswith("day_")]
+        bias = [p for n, p in model.named_parameters() if n.startswith("gru.bias")]
+        bias.append(model.out.bias)
+        named = {id(p) for p in day + bias}
+        other = [p for p in model.parameters() if id(p) not in named]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": bias, "weight_decay": 0.0},
+                {"params": day, "weight_decay": 0.0},
+                {"params": other},
+            ],
+            lr=config.lr_max,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def augment(self, x: torch.Tensor, n_time_steps: torch.Tensor, training: bool = True):
+        if training:
+            x = x + torch.randn(x.shape, device=self.device) * self.transforms.white_noise_std
+            offset = torch.randn((len(x), 1, x.shape[2]), device=self.device)
+            x = x + offset * self.transforms.constant_offset_std
+            cut = int(torch.randint(0, max(self.transforms.random_cut, 1), ()))
+            x, n_time_steps = x[:, cut:], n_time_steps - cut
+        C = x.shape[2]
+        kernel = self.kernel.view(1, 1, -1).repeat(C, 1, 1)
+        x = F.conv1d(x.permute(0, 2, 1), kernel, padding="same", groups=C).permute(0, 2, 1)
+        return x, n_time_steps
+
+    def loss(self, logits: torch.Tensor, batch, frames: torch.Tensor) -> torch.Tensor:
+        log_probs = logits.float().log_softmax(2).permute(1, 0, 2)
+        nll = F.ctc_loss(
+            log_probs, batch.labels, frames, batch.label_lengths, blank=0, reduction="none"
+        )
+        return nll.mean()
+
+    def update(self) -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(),
+            self.config.grad_norm_clip_value,
+            error_if_nonfinite=True,
+            foreach=True,
+        )
+        self.optimizer.step()
+        return norm
+
+    def frames(self, n_time_steps: torch.Tensor) -> torch.Tensor:
+        model = self.config.model
+        return torch.div(
+            n_time_steps - model.patch_size, model.patch_stride, rounding_mode="floor"
+        ).add(1)
+
+    def training_step(self, batch, dtype: torch.dtype | None = None) -> float:
+        self.model.train()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            x, n_time_steps = self.augment(batch.features, batch.n_time_steps)
+            logits = self.model(x, batch.day_indices)
+            loss = self.loss(logits, batch, self.frames(n_time_steps))
+        loss.backward()
+        self.update()
+        return loss.item()

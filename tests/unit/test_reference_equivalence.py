@@ -1,0 +1,186 @@
+"""The fast path against the float64 reference: forward, gradients, fifty updates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference_float64 as reference
+import torch
+from brain_to_text.config import PhonemeWeightSchedule
+from brain_to_text.diphones import marginalise_log_probs
+from brain_to_text.losses import ctc_nll
+from brain_to_text.rnn_model import GRUDecoder
+from training_examples import CPU, ExampleBatch, build, example_batch, small_config
+
+STEPS = 50
+DAYS = [[0, 0, 1, 1], [1, 2, 2, 2], [0, 0, 0, 2], [1, 1, 1, 1]]  # session 0 pauses, then returns
+
+
+def float64(model: GRUDecoder) -> reference.Weights:
+    return {name: p.detach().double().clone() for name, p in model.named_parameters()}
+
+
+def reference_logits(batch: ExampleBatch, trial: int, weights, config) -> torch.Tensor:
+    features = batch.features[trial, : batch.n_time_steps[trial]].double()
+    return reference.logits(
+        reference.smooth(features, config.dataset.data_transforms.smooth_kernel_std),
+        int(batch.day_indices[trial]),
+        weights,
+        layers=config.model.n_layers,
+        patch_size=config.model.patch_size,
+        patch_stride=config.model.patch_stride,
+        bidirectional=config.model.bidirectional,
+    )
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("size", "stride"), [(4, 2), (5, 2), (14, 4), (3, 3), (2, 3)])
+def test_forward_agrees_to_float32_rounding(bidirectional: bool, size: int, stride: int) -> None:
+    config = small_config(
+        model__bidirectional=bidirectional, model__patch_size=size, model__patch_stride=stride
+    )
+    step = build(config)
+    for parameter in step.model.day_weights:  # away from the identity
+        torch.nn.init.normal_(parameter, std=0.5)
+    batch = example_batch([31, 40, 25], [2, 0, 2])
+    features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
+    fast = step.model.eval()(features, batch.day_indices, n_time_steps=n)
+    weights = float64(step.model)
+    for trial, frames in enumerate(step.model.frame_lengths(n).tolist()):
+        slow = reference_logits(batch, trial, weights, config)
+        assert len(slow) == frames
+        torch.testing.assert_close(fast[trial, :frames].double(), slow, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("objective", ["diphone", "joint"])
+def test_fifty_updates_follow_the_reference(objective: str) -> None:
+    """Loss, gradient norm and every weight: schedules, clipping, decay, absent sessions."""
+    config = small_config(
+        lr_warmup_steps=5,
+        lr_warmup_steps_day=8,
+        lr_decay_steps=40,
+        lr_max=0.05,
+        lr_min=0.001,
+        lr_max_day=0.1,
+        lr_min_day=0.01,
+        weight_decay=0.1,
+        weight_decay_day=0.05,
+        grad_norm_clip_value=4.0,
+    )
+    if objective == "joint":
+        config.objective.schedule = PhonemeWeightSchedule(0.0, 0.6, 0.2, 12)
+    step = build(config)
+    weights = float64(step.model)
+    adam = reference.AdamW((config.beta0, config.beta1), config.epsilon)
+    clipped = 0
+    for k in range(STEPS):
+        days = DAYS[3 if 20 <= k < 30 else k % 3]
+        batch = example_batch([15, 12, 10, 14], days, n_phonemes=1, seed=k)
+        result = step(batch, k)
+
+        alpha = min(0.6, 0.2 * (k // 12)) if objective == "joint" else 0.0
+        for w in weights.values():
+            w.requires_grad_(True)
+        losses = []
+        for trial in range(4):
+            log_probs = reference_logits(batch, trial, weights, config).log_softmax(1)
+            diphone = reference.ctc(log_probs, batch.labels[trial].tolist())
+            marginal = reference.marginalise(log_probs, 41)
+            phoneme = reference.ctc(marginal, batch.phoneme_labels[trial].tolist())
+            losses.append(alpha * phoneme + (1 - alpha) * diphone)
+        loss = torch.stack(losses).mean()
+        used = {n: w for n, w in weights.items() if "day" not in n or int(n.split(".")[1]) in days}
+        gradients = dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
+        norm, gradients = reference.clip(gradients, config.grad_norm_clip_value)
+        clipped += norm > config.grad_norm_clip_value
+        for name, g in gradients.items():
+            day = "day" in name
+            bias = name == "out.bias" or name.startswith("gru.bias")
+            peak, least = (0.1, 0.01) if day else (0.05, 0.001)
+            rate = peak * reference.multiplier(
+                k, peak, least, STEPS if day else 40, 8 if day else 5
+            )
+            decay = 0.05 if day else 0.0 if bias else 0.1
+            weights[name] = weights[name].detach()
+            adam.step(name, weights[name], g, rate, decay)
+        weights = {name: w.detach() for name, w in weights.items()}
+
+        assert float(result.loss) == pytest.approx(float(loss.detach()), rel=2e-5)
+        assert float(result.grad_norm) == pytest.approx(norm, rel=2e-4)
+        assert result.alpha == pytest.approx(alpha)
+    for name, parameter in step.model.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach().double(), weights[name], rtol=0, atol=2e-5, msg=name
+        )
+    assert 0 < clipped < STEPS, "the test should see both clipped and unclipped steps"
+    assert adam.moments["day_weights.1"][0] > adam.moments["day_weights.0"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("T", "C", "labels"),
+    [(4, 3, [1, 2]), (5, 3, [1, 1]), (5, 3, [2]), (6, 3, [1, 2, 1]), (4, 4, []), (3, 3, [2, 2])],
+)
+def test_ctc_agrees_with_enumerating_every_path(T: int, C: int, labels: list[int]) -> None:
+    log_probs = torch.randn(T, C, dtype=torch.float64, generator=_generator()).log_softmax(1)
+    truth = reference.ctc_by_enumeration(log_probs, labels)
+    torch.testing.assert_close(reference.ctc(log_probs, labels), truth, rtol=1e-12, atol=1e-12)
+    padded = torch.tensor([[*labels, 0]])
+    fast = ctc_nll(
+        log_probs.float().unsqueeze(0), padded, torch.tensor([T]), torch.tensor([len(labels)])
+    )
+    torch.testing.assert_close(fast[0].double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_ctc_gradient_through_log_softmax_agrees_with_the_recursion() -> None:
+    scores = torch.randn(2, 9, 7, dtype=torch.float64, generator=_generator())
+    labels, lengths, frames = [[1, 4, 4], [6, 2, 0]], [3, 2], [9, 6]
+    slow = scores.clone().requires_grad_(True)
+    sum(
+        reference.ctc(slow[b, : frames[b]].log_softmax(1), labels[b][: lengths[b]])
+        for b in range(2)
+    ).backward()
+    fast = scores.float().requires_grad_(True)
+    ctc_nll(
+        fast.log_softmax(-1), torch.tensor(labels), torch.tensor(frames), torch.tensor(lengths)
+    ).sum().backward()
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=0, atol=2e-6)
+
+
+def test_marginalisation_agrees_with_summing_probabilities() -> None:
+    log_probs = torch.randn(5, 1681, dtype=torch.float64, generator=_generator()).log_softmax(1)
+    torch.testing.assert_close(
+        marginalise_log_probs(log_probs), reference.marginalise(log_probs, 41), rtol=0, atol=1e-12
+    )
+    assert float(marginalise_log_probs(log_probs).exp().sum(1).mean()) == pytest.approx(1.0)
+
+
+def test_bfloat16_stays_within_its_bounds() -> None:
+    """bfloat16 keeps 8 bits: products round at 2^-8, and the loss moves by well under a percent."""
+    exact = build(small_config(model__n_units=64))
+    rounded = build(small_config(model__n_units=64, amp_dtype="bfloat16"))
+    assert rounded.amp_dtype == torch.bfloat16 and exact.amp_dtype is None
+    batch = example_batch([60, 75, 48], [0, 1, 1])
+    features, n = exact.augmentation(batch.features, batch.n_time_steps, training=False)
+    outputs = []
+    for step in (exact, rounded):
+        with step.autocast(), torch.no_grad():
+            outputs.append(step.model.eval()(features, batch.day_indices, n_time_steps=n).float())
+    spread = float(outputs[0].std())
+    assert float((outputs[0] - outputs[1]).abs().max()) < 0.1 * spread
+    assert float((outputs[0] - outputs[1]).square().mean().sqrt()) < 0.02 * spread
+    a, b = exact(batch, 0), rounded(batch, 0)
+    assert float(b.loss) == pytest.approx(float(a.loss), rel=2e-3)
+    assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=3e-2)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+def test_the_loss_starts_near_the_logarithm_of_the_classes() -> None:
+    step = build(small_config(model__n_units=32))
+    result = step(example_batch([200, 150], [0, 1], n_phonemes=4), 0)
+    assert float(result.nats_per_frame) == pytest.approx(math.log(1681), abs=1.0)
+    assert result.n_frames == int(step.model.frame_lengths(torch.tensor([200, 150])).sum())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator(CPU).manual_seed(7)

@@ -1,0 +1,114 @@
+"""Small models, configurations and batches for the tests of the maths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from brain_to_text.augmentations import Augmentation
+from brain_to_text.config import TrainingConfig
+from brain_to_text.diphones import encode_diphones
+from brain_to_text.losses import JointObjective
+from brain_to_text.optimizer import build_optimizer, build_scheduler
+from brain_to_text.rnn_model import GRUDecoder
+from brain_to_text.train_step import TrainStep
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class ExampleBatch:
+    features: torch.Tensor
+    n_time_steps: torch.Tensor
+    labels: torch.Tensor
+    label_lengths: torch.Tensor
+    phoneme_labels: torch.Tensor
+    phoneme_lengths: torch.Tensor
+    day_indices: torch.Tensor
+    trial_indices: torch.Tensor
+
+    def to(self, device: torch.device) -> Any:
+        moved = {
+            name: value.to(device) if name in ("features", "labels", "phoneme_labels") else value
+            for name, value in vars(self).items()
+        }
+        return ExampleBatch(**moved)
+
+    def take(self, rows: list[int]) -> ExampleBatch:
+        """Those trials, padded to their own longest."""
+        taken = {name: value[rows] for name, value in vars(self).items()}
+        taken["features"] = taken["features"][:, : int(taken["n_time_steps"].max())]
+        return ExampleBatch(**taken)
+
+
+def small_config(**changes: Any) -> TrainingConfig:
+    """Two GRU layers of 12 units on 6 features, patches of 4 bins every 2, nothing random."""
+    config = TrainingConfig()
+    config.model.n_input_features = config.dataset.neural_dim = 6
+    config.model.input_network.input_layer_sizes = [6]
+    config.model.n_units, config.model.n_layers = 12, 2
+    config.model.patch_size, config.model.patch_stride = 4, 2
+    config.model.rnn_dropout = config.model.input_network.input_layer_dropout = 0.0
+    config.dataset.n_classes = 1681
+    transforms = config.dataset.data_transforms
+    transforms.white_noise_std = transforms.constant_offset_std = 0.0
+    transforms.random_cut = 0
+    config.num_training_batches = 50
+    config.lr_warmup_steps = config.lr_warmup_steps_day = 0
+    for path, value in changes.items():
+        target = config
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = getattr(target, parent)
+        assert hasattr(target, last), path
+        setattr(target, last, value)
+    return config
+
+
+def example_batch(
+    lengths: list[int],
+    days: list[int],
+    n_phonemes: int = 3,
+    n_features: int = 6,
+    seed: int = 0,
+) -> ExampleBatch:
+    """Random trials of these lengths in bins, with self-loop diphone labels."""
+    random = np.random.default_rng(seed)
+    B, T = len(lengths), max(lengths)
+    features = torch.zeros(B, T, n_features)
+    phonemes = random.integers(1, 41, (B, n_phonemes))
+    for trial, length in enumerate(lengths):
+        features[trial, :length] = torch.from_numpy(
+            random.standard_normal((length, n_features), dtype=np.float32)
+        )
+    diphones = np.stack([encode_diphones(row) for row in phonemes]).astype(np.int64)
+    return ExampleBatch(
+        features=features,
+        n_time_steps=torch.tensor(lengths),
+        labels=torch.from_numpy(diphones),
+        label_lengths=torch.full((B,), diphones.shape[1]),
+        phoneme_labels=torch.from_numpy(phonemes),
+        phoneme_lengths=torch.full((B,), n_phonemes),
+        day_indices=torch.tensor(days),
+        trial_indices=torch.arange(B),
+    )
+
+
+def build(
+    config: TrainingConfig, n_days: int = 3, device: torch.device = CPU, **options: Any
+) -> TrainStep:
+    torch.manual_seed(config.seed)
+    model = GRUDecoder.from_config(config, n_days).to(device)
+    optimizer = build_optimizer(model, config, device)
+    return TrainStep(
+        model,
+        Augmentation(config.dataset.data_transforms),
+        JointObjective(config.objective, config.dataset.n_classes),
+        optimizer,
+        build_scheduler(optimizer, config),
+        config,
+        device,
+        **options,
+    )
