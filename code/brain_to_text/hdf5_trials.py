@@ -19,9 +19,9 @@ from .recording_blocks import corpus_of
 from .trial_records import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
 
 DATA_FILE = re.compile(r"(?P<session>[^/]+)/data_(?P<split>train|val|test)\.hdf5")
-_TRIAL = re.compile(r"trial_\d+")
+TRIAL_NAME = re.compile(r"trial_\d+")
 # What h5py raises on damaged bytes, depending on where the damage is.
-_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def inspect_file(
 
     try:
         file = h5py.File(io.BytesIO(data), "r")
-    except _HDF5_ERRORS as error:
+    except HDF5_ERRORS as error:
         if not data.startswith(b"\x89HDF\r\n\x1a\n"):
             found(None, f"not an HDF5 file ({len(data):,} bytes, wrong signature)", "not HDF5")
         else:
@@ -101,13 +101,13 @@ def inspect_file(
     with file:
         try:
             names = list(file)
-        except _HDF5_ERRORS as error:
+        except HDF5_ERRORS as error:
             found(None, f"the list of trials cannot be read ({_one_line(error)})", "truncated file")
             return result
         for name in names:
-            if not _TRIAL.fullmatch(name):
+            if not TRIAL_NAME.fullmatch(name):
                 found(name, "is not named trial_NNNN and is not used", "unknown name", "warning")
-        trials = sorted(filter(_TRIAL.fullmatch, names), key=lambda name: (int(name[6:]), name))
+        trials = sorted(filter(TRIAL_NAME.fullmatch, names), key=lambda name: (int(name[6:]), name))
         if not trials:
             found(None, "holds no trials", "empty file")
         for trial in trials:
@@ -119,10 +119,10 @@ def inspect_file(
                 record, form, features = _inspect_trial(
                     file, match["session"], match["split"], key, trial, data, warn
                 )
-            except _DamageError as damage:
+            except DamagedTrial as damage:
                 found(trial, damage.reason, damage.kind)
                 continue
-            except _HDF5_ERRORS as error:
+            except HDF5_ERRORS as error:
                 found(trial, f"cannot be read ({_one_line(error)})", "unreadable trial")
                 continue
             if checksums:
@@ -135,7 +135,9 @@ def inspect_file(
     return result
 
 
-class _DamageError(Exception):
+class DamagedTrial(Exception):  # noqa: N818
+    """Why a trial cannot be used: the reason for people, the kind for tables."""
+
     def __init__(self, reason: str, kind: str) -> None:
         super().__init__(reason)
         self.reason, self.kind = reason, kind
@@ -152,30 +154,30 @@ def _inspect_trial(
 ) -> tuple[TrialRecord, str | None, np.ndarray]:
     group = file[trial]
     if not isinstance(group, h5py.Group):
-        raise _DamageError("is not a group", "wrong kind")
+        raise DamagedTrial("is not a group", "wrong kind")
     attributes = dict(group.attrs)
     dataset = _dataset(group, "input_features")
     if dataset.ndim != 2:
-        raise _DamageError(f"input_features has shape {dataset.shape}, not [T, C]", "wrong shape")
+        raise DamagedTrial(f"input_features has shape {dataset.shape}, not [T, C]", "wrong shape")
     n_time_steps, n_features = dataset.shape
     if not n_time_steps or not n_features:
-        raise _DamageError(f"input_features is empty (shape {dataset.shape})", "empty trial")
+        raise DamagedTrial(f"input_features is empty (shape {dataset.shape})", "empty trial")
     dtype = dataset.dtype.str
     if dtype not in ("<f4", "<f2"):
-        raise _DamageError(
+        raise DamagedTrial(
             f"input_features is {dataset.dtype}, not float32 or float16", "wrong dtype"
         )
     stated = _integer(attributes, "n_time_steps")
     if stated != n_time_steps:
-        raise _DamageError(
+        raise DamagedTrial(
             f"attribute n_time_steps is {stated} but input_features has {n_time_steps} bins",
             "wrong shape",
         )
-    named = _text(attributes, "session")
+    named = attribute_text(attributes, "session")
     if named is None:
-        raise _DamageError("attribute session is missing", "missing attribute")
+        raise DamagedTrial("attribute session is missing", "missing attribute")
     if named != session:
-        raise _DamageError(
+        raise DamagedTrial(
             f"attribute session says {named} but the file lies in {session}: a session copied "
             "under another name",
             "duplicate session",
@@ -183,8 +185,8 @@ def _inspect_trial(
     block_num = _integer(attributes, "block_num")
     labels, phonemes, form = (None, None, None)
     if split != "test":
-        labels, phonemes, form = _labels(group, attributes)
-        if _text(attributes, "sentence_label") is None:
+        labels, phonemes, form = read_labels(group, attributes)
+        if attribute_text(attributes, "sentence_label") is None:
             warn("attribute sentence_label is missing", "missing attribute")
         if "transcription" not in group:
             warn("dataset transcription is missing", "missing dataset")
@@ -202,21 +204,21 @@ def _inspect_trial(
         chunks=chunks,
         class_ids=labels,
         phoneme_ids=phonemes,
-        sentence_label=_text(attributes, "sentence_label"),
+        sentence_label=attribute_text(attributes, "sentence_label"),
         block_num=block_num,
         trial_num=_integer(attributes, "trial_num"),
-        corpus=_text(attributes, "corpus") or corpus_of(session, block_num),
+        corpus=attribute_text(attributes, "corpus") or corpus_of(session, block_num),
     )
     try:
         features = record.decode(memoryview(data)[offset : offset + length])
     except DataError as error:
-        raise _DamageError(
+        raise DamagedTrial(
             str(error).removeprefix(f"{record.name}: "), "unreadable trial"
         ) from error
     finite = np.isfinite(features)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
-        raise _DamageError(
+        raise DamagedTrial(
             f"input_features holds {int((~finite).sum()):,} NaN or infinite values, the first at "
             f"bin {row}, feature {column}",
             "not finite",
@@ -224,12 +226,14 @@ def _inspect_trial(
     return record, form, features
 
 
-def _labels(group: h5py.Group, attributes: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+def read_labels(
+    group: h5py.Group, attributes: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Class ids, phoneme ids and the form that connects them."""
     if "seq_class_ids_phoneme" not in group:
         labels = _sequence(group, attributes, "seq_class_ids", "seq_len", N_DIPHONES)
         if labels.max() >= N_PHONEMES:
-            raise _DamageError(
+            raise DamagedTrial(
                 f"dataset seq_class_ids_phoneme is missing, though label {labels.max()} is a "
                 "diphone class",
                 "missing dataset",
@@ -244,7 +248,7 @@ def _labels(group: h5py.Group, attributes: dict[str, Any]) -> tuple[np.ndarray, 
             reason = "they encode another phoneme sequence"
         except DataError as error:
             reason = str(error).rstrip(".")
-        raise _DamageError(
+        raise DamagedTrial(
             f"the {len(labels)} diphone labels do not match the {len(phonemes)} phoneme labels in "
             f"either label form ({reason})",
             "label form",
@@ -258,15 +262,15 @@ def _sequence(
     """The first `length_name` labels of dataset `name`, checked."""
     dataset = _dataset(group, name)
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
-        raise _DamageError(
+        raise DamagedTrial(
             f"{name} is {dataset.dtype} of shape {dataset.shape}, not a list of int32",
             "wrong dtype" if dataset.ndim == 1 else "wrong shape",
         )
     length = _integer(attributes, length_name)
     if length < 1:
-        raise _DamageError(f"attribute {length_name} is {length}: no labels", "empty labels")
+        raise DamagedTrial(f"attribute {length_name} is {length}: no labels", "empty labels")
     if length > len(dataset):
-        raise _DamageError(
+        raise DamagedTrial(
             f"attribute {length_name} is {length} but {name} holds {len(dataset)}", "label length"
         )
     everything = np.asarray(dataset[:])
@@ -274,12 +278,12 @@ def _sequence(
     outside = np.flatnonzero((everything[:length] < 1) | (everything[:length] >= n_classes))
     if outside.size:
         position = int(outside[0])
-        raise _DamageError(
+        raise DamagedTrial(
             f"{name}[{position}] is {everything[position]}, outside 1 … {n_classes - 1}",
             "label range",
         )
     if np.any(everything[length:]):
-        raise _DamageError(
+        raise DamagedTrial(
             f"{name} goes on after the {length} labels that {length_name} states", "label length"
         )
     return labels
@@ -287,25 +291,26 @@ def _sequence(
 
 def _dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     if name not in group:
-        raise _DamageError(f"dataset {name} is missing", "missing dataset")
+        raise DamagedTrial(f"dataset {name} is missing", "missing dataset")
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset):
-        raise _DamageError(f"{name} is not a dataset", "wrong kind")
+        raise DamagedTrial(f"{name} is not a dataset", "wrong kind")
     return dataset
 
 
 def _integer(attributes: dict[str, Any], name: str) -> int:
     if name not in attributes:
-        raise _DamageError(f"attribute {name} is missing", "missing attribute")
+        raise DamagedTrial(f"attribute {name} is missing", "missing attribute")
     value = np.asarray(attributes[name])
     if value.size != 1 or value.dtype.kind not in "iuf" or value.reshape(-1)[0] % 1:
-        raise _DamageError(
+        raise DamagedTrial(
             f"attribute {name} is {attributes[name]!r}, not a whole number", "wrong dtype"
         )
     return int(value.reshape(-1)[0])
 
 
-def _text(attributes: dict[str, Any], name: str) -> str | None:
+def attribute_text(attributes: dict[str, Any], name: str) -> str | None:
+    """A text attribute, whether stored as text or as bytes; None if it is absent."""
     value = attributes.get(name)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
@@ -319,7 +324,7 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
     if dataset.chunks is None:
         start = dataset.id.get_offset()
         if start is None or dataset.id.get_storage_size() != dataset.nbytes:
-            raise _DamageError(
+            raise DamagedTrial(
                 "input_features is not stored as one run of bytes in this file (compact, virtual, "
                 f"external or never written): {rewrite}",
                 "layout",
@@ -332,7 +337,7 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
         rows, columns = dataset.chunks
         expected = -(-dataset.shape[0] // rows) * -(-dataset.shape[1] // columns)
         if len(stored) != expected:
-            raise _DamageError(
+            raise DamagedTrial(
                 f"input_features has {len(stored)} of its {expected} chunks", "missing chunks"
             )
         table = np.array(
@@ -344,7 +349,7 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
         table[:, 2] -= offset
         chunks = ChunkLayout((rows, columns), filters, table)
     if offset + length > file_size:
-        raise _DamageError(
+        raise DamagedTrial(
             f"input_features ends at byte {offset + length:,} of a file of {file_size:,}: "
             "the file is cut off",
             "truncated file",
@@ -358,7 +363,7 @@ def _filters(dataset: h5py.Dataset, rewrite: str) -> tuple[str, ...]:
     for index in range(plist.get_nfilters()):
         number, _, _, label = plist.get_filter(index)
         if number not in HDF5_FILTERS:
-            raise _DamageError(
+            raise DamagedTrial(
                 f"input_features uses HDF5 filter {number} ({label.decode(errors='replace')}), "
                 f"which cannot be undone here: {rewrite} where it can be read",
                 "layout",

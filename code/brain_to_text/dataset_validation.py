@@ -1,0 +1,304 @@
+"""Check a whole dataset, every trial of every file, before anything is trained on it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .hdf5_trials import DATA_FILE, FileInspection, ValueStatistics
+from .object_store import ObjectInfo, ObjectStore
+from .trial_manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TrialManifest,
+    data_files,
+    inspect_dataset,
+    manifest_from_inspections,
+)
+from .trial_records import Finding, TrialRecord
+
+PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
+_EXTREME_VALUE = 100.0  # z-scored features stay far below
+_STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
+_KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One row of the report: the trials of one session and split.
+
+    bins: shortest, mean and longest trial. labels: mean and most labels per trial.
+    mean, std, minimum, maximum: of the feature values.
+    """
+
+    session: str
+    split: str
+    trials: int
+    damaged: int
+    bins: tuple[int, float, int]
+    labels: tuple[float, int]
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+
+
+@dataclass
+class ValidationReport:
+    """What was found. `findings` holds errors first, then warnings."""
+
+    url: str
+    manifest: TrialManifest
+    rows: list[SplitSummary]
+    findings: list[Finding]
+    shared_sentences: int = 0  # distinct sentences that occur in training and in validation
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity != "error"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {
+            "url": self.url,
+            "ok": not self.errors,
+            "fingerprint": self.manifest.fingerprint(),
+            "sessions": len(self.manifest.sessions),
+            "trials": len(self.manifest.trials),
+            "n_features": self.manifest.n_features,
+            "n_classes": self.manifest.n_classes,
+            "label_form": self.manifest.label_form,
+            "shared_sentences": self.shared_sentences,
+            "splits": [asdict(row) for row in self.rows],
+            "errors": [asdict(finding) for finding in self.errors],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "notes": self.notes,
+        }
+
+    def to_text(self, most: int = 20) -> str:
+        """A table of sessions and splits, then at most `most` findings of each kind."""
+        lines = [
+            f"{self.url}: {len(self.manifest.sessions)} sessions, "
+            f"{len(self.manifest.trials):,} sound trials, {self.manifest.n_features} features, "
+            f"{self.manifest.n_classes} classes, {self.manifest.label_form} labels",
+            "",
+            f"{'session':<16} {'split':<5} {'trials':>6} {'bad':>4} {'bins':>16} {'labels':>10} "
+            f"{'mean':>7} {'std':>6} {'min':>7} {'max':>7}",
+        ]
+        for row in self.rows:
+            bins = f"{row.bins[0]}…{row.bins[1]:.0f}…{row.bins[2]}"
+            labels = f"{row.labels[0]:.0f}…{row.labels[1]}" if row.labels[1] else "none"
+            lines.append(
+                f"{row.session:<16} {row.split:<5} {row.trials:>6} {row.damaged:>4} {bins:>16} "
+                f"{labels:>10} {row.mean:>7.3f} {row.std:>6.3f} {row.minimum:>7.2f} "
+                f"{row.maximum:>7.2f}"
+            )
+        lines.append("")
+        for note in self.notes:
+            lines.append(f"Note: {note}")
+        for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
+            by_kind: dict[str, list[Finding]] = defaultdict(list)
+            for finding in findings:
+                by_kind[finding.kind].append(finding)
+            for kind, group in by_kind.items():
+                lines += [f"{title} ({kind}): {finding}" for finding in group[:most]]
+                if len(group) > most:
+                    lines.append(f"{title} ({kind}): and {len(group) - most} more; see --json")
+        verdict = "nothing to repair" if not self.errors else "repair these, or exclude them"
+        lines.append(f"{len(self.errors)} errors, {len(self.warnings)} warnings: {verdict}")
+        return "\n".join(lines)
+
+
+def validate_dataset(
+    store: ObjectStore,
+    *,
+    patch_size: int = PATCH_SIZE,
+    patch_stride: int = PATCH_STRIDE,
+    random_cut: int = RANDOM_CUT,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """Read every file whole and check everything that a training run relies on.
+
+    Schema and types, finite values, labels against phonemes and label form, room for CTC at the
+    given patching, repeated trials within and between splits, missing files, the manifest.
+
+    Args:
+        processes: worker processes; None decides by size.
+        progress: called with (files done, files in all).
+
+    Raises:
+        StorageError: the place cannot be read. DataError: there are no data files.
+    """
+    listing = store.list()
+    files = data_files(listing, store.url)
+    inspections = inspect_dataset(store, files, processes, statistics=True, progress=progress)
+    manifest = manifest_from_inspections(files, inspections)
+    findings = list(manifest.damaged)
+    findings += [f for i in inspections for f in i.findings if f.severity != "error"]
+    findings += _infeasible(manifest.trials, patch_size, patch_stride, random_cut)
+    findings += _repeated(manifest.trials)
+    findings += _missing_files(files)
+    findings += _unknown_files(listing)
+    findings += _odd_values(inspections)
+    findings += _manifest_state(store, manifest, listing)
+    findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
+    shared, notes = _shared_sentences(manifest.trials)
+    return ValidationReport(
+        store.url, manifest, _summaries(manifest, inspections), findings, shared, notes
+    )
+
+
+def _summaries(
+    manifest: TrialManifest, inspections: Sequence[FileInspection]
+) -> list[SplitSummary]:
+    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in manifest.trials:
+        by_file[trial.key].append(trial)
+    rows = []
+    for inspection in inspections:
+        match = DATA_FILE.fullmatch(inspection.key)
+        assert match is not None  # keys come from data_files
+        trials = by_file[inspection.key]
+        bins = [trial.n_time_steps for trial in trials] or [0]
+        labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
+        values = inspection.statistics if trials else ValueStatistics()
+        rows.append(
+            SplitSummary(
+                match["session"],
+                match["split"],
+                len(trials),
+                len({f.trial for f in manifest.damaged if f.key == inspection.key}),
+                (min(bins), float(np.mean(bins)), max(bins)),
+                (float(np.mean(labels)), max(labels)),
+                values.mean,
+                values.std,
+                values.minimum,
+                values.maximum,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.session, SPLITS.index(row.split)))
+
+
+def _infeasible(
+    trials: Sequence[TrialRecord], patch_size: int, patch_stride: int, random_cut: int
+) -> Iterator[Finding]:
+    for trial in trials:
+        if trial.class_ids is None:
+            continue
+        labels = trial.class_ids
+        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
+        bins = trial.n_time_steps - max(random_cut - 1, 0)
+        frames = max((bins - patch_size) // patch_stride + 1, 0)
+        if frames < needed:
+            reason = (
+                f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins "
+                f"every {patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
+            )
+            yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
+
+
+def _repeated(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Trials with the same features, and block and trial numbers used twice in a session."""
+    by_features: dict[tuple[Any, ...], TrialRecord] = {}
+    by_number: dict[tuple[Any, ...], TrialRecord] = {}
+    for trial in trials:
+        content = (trial.crc32, trial.n_time_steps, trial.length)
+        first = by_features.setdefault(content, trial)
+        if first is not trial:
+            between = first.split != trial.split
+            reason = f"has the same features as {first.name}"
+            if between:
+                reason += f": {trial.split} is not independent of {first.split}"
+            severity = "error" if between else "warning"
+            yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+        number = (trial.session, trial.block_num, trial.trial_num)
+        first = by_number.setdefault(number, trial)
+        if first is not trial:
+            reason = (
+                f"is block {trial.block_num} trial {trial.trial_num} of its session, like "
+                f"{first.name}"
+            )
+            yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
+
+
+def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for key in files:
+        session, _, name = key.partition("/")
+        splits[session].add(name.removeprefix("data_").removesuffix(".hdf5"))
+    for session, found in sorted(splits.items()):
+        if "train" not in found:
+            reason = f"is missing, though the session has data_{sorted(found)[0]}.hdf5"
+            yield Finding(f"{session}/data_train.hdf5", None, reason, "missing file")
+    if not any("val" in found for found in splits.values()):
+        reason = "no session has it, so that nothing can be validated"
+        yield Finding("data_val.hdf5", None, reason, "missing file")
+
+
+def _unknown_files(listing: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
+    for key in listing:
+        if (
+            not DATA_FILE.fullmatch(key)
+            and key != MANIFEST_NAME
+            and not _KNOWN_COMPANION.match(key)
+        ):
+            reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
+            yield Finding(key, None, reason, "unknown file", "warning")
+
+
+def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:
+    for inspection in inspections:
+        values = inspection.statistics
+        if not values.count:
+            continue
+        if not _STD_RANGE[0] <= values.std <= _STD_RANGE[1]:
+            reason = (
+                f"its features have a standard deviation of {values.std:.3g}: are they z-scored?"
+            )
+            yield Finding(inspection.key, None, reason, "odd values", "warning")
+        elif max(-values.minimum, values.maximum) > _EXTREME_VALUE:
+            reason = f"its features range from {values.minimum:.4g} to {values.maximum:.4g}"
+            yield Finding(inspection.key, None, reason, "odd values", "warning")
+
+
+def _manifest_state(
+    store: ObjectStore, found: TrialManifest, listing: Mapping[str, ObjectInfo]
+) -> Iterator[Finding]:
+    again = f"type 'python code/prepare_dataset.py index {store.url}'"
+    if MANIFEST_NAME not in listing:
+        reason = f"is not there, so that every job would index first: {again}"
+        yield Finding(MANIFEST_NAME, None, reason, "manifest", "warning")
+        return
+    try:
+        kept = TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+        kept.check_fresh(listing, store.url)
+    except DataError as error:
+        yield Finding(MANIFEST_NAME, None, str(error).rstrip("."), "manifest")
+        return
+    if kept.fingerprint() != found.fingerprint():
+        reason = f"does not describe the trials that are there: {again}"
+        yield Finding(MANIFEST_NAME, None, reason, "manifest")
+
+
+def _shared_sentences(trials: Sequence[TrialRecord]) -> tuple[int, list[str]]:
+    spoken: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for trial in trials:
+        if trial.sentence_label:
+            spoken[trial.split].add(trial.sentence_label.strip().lower())
+    shared = len(spoken["train"] & spoken["val"])
+    if not shared:
+        return 0, []
+    note = f"{shared} of {len(spoken['val'])} validation sentences also occur in training"
+    return shared, [note]
