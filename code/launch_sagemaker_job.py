@@ -12,14 +12,24 @@ import json
 import sys
 import typing
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from brain_to_text.aws_account import AwsAccount
 from brain_to_text.config import resolve_key
 from brain_to_text.errors import BrainToTextError, ConfigError
-from brain_to_text.launch import launch_training_job
-from brain_to_text.sagemaker_job import JobSettings
+from brain_to_text.job_control import job_state, list_jobs, stop_job
+from brain_to_text.job_results import fetch
+from brain_to_text.job_watch import goodbye, watch
+from brain_to_text.launch import completed, launch_training_job, submit_training_job
+from brain_to_text.preflight import preflight
+from brain_to_text.pricing import estimate
+from brain_to_text.sagemaker_job import JobSettings, resolve_config
 
 __all__ = ["launch_training_job", "main"]
+
+COMMAND = "python code/launch_sagemaker_job.py"
+JOBS_FOLDER = Path(__file__).resolve().parent.parent / ".local" / "jobs"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,32 +48,112 @@ def build_parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--region", help="AWS region; default: the standard AWS settings")
     where.add_argument("--profile", help="profile of the AWS configuration files")
-    action = parser.add_argument_group("what to do (default: check, launch)")
-    action.add_argument(
-        "--dry-run", action="store_true", help="print the CreateTrainingJob request and stop"
+    action = parser.add_argument_group("what to do (default: check, then launch)")
+    one = action.add_mutually_exclusive_group()
+    one.add_argument("--check", action="store_true", help="check only; launch nothing")
+    one.add_argument(
+        "--dry-run", action="store_true", help="print request and price; ask AWS nothing"
     )
+    one.add_argument("--watch", metavar="JOB", help="follow a job that runs")
+    one.add_argument("--describe", metavar="JOB", help="print what SageMaker knows about a job")
+    one.add_argument("--stop", metavar="JOB", help="stop a job; it saves a checkpoint first")
+    one.add_argument("--list", action="store_true", help="list your latest jobs")
+    one.add_argument("--fetch", metavar="JOB", help="download what a job left, show its results")
+    action.add_argument("--to", metavar="FOLDER", help="where --fetch puts it [.local/jobs/JOB]")
+    action.add_argument("--wait", action="store_true", help="after launching, follow to the end")
+    action.add_argument("--skip-checks", action="store_true", help="launch without checking")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 for success, 1 for an error the user can act on, 2 for wrong usage."""
+    """Run the command.
+
+    Returns:
+        0 success, 1 an error to act on, 2 wrong usage; with --wait or --watch 3 for a failed job,
+        4 for a stopped one, 130 when you stopped watching.
+    """
     parser = build_parser()
     options, extra = parser.parse_known_args(arguments)
+    settings = job_settings(options, overrides(extra, parser))
+    launching = not (
+        options.watch or options.describe or options.stop or options.list or options.fetch
+    )
+    if launching and not options.s3_bucket:
+        parser.error("--s3-bucket is needed to launch a job")
     try:
-        settings = job_settings(options, overrides(extra, parser))
-        if not options.s3_bucket:
-            parser.error("--s3-bucket is needed to launch a job")
-        job = launch_training_job(
-            **settings, region=options.region, profile=options.profile, dry_run=options.dry_run
-        )
         if options.dry_run:
-            print(json.dumps(job.request, indent=2))
-        else:
-            print(f"Launched {job.name}; outputs go to {job.output_uri}")
+            return _dry_run(settings)
+        account = AwsAccount(options.region, options.profile)
+        if launching:
+            return _launch(settings, options, account)
+        return _existing_job(options, account)
     except BrainToTextError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+
+
+def _dry_run(settings: dict[str, Any]) -> int:
+    """The request on standard output, what it would cost on standard error."""
+    job = JobSettings(**settings)
+    request = launch_training_job(**settings, dry_run=True).request
+    print(json.dumps(request, indent=2))
+    expected = estimate(resolve_config(job)[2], job.instance_type, job.instance_count)
+    print(*expected.lines(), sep="\n", file=sys.stderr)
     return 0
+
+
+def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsAccount) -> int:
+    job = completed(JobSettings(**settings), account)
+    if options.check or not options.skip_checks:
+        report = preflight(job, account)
+        print(*report.lines(), sep="\n", file=sys.stderr)
+        if report.of("error"):
+            if not options.check:
+                print("Nothing was launched: correct the errors, or use --skip-checks.")
+            return 1
+    if options.check:
+        return 0
+    launched = submit_training_job(job, account)
+    print(f"Launched {launched.name}; outputs go to {launched.output_uri}")
+    if job.is_local:
+        return 0
+    if options.wait:
+        return _follow(launched.name, account)
+    print(f"Follow it: {COMMAND} --watch {launched.name}")
+    return 0
+
+
+def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
+    if options.watch:
+        return _follow(options.watch, account)
+    if options.describe:
+        state = job_state(options.describe, account)
+        print(json.dumps(state.request, indent=2, default=str))
+        print(*state.summary(), sep="\n", file=sys.stderr)
+    elif options.stop:
+        stop_job(options.stop, account)
+        print(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
+    elif options.list:
+        print(*list_jobs(account) or ["No training jobs named b2t-… yet."], sep="\n")
+    else:
+        folder = Path(options.to) if options.to else JOBS_FOLDER / options.fetch
+        place = {"s3_bucket": options.s3_bucket}
+        if options.output_prefix:
+            place["output_prefix"] = options.output_prefix
+        print(*fetch(options.fetch, account, folder, **place).lines(), sep="\n")
+    return 0
+
+
+def _follow(name: str, account: AwsAccount) -> int:
+    try:
+        state = watch(name, account)
+    except KeyboardInterrupt:
+        print(f"\n{goodbye(name, COMMAND)}", file=sys.stderr)
+        return 130
+    print(*state.summary(), sep="\n")
+    if state.exit_code == 0:
+        print(f"Fetch it: {COMMAND} --fetch {name}")
+    return state.exit_code
 
 
 def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Launch a training job: fill in what the settings leave open, check, show, submit, follow."""
+"""Launch a training job: fill in what the settings leave open, then submit."""
 
 from __future__ import annotations
 
@@ -59,22 +59,29 @@ def launch_training_job(
         JobError: a setting is wrong or missing, or AWS refused.
     """
     job = JobSettings(s3_bucket=s3_bucket, **settings)
-    if dry_run:
-        job = completed(job, None)
-        unknown: dict[str, Any] = {
-            name: text for name, text in MISSING.items() if getattr(job, name) is None
-        }
-        request = training_request(dataclasses.replace(job, **unknown))
-    else:
+    if not dry_run:
         account = account or AwsAccount(region, profile)
-        job = completed(job, account)
-        request = training_request(job)
-        if job.is_local:
-            run_locally(request, account)
-        else:
-            submit(request, account, sdk)
+        return submit_training_job(completed(job, account), account, sdk)
+    job = completed(job, None)
+    unknown: dict[str, Any] = {
+        name: text for name, text in MISSING.items() if getattr(job, name) is None
+    }
+    request = training_request(dataclasses.replace(job, **unknown))
     name = request["TrainingJobName"]
-    return LaunchedJob(name, job.output_uri(name), request, submitted=not dry_run)
+    return LaunchedJob(name, job.output_uri(name), request, submitted=False)
+
+
+def submit_training_job(
+    job: JobSettings, account: AwsAccount, sdk: Sdk | None = None
+) -> LaunchedJob:
+    """Start a job whose settings are complete (`completed`); local mode runs it to its end.
+
+    Raises:
+        ConfigError, JobError: as `launch_training_job`.
+    """
+    request = training_request(job)
+    name = run_locally(request, account) if job.is_local else submit(request, account, sdk)
+    return LaunchedJob(name, job.output_uri(name), request, submitted=True)
 
 
 def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:

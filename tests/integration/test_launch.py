@@ -1,0 +1,487 @@
+"""Launching against an emulated account: what is asked for is what goes over the wire."""
+
+import copy
+import io
+import json
+import tarfile
+import time
+
+import launch_sagemaker_job as front_door
+import pytest
+from brain_to_text.errors import JobError
+from brain_to_text.job_control import job_state
+from brain_to_text.job_watch import LOG_GROUP, watch
+from brain_to_text.launch import launch_training_job
+from support.aws_emulation import BUCKET, ROLE, emulated_aws, ready_to_train
+
+pytestmark = pytest.mark.aws
+
+CASES = {
+    "on demand": ([], {}),
+    "spot with checkpoints": (
+        ["--spot", "--max-run-hours", "30", "--max-wait-hours", "40"],
+        {"spot": True, "max_run_hours": 30.0, "max_wait_hours": 40.0},
+    ),
+    "two nodes": (["--instance-count", "2"], {"instance_count": 2}),
+    "FastFile": (["--data-channel", "fastfile"], {"data_channel": "fastfile"}),
+    "VPC and KMS": (
+        ["--subnets", "subnet-1", "subnet-2", "--security-group-ids", "sg-1", "--encrypt-traffic"]
+        + ["--output-kms-key", "k1", "--volume-kms-key", "k2", "--keep-alive-minutes", "10"],
+        {
+            "subnets": ("subnet-1", "subnet-2"),
+            "security_group_ids": ("sg-1",),
+            "encrypt_traffic": True,
+            "output_kms_key": "k1",
+            "volume_kms_key": "k2",
+            "keep_alive_minutes": 10,
+        },
+    ),
+    "MLflow": (
+        ["--mlflow-tracking-uri", "https://mlflow.example.org", "--env", "A=b", "--tag", "t=v"],
+        {
+            "mlflow_tracking_uri": "https://mlflow.example.org",
+            "environment": {"A": "b"},
+            "tags": {"t": "v"},
+        },
+    ),
+    "own settings": (
+        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0", "--no-tensorboard"],
+        {
+            "batch_size": 32,
+            "overrides": {"model.n_units": 768},
+            "retries": 0,
+            "tensorboard": False,
+        },
+    ),
+}
+WIRE = {
+    "on demand": {},
+    "spot with checkpoints": {
+        "EnableManagedSpotTraining": True,
+        "StoppingCondition": {"MaxRuntimeInSeconds": 108000, "MaxWaitTimeInSeconds": 144000},
+    },
+    "two nodes": {
+        "ResourceConfig": {
+            "InstanceType": "ml.g5.2xlarge",
+            "InstanceCount": 2,
+            "VolumeSizeInGB": 30,
+        }
+    },
+    "FastFile": {
+        "InputDataConfig": [
+            {
+                "ChannelName": "training",
+                "InputMode": "FastFile",
+                "DataSource": {
+                    "S3DataSource": {
+                        "S3DataType": "S3Prefix",
+                        "S3Uri": f"s3://{BUCKET}/data/hdf5_data_diphone_encoded/",
+                        "S3DataDistributionType": "FullyReplicated",
+                    }
+                },
+            }
+        ]
+    },
+    "VPC and KMS": {
+        "VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["subnet-1", "subnet-2"]},
+        "EnableInterContainerTrafficEncryption": True,
+        "OutputDataConfig": {
+            "S3OutputPath": f"s3://{BUCKET}/sagemaker-outputs",
+            "KmsKeyId": "k1",
+        },
+        "ResourceConfig": {
+            "InstanceType": "ml.g5.2xlarge",
+            "InstanceCount": 1,
+            "VolumeSizeInGB": 30,
+            "VolumeKmsKeyId": "k2",
+            "KeepAlivePeriodInSeconds": 600,
+        },
+    },
+    "MLflow": {
+        "Environment": {
+            "A": "b",
+            "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
+            "MLFLOW_EXPERIMENT_NAME": "brain-to-text",
+            "MLFLOW_RUN_NAME": "b2t-1",
+        },
+        "Tags": [{"Key": "project", "Value": "brain-to-text"}, {"Key": "t", "Value": "v"}],
+    },
+    "own settings": {
+        "HyperParameters": {
+            "s3-bucket": BUCKET,
+            "s3-data-prefix": "data/hdf5_data_diphone_encoded",
+            "config-file": "rnn_args_diphone_sagemaker.yaml",
+            "output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1",
+            "model.n_units": "768",
+            "dataset.batch_size": "32",
+        },
+        "RetryStrategy": None,
+        "TensorBoardOutputConfig": None,
+    },
+}
+
+
+@pytest.fixture
+def aws(monkeypatch, tmp_path):
+    defaults = tmp_path / "sagemaker_defaults.yaml"
+    defaults.write_text(
+        "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n"
+        "      TelemetryOptOut: true\n"
+    )
+    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(defaults))
+    with emulated_aws(monkeypatch) as emulated:
+        ready_to_train(emulated)
+        monkeypatch.setattr(front_door, "AwsAccount", lambda *_: emulated.account)
+        yield emulated
+
+
+def run(*arguments):
+    return front_door.main([str(argument) for argument in arguments])
+
+
+def basics(aws):
+    return ["--s3-bucket", BUCKET, "--role", ROLE, "--image-uri", aws.image_uri, "--job-name"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, case, capsys):
+    options, settings = CASES[case]
+    known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
+    assert run(*basics(aws), "b2t-1", "--dry-run", *options) == 0
+    announced = json.loads(capsys.readouterr().out)
+    launch_training_job(BUCKET, account=aws.account, sdk="v2", **known, **settings)
+    launch_training_job(
+        BUCKET, account=aws.account, sdk="boto3", **{**known, "job_name": "b2t-2"}, **settings
+    )
+    assert run(*basics(aws), "b2t-3", "--skip-checks", *options) == 0
+    by_sdk, by_boto, by_command = aws.sent
+    assert by_sdk == announced
+    for number, other in ((2, by_boto), (3, by_command)):
+        assert renamed(other, f"b2t-{number}") == announced
+    for field, value in WIRE[case].items():
+        assert announced.get(field) == value, field
+
+
+def renamed(request, name):
+    return json.loads(json.dumps(request).replace(name, "b2t-1"))
+
+
+def test_a_bare_launch_checks_first_and_launches(aws, capsys):
+    assert run(*basics(aws), "b2t-1") == 0
+    said = capsys.readouterr()
+    assert "Checked: 0 errors, 0 warnings" in said.err
+    assert "Price: $" in said.err
+    assert "--watch b2t-1" in said.out
+    assert [request["TrainingJobName"] for request in aws.sent] == ["b2t-1"]
+
+
+def test_errors_found_by_the_checks_prevent_the_launch(aws, capsys):
+    assert run(*basics(aws), "b2t-1", "--s3-data-prefix", "nowhere") == 1
+    said = capsys.readouterr()
+    assert "error: There is no SESSION/data_*.hdf5" in said.err
+    assert "Nothing was launched" in said.out
+    assert aws.sent == []
+
+
+def test_check_only_checks(aws, capsys):
+    assert run(*basics(aws), "b2t-1", "--check") == 0
+    assert aws.sent == []
+
+
+def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
+    aws, monkeypatch, tmp_path
+):
+    pushed = tmp_path / "image_uri"
+    pushed.write_text(f"{aws.image_uri}\n")
+    monkeypatch.setattr("brain_to_text.launch.LAST_IMAGE", pushed)
+    assert run("--s3-bucket", BUCKET) == 0
+    assert aws.sent[0]["RoleArn"] == ROLE
+    assert aws.sent[0]["AlgorithmSpecification"]["TrainingImage"] == aws.image_uri
+
+
+def test_a_role_may_be_given_by_name(aws):
+    launch_training_job(
+        BUCKET,
+        account=aws.account,
+        sdk="boto3",
+        role="brain-to-text-training",
+        image_uri=aws.image_uri,
+    )
+    assert aws.sent[0]["RoleArn"] == ROLE
+    with pytest.raises(JobError, match="does not exist"):
+        launch_training_job(BUCKET, account=aws.account, role="nobody", image_uri=aws.image_uri)
+
+
+def test_dry_run_asks_aws_nothing_and_says_what_is_missing(aws, capsys, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.LAST_IMAGE", "/nowhere")
+    monkeypatch.setattr(front_door, "AwsAccount", None)
+    assert run("--s3-bucket", BUCKET, "--dry-run") == 0
+    said = capsys.readouterr()
+    request = json.loads(said.out)
+    assert "--role" in request["RoleArn"]
+    assert "build_and_push.sh" in request["AlgorithmSpecification"]["TrainingImage"]
+    assert "Price:" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--s3-bucket is needed"),
+        (["--s3-bucket", "b-1", "--spott"], "did you mean --spot?"),
+        (["--s3-bucket", "b-1", "--seed"], "--seed needs a value"),
+        (["--s3-bucket", "b-1", "stray"], "unexpected argument: stray"),
+        (["--s3-bucket", "b-1", "--tag", "x"], "is not NAME=VALUE"),
+    ],
+)
+def test_wrong_usage_ends_with_code_2(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_code_1(aws, capsys):
+    assert run("--s3-bucket", "NOT-A-BUCKET") == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# --- jobs that exist
+
+
+def launched(aws, name="b2t-1"):
+    launch_training_job(
+        BUCKET,
+        account=aws.account,
+        sdk="boto3",
+        role=ROLE,
+        image_uri=aws.image_uri,
+        job_name=name,
+        num_training_batches=1000,
+    )
+
+
+def test_list_describe_and_stop(aws, capsys):
+    launched(aws)
+    assert run("--list") == 0
+    assert "b2t-1" in capsys.readouterr().out
+    assert run("--describe", "b2t-1") == 0
+    described = capsys.readouterr()
+    assert json.loads(described.out)["TrainingJobName"] == "b2t-1"
+    assert run("--stop", "b2t-1") == 1  # the emulation completes jobs at once
+    assert "nothing to stop" in capsys.readouterr().err
+    assert run("--describe", "b2t-none") == 1
+    assert "There is no training job b2t-none" in capsys.readouterr().err
+
+
+class Script:
+    """A job that goes through given states, and logs given lines on the way."""
+
+    def __init__(self, aws, states, lines=(), **description):
+        self.states, self.lines, self.polls = list(states), list(lines), 0
+        self.logs = aws.client("logs")
+        client = aws.client("sagemaker")
+        original = client.describe_training_job
+
+        def describe(TrainingJobName):
+            answer = copy.deepcopy(original(TrainingJobName=TrainingJobName))
+            status = self.states[min(self.polls, len(self.states) - 1)]
+            self.polls += 1
+            self.log()
+            answer.update(TrainingJobStatus=status, **description)
+            return answer
+
+        client.describe_training_job = describe
+
+    def log(self):
+        if self.polls == 1:
+            self.logs.create_log_group(logGroupName=LOG_GROUP)
+            for host in ("algo-1-1700000000", "algo-2-1700000000"):
+                self.logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=f"b2t-1/{host}")
+        share = self.lines[self.polls - 1 : self.polls]
+        for host, text in share:
+            self.logs.put_log_events(
+                logGroupName=LOG_GROUP,
+                logStreamName=f"b2t-1/{host}-1700000000",
+                logEvents=[{"timestamp": int(time.time() * 1000), "message": text}],
+            )
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_watching_shows_phases_each_line_once_and_a_bar(aws):
+    launched(aws)
+    lines = [
+        ("algo-1", "Train batches: 1000"),
+        ("algo-1", "Train batch 400: loss: 3.21 grad norm: 2.1 time: 0.500"),
+        ("algo-2", "a line of the second host \x1b[2J"),
+        ("algo-1", "Val batch 400: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345"),
+        ("algo-1", "Train batch 600: loss: 3.01 grad norm: 2.1 time: 0.500"),
+    ]
+    Script(
+        aws,
+        ["InProgress"] * 5 + ["Completed"],
+        lines,
+        TrainingTimeInSeconds=3600,
+        BillableTimeInSeconds=1200,
+        EnableManagedSpotTraining=True,
+    )
+    out, bar = io.StringIO(), Terminal()
+    state = watch("b2t-1", aws.account, out=out, bar=bar, sleep=lambda _: None)
+    printed = out.getvalue().splitlines()
+    assert printed[0].endswith("Starting: Preparing the instances for training")
+    assert printed[1:] == [
+        lines[0][1],
+        lines[1][1],
+        "algo-2: a line of the second host  [2J",
+        lines[3][1],
+        lines[4][1],
+    ]
+    assert "step 601/1,000  loss 3.01  best DER 0.7654  3 min left" in bar.getvalue()
+    assert state.exit_code == 0
+    assert "Spot savings: 67 %" in state.summary()
+
+
+@pytest.mark.parametrize("status, code", [("Completed", 0), ("Failed", 3), ("Stopped", 4)])
+def test_waiting_ends_with_a_code_that_says_how(aws, status, code, capsys, monkeypatch):
+    launched(aws)
+    Script(aws, [status], FailureReason="AlgorithmError: Trial 3 is damaged.\nCause: x")
+    assert run("--watch", "b2t-1") == code
+    said = capsys.readouterr().out
+    assert f"b2t-1: {status}" in said
+    assert "Why: AlgorithmError: Trial 3 is damaged. Cause: x" in said
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(aws, capsys, monkeypatch):
+    launched(aws)
+    Script(aws, ["InProgress"])
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupted)
+    monkeypatch.setattr(
+        front_door.watch,
+        "__kwdefaults__",
+        {**front_door.watch.__kwdefaults__, "sleep": interrupted},
+    )
+    assert run("--watch", "b2t-1") == 130
+    said = capsys.readouterr().err
+    assert "b2t-1 goes on without you" in said and "--watch b2t-1" in said and "--stop" in said
+
+
+def test_losing_sight_of_aws_for_a_moment_is_survived(aws):
+    from botocore.exceptions import EndpointConnectionError
+
+    launched(aws)
+    Script(aws, ["InProgress", "InProgress", "Completed"])
+    client = aws.client("sagemaker")
+    scripted, calls = client.describe_training_job, []
+
+    def flaky(**place):
+        calls.append(place)
+        if len(calls) in (2, 3):
+            raise EndpointConnectionError(endpoint_url="https://sagemaker")
+        return scripted(**place)
+
+    client.describe_training_job = flaky
+    bar = io.StringIO()
+    state = watch("b2t-1", aws.account, out=io.StringIO(), bar=bar, sleep=lambda _: None)
+    assert state.status == "Completed"
+    assert "Lost sight of b2t-1" in bar.getvalue()
+
+
+def test_watching_gives_up_when_aws_stays_silent_and_says_the_job_is_safe(aws):
+    launched(aws)
+    Script(aws, ["InProgress"])
+    assert job_state("b2t-1", aws.account).status == "InProgress"
+    client = aws.client("sagemaker")
+    scripted, calls = client.describe_training_job, []
+
+    def silent(**place):
+        from botocore.exceptions import EndpointConnectionError
+
+        calls.append(place)
+        if len(calls) > 1:
+            raise EndpointConnectionError(endpoint_url="https://sagemaker")
+        return scripted(**place)
+
+    client.describe_training_job = silent
+    with pytest.raises(JobError, match="the job is not affected"):
+        watch("b2t-1", aws.account, out=io.StringIO(), bar=io.StringIO(), sleep=lambda _: None)
+
+
+# --- fetching
+
+
+def archived(**files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name.replace("__", "/"))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+LOG = b"""\
+15 10:40:12: Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.3
+15 10:50:12: Val batch 3000: DER (avg): 0.7001 CTC Loss (avg): 4.11 time: 12.3
+"""
+
+
+def test_fetching_unpacks_model_and_outputs_and_shows_the_results(aws, tmp_path, capsys):
+    launched(aws)
+    s3, root = aws.client("s3"), "sagemaker-outputs/b2t-1"
+    model = archived(checkpoint__best_checkpoint=b"w", training_log=LOG)
+    s3.put_object(Bucket=BUCKET, Key=f"{root}/output/model.tar.gz", Body=model)
+    outputs = archived(**{"metrics.jsonl": b"{}"})
+    s3.put_object(Bucket=BUCKET, Key=f"{root}/output/output.tar.gz", Body=outputs)
+    assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 0
+    assert (tmp_path / "job/model/checkpoint/best_checkpoint").read_bytes() == b"w"
+    assert (tmp_path / "job/output/metrics.jsonl").read_bytes() == b"{}"
+    said = capsys.readouterr().out
+    assert "best  3,000     0.7001" in said
+    assert f"evaluate_model.py --model {tmp_path / 'job/model'} --s3-bucket {BUCKET}" in said
+    assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_fetching_a_running_job_brings_its_log(aws, tmp_path, capsys):
+    launched(aws)
+    aws.client("s3").put_object(
+        Bucket=BUCKET, Key="sagemaker-outputs/b2t-1/logs/training_log", Body=LOG
+    )
+    assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 0
+    assert (tmp_path / "job/logs/training_log").read_bytes() == LOG
+    assert "There is no model yet" in capsys.readouterr().out
+
+
+def test_fetching_a_local_job_needs_only_its_bucket(aws, tmp_path):
+    aws.client("s3").put_object(
+        Bucket=BUCKET,
+        Key="sagemaker-outputs/local-1/output/model.tar.gz",
+        Body=archived(training_log=LOG),
+    )
+    assert run("--fetch", "local-1", "--s3-bucket", BUCKET, "--to", tmp_path / "job") == 0
+    assert (tmp_path / "job/model/training_log").read_bytes() == LOG
+
+
+def test_fetching_a_job_that_left_nothing(aws, tmp_path, capsys):
+    launched(aws)
+    assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 1
+    assert "There is nothing under s3://" in capsys.readouterr().err
+
+
+def test_an_unsafe_archive_is_refused(aws, tmp_path, capsys):
+    launched(aws)
+    aws.client("s3").put_object(
+        Bucket=BUCKET,
+        Key="sagemaker-outputs/b2t-1/output/model.tar.gz",
+        Body=archived(**{"../../escaped": b"x"}),
+    )
+    assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 1
+    assert "is not unpacked" in capsys.readouterr().err
+    assert not (tmp_path / "escaped").exists()
