@@ -239,6 +239,9 @@ def trainer_environment(env: environment.Environment) -> dict[str, str]:
     ranks_here = processes_per_host(env.num_gpus, os.environ)
     if ranks_here > 1:
         variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here)))
+    if env.num_gpus == 0:
+        # Spinning threads on busy cores made a CPU step 6 times slower than sleeping ones do.
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     compat = cuda_compat_path()
     if compat is not None:
         log.info("The host's driver is older than this image's CUDA: using %s.", compat)

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -41,6 +42,13 @@ LEARNED = 0.10  # DER and PER of a decoder that learned the smoke data
 # local mode never assumes the role, it only wants the shape of one
 ANY_ROLE = "arn:aws:iam::000000000000:role/local-mode"
 STOP_SECONDS = 120  # what SageMaker gives a job between SIGTERM and SIGKILL
+SDK_DEFAULTS = """\
+SchemaVersion: '1.0'
+SageMaker:
+  PythonSDK:
+    Modules:
+      TelemetryOptOut: true
+"""
 PROMISED = {
     "checkpoint/best_checkpoint",
     "checkpoint/args.yaml",
@@ -80,15 +88,26 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         return run_everything(options)
     except (LocalRunError, ImageError) as problem:
         print(f"local_run: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         print("\nlocal_run: stopped; everything it started is gone.", file=sys.stderr)
         return 130
+
+
+_stop_requested: list[int] = []  # signals that came in
+
+
+def _stop(number: int, _frame: object) -> None:
+    _stop_requested.append(number)
+    raise KeyboardInterrupt
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -173,7 +192,10 @@ def provide_image(run: Run, gpu: bool, base_image: str | None) -> str:
     tag = f"brain-to-text-training:local-{'cuda' if gpu else 'cpu'}"
     log = run.folder / "build.log"
     say(f"Building {tag} (the first time takes minutes; log: {_short(log)}).")
-    with log.open("w") as file, contextlib.redirect_stderr(_Tee(file, show=_is_build_step)):
+    with (
+        log.open("w") as file,
+        contextlib.redirect_stderr(_Tee(file, show=_is_build_step, width=100)),
+    ):
         build_image([tag], cpu=not gpu, base_image=base_image)
     return tag
 
@@ -183,7 +205,7 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
     bridge_docker_commands(gpu)
     os.environ["SAGEMAKER_SUPPRESS_V2_WARNING"] = "1"
     sdk_defaults = run.folder / "sagemaker-sdk.yaml"
-    sdk_defaults.write_text("SchemaVersion: '1.0'\nSageMaker:\n  TelemetryOptOut: true\n")
+    sdk_defaults.write_text(SDK_DEFAULTS)
     os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = str(sdk_defaults)
     compose_folder = run.folder / "compose"
     compose_folder.mkdir()
@@ -225,10 +247,13 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
         ):
             estimator.fit(job_name=run.job)
     except (RuntimeError, ImportError) as error:
-        raise LocalRunError(f"the job failed: {failure_reason(run, error)}") from error
+        if not _stop_requested:
+            raise LocalRunError(f"the job failed: {failure_reason(run, error)}") from error
     finally:
         remove_containers(run.job)
         shutil.rmtree(compose_folder, ignore_errors=True)
+    if _stop_requested:
+        raise KeyboardInterrupt  # the SDK's own cleaning up may have swallowed it
 
 
 def bridge_docker_commands(gpu: bool) -> None:
@@ -437,10 +462,17 @@ COMPOSE_PREFIX = re.compile(r"^(\x1b\[[\d;]*m)*[\w.-]+ *\|( |\x1b\[[\d;]*m)*")
 class _Tee(io.TextIOBase):
     """Writes every line to a file and the lines worth a look to the terminal."""
 
-    def __init__(self, file: TextIO, show, strip: re.Pattern[str] | None = None) -> None:
+    def __init__(
+        self,
+        file: TextIO,
+        show: Callable[[str], bool],
+        strip: re.Pattern[str] | None = None,
+        width: int | None = None,
+    ) -> None:
         self._file = file
         self._show = show
         self._strip = strip
+        self._width = width
         self._terminal = sys.stdout
         self._rest = ""
 
@@ -450,7 +482,7 @@ class _Tee(io.TextIOBase):
             clean = self._strip.sub("", line.rstrip("\r")) if self._strip else line
             self._file.write(clean + "\n")
             if self._show(clean):
-                self._terminal.write(clean + "\n")
+                self._terminal.write(clean[: self._width] + "\n")
         self._file.flush()
         self._terminal.flush()
         return len(text)

@@ -16,6 +16,8 @@ fi
 
 "${PYTHON:-python3}" tests/set_up.py
 export PATH="$PWD/.venv/bin:$PATH"
+# spinning threads on busy cores make CPU training several times slower
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 if [[ $# -eq 0 ]]; then
     echo "== ruff"
