@@ -62,6 +62,8 @@ def parse_arguments(
 def main(arguments: list[str] | None = None) -> int:
     """Train; 0 when finished or stopped by a signal, 1 with one clear sentence otherwise."""
     environment = SageMakerEnvironment.from_variables()
+    if os.environ.get("RANK", "0") == "0":
+        environment.failure_file.unlink(missing_ok=True)  # an earlier run's, outside SageMaker
     try:
         options, overrides = parse_arguments(
             sys.argv[1:] if arguments is None else arguments, environment
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrainToTextError as error:
         print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
         return 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
         return 1
@@ -107,7 +109,8 @@ def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) ->
         return str(folder)
     if not options.s3_bucket:
         raise ConfigError(
-            "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or --data-dir FOLDER."
+            "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
+            "--data-dir FOLDER."
         )
     bucket = options.s3_bucket.removeprefix("s3://").strip("/")
     return f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"

@@ -181,6 +181,10 @@ class TrainingConfig:
         "auto", "torch.compile; auto: where it was measured to pay", added=True
     )
 
+    gradient_compression: Literal["none", "bfloat16"] = key(
+        "none", "type in which gradients travel between processes", added=True
+    )
+
     init_from_checkpoint: bool = key(False, "start from init_checkpoint_path's weights")
     init_checkpoint_path: str | None = key(None, "file, folder, model.tar.gz or s3:// URL")
     save_best_checkpoint: bool = key(True, "keep the best model by validation error rate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     keep_logits: bool = False,
     stop: Callable[[], bool] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> ValidationResult | None:
     """Score every trial of `dataset`.
 
@@ -34,6 +36,7 @@ def evaluate(
         autocast: the precision of the forward pass.
         keep_logits: also return every trial's logits, [T', C] float16 on the CPU by manifest index.
         stop: asked between batches; when it says True the pass is given up.
+        gather: every process's part from this one's, when processes share the pass.
 
     Returns:
         The scores, or None when the pass was given up.
@@ -62,7 +65,10 @@ def evaluate(
                         logits_by_trial[index] = own[:frames].half().cpu()
     finally:
         model.train(was_training)
-    result = meter.result()
+    result = meter.result(gather)
     result.seconds = time.perf_counter() - started
-    result.logits = logits_by_trial if keep_logits else None
+    if keep_logits:
+        result.logits = {
+            trial: own for part in gather(logits_by_trial) for trial, own in part.items()
+        }
     return result

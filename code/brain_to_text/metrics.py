@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from .diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
+from .diphones import N_DIPHONES, LabelForm, collapse_to_phonemes
 from .losses import ctc_nll
+from .phonemes import N_PHONEMES
 
 
 def greedy_decode(scores: torch.Tensor, frame_lengths: torch.Tensor) -> list[list[int]]:
@@ -77,12 +79,12 @@ class ErrorCounts:
 
 @dataclass
 class SessionScore:
-    """Sums over one session's trials; adding two of them merges them exactly."""
+    """Sums over one session's trials; merging gives the same numbers in any order and grouping."""
 
     n_trials: int = 0
     n_frames: int = 0
     n_labels: int = 0
-    nats: float = 0.0
+    nats: list[float] = field(default_factory=list)  # per trial, summed exactly when reported
     classes: ErrorCounts = field(default_factory=ErrorCounts)  # DER, or PER of a 41-class model
     phonemes: ErrorCounts = field(default_factory=ErrorCounts)  # from marginalised probabilities
     path: ErrorCounts = field(default_factory=ErrorCounts)  # phonemes of the decoded diphones
@@ -104,7 +106,7 @@ class SessionScore:
             **({"DER": self.classes.rate} if diphones else {}),
             "PER": self.phonemes.rate if diphones else self.classes.rate,
             **({"PER_path": self.path.rate} if diphones else {}),
-            "CTC_loss": self.nats / max(self.n_frames, 1),
+            "CTC_loss": math.fsum(self.nats) / max(self.n_frames, 1),
             "n_trials": self.n_trials,
         }
 
@@ -166,7 +168,9 @@ class ValidationMeter:
             "classes": log_probs.argmax(-1).to(torch.int16),
         }
         if self.diphones:
-            pending["phonemes"] = marginalise_log_probs(log_probs).argmax(-1).to(torch.int16)
+            # the best phoneme needs no logarithm: sums of probabilities, as marginalise_log_probs
+            marginal = log_probs.exp().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
+            pending["phonemes"] = marginal.argmax(-1).to(torch.int16)
         pending["batch"] = _Labels(
             batch.labels.to(torch.int16),
             batch.label_lengths,
@@ -176,21 +180,29 @@ class ValidationMeter:
         )
         self._pending.append(pending)
 
-    def result(self) -> ValidationResult:
-        """Score everything taken so far."""
+    def result(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> ValidationResult:
+        """Score everything taken so far.
+
+        Args:
+            gather: the scores of every process that shares the pass, from this one's.
+        """
         for pending in self._pending:
             self._score(pending)
         self._pending.clear()
-        days = sorted(self.scores)
-        total = sum((self.scores[day] for day in days), SessionScore())
+        scores: dict[int, SessionScore] = {}
+        for part in gather(self.scores):
+            for day, score in part.items():
+                scores[day] = scores.get(day, SessionScore()) + score
+        days = sorted(scores)
+        total = sum((scores[day] for day in days), SessionScore())
         rates = total.rates(self.diphones)
         return ValidationResult(
             der=total.classes.rate,
             per=float(rates["PER"]),
             per_path=total.path.rate if self.diphones else None,
-            ctc_loss=total.nats / max(total.n_frames, 1),
-            ctc_loss_per_label=total.nats / max(total.n_labels, 1),
-            per_session={self.sessions[d]: self.scores[d].rates(self.diphones) for d in days},
+            ctc_loss=math.fsum(total.nats) / max(total.n_frames, 1),
+            ctc_loss_per_label=math.fsum(total.nats) / max(total.n_labels, 1),
+            per_session={self.sessions[d]: scores[d].rates(self.diphones) for d in days},
             counts={
                 "classes": asdict(total.classes),
                 **({"phonemes": asdict(total.phonemes)} if self.diphones else {}),
@@ -212,7 +224,7 @@ class ValidationMeter:
             score.n_trials += 1
             score.n_frames += int(frames[trial])
             score.n_labels += len(references[trial])
-            score.nats += nats[trial]
+            score.nats.append(nats[trial])
             score.classes.add(references[trial], decoded[trial])
             if self.diphones:
                 reference = phoneme_references[trial]

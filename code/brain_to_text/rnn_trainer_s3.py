@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import pickle
@@ -9,6 +10,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from .checkpoints import (
 from .config import TrainingConfig, config_from_dict, differences
 from .dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from .device import allow_tf32
+from .distributed import GradientSum, World
 from .errors import CheckpointError, TrainingError
 from .evaluation import evaluate
 from .interruption import Interruption, RunInterrupted
@@ -38,6 +41,7 @@ from .model_evaluation import write_run_report
 from .object_store import open_store
 from .optimizer import build_optimizer, build_scheduler
 from .rnn_model import GRUDecoder, load_public_state_dict
+from .stream_stats import StreamCounts
 from .telemetry import RunLog
 from .throughput import flops_per_step, peak_flops
 from .train_step import Health, StepResult, TrainStep
@@ -136,7 +140,7 @@ class BrainToTextDecoder_Trainer_S3:
         paths: where results go.
         log_url: object-store folder that gets a live copy of the log; None for none.
         accept_changes: resume even when config, dataset or code differ from the checkpoint's.
-        device: default: the first GPU, else the CPU.
+        device: default: this process's GPU, else the CPU.
     """
 
     def __init__(
@@ -154,7 +158,10 @@ class BrainToTextDecoder_Trainer_S3:
         self.paths = paths
         self.log_url = log_url
         self.accept_changes = accept_changes
-        self.device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.world = World()
+        self.device = device or torch.device("cpu")
+        self._choose_device = device is None
+        self.log = RunLog(None, None)
         self.state = RunState()
         self.interruption = Interruption()
 
@@ -167,28 +174,17 @@ class BrainToTextDecoder_Trainer_S3:
         Raises:
             BrainToTextError: bad configuration, data, storage or checkpoints; divergence.
         """
-        self.log = RunLog(
-            self.paths.model_dir / "training_log", self.paths.output_data_dir / "metrics.jsonl"
-        )
-        try:
-            with self.interruption:
-                try:
-                    with self.interruption.immediate():
-                        self._open_data()
-                        self._build_model()
-                        self._open_checkpoints()
-                except RunInterrupted:
-                    self.log.info(f"Stopped by {self.interruption.requested} before training")
-                    return self.state
-                try:
-                    self._run()
-                finally:
-                    self.checkpoints.close()
-        finally:
-            for dataset in (getattr(self, "train_set", None), getattr(self, "val_set", None)):
-                if dataset is not None:
-                    dataset.close()
-            self.log.close()
+        with self.interruption, contextlib.ExitStack() as self.closing:
+            try:
+                with self.interruption.immediate():
+                    self._join_world()
+                    self._open_data()
+                    self._build_model()
+                    self._open_checkpoints()
+            except RunInterrupted:
+                self.log.info(f"Stopped by {self.interruption.requested} before training")
+                return self.state
+            self._run()
         return self.state
 
     # --- the run ----------------------------------------------------------------------------------
@@ -209,16 +205,16 @@ class BrainToTextDecoder_Trainer_S3:
             while True:
                 if self._validation_due():
                     self._validate()
-                if self.interruption.requested:
+                if self.world.any(self.interruption.requested is not None):
                     return self._stop_on_signal()
                 if state.stopped_early or state.step == config.num_training_batches:
                     return self._finish()
                 if self._checkpoint_due():
                     self._save_state()
 
-                with self.interruption.immediate():
+                with self._waiting():
                     batch = next(batches)
-                result = self.train_step(batch, state.step)
+                result = self.train_step(batch, state.step, config.dataset.batch_size)
                 if state.step % config.batches_per_train_log == 0:
                     self._log_step(result, batch)
                 state.step += 1
@@ -226,6 +222,10 @@ class BrainToTextDecoder_Trainer_S3:
             self._stop_on_signal()
         finally:
             batches.close()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Waiting for data: a signal ends it at once, unless other ranks would wait for us."""
+        return self.interruption.immediate() if self.world.size == 1 else nullcontext()
 
     def _validation_due(self) -> bool:
         """After step 0 (so that trouble shows at once), every so often, and after the last step."""
@@ -247,7 +247,8 @@ class BrainToTextDecoder_Trainer_S3:
                 self.selection.sessions,
                 autocast=self.train_step.autocast,
                 keep_logits=config.save_val_logits,
-                stop=lambda: self.interruption.requested is not None,
+                stop=self._may_stop_validation,
+                gather=self.world.gather,
             )
             if result is None:  # interrupted: the next job validates this step again
                 return
@@ -278,6 +279,9 @@ class BrainToTextDecoder_Trainer_S3:
         self._save_state()
         self._mark_interval(state.step)
 
+    def _may_stop_validation(self) -> bool:
+        return self.world.size == 1 and self.interruption.requested is not None
+
     def _finish(self) -> None:
         """The last words of a run that reached its end."""
         state, config = self.state, self.config
@@ -291,7 +295,7 @@ class BrainToTextDecoder_Trainer_S3:
             f"after training batch {state.best_step - 1}"
         )
         self.log.info(f"Streaming: {self.stream.stats.snapshot().describe()}")
-        if config.save_best_checkpoint:
+        if config.save_best_checkpoint and self.world.is_main:
             write_run_report(
                 self.paths.model_dir,
                 self.paths.output_data_dir,
@@ -305,7 +309,7 @@ class BrainToTextDecoder_Trainer_S3:
     def _stop_on_signal(self) -> None:
         """Leave a state to resume from, and a model even when no validation has chosen one yet."""
         self._save_state(wait=True)
-        if not self.paths.best_checkpoint.exists():
+        if self.world.is_main and not self.paths.best_checkpoint.exists():
             self._write_model(self.paths.best_checkpoint, None)
         self.log.info(
             f"Stopped by {self.interruption.requested} after {self.state.step} steps; a job with "
@@ -314,14 +318,31 @@ class BrainToTextDecoder_Trainer_S3:
 
     # --- building ---------------------------------------------------------------------------------
 
+    def _join_world(self) -> None:
+        """Find out who trains with us, and who of us may speak and write."""
+        self.world = World.join()
+        self.closing.callback(self.world.leave)
+        if self._choose_device:
+            self.device = self.world.device()
+        self.log.close()
+        self.log = RunLog(
+            self.paths.model_dir / "training_log" if self.world.is_main else None,
+            self.paths.output_data_dir / "metrics.jsonl" if self.world.is_main else None,
+        )
+        self.closing.callback(self.log.close)
+        self.log.info(f"Using device: {self.device}")
+        if self.world.size > 1:
+            self.log.info(f"Training on {self.world.size} processes")
+        allow_tf32(self.config.allow_tf32)
+
     def _open_data(self) -> None:
-        config, log = self.config, self.log
-        log.info(f"Using device: {self.device}")
-        allow_tf32(config.allow_tf32)
+        config, log, world = self.config, self.log, self.world
         log.info(f"Loading data from: {self.data_url.removeprefix('s3://')}")
         store = open_store(self.data_url)
-        self.manifest = load_or_build_manifest(
-            store, log.info, on_damage=config.dataset.on_damaged_trial
+        self.manifest = world.from_main(
+            lambda: load_or_build_manifest(
+                store, log.info, on_damage=config.dataset.on_damaged_trial
+            )
         )
         selection = self.selection = select_trials(self.manifest, config)
         config.dataset.sessions = list(selection.sessions)
@@ -333,13 +354,24 @@ class BrainToTextDecoder_Trainer_S3:
             for session in selection.val_skipped:
                 log.info(f"Validation skips session {session}")
 
-        self.stream = TrialStream.from_config(store, self.manifest, config.dataset)
+        self.day_of_trial = {
+            int(trial): day for day, trials in enumerate(selection.train) for trial in trials
+        }
+        self.stream = TrialStream.from_config(
+            store, self.manifest, config.dataset, processes=world.local_size
+        )
+        self.closing.callback(self.stream.close)
+        share: dict[str, Any] = {
+            "device": self.device,
+            "rank": world.rank,
+            "world_size": world.size,
+        }
         self.train_set = BrainToTextDatasetS3.from_config(
-            self.stream, selection.train, config, device=self.device
+            self.stream, selection.train, config, **share
         )
-        self.val_set = EvaluationDatasetS3.from_config(
-            self.stream, selection.val, config, device=self.device
-        )
+        self.closing.callback(self.train_set.close)
+        self.val_set = EvaluationDatasetS3.from_config(self.stream, selection.val, config, **share)
+        self.closing.callback(self.val_set.close)
         log.info("Successfully initialized S3-backed datasets")
         log.info(f"Train batches: {config.num_training_batches}")
         log.info(f"Val batches: {len(self.val_set)}")
@@ -370,6 +402,14 @@ class BrainToTextDecoder_Trainer_S3:
         self.objective = JointObjective(config.objective, config.dataset.n_classes)
         self.optimizer = build_optimizer(self.model, config, self.device)
         self.scheduler = build_scheduler(self.optimizer, config)
+        after_backward = None
+        if self.world.size > 1:
+            gradients = GradientSum(self.model, self.world, config.gradient_compression)
+
+            def after_backward(batch: Any) -> None:
+                trials = self.train_set.plan.trials(batch.step)
+                gradients.finish(self.day_of_trial[int(trial)] for trial in trials)
+
         self.train_step = TrainStep(
             self.model,
             self.augmentation,
@@ -378,31 +418,43 @@ class BrainToTextDecoder_Trainer_S3:
             self.scheduler,
             config,
             self.device,
+            rank=self.world.rank,
+            after_backward=after_backward,
         )
 
     def _open_checkpoints(self) -> None:
         """Resume the newest valid state, or start from given weights, or from scratch."""
         config, paths = self.config, self.paths
-        self.checkpoints = CheckpointFolder(paths.checkpoint_dir, config.keep_checkpoints)
-        state, passed_over = self.checkpoints.load_latest()
-        for sentence in passed_over:
-            self.log.warning(f"{sentence} Going back to the checkpoint before it.")
+        state = self.world.from_main(self._find_state)
         if state is not None:
-            self._check_identity(state["identity"])
             self._load_state(state)
-            self._restore_best()
+            if self.world.is_main:
+                self._restore_best()
             self.log.info(
                 f"Resuming after step {self.state.step} from {paths.checkpoint_dir} "
                 f"(best {config.primary_metric} so far {self.state.best_value:.4f})"
             )
         elif config.init_from_checkpoint:
             self._init_weights(str(config.init_checkpoint_path))
+        self._next_save = time.monotonic() + config.checkpoint_interval_seconds
+        if not self.world.is_main:
+            return
         if self.log_url is not None:
             self.log.upload_to(self.log_url)
         args = paths.model_dir / "checkpoint" / "args.yaml"
         args.parent.mkdir(parents=True, exist_ok=True)
         args.write_text(config.to_yaml(), encoding="utf-8")
-        self._next_save = time.monotonic() + config.checkpoint_interval_seconds
+
+    def _find_state(self) -> dict[str, Any] | None:
+        """On the main rank: the newest valid state of this very run, if there is one."""
+        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir, self.config.keep_checkpoints)
+        self.closing.callback(self.checkpoints.close)
+        state, passed_over = self.checkpoints.load_latest()
+        for sentence in passed_over:
+            self.log.warning(f"{sentence} Going back to the checkpoint before it.")
+        if state is not None:
+            self._check_identity(state["identity"])
+        return state
 
     def _init_weights(self, path: str) -> None:
         """Start from the weights of an earlier run or of the public baseline."""
@@ -432,7 +484,10 @@ class BrainToTextDecoder_Trainer_S3:
         n_bins = max(trial.n_time_steps for trial in trials)
         n_labels = max(len(trial.class_ids) for trial in trials if trial.class_ids is not None)
         wanted = self.config.dataset.batch_size
-        fits = self.train_step.try_batch(wanted, n_bins, n_labels)
+        share = -(-wanted // self.world.size)
+        fits = self.world.size * min(
+            self.world.gather(self.train_step.try_batch(share, n_bins, n_labels))
+        )
         if fits < wanted:
             raise TrainingError(
                 f"A batch of {wanted} trials of {n_bins} bins does not fit the memory of "
@@ -454,10 +509,14 @@ class BrainToTextDecoder_Trainer_S3:
     def _log_step(self, result: StepResult, batch: Batch) -> None:
         """The one place per interval that waits for the device."""
         step, trials = self.state.step, self.config.dataset.batch_size
-        loss, norm = float(result.nats_per_frame), float(result.grad_norm)
         elapsed = time.perf_counter() - self._interval_start
         seconds = elapsed / (step + 1 - self._interval_step)
-        traffic = self.stream.stats.snapshot() - self._interval_stats
+        own = self.stream.stats.snapshot() - self._interval_stats
+        shares = self.world.gather((float(result.nats_per_frame), result.n_frames, own))
+        n_frames = sum(frames for _, frames, _ in shares)
+        loss = sum(value * frames for value, frames, _ in shares) / n_frames
+        traffic = StreamCounts.total(counts for _, _, counts in shares)
+        norm = float(result.grad_norm)
         numbers: dict[str, Any] = {
             "step": step,
             "loss": loss,
@@ -465,7 +524,7 @@ class BrainToTextDecoder_Trainer_S3:
             "seconds_per_step": seconds,
             "learning_rate": self.optimizer.param_groups[-1]["lr"],
             "trials_per_second": trials / seconds,
-            "frames_per_second": result.n_frames / seconds,
+            "frames_per_second": n_frames / seconds,
             "data_wait_share": traffic.wait_seconds / elapsed,
             **dataclasses.asdict(traffic),
         }
@@ -486,7 +545,8 @@ class BrainToTextDecoder_Trainer_S3:
         )
         peak = peak_flops(self.device, self.config)
         if peak is not None:
-            numbers["mfu"] = flops_per_step(self.config, batch.n_time_steps) / seconds / peak
+            flops = flops_per_step(self.config, batch.n_time_steps)
+            numbers["mfu"] = flops / seconds / peak
             numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             said.append(f"MFU: {numbers['mfu']:.3f} GPU GB: {numbers['gpu_memory_gb']:.1f}")
         said.append(
@@ -509,14 +569,17 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _diverged(self, health: Health) -> TrainingError:
         """What happened, in which trials, with the batch saved and the way back."""
-        bad = self.train_set[health.last_refused_step]
-        trials = [self.manifest.trials[index] for index in bad.trial_indices.tolist()]
+        step = health.last_refused_step
+        trials = [self.manifest.trials[index] for index in self.train_set.plan.trials(step)]
+        bad = self.train_set[step]
         path = self.paths.output_data_dir / "offending_batch.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"step": bad.step, "features": bad.features, "labels": bad.labels}
         save_atomically({**content, "trials": [trial.name for trial in trials]}, path)
-        self.checkpoints.wait()
-        saved = self.checkpoints.steps()
+        saved = []
+        if self.world.is_main:
+            self.checkpoints.wait()
+            saved = self.checkpoints.steps()
         good = self.checkpoints.state_path(saved[-1]) if saved else "none yet"
         names = [f"{t.session} block {t.block_num} trial {t.trial_num}" for t in trials]
         return TrainingError(
@@ -542,14 +605,14 @@ class BrainToTextDecoder_Trainer_S3:
         numbers = result.as_dict()
         self.state.validations.append({"step": step, **numbers})
         self.log.metrics("validation", step=step, **numbers)
-        if self.config.save_val_metrics:
-            path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pickle.dumps(self.state.validations))
+        if self.config.save_val_metrics and self.world.is_main:
+            self._write_validations()
 
     # --- keeping what happened --------------------------------------------------------------------
 
     def _write_model(self, path: Path, result: ValidationResult | None) -> None:
+        if not self.world.is_main:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "model_state_dict": state_to_cpu(self.model.state_dict()),
@@ -563,6 +626,8 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _write_best(self, result: ValidationResult) -> None:
         """Into the model folder, and beside the states so that a later job still has it."""
+        if not self.world.is_main:
+            return
         self._write_model(self.paths.best_checkpoint, result)
         copy_atomically(self.paths.best_checkpoint, self._kept_best)
         if result.logits is not None:
@@ -580,21 +645,28 @@ class BrainToTextDecoder_Trainer_S3:
                 if state.finished:
                     self._write_model(self.paths.best_checkpoint, None)
         if self.state.validations and self.config.save_val_metrics:
-            path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pickle.dumps(self.state.validations))
+            self._write_validations()
+
+    def _write_validations(self) -> None:
+        path = self.paths.model_dir / "checkpoint" / "val_metrics.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(self.state.validations))
 
     @property
     def _kept_best(self) -> Path:
         return self.paths.checkpoint_dir / "best_checkpoint"
 
     def _checkpoint_due(self) -> bool:
+        if not self.world.is_main:
+            return False
         every = self.config.batches_per_save
         if every and self.state.step and self.state.step % every == 0:
             return self.state.step not in self.checkpoints.steps()[-1:]
         return time.monotonic() >= self._next_save
 
     def _save_state(self, *, wait: bool = False) -> None:
+        if not self.world.is_main:
+            return
         started = time.monotonic()
         self.checkpoints.save(self._state_dict(), self.state.step, wait=wait)
         blocked = time.monotonic() - started

@@ -5,6 +5,7 @@ Outside SageMaker the same paths are given on the command line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -55,12 +56,15 @@ class SageMakerEnvironment:
     def write_failure(self, error: BaseException) -> str:
         """Say why the job failed, in one sentence plus the cause, where SageMaker looks for it.
 
+        What is there already stays: of several processes, the first to fail knows the reason.
+
         Returns:
             The text written (and to be printed as the last line).
         """
         text = failure_text(error)
         if self.failure_file.parent.is_dir():
-            self.failure_file.write_text(text + "\n", encoding="utf-8")
+            with contextlib.suppress(FileExistsError), self.failure_file.open("x") as file:
+                file.write(text + "\n")
         return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,13 @@ class StreamCounts:
     def __sub__(self, earlier: StreamCounts) -> StreamCounts:
         before = dataclasses.asdict(earlier)
         return StreamCounts(**{k: v - before[k] for k, v in dataclasses.asdict(self).items()})
+
+    @classmethod
+    def total(cls, parts: Iterable[StreamCounts]) -> StreamCounts:
+        """Sums over processes, except for waiting: the longest wait is the one that counts."""
+        rows = [dataclasses.asdict(part) for part in parts]
+        summed = {name: sum(row[name] for row in rows) for name in rows[0]}
+        return cls(**{**summed, "wait_seconds": max(row["wait_seconds"] for row in rows)})
 
     @property
     def hit_rate(self) -> float:
