@@ -37,6 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write phoneme_logits.hdf5 for the public language-model server",
     )
+    words = parser.add_argument_group("words (needs docker/requirements-words.txt)").add_argument
+    words(
+        "--language-model",
+        help="decode sentences with this ARPA or KenLM file; 'training': 3-grams of the training "
+        "sentences; 'none': the lexicon alone",
+    )
+    words("--lexicon", type=Path, help="file of 'WORD PHONEME ...' lines beside the CMU dictionary")
+    words("--lm-weight", type=float, default=2.0)
+    words("--word-score", type=float, default=0.0)
+    words("--beam-size", type=int, default=200)
+    words("--tune-words", action="store_true", help="choose both weights on the val split")
     return parser
 
 
@@ -56,7 +67,19 @@ def main(arguments: list[str] | None = None) -> int:
 
         # After the cheap checks: importing torch takes seconds.
         from brain_to_text.model_evaluation import EvaluationOptions, evaluate_model
+        from brain_to_text.sentence_decoding import WordOptions
+        from brain_to_text.word_decoding import WordSettings
 
+        words = None
+        if options.language_model is not None:
+            settings = WordSettings(
+                lm_weight=options.lm_weight,
+                word_score=options.word_score,
+                beam_size=options.beam_size,
+            )
+            words = WordOptions(
+                options.language_model, options.lexicon, settings, options.tune_words
+            )
         evaluate_model(
             EvaluationOptions(
                 model=options.model,
@@ -67,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 device=options.device,
                 export_logits=options.export_logits,
+                words=words,
             )
         )
     except BrainToTextError as error:

@@ -22,8 +22,10 @@ from .evaluation_summary import corpus_name, diphone_name
 from .model_artefact import ModelArtefact
 from .phonemes import BLANK, PHONEMES, SILENCE, phoneme_symbols
 from .report import write_report
+from .sentence_decoding import DecodedSentences
 from .trial_decoding import DecodedTrial
 from .trial_manifest import TrialManifest
+from .word_decoding import word_errors
 
 BIN_SECONDS = 0.02
 _SHOWN_CLASSES = 16  # rows of a posterior chart
@@ -40,6 +42,7 @@ class Evaluation:
         trials: in the manifest's order.
         summary: rates with intervals, counts, groups, calibration; plain types.
         seconds: of the pass over the trials.
+        sentences: the trials' text, when words were decoded.
     """
 
     artefact: ModelArtefact
@@ -49,6 +52,18 @@ class Evaluation:
     trials: list[DecodedTrial]
     summary: dict[str, Any]
     seconds: float
+    sentences: DecodedSentences | None = None
+
+    @property
+    def all_numbers(self) -> dict[str, Any]:
+        """The summary, with the word error rate beside the others when words were decoded."""
+        if self.sentences is None:
+            return self.summary
+        words = self.sentences.summary
+        numbers = {**self.summary, "words": words}
+        if "WER" in words:
+            numbers["rates"] = {**self.summary.get("rates", {}), "WER": words["WER"]}
+        return numbers
 
 
 def write_results(
@@ -65,7 +80,8 @@ def write_results(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [trial_row(trial) for trial in evaluation.trials]
+        text = evaluation.sentences.text if evaluation.sentences else {}
+        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
         write_table(folder / "trials.csv", rows)
         with (folder / "trials.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -79,7 +95,7 @@ def write_results(
             "data": evaluation.data,
             "split": evaluation.split,
             "fingerprint": evaluation.manifest.fingerprint(),
-            **evaluation.summary,
+            **evaluation.all_numbers,
             **({"comparison": comparison} if comparison else {}),
         }
         (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
@@ -94,8 +110,12 @@ def write_results(
     write_report(folder / "report.html", {**contents, "comparison": comparison})
 
 
-def trial_row(trial: DecodedTrial) -> dict[str, Any]:
-    """One trial of the per-trial table; error columns are empty without labels."""
+def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any]:
+    """One trial of the per-trial table; without labels there are no error columns.
+
+    Args:
+        sentence: the decoded words, where words were decoded.
+    """
     record = trial.record
     row: dict[str, Any] = {
         "session": record.session,
@@ -108,6 +128,11 @@ def trial_row(trial: DecodedTrial) -> dict[str, Any]:
         "hypothesis": _spelled(trial.hypothesis),
         "confidence": round(float(trial.confidences.mean()), 4) if len(trial.confidences) else None,
     }
+    if sentence is not None:
+        row["decoded_sentence"] = sentence
+        if record.sentence_label:
+            words = word_errors(record.sentence_label, sentence)
+            row |= {"words": words.reference_labels, "word_errors": words.edits}
     if trial.reference is not None:
         counts = count_errors(trial.reference, trial.hypothesis)
         row |= {
@@ -153,16 +178,17 @@ def report_contents(evaluation: Evaluation) -> dict[str, Any]:
     """What `report.model_report` shows about an evaluation."""
     artefact, manifest = evaluation.artefact, evaluation.manifest
     by_split = {s: len(manifest.select(s)) for s in ("train", "val", "test")}
+    text = evaluation.sentences.text if evaluation.sentences else {}
     stride = max(artefact.config.model.patch_stride, 1)
     sessions = manifest.sessions
     return {
-        **evaluation.summary,
+        **evaluation.all_numbers,
         "title": f"{artefact.location.rstrip('/')} on {evaluation.split}",
         "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
         "split": evaluation.split,
         "metrics": artefact.metrics,
         "examples": [
-            example(trial, stride * BIN_SECONDS)
+            example(trial, stride * BIN_SECONDS, text.get(trial.index))
             for trial in evaluation.trials
             if trial.class_log_probs is not None
         ],
@@ -194,7 +220,9 @@ def environment_facts(artefact: ModelArtefact, seconds: float, n_trials: int) ->
     }
 
 
-def example(trial: DecodedTrial, seconds_per_frame: float) -> dict[str, Any]:
+def example(
+    trial: DecodedTrial, seconds_per_frame: float, decoded: str | None = None
+) -> dict[str, Any]:
     """One trial for the report: its alignment, and its most probable classes over time."""
     assert trial.class_log_probs is not None
     probabilities = np.exp(trial.class_log_probs)
@@ -216,6 +244,7 @@ def example(trial: DecodedTrial, seconds_per_frame: float) -> dict[str, Any]:
     return {
         "name": trial.record.name,
         "sentence": trial.record.sentence_label,
+        "decoded": decoded,
         "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],
         "posteriors": probabilities[:, shown].T,
         "labels": labels,

@@ -114,11 +114,14 @@ def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -
     """The lines a person reads on the terminal."""
     lines = []
     for name, rate in summary.get("rates", {}).items():
-        c = summary["counts"][name]
+        c = summary["counts"].get(name)
+        edits = c and (
+            f"; {c['substitutions']} substitutions, {c['deletions']} deletions, "
+            f"{c['insertions']} insertions in {c['reference_labels']} labels"
+        )
         lines.append(
-            f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}; "
-            f"{c['substitutions']} substitutions, {c['deletions']} deletions, "
-            f"{c['insertions']} insertions in {c['reference_labels']} labels)"
+            f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}"
+            f"{edits or ''})"
         )
     if not lines:
         lines.append(f"{summary['n_trials']} trials without labels: no error rates")

@@ -25,6 +25,7 @@ from .evaluation_summary import compare, describe, summarise
 from .model_artefact import ModelArtefact, open_model
 from .object_store import open_store
 from .report import read_metrics
+from .sentence_decoding import WordOptions, decode_sentences, make_decoder, write_submission
 from .trial_decoding import decode_trials, example_trials
 from .trial_manifest import TrialManifest, load_or_build_manifest
 from .trial_stream import TrialStream
@@ -45,6 +46,7 @@ class EvaluationOptions:
         batch_size: trials per forward pass.
         device: None for the first GPU, else the CPU.
         export_logits: also write phoneme logits for the public language-model server.
+        words: decode sentences too, or None.
     """
 
     model: str
@@ -55,6 +57,7 @@ class EvaluationOptions:
     batch_size: int = 64
     device: str | None = None
     export_logits: bool = False
+    words: WordOptions | None = None
 
 
 def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = print) -> Evaluation:
@@ -89,15 +92,35 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
         comparison = None
         if other is not None:
             comparison = compare(evaluation.trials, run(other).trials, other.location)
+        if options.words is not None:
+            evaluation = _add_sentences(options, options.words, evaluation, run)
     finally:
         stream.close()
-    for line in describe(evaluation.summary, comparison):
+    for line in describe(evaluation.all_numbers, comparison):
         say(line)
     write_results(
         evaluation, options.output_dir, comparison=comparison, logits=options.export_logits
     )
     say(f"Tables and report.html are in {options.output_dir}")
     return evaluation
+
+
+def _add_sentences(
+    options: EvaluationOptions,
+    words: WordOptions,
+    evaluation: Evaluation,
+    run: Callable[..., Evaluation],
+) -> Evaluation:
+    """Decode sentences, tuning on the validation split, and write the submission file."""
+    decoder, facts = make_decoder(words, evaluation.manifest, options.output_dir)
+    tuning = None
+    if words.tune and options.split != "val":
+        tuning = run(evaluation.artefact, split="val").trials
+    with tqdm(unit="setting", disable=not words.tune, desc="Tuning") as bar:
+        sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning, bar.update)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_submission(options.output_dir / "submission.csv", evaluation.trials, sentences.text)
+    return dataclasses.replace(evaluation, sentences=sentences)
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,18 @@ class WordDecoder:
         return " ".join(self._dictionary.get_entry(w) for w in best[0].words if w >= 0)
 
     def _spellings(self, lexicon: Lexicon) -> Any:
-        """Every way to say every word, with the word's unigram score spread over its prefixes."""
+        """Every way to say every word, with the word's unigram score spread over its prefixes.
+
+        Each ends with the silence that follows a word in the labels. The search needs it, too: it
+        holds a token over several frames only inside a spelling, or if it is the silence.
+        """
         trie = self._api.Trie(N_PHONEMES, SILENCE)
         start = self._model.start(False)
         for word in self.words:
             index = self._dictionary.get_index(word)
             _, score = self._model.score(start, index)
             for sounds in lexicon[word]:
-                trie.insert(list(sounds), index, score)
+                trie.insert([*sounds, SILENCE], index, score)
         trie.smear(self._api.SmearingMode.MAX)
         return trie
 
@@ -135,35 +139,34 @@ def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
     )
 
 
-def tune(
+def grid_errors(
     decoder: WordDecoder,
     log_probs: Sequence[np.ndarray],
     sentences: Sequence[str],
-    settings: WordSettings | None = None,
-    *,
+    settings: WordSettings,
     progress: Callable[[], object] | None = None,
-) -> tuple[WordSettings, list[dict[str, float]]]:
-    """The language-model weight and word score with the lowest word error rate, by grid.
+) -> tuple[list[WordSettings], np.ndarray, np.ndarray]:
+    """Word errors of every trial at every point of the grid of language-model and word weights.
 
     Args:
-        log_probs, sentences: of the trials to tune on; never those of the final score.
-        settings: everything but the two tuned weights.
+        log_probs, sentences: of the trials to tune on.
+        settings: everything but the two weights.
 
     Returns:
-        The best settings, and one row {lm_weight, word_score, WER} per point of the grid.
+        (the points of the grid, errors [points, trials] int64, reference words [trials] int64).
     """
-    base = settings or WordSettings()
-    rows = []
-    for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES):
-        point = replace(base, lm_weight=lm_weight, word_score=word_score)
-        total = ErrorCounts()
-        for probabilities, sentence in zip(log_probs, sentences, strict=True):
-            total = total + word_errors(sentence, decoder.decode(probabilities, point))
-        rows.append({"lm_weight": lm_weight, "word_score": word_score, "WER": total.rate})
+    points = [
+        replace(settings, lm_weight=lm_weight, word_score=word_score)
+        for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
+    ]
+    errors = np.zeros((len(points), len(sentences)), dtype=np.int64)
+    for row, point in enumerate(points):
+        for column, (own, sentence) in enumerate(zip(log_probs, sentences, strict=True)):
+            errors[row, column] = word_errors(sentence, decoder.decode(own, point)).edits
         if progress is not None:
             progress()
-    best = min(rows, key=lambda row: row["WER"])
-    return replace(base, lm_weight=best["lm_weight"], word_score=best["word_score"]), rows
+    words = np.array([len(normalise_text(sentence).split()) for sentence in sentences])
+    return points, errors, words
 
 
 def words_of_arpa(path: Path) -> list[str]:

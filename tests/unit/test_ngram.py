@@ -1,0 +1,51 @@
+"""The language model is a probability distribution, and other programs read it alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from brain_to_text.errors import DataError
+from brain_to_text.ngram import END, START, UNKNOWN, estimate_ngrams
+
+SENTENCES = ["i see the cat", "i see the dog", "the cat sees the dog", "i see", "you see the cat"]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_probabilities_after_any_history_sum_to_one(order):
+    model = estimate_ngrams(SENTENCES, order)
+    words = [gram[0] for gram in model.probability if len(gram) == 1]
+    assert UNKNOWN in words and END in words
+    for history in ([], [START], [START, "i"], ["see", "the"], ["never", "seen"], ["dog", "dog"]):
+        assert math.isclose(sum(10 ** model.score(history, w) for w in words), 1, rel_tol=1e-9)
+
+
+def test_seen_continuations_are_likelier():
+    model = estimate_ngrams(SENTENCES)
+    assert model.score(["see", "the"], "cat") > model.score(["see", "the"], "you")
+    assert model.sentence_score("i see the dog") > model.sentence_score("dog the see i")
+
+
+def test_arpa_counts_its_entries(tmp_path):
+    path = tmp_path / "lm.arpa"
+    model = estimate_ngrams(SENTENCES, 2)
+    model.write_arpa(path)
+    lines = path.read_text().splitlines()
+    declared = int(next(x for x in lines if x.startswith("ngram 2=")).partition("=")[2])
+    start = lines.index("\\2-grams:")
+    assert lines[start + declared + 1] == ""
+    assert lines[-1] == "\\end\\"
+
+
+def test_kenlm_scores_the_arpa_file_alike(tmp_path):
+    kenlm = pytest.importorskip("kenlm", reason="optional: docker/requirements-words.txt")
+    model = estimate_ngrams(SENTENCES)
+    model.write_arpa(tmp_path / "lm.arpa")
+    other = kenlm.Model(str(tmp_path / "lm.arpa"))
+    for sentence in [*SENTENCES, "the the see", "a whale sees you"]:
+        assert other.score(sentence) == pytest.approx(model.sentence_score(sentence), abs=1e-4)
+
+
+def test_no_sentences_is_an_error():
+    with pytest.raises(DataError, match="--language-model"):
+        estimate_ngrams([])
