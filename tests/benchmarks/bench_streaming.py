@@ -1,0 +1,698 @@
+"""How fast trials become batches: the obvious design, better ones, ours, and a local disk.
+
+    python tests/benchmarks/bench_streaming.py                       everything, 20 minutes or more
+    python tests/benchmarks/bench_streaming.py --skip naive          without the slowest contender
+    python tests/benchmarks/bench_streaming.py --only clients        or steps, start-up, memory,
+                                                                     policy
+
+A real S3 server (rclone) stands behind a proxy process with 30 ms to the first byte and 80 MB/s per
+connection, over HTTP and over TLS. Every contender makes the same batches (48 trials of about
+1.7 MB from 4 sessions) in a process of its own; contenders take turns, several rounds in one run.
+GETs and bytes are counted by the proxy, CPU and peak memory by the contender's process.
+"""
+
+# ruff: noqa: E402 (the path to the code comes first)
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
+
+import numpy as np
+import torch
+from brain_to_text.batch import pad_features
+from brain_to_text.batch_plan import BatchPlan
+from brain_to_text.dataset_s3 import BrainToTextDatasetS3
+from brain_to_text.object_store import open_store
+from brain_to_text.prefetch import PrefetchLimits
+from brain_to_text.trial_manifest import (
+    FileRecord,
+    TrialManifest,
+    index_dataset,
+    load_or_build_manifest,
+    write_manifest,
+)
+from brain_to_text.trial_stream import TrialStream
+from support.local_s3 import make_certificate, serve_s3
+from support.tiny_data import write_dataset
+
+BUCKET_URL = "s3://bench/data"
+SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18", "t15.2023.08.20")
+TRIALS_PER_SESSION = 150
+BATCH_SIZE = 48
+LATENCY_SECONDS = 0.030
+BYTES_PER_SECOND = 80e6
+
+
+# --- contenders: each makes a function from trial indices to a padded batch -----------------------
+
+Load = Callable[[np.ndarray], torch.Tensor]
+
+
+def naive(manifest: TrialManifest) -> Load:
+    """h5py over s3fs, opened per trial, default settings."""
+    import h5py
+    import s3fs
+
+    file_system = s3fs.S3FileSystem()
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        arrays = []
+        for index in indices:
+            trial = manifest.trials[index]
+            with file_system.open(f"{BUCKET_URL}/{trial.key}") as remote:
+                with h5py.File(remote, "r") as file:
+                    arrays.append(file[trial.trial]["input_features"][:])
+        return pad_features(arrays)
+
+    return load
+
+
+def tuned_h5py(manifest: TrialManifest) -> Load:
+    """h5py over s3fs at its best: handles kept open, 1 MB block cache."""
+    import h5py
+    import s3fs
+
+    file_system = s3fs.S3FileSystem()
+    files: dict[str, Any] = {}
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        arrays = []
+        for index in indices:
+            trial = manifest.trials[index]
+            if trial.key not in files:
+                remote = file_system.open(
+                    f"{BUCKET_URL}/{trial.key}", block_size=1 << 20, cache_type="blockcache"
+                )
+                files[trial.key] = h5py.File(remote, "r")
+            arrays.append(files[trial.key][trial.trial]["input_features"][:])
+        return pad_features(arrays)
+
+    return load
+
+
+def s3fs_by_index(manifest: TrialManifest) -> Load:
+    """The manifest and s3fs's own cat_ranges, 16 at once, nothing verified."""
+    import s3fs
+
+    file_system = s3fs.S3FileSystem(config_kwargs={"max_pool_connections": 16})
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        trials = {int(i): manifest.trials[i] for i in indices}
+        spans = file_system.cat_ranges(
+            [f"{BUCKET_URL}/{t.key}" for t in trials.values()],
+            [t.offset for t in trials.values()],
+            [t.offset + t.length for t in trials.values()],
+            batch_size=16,
+            on_error="raise",
+        )
+        arrays = {i: t.decode(s) for (i, t), s in zip(trials.items(), spans, strict=True)}
+        return pad_features([arrays[int(i)] for i in indices])
+
+    return load
+
+
+def obstore_by_index(manifest: TrialManifest) -> Load:
+    """The manifest and obstore (Rust), 16 threads, nothing verified."""
+    import concurrent.futures
+
+    import obstore
+    from obstore.store import S3Store
+
+    tls = os.environ["AWS_ENDPOINT_URL_S3"].startswith("https")  # it reads no AWS_CA_BUNDLE
+    store = S3Store(
+        "bench",
+        prefix="data",
+        endpoint=os.environ["AWS_ENDPOINT_URL_S3"],
+        virtual_hosted_style_request=False,
+        client_options={"allow_invalid_certificates": True} if tls else {"allow_http": True},
+    )
+    threads = concurrent.futures.ThreadPoolExecutor(16)
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        distinct = [int(i) for i in dict.fromkeys(indices.tolist())]
+
+        def read(index: int) -> np.ndarray:
+            t = manifest.trials[index]
+            span = obstore.get_range(store, t.key, start=t.offset, length=t.length)
+            return t.decode(memoryview(span))
+
+        arrays = dict(zip(distinct, threads.map(read, distinct), strict=True))
+        return pad_features([arrays[int(i)] for i in indices])
+
+    return load
+
+
+def boto3_by_index(manifest: TrialManifest) -> Load:
+    """The manifest and boto3, 16 threads, nothing verified."""
+    import concurrent.futures
+
+    import boto3
+    from botocore.config import Config
+
+    client = boto3.client("s3", config=Config(max_pool_connections=16))
+    threads = concurrent.futures.ThreadPoolExecutor(16)
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        distinct = [int(i) for i in dict.fromkeys(indices.tolist())]
+
+        def read(index: int) -> np.ndarray:
+            t = manifest.trials[index]
+            span = client.get_object(
+                Bucket="bench",
+                Key=f"data/{t.key}",
+                Range=f"bytes={t.offset}-{t.offset + t.length - 1}",
+            )["Body"].read()
+            return t.decode(span)
+
+        arrays = dict(zip(distinct, threads.map(read, distinct), strict=True))
+        return pad_features([arrays[int(i)] for i in indices])
+
+    return load
+
+
+def ours(manifest: TrialManifest, cache_bytes: int = 0, concurrency: int = 16) -> Load:
+    """TrialStream without a cache: verified, retried, counted."""
+    stream = TrialStream(
+        open_store(BUCKET_URL), manifest, concurrency=concurrency, cache_bytes=cache_bytes
+    )
+    return lambda indices: pad_features(stream.fetch(indices))
+
+
+def ours_32(manifest: TrialManifest) -> Load:
+    """The same with 32 reads in flight."""
+    return ours(manifest, concurrency=32)
+
+
+def ours_48(manifest: TrialManifest) -> Load:
+    """The same with 48 reads in flight."""
+    return ours(manifest, concurrency=48)
+
+
+def ours_warm(manifest: TrialManifest) -> Load:
+    """TrialStream with every trial of the batches in RAM."""
+    return ours(manifest, cache_bytes=2 << 30)
+
+
+def local_h5py(manifest: TrialManifest) -> Load:
+    """h5py on the local file system (page cache), handles kept open."""
+    import h5py
+
+    folder = Path(os.environ["BENCH_FOLDER"])
+    files = {key: h5py.File(folder / key, "r") for key in manifest.files}
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        trials = [manifest.trials[i] for i in indices]
+        return pad_features([files[t.key][t.trial]["input_features"][:] for t in trials])
+
+    return load
+
+
+CONTENDERS: dict[str, Callable[[TrialManifest], Load]] = {
+    "naive": naive,
+    "tuned_h5py": tuned_h5py,
+    "s3fs_by_index": s3fs_by_index,
+    "boto3_by_index": boto3_by_index,
+    "obstore_by_index": obstore_by_index,
+    "ours": ours,
+    "ours_32": ours_32,
+    "ours_48": ours_48,
+    "ours_warm": ours_warm,
+    "local_h5py": local_h5py,
+}
+WARM = ("ours_warm", "local_h5py")
+
+
+# --- one contender in its own process -------------------------------------------------------------
+
+
+def plan_for(manifest: TrialManifest) -> BatchPlan:
+    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
+    return BatchPlan(trials, BATCH_SIZE, 4, seed=1)
+
+
+def run_contender(name: str, n_batches: int, first: int) -> dict[str, float]:
+    """Batches `first` … of the plan; times, counts, CPU and memory of this process."""
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
+    plan = plan_for(manifest)
+    load = CONTENDERS[name](manifest)
+    batches = [plan.trials(first + i) for i in range(n_batches)]
+    if name in WARM:
+        for batch in batches:
+            load(batch)
+    else:
+        load(batches[0][:1])  # imports and connections: not what is compared here
+    gc.collect()
+    control("reset")
+    before = resident_bytes()
+    cpu, seconds, needed = time.process_time(), [], 0
+    for batch in batches:
+        started = time.perf_counter()
+        features = load(batch)
+        seconds.append(time.perf_counter() - started)
+        needed += sum(manifest.trials[i].length for i in np.unique(batch))
+        del features
+    counts = json.loads(control("counts"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": statistics.median(seconds),
+        "gets": counts["requests"] / n_batches,
+        "distinct": sum(len(np.unique(b)) for b in batches) / n_batches,
+        "bytes_ratio": counts["body_bytes"] / needed,
+        "cpu": (time.process_time() - cpu) / n_batches,
+        "peak_mb": (peak - before) / 1e6,
+        "mb_needed": needed / n_batches / 1e6,
+    }
+
+
+def resident_bytes() -> int:
+    text = Path("/proc/self/statm").read_text().split()
+    return int(text[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def control(what: str) -> bytes:
+    """Talk to the proxy outside of what it counts."""
+    url = os.environ["BENCH_CONTROL"] + f"/_proxy/{what}"
+    context = None
+    if url.startswith("https"):
+        import ssl
+
+        context = ssl.create_default_context(cafile=os.environ["AWS_CA_BUNDLE"])
+    with urllib.request.urlopen(url, context=context) as answer:
+        return answer.read()
+
+
+def in_subprocess(arguments: list[str], environment: dict[str, str]) -> Any:
+    result = subprocess.run(
+        [sys.executable, str(HERE), *arguments],
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"{arguments}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def proxy_process(
+    upstream: str, certificate: tuple[Path, Path] | None, latency: float, rate: float
+) -> Iterator[str]:
+    command = [sys.executable, str(HERE.parents[1] / "support/fault_proxy.py")]
+    command += ["--upstream", upstream, "--latency", str(latency), "--rate", str(rate)]
+    if certificate:
+        command += ["--certificate", str(certificate[0]), str(certificate[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@dataclasses.dataclass
+class Stage:
+    """Server, data and manifest; `environments["tls"]` sends a process to the TLS proxy."""
+
+    folder: Path
+    manifest: TrialManifest
+    environments: dict[str, dict[str, str]]
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[Stage]:
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        folder = root / "s3" / "bench" / "data"
+        print(f"Writing {len(SESSIONS)} x {TRIALS_PER_SESSION} trials to {root}", flush=True)
+        write_dataset(
+            folder,
+            SESSIONS,
+            {"train": TRIALS_PER_SESSION},
+            n_features=512,
+            bins=(500, 1200),
+        )
+        server = stack.enter_context(serve_s3(root / "s3", cached=True))
+        certificate = make_certificate(root, "127.0.0.1")
+        base = {
+            **server.environment(),
+            "BENCH_FOLDER": str(folder),
+            "BENCH_MANIFEST": str(root / "manifest"),
+        }
+        os.environ.update(base)
+        listing = open_store(BUCKET_URL).list()
+        local = index_dataset(open_store(folder))
+        files = {k: FileRecord(listing[k].size, listing[k].etag) for k in local.files}
+        manifest = dataclasses.replace(local, files=files)
+        (root / "manifest").write_bytes(manifest.to_bytes())
+        write_manifest(open_store(BUCKET_URL), manifest)
+        environments = {}
+        for name, cert in (("http", None), ("tls", certificate)):
+            url = stack.enter_context(
+                proxy_process(server.endpoint_url, cert, LATENCY_SECONDS, BYTES_PER_SECOND)
+            )
+            environments[name] = {
+                **base,
+                "AWS_ENDPOINT_URL_S3": url,
+                "AWS_ENDPOINT_URL": url,
+                "BENCH_CONTROL": url,
+                **({"AWS_CA_BUNDLE": str(certificate[0])} if cert else {}),
+            }
+        yield Stage(folder, manifest, environments)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def compare_clients(on: Stage, rounds: int, skip: list[str]) -> None:
+    """Table 1: every contender, in turns."""
+    for network in ("http", "tls"):
+        results: dict[str, list[dict[str, float]]] = {}
+        for turn in range(rounds):
+            for name in CONTENDERS:
+                if name in skip or (name == "naive" and turn > 0):
+                    continue
+                n_batches = 1 if name == "naive" else 2 if name == "tuned_h5py" else 5
+                arguments = ["--contender", name, str(n_batches), str(turn * 5)]
+                results.setdefault(name, []).append(
+                    in_subprocess(arguments, on.environments[network])
+                )
+        print(f"\n### {network}: 30 ms to first byte, 80 MB/s per connection\n")
+        print("| contender | GETs/batch | per distinct trial | bytes/needed | s/batch | ", end="")
+        print("ours is faster by | CPU s/batch | peak memory MB |")
+        print("|---|---|---|---|---|---|---|---|")
+        mine = statistics.median(r["seconds"] for r in results["ours"])
+        for name, runs in results.items():
+            middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+            print(
+                f"| {name} | {middle['gets']:.0f} | {middle['gets'] / middle['distinct']:.2f} "
+                f"| {middle['bytes_ratio']:.3f} | {middle['seconds']:.3f} "
+                f"| {middle['seconds'] / mine:.2f}x | {middle['cpu']:.3f} "
+                f"| {middle['peak_mb']:.0f} |",
+                flush=True,
+            )
+        if "local_h5py" in results:
+            pairs = [
+                a["seconds"] / b["seconds"]
+                for a, b in zip(results["ours_warm"], results["local_h5py"], strict=True)
+            ]
+            print(f"\nwarm cache / local h5py: {statistics.median(pairs):.2f}")
+
+
+class ModelledReader:
+    """A reader that takes as long as the modelled network and costs no CPU for transport."""
+
+    def __init__(self, folder: Path) -> None:
+        import fsspec.asyn
+
+        self.loop = fsspec.asyn.get_loop()
+        self._files = {
+            path.relative_to(folder).as_posix(): np.memmap(path, np.uint8, mode="r")
+            for path in folder.rglob("*.hdf5")
+        }
+
+    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
+        await asyncio.sleep(LATENCY_SECONDS + length / BYTES_PER_SECOND)
+        return bytearray(self._files[key][offset : offset + length])
+
+    async def renew_credentials(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+
+def run_steps(network: str, step_seconds: float, warm: bool, concurrency: int, dtype: str) -> Any:
+    """A training loop whose step only takes time; share of it spent waiting for data."""
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
+    reader = ModelledReader(Path(os.environ["BENCH_FOLDER"])) if network == "model" else None
+    stream = TrialStream(
+        open_store(BUCKET_URL),
+        manifest,
+        concurrency=concurrency,
+        cache_bytes=2 << 30 if warm else 0,
+        cache_dtype=dtype,  # type: ignore[arg-type]
+        reader=reader,
+    )
+    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
+    dataset = BrainToTextDatasetS3(
+        stream,
+        trials,
+        batch_size=BATCH_SIZE,
+        days_per_batch=4,
+        n_batches=10_000,
+        seed=3,
+        limits=PrefetchLimits(batches=4, n_bytes=2 << 30, threads=4),
+    )
+    if warm:
+        stream.fetch(range(len(manifest.trials)))
+    n_steps = max(20, min(60, int(12 / step_seconds)))
+    with dataset.batches() as batches:
+        next(batches)
+        before, started = stream.stats.snapshot(), time.perf_counter()
+        for _ in range(n_steps):
+            next(batches)
+            time.sleep(step_seconds)
+        elapsed = time.perf_counter() - started
+        counts = stream.stats.snapshot() - before
+    dataset.close()
+    return {
+        "wait": counts.wait_seconds / elapsed,
+        "step": elapsed / n_steps,
+        "mb_per_s": counts.bytes_fetched / elapsed / 1e6,
+        "hit_rate": counts.hit_rate,
+    }
+
+
+def simulate_steps(on: Stage) -> None:
+    """Table 2: share of the loop's time that is waiting for data."""
+    print("\n### A training loop at a simulated step time\n")
+    print("| network | reads at once | cache | step s | waiting for data | MB/s read |")
+    print("|---|---|---|---|---|---|")
+    for network, concurrency in (("model", 16), ("model", 32), ("http", 32), ("tls", 32)):
+        for warm in (False, True):
+            for step in (0.1, 0.5):
+                if warm and concurrency == 16:
+                    continue
+                environment = on.environments["tls" if network == "tls" else "http"]
+                arguments = ["--steps", network, str(step), str(int(warm)), str(concurrency)]
+                result = in_subprocess(arguments, environment)
+                print(
+                    f"| {network} | {concurrency} | {'warm' if warm else 'cold'} | {step} "
+                    f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
+                    flush=True,
+                )
+
+
+def start_up(on: Stage) -> None:
+    """Table 3: process start to first batch with a manifest of full size."""
+    full = full_size_manifest(on.manifest)
+    data = full.to_bytes()
+    print(f"\n### Start-up: manifest of {len(full.trials):,} trials, {len(data) / 1e6:.2f} MB\n")
+    print("| part | seconds |\n|---|---|")
+    environment = {**on.environments["tls"], "BENCH_FULL": str(on.folder.parents[2] / "full")}
+    Path(environment["BENCH_FULL"]).write_bytes(data)
+    runs = []
+    for _ in range(3):
+        started = time.time()
+        runs.append(in_subprocess(["--start-up", str(started)], environment))
+    middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+    for name, value in middle.items():
+        print(f"| {name} | {value:.2f} |")
+
+
+def full_size_manifest(small: TrialManifest) -> TrialManifest:
+    """The bench's trials repeated to 45 sessions and 11,162 trials, in its four files."""
+    trials = []
+    for number in range(11_162):
+        source = small.trials[number % len(small.trials)]
+        trials.append(dataclasses.replace(source, trial=f"trial_{number:05d}"))
+    return dataclasses.replace(small, trials=tuple(trials))
+
+
+def run_start_up(started: float) -> dict[str, float]:
+    """What a job does before its first step, beginning with starting Python and importing torch."""
+    imported = time.time()
+    control("reset")
+    store = open_store(BUCKET_URL)
+    manifest = load_or_build_manifest(store, lambda _: None)
+    full = time.time()
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_FULL"]).read_bytes())
+    parsed = time.time()
+    stream = TrialStream(store, manifest)
+    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
+    dataset = BrainToTextDatasetS3(
+        stream, trials, batch_size=BATCH_SIZE, days_per_batch=4, n_batches=1000, seed=3
+    )
+    counts = json.loads(control("counts"))
+    opened = time.time()
+    with dataset.batches() as batches:
+        next(batches)
+        first = time.time()
+    dataset.close()
+    return {
+        "start Python, import torch": imported - started,
+        "manifest and listing, one request each": full - imported,
+        "parse the full-size manifest": parsed - full,
+        "client and plan": opened - parsed,
+        "first batch": first - opened,
+        "process start to first batch": first - started,
+        "requests before the first trial (count)": counts["requests"],
+    }
+
+
+def run_memory() -> dict[str, float]:
+    """Resident memory against the budgets, over 60 batches with a partial cache."""
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
+    cache_bytes, prefetch_bytes = 600_000_000, 600_000_000
+    stream = TrialStream(open_store(BUCKET_URL), manifest, cache_bytes=cache_bytes, concurrency=16)
+    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
+    dataset = BrainToTextDatasetS3(
+        stream,
+        trials,
+        batch_size=BATCH_SIZE,
+        days_per_batch=4,
+        n_batches=60,
+        seed=3,
+        limits=PrefetchLimits(batches=8, n_bytes=prefetch_bytes, threads=4),
+    )
+    stream.fetch([0])
+    base, peak, largest = resident_bytes(), 0, 0
+    for batch in dataset.batches():
+        assert batch.features is not None
+        largest = max(largest, batch.features.nbytes)
+        peak = max(peak, resident_bytes() - base)
+        del batch
+    dataset.close()
+    budget = cache_bytes + prefetch_bytes + largest
+    return {"budget_mb": budget / 1e6, "peak_mb": peak / 1e6, "over": peak / budget - 1}
+
+
+def compare_policies() -> None:
+    """Table 4: hit rate of cache policies for the plan's draws, no data involved."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(150, 350, size=45)
+    ends = np.cumsum(sizes)
+    plan = BatchPlan(
+        [np.arange(e - s, e) for s, e in zip(sizes, ends, strict=True)], BATCH_SIZE, 4, seed=1
+    )
+    n_trials = int(ends[-1])
+    val = np.arange(n_trials, n_trials + 1400)
+    print(f"\n### Hit rate by policy, {n_trials:,} trials, steps 1000–4000, ", end="")
+    print("a validation pass over 1,400 more every 1000 steps\n")
+    print("| cache / train set | first come stays | LRU | random eviction |\n|---|---|---|---|")
+    for share in (0.1, 0.25, 0.5, 0.75):
+        rates = [_hit_rate(policy, plan, val, int(share * n_trials)) for policy in _POLICIES]
+        print(f"| {share:.2f} | " + " | ".join(f"{100 * r:.1f} %" for r in rates) + " |")
+
+
+_POLICIES = ("stay", "lru", "random")
+
+
+def _hit_rate(policy: str, plan: BatchPlan, val: np.ndarray, capacity: int) -> float:
+    from collections import OrderedDict
+
+    rng = np.random.default_rng(1)
+    held: OrderedDict[int, None] = OrderedDict()
+    slots: list[int] = []
+    hits = asked = 0
+    for step in range(4000):
+        draws = np.unique(plan.trials(step)).tolist()
+        passes = [(draws, step >= 1000)] + ([(val.tolist(), False)] if step % 1000 == 999 else [])
+        for trials, counted in passes:
+            for trial in trials:
+                hit = trial in held
+                hits += hit and counted
+                asked += counted
+                if hit:
+                    if policy == "lru":
+                        held.move_to_end(trial)
+                    continue
+                if len(held) < capacity:
+                    held[trial] = None
+                    slots.append(trial)
+                elif policy == "lru":
+                    held.popitem(last=False)
+                    held[trial] = None
+                elif policy == "random":
+                    place = int(rng.integers(capacity))
+                    del held[slots[place]]
+                    held[trial] = None
+                    slots[place] = trial
+    return hits / asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", choices=["clients", "steps", "start-up", "memory", "policy"])
+    parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--start-up", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    result: Any = None
+    if options.contender:
+        name, n_batches, first = options.contender
+        result = run_contender(name, int(n_batches), int(first))
+    elif options.steps:
+        network, step, warm, concurrency = options.steps
+        result = run_steps(network, float(step), bool(int(warm)), int(concurrency), "stored")
+    elif options.start_up:
+        result = run_start_up(options.start_up)
+    elif options.memory:
+        result = run_memory()
+    if result is not None:
+        print(json.dumps(result), flush=True)
+        os._exit(0)  # do not wait for contenders' leftovers
+
+    def wanted(part: str) -> bool:
+        return options.only in (None, part)
+
+    if wanted("policy"):
+        compare_policies()
+    if options.only == "policy":
+        return
+    with stage() as on:
+        if wanted("start-up"):
+            start_up(on)
+        if wanted("memory"):
+            used = in_subprocess(["--memory"], on.environments["http"])
+            print(
+                f"\nMemory: {used['peak_mb']:.0f} MB at most for budgets of "
+                f"{used['budget_mb']:.0f} MB (cache, prefetch, the batch in use): "
+                f"{100 * used['over']:+.1f} %"
+            )
+        if wanted("steps"):
+            simulate_steps(on)
+        if wanted("clients"):
+            compare_clients(on, options.rounds, options.skip)
+
+
+if __name__ == "__main__":
+    main()
