@@ -1,0 +1,56 @@
+"""Small datasets with every kind of label and layout, for tests that look at the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from brain_to_text.diphones import encode_diphones
+from brain_to_text.trial_files import TrialContents, data_file_bytes
+
+SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
+N_FEATURES = 6
+
+
+def small_trial(
+    session: str, index: int, seed: int, *, form: str | None = "self_loop", split: str = "train"
+) -> TrialContents:
+    """A trial with long enough features for its few labels; form None gives phoneme labels."""
+    rng = np.random.default_rng(seed)
+    phonemes = rng.integers(1, 41, int(rng.integers(2, 5))).astype(np.int32)
+    features = rng.standard_normal((90 + 7 * index, N_FEATURES)).astype(np.float32)
+    block = {"train": 2, "val": 8, "test": 9}[split]
+    trial = TrialContents(f"trial_{index:04d}", session, block, index, features)
+    if split == "test":
+        return trial
+    labels = phonemes if form is None else encode_diphones(phonemes, form)
+    return TrialContents(
+        trial.name,
+        session,
+        block,
+        index,
+        features,
+        labels,
+        None if form is None else phonemes,
+        f"hello you {seed}",
+    )
+
+
+def write_small_dataset(
+    folder: Path, *, form: str | None = "self_loop", layout: str = "contiguous", trials: int = 3
+) -> dict[str, np.ndarray]:
+    """Two sessions with train and val, the second with test too; returns features by trial name."""
+    features = {}
+    for s, session in enumerate(SESSIONS):
+        for p, split in enumerate(("train", "val", "test")):
+            if split == "test" and s == 0:
+                continue
+            contents = [
+                small_trial(session, i, 100 * s + 10 * p + i, form=form, split=split)
+                for i in range(trials)
+            ]
+            key = f"{session}/data_{split}.hdf5"
+            (folder / session).mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(data_file_bytes(contents, layout))
+            features |= {f"{key}:{trial.name}": trial.features for trial in contents}
+    return features

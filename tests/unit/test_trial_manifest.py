@@ -1,0 +1,283 @@
+"""The manifest finds every trial's bytes and labels, survives storage, and notices changes."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+
+import h5py
+import numpy as np
+import pytest
+from brain_to_text.errors import DataError
+from brain_to_text.hdf5_trials import inspect_file
+from brain_to_text.object_store import ObjectInfo, open_store
+from brain_to_text.trial_files import LAYOUTS, data_file_bytes
+from brain_to_text.trial_manifest import (
+    MANIFEST_NAME,
+    TrialManifest,
+    index_dataset,
+    load_manifest,
+    load_or_build_manifest,
+    manifest_from_inspections,
+    write_manifest,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.small_data import SESSIONS, small_trial, write_small_dataset
+
+KEY = f"{SESSIONS[0]}/data_train.hdf5"
+
+
+def decoded(store, manifest):
+    return {t.name: t.decode(store.read_range(t.key, t.offset, t.length)) for t in manifest.trials}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_trial_is_one_range_that_decodes_to_its_features(tmp_path, layout):
+    features = write_small_dataset(tmp_path, layout=layout)
+    store = open_store(tmp_path)
+    found = decoded(store, index_dataset(store))
+    assert found.keys() == features.keys()
+    for name, expected in features.items():
+        assert np.array_equal(found[name], expected)
+        assert not found[name].flags.writeable
+
+
+@pytest.mark.parametrize("form", ["self_loop", "transition", None])
+def test_labels_and_attributes_are_recorded(tmp_path, form):
+    write_small_dataset(tmp_path, form=form)
+    manifest = index_dataset(open_store(tmp_path))
+    assert manifest.label_form == (form or "phoneme")
+    assert manifest.n_classes == (41 if form is None else 1681)
+    assert manifest.n_features == 6
+    assert manifest.sessions == list(SESSIONS)
+    expected = small_trial(SESSIONS[1], 2, 112, form=form, split="val")
+    trial = manifest.trials[manifest.select("val", [SESSIONS[1]])[2]]
+    assert trial.name == f"{SESSIONS[1]}/data_val.hdf5:trial_0002"
+    assert np.array_equal(trial.class_ids, expected.class_ids)
+    phonemes = expected.class_ids if form is None else expected.phoneme_ids
+    assert np.array_equal(trial.phoneme_ids, phonemes)
+    assert (trial.block_num, trial.trial_num) == (8, 2)
+    assert trial.sentence_label == expected.sentence
+    assert trial.corpus == "Switchboard"
+    tests = [manifest.trials[i] for i in manifest.select("test")]
+    assert len(tests) == 3
+    assert all(t.class_ids is None and t.phoneme_ids is None for t in tests)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["self_loop", "transition", None])
+def test_storage_keeps_everything(tmp_path, layout, form):
+    write_small_dataset(tmp_path, form=form, layout=layout)
+    store = open_store(tmp_path)
+    manifest = index_dataset(store)
+    write_manifest(store, manifest)
+    again = load_manifest(store)
+    assert again is not None
+    assert again.to_bytes() == manifest.to_bytes()
+    assert again.fingerprint() == manifest.fingerprint()
+    for before, after in zip(manifest.trials, again.trials, strict=True):
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if field.name == "chunks" and old is not None:
+                assert (old.chunk_shape, old.filters) == (new.chunk_shape, new.filters)
+                assert np.array_equal(old.table, new.table)
+            else:
+                assert np.array_equal(old, new), field.name
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 60),
+    columns=st.integers(1, 9),
+    chunk=st.tuples(st.integers(1, 70), st.integers(1, 10)),
+    filters=st.sampled_from([{}, {"compression": "gzip"}, {"compression": "lzf"}]),
+    shuffle=st.booleans(),
+    fletcher=st.booleans(),
+    dtype=st.sampled_from(["<f4", "<f2"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_chunking_and_filters_decode(
+    rows, columns, chunk, filters, shuffle, fletcher, dtype, seed
+):
+    features = np.random.default_rng(seed).standard_normal((rows, columns)).astype(dtype)
+    features[::3] = 0  # so that some chunks compress and some do not
+    trial = small_trial(SESSIONS[0], 0, 1)
+    buffer = io.BytesIO(data_file_bytes([trial]))
+    with h5py.File(buffer, "r+") as file:
+        group = file["trial_0000"]
+        del group["input_features"]
+        group.create_dataset(
+            "input_features",
+            data=features,
+            chunks=(min(chunk[0], rows), min(chunk[1], columns)),
+            shuffle=shuffle,
+            fletcher32=fletcher,
+            **filters,
+        )
+        group.attrs["n_time_steps"] = rows
+    data = buffer.getvalue()
+    inspection = inspect_file(KEY, data)
+    assert not inspection.findings
+    manifest = manifest_from_inspections({KEY: ObjectInfo(KEY, len(data), "x")}, [inspection])
+    record = TrialManifest.from_bytes(manifest.to_bytes()).trials[0]
+    span = data[record.offset : record.offset + record.length]
+    record.verify(span)
+    assert np.array_equal(record.decode(span), features)
+
+
+def test_a_changed_byte_is_noticed(tmp_path):
+    write_small_dataset(tmp_path)
+    store = open_store(tmp_path)
+    trial = index_dataset(store).trials[0]
+    span = bytearray(store.read_range(trial.key, trial.offset, trial.length))
+    trial.verify(span)
+    span[17] ^= 4
+    with pytest.raises(DataError, match=r"trial_0000: the features' CRC-32 is .* recorded was"):
+        trial.verify(span)
+    with pytest.raises(DataError, match=r"bytes instead of"):
+        trial.verify(span[:-1])
+
+
+def test_gaps_in_the_numbering_and_order_by_number(tmp_path):
+    numbers = [12, 3, 100, 7]
+    trials = [small_trial(SESSIONS[0], n, n) for n in numbers]
+    (tmp_path / SESSIONS[0]).mkdir()
+    (tmp_path / KEY).write_bytes(data_file_bytes(trials))
+    manifest = index_dataset(open_store(tmp_path))
+    assert [t.trial for t in manifest.trials] == [f"trial_{n:04d}" for n in sorted(numbers)]
+
+
+def test_the_fingerprint_depends_on_content_and_not_on_place_or_time(tmp_path):
+    write_small_dataset(tmp_path / "a")
+    write_small_dataset(tmp_path / "b")
+    os.utime(tmp_path / "b" / KEY, ns=(5, 5))
+    first, second = (index_dataset(open_store(tmp_path / x)) for x in "ab")
+    assert first.fingerprint() == second.fingerprint()
+    write_small_dataset(tmp_path / "c", form="transition")
+    assert index_dataset(open_store(tmp_path / "c")).fingerprint() != first.fingerprint()
+
+
+def test_processes_give_the_same_manifest(tmp_path):
+    write_small_dataset(tmp_path)
+    store = open_store(tmp_path)
+    assert index_dataset(store, processes=2).to_bytes() == index_dataset(store).to_bytes()
+
+
+class TestFreshness:
+    def listing(self, manifest, **changes):
+        return {
+            key: ObjectInfo(key, record.size, record.etag) for key, record in manifest.files.items()
+        } | changes
+
+    @pytest.fixture
+    def manifest(self, tmp_path):
+        write_small_dataset(tmp_path)
+        return index_dataset(open_store(tmp_path))
+
+    def test_unchanged_is_fresh(self, manifest):
+        manifest.check_fresh(self.listing(manifest))
+
+    def test_other_files_do_not_matter(self, manifest):
+        manifest.check_fresh(self.listing(manifest, note=ObjectInfo("README.md", 3, "x")))
+
+    def test_changed_file_is_named_with_the_command(self, manifest):
+        listing = self.listing(manifest) | {KEY: ObjectInfo(KEY, 5, "other")}
+        expected = rf"1 changed \({KEY}\).*prepare_dataset.py index s3://b/p"
+        with pytest.raises(DataError, match=expected):
+            manifest.check_fresh(listing, "s3://b/p")
+
+    def test_same_size_and_other_etag_is_a_change(self, manifest):
+        info = ObjectInfo(KEY, manifest.files[KEY].size, "12345-678")
+        with pytest.raises(DataError, match="1 changed"):
+            manifest.check_fresh(self.listing(manifest) | {KEY: info})
+
+    def test_an_upload_to_s3_changes_the_kind_of_etag_and_nothing_else(self, manifest):
+        info = ObjectInfo(KEY, manifest.files[KEY].size, "0123456789abcdef" * 2 + "-7")
+        manifest.check_fresh(self.listing(manifest) | {KEY: info})
+
+    def test_added_and_removed_files_are_named(self, manifest):
+        listing = self.listing(manifest)
+        del listing[KEY]
+        new = "t15.2023.08.18/data_train.hdf5"
+        listing[new] = ObjectInfo(new, 5, "x")
+        with pytest.raises(DataError, match=rf"1 removed \({KEY}\), 1 added \({new}\)"):
+            manifest.check_fresh(listing)
+
+
+class TestLoadOrBuild:
+    def test_builds_once_and_keeps(self, tmp_path):
+        write_small_dataset(tmp_path)
+        store = open_store(tmp_path)
+        lines = []
+        built = load_or_build_manifest(store, lines.append)
+        assert "indexing 5 files" in lines[0] and "Indexed 15 trials in" in lines[1]
+        assert (tmp_path / MANIFEST_NAME).exists()
+        lines.clear()
+        assert load_or_build_manifest(store, lines.append).to_bytes() == built.to_bytes()
+        assert lines == []
+
+    def test_where_it_may_not_write_it_goes_on(self, tmp_path, monkeypatch):
+        write_small_dataset(tmp_path)
+        store = open_store(tmp_path)
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(30, "read-only")))
+        lines = []
+        assert len(load_or_build_manifest(store, lines.append).trials) == 15
+        assert "serves this run only" in lines[-1]
+
+    def test_a_stale_manifest_is_refused(self, tmp_path):
+        write_small_dataset(tmp_path)
+        store = open_store(tmp_path)
+        load_or_build_manifest(store, lambda _: None)
+        (tmp_path / KEY).unlink()
+        with pytest.raises(DataError, match=r"1 removed .*re-index with"):
+            load_or_build_manifest(store, lambda _: None)
+
+    def test_damage_stops_or_is_excluded_by_name(self, tmp_path):
+        write_small_dataset(tmp_path)
+        with h5py.File(tmp_path / KEY, "r+") as file:
+            file["trial_0001/input_features"][4, 2] = np.nan
+        store = open_store(tmp_path)
+        with pytest.raises(DataError, match=rf"{KEY}:trial_0001: .* NaN"):
+            load_or_build_manifest(store, lambda _: None)
+        lines = []
+        manifest = load_or_build_manifest(store, lines.append, on_damage="exclude")
+        assert len(manifest.trials) == 14
+        assert any(f"Excluded as damaged: {KEY}:trial_0001" in line for line in lines)
+        assert "Excluded 1 damaged" in lines[-1]
+
+    def test_a_kept_manifest_remembers_what_it_left_out(self, tmp_path):
+        write_small_dataset(tmp_path)
+        with h5py.File(tmp_path / KEY, "r+") as file:
+            del file["trial_0002/seq_class_ids"]
+        store = open_store(tmp_path)
+        write_manifest(store, index_dataset(store, on_damage="collect"))
+        with pytest.raises(DataError, match=r"trial_0002: dataset seq_class_ids is missing"):
+            load_or_build_manifest(store, lambda _: None)
+        kept = load_or_build_manifest(store, lambda _: None, on_damage="exclude")
+        assert len(kept.trials) == 14
+
+
+def test_unknown_session_is_named(tmp_path):
+    write_small_dataset(tmp_path)
+    manifest = index_dataset(open_store(tmp_path))
+    with pytest.raises(DataError, match=r"t15\.1999\.01\.01 is not in the dataset, which has 2"):
+        manifest.select("train", ["t15.1999.01.01"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"nonsense",
+        gzip.compress(b"{}"),
+        gzip.compress(b"[]"),
+        gzip.compress(b'{"version": 1}'),
+        gzip.compress(json.dumps({"version": 99}).encode()),
+        gzip.compress(b"x" * 1000)[:30],
+    ],
+)
+def test_what_is_no_manifest_is_refused_with_the_command(data):
+    with pytest.raises(DataError, match=r"prepare_dataset\.py index"):
+        TrialManifest.from_bytes(data)
