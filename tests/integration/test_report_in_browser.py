@@ -1,0 +1,180 @@
+"""The report in a real browser: it renders, and fits the screen of a laptop and of a phone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from brain_to_text.phonemes import PHONEMES
+from brain_to_text.report import model_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+# Runs in a page that shows the report in frames of both widths (a window cannot be that narrow).
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const found = [...document.querySelectorAll("iframe")].map((frame) => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const wide = [...page.querySelectorAll("main *:not(svg *)")].filter((element) =>
+      !element.closest(".scroll") && !element.closest("pre") &&
+      element.getBoundingClientRect().right > root.clientWidth + 1);
+    const drawn = [...page.querySelectorAll("figure svg:not(.key)")].map((s) => s.getBoundingClientRect());
+    return {
+      width: frame.clientWidth, scrollWidth: root.scrollWidth,
+      wide: wide.map((element) => element.tagName + "." + element.className),
+      charts: drawn.length, flat: drawn.filter((box) => box.height < 10).length,
+      ink: frame.contentWindow.getComputedStyle(page.body).color,
+      ground: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
+    };
+  });
+  document.getElementById("probe").textContent = JSON.stringify(found);
+});
+</script>
+"""
+
+
+def long_contents() -> dict:
+    """As large and as awkward as a real evaluation: 45 sessions, long names, wide tables."""
+    random = np.random.default_rng(0)
+    sessions = [f"t15.2024.{1 + i // 28:02d}.{1 + i % 28:02d}" for i in range(45)]
+
+    def rate() -> dict:
+        value = float(random.uniform(0.05, 0.3))
+        return {
+            "value": value,
+            "low": 0.8 * value,
+            "high": 1.3 * value,
+            "n_trials": 32,
+            "tokens": 900,
+        }
+
+    confusion = random.poisson(1.0, (41, 41)) + 200 * np.eye(41, dtype=int)
+    url = "s3://a-bucket-with-a-long-name/sagemaker-outputs/" + "brain-to-text-" * 8
+    return {
+        "title": f"{url}/output/model.tar.gz on val",
+        "subtitle": f"{url}, evaluated 2025-01-15 10:30",
+        "rates": {name: rate() for name in ("DER", "PER", "PER (diphone path)", "WER")},
+        "n_trials": 1426,
+        "metrics": {
+            "train": [
+                {
+                    "step": s,
+                    "loss": 7 / (1 + s),
+                    "learning_rate": 1e-3,
+                    "grad_norm": 3.0,
+                    "trials_per_second": 90.0,
+                    "data_wait_share": 0.01,
+                }
+                for s in range(300)
+            ],
+            "validation": [
+                {"step": s, "der": 0.5, "per": 0.3, "per_path": 0.4, "ctc_loss": 1.0}
+                for s in range(50)
+            ],
+        },
+        "counts": {
+            name: {
+                "substitutions": 12000,
+                "deletions": 3000,
+                "insertions": 4000,
+                "reference_labels": 82000,
+            }
+            for name in ("DER", "PER", "PER (diphone path)")
+        },
+        "groups": {
+            "session": {session: rate() for session in sessions},
+            "block": {f"{session} block 4": rate() for session in sessions},
+            "length": {f"{n:02d}–{n + 9:02d}": rate() for n in range(1, 90, 10)},
+        },
+        "confusion": confusion.tolist(),
+        "worst_diphones": [{"diphone": "DH→AH", "rate": 0.5, "errors": 9, "tokens": 18}] * 20,
+        "calibration": {
+            "confidence": [0.3, 0.6, 0.9],
+            "accuracy": [0.2, 0.7, 0.95],
+            "count": [5, 50, 500],
+            "expected_error": 0.05,
+        },
+        "examples": [
+            {
+                "name": f"{sessions[0]}/data_val.hdf5:trial_0012",
+                "sentence": "not too controversial " * 6,
+                "alignment": [("N", "N"), ("AA", None), (None, "T"), ("T", "D")] * 20,
+                "posteriors": random.dirichlet(np.full(16, 0.1), 300).T,
+                "labels": [f"{p.strip()}→NG" for p in PHONEMES[1:17]],
+                "seconds_per_frame": 0.08,
+            }
+        ],
+        "comparison": {
+            "other": url,
+            "n_trials": 1426,
+            "metrics": {
+                "PER": {
+                    "rate_a": 0.2,
+                    "rate_b": 0.1,
+                    "difference": {"value": -0.1, "low": -0.12, "high": -0.08},
+                    "p_value": 0.0001,
+                    "trials_better": 900,
+                    "trials_worse": 200,
+                }
+            },
+        },
+        "words": {
+            "settings": {"Language model": url},
+            "examples": [{"reference": "a " * 60, "decoded": "b " * 60, "errors": 60}] * 3,
+        },
+        "config": "very_long_key: " + "x" * 300 + "\n",
+        "data": {"Location": url, "Fingerprint": "0123456789abcdef" * 2},
+        "environment": {"torch": "2.13.0+cu130"},
+    }
+
+
+def probe(folder: Path, *options: str) -> list[dict]:
+    """What the browser measured at 1366 and 390 pixels."""
+    report = escape(model_report(long_contents()), quote=True)
+    frames = "".join(
+        f'<iframe srcdoc="{report}" style="border:0;width:{width}px;height:900px"></iframe>'
+        for width in (1366, 390)
+    )
+    page = folder / "probe.html"
+    page.write_text(f'<meta charset="utf-8">{PROBE}{frames}<pre id="probe"></pre>', "utf-8")
+    run = subprocess.run(
+        [
+            str(CHROMIUM),
+            *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={folder / 'profile'}", "--window-size=2000,1200", *options),
+            *("--virtual-time-budget=5000", "--dump-dom", f"file://{page}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(run.stdout.rpartition('<pre id="probe">')[2].partition("</pre>")[0])
+
+
+def test_nothing_overflows_on_a_laptop_or_a_phone(tmp_path):
+    for measured, width in zip(probe(tmp_path), (1366, 390), strict=True):
+        assert measured["width"] == width
+        assert measured["wide"] == []
+        assert measured["scrollWidth"] <= width
+        assert measured["charts"] >= 12
+        assert measured["flat"] == 0
+
+
+def test_light_and_dark_mode_turn_ink_and_ground_around(tmp_path):
+    def brightness(colour: str) -> float:
+        return sum(map(float, colour[colour.index("(") + 1 : -1].split(",")[:3])) / 3
+
+    light = probe(tmp_path)[0]
+    (tmp_path / "dark").mkdir()
+    dark = probe(tmp_path / "dark", "--blink-settings=preferredColorScheme=0")[0]
+    assert brightness(light["ground"]) - brightness(light["ink"]) > 150
+    assert brightness(dark["ink"]) - brightness(dark["ground"]) > 150
