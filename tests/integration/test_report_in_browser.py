@@ -25,7 +25,8 @@ addEventListener("load", () => {
     const wide = [...page.querySelectorAll("main *:not(svg *)")].filter((element) =>
       !element.closest(".scroll") && !element.closest("pre") &&
       element.getBoundingClientRect().right > root.clientWidth + 1);
-    const drawn = [...page.querySelectorAll("figure svg:not(.key)")].map((s) => s.getBoundingClientRect());
+    const charts = [...page.querySelectorAll("figure svg:not(.key)")];
+    const drawn = charts.map((chart) => chart.getBoundingClientRect());
     return {
       width: frame.clientWidth, scrollWidth: root.scrollWidth,
       wide: wide.map((element) => element.tagName + "." + element.className),
