@@ -73,7 +73,8 @@ def write_features(
     group: h5py.Group, features: np.ndarray, layout: Layout, dtype: FeatureType, where: str
 ) -> None:
     """Store `input_features` [T, C] so that one ranged GET can read it in every layout."""
-    values = np.asarray(features).astype(dtype)
+    with np.errstate(over="ignore"):  # found below
+        values = np.asarray(features).astype(dtype)
     if dtype == "float16" and not np.isfinite(values).all():
         raise DataError(
             f"{where}: a feature exceeds what float16 can hold (65,504): write this dataset with "
