@@ -51,6 +51,7 @@ def evaluate(
             for batch in batches:
                 if stop is not None and stop():
                     return None
+                assert batch.features is not None  # on the device by now
                 features, n_time_steps = augmentation(
                     batch.features, batch.n_time_steps, training=False
                 )
@@ -68,7 +69,7 @@ def evaluate(
     result = meter.result(gather)
     result.seconds = time.perf_counter() - started
     if keep_logits:
-        result.logits = {
-            trial: own for part in gather(logits_by_trial) for trial, own in part.items()
-        }
+        result.logits = {}
+        for part in gather(logits_by_trial):
+            result.logits.update(part)
     return result

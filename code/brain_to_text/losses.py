@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,14 @@ from .diphones import N_DIPHONES, marginalise_log_probs
 class LabelledBatch(Protocol):
     """What the losses read of a batch: labels on any device, lengths on the CPU."""
 
-    labels: torch.Tensor
-    label_lengths: torch.Tensor
-    phoneme_labels: torch.Tensor
-    phoneme_lengths: torch.Tensor
+    @property
+    def labels(self) -> Any: ...
+    @property
+    def label_lengths(self) -> Any: ...
+    @property
+    def phoneme_labels(self) -> Any: ...
+    @property
+    def phoneme_lengths(self) -> Any: ...
 
 
 @dataclass

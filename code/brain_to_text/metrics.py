@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,11 +150,13 @@ class ValidationMeter:
     """
 
     def __init__(
-        self, sessions: Sequence[str], n_classes: int, label_form: LabelForm | None = "self_loop"
+        self, sessions: Sequence[str], n_classes: int, label_form: str | None = "self_loop"
     ) -> None:
         self.sessions = list(sessions)
         self.diphones = n_classes == N_DIPHONES
-        self.label_form = label_form
+        self.label_form: LabelForm | None = None
+        if label_form in ("self_loop", "transition"):
+            self.label_form = cast(LabelForm, label_form)
         self.scores: dict[int, SessionScore] = {}
         self._pending: list[dict[str, Any]] = []
 

@@ -28,9 +28,12 @@ NAMED_STEPS = 16  # refused steps remembered by number
 class TrainingBatch(LabelledBatch, Protocol):
     """A labelled batch with its features; lengths and days on the CPU."""
 
-    features: Any
-    n_time_steps: torch.Tensor
-    day_indices: torch.Tensor
+    @property
+    def features(self) -> Any: ...
+    @property
+    def n_time_steps(self) -> torch.Tensor: ...
+    @property
+    def day_indices(self) -> torch.Tensor: ...
 
     def to(self, device: torch.device) -> Any: ...
 

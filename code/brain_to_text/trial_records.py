@@ -129,7 +129,7 @@ class TrialRecord:
                     whole = np.empty((planes.shape[1], dtype.itemsize), np.uint8)
                     for byte, plane in enumerate(planes):  # five times faster than planes.T
                         whole[:, byte] = plane
-                    raw = memoryview(whole).cast("B")
+                    raw = memoryview(whole).cast("B")  # type: ignore[arg-type]
                 elif name == "fletcher32":
                     raw = raw[:-4]  # the manifest's CRC-32 has covered these bytes already
             if len(raw) != chunk_bytes:

@@ -48,7 +48,8 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(
                 f"dataset.sessions lists {session}, which the dataset does not have{hint}: it has "
-                f"{len(manifest.sessions)} sessions, {manifest.sessions[0]} … {manifest.sessions[-1]}."
+                f"{len(manifest.sessions)} sessions, from {manifest.sessions[0]} to "
+                f"{manifest.sessions[-1]}."
             )
     if dataset.days_per_batch > len(sessions):
         raise ConfigError(
@@ -150,7 +151,8 @@ def _bad_trials(listed: dict, session: str) -> set[tuple[int, int]]:
             pairs |= {(int(block), int(trial)) for trial in listed_trials}
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"dataset.bad_trials_dict.{session}.{block} must list trial numbers, not {trials!r}."
+                f"dataset.bad_trials_dict.{session}.{block} must list trial numbers, "
+                f"not {trials!r}."
             ) from error
     return pairs
 
