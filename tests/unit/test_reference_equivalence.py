@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-import reference_float64 as reference
 import torch
 from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.diphones import marginalise_log_probs
 from brain_to_text.losses import ctc_nll
 from brain_to_text.rnn_model import GRUDecoder
-from training_examples import CPU, ExampleBatch, build, example_batch, small_config
+from support import reference_float64 as reference
+from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 
 STEPS = 50
 DAYS = [[0, 0, 1, 1], [1, 2, 2, 2], [0, 0, 0, 2], [1, 1, 1, 1]]  # session 0 pauses, then returns

@@ -1,0 +1,125 @@
+"""Decoding, edit counts and error rates against plain renderings of their definitions."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+import pytest
+import torch
+from brain_to_text.diphones import collapse_to_phonemes, marginalise_log_probs
+from brain_to_text.losses import ctc_nll
+from brain_to_text.metrics import ValidationMeter, edit_counts, greedy_decode
+from hypothesis import given
+from hypothesis import strategies as st
+from support.training_examples import example_batch
+
+sequences = st.lists(st.integers(1, 5), max_size=12)
+
+
+def levenshtein(a: list[int], b: list[int]) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+@given(sequences, sequences)
+def test_edit_counts_add_up_to_the_edit_distance(reference: list[int], hypothesis: list[int]):
+    substitutions, deletions, insertions = edit_counts(reference, hypothesis)
+    assert substitutions + deletions + insertions == levenshtein(reference, hypothesis)
+    assert len(reference) - deletions + insertions == len(hypothesis)
+
+
+def test_edit_counts_tell_kinds_apart() -> None:
+    assert edit_counts([1, 2, 3], [1, 3]) == (0, 1, 0)
+    assert edit_counts([1, 3], [1, 2, 3]) == (0, 0, 1)
+    assert edit_counts([1, 2, 3], [1, 9, 3]) == (1, 0, 0)
+    assert edit_counts([], [4]) == (0, 0, 1) and edit_counts([4], []) == (0, 1, 0)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=1, max_size=4))
+def test_greedy_decoding_merges_repeats_before_it_drops_blanks(frames: list[list[int]]) -> None:
+    lengths = torch.tensor([(3 * i) % 9 for i in range(len(frames))])
+    scores = torch.nn.functional.one_hot(torch.tensor(frames), 4).float()
+    expected = [
+        [c for c, _ in groupby(row[:length]) if c != 0]
+        for row, length in zip(frames, lengths.tolist(), strict=True)
+    ]
+    assert greedy_decode(scores, lengths) == expected
+
+
+def scored(n_batches: int = 1):
+    batch = example_batch([40, 28, 33, 21, 36, 30], [2, 0, 0, 2, 1, 1])
+    frames = torch.tensor([18, 12, 15, 9, 16, 13])
+    logits = 3 * torch.randn(6, 18, 1681, generator=torch.Generator().manual_seed(0))
+    for trial in range(6):  # half of each trial's labels are there
+        for position in range(0, 7, 2):
+            logits[trial, position, batch.labels[trial, position]] += 20
+    meter = ValidationMeter(["a", "b", "c"], 1681)
+    for rows in np.array_split(np.arange(6), n_batches):
+        rows = rows.tolist()
+        meter.add(logits[rows], batch.take(rows), frames[rows])
+    return logits, batch, frames, meter.result()
+
+
+def test_rates_are_sums_of_edits_over_sums_of_labels() -> None:
+    logits, batch, frames, result = scored()
+    log_probs = logits.log_softmax(-1)
+    diphones = greedy_decode(logits, frames)
+    phonemes = greedy_decode(marginalise_log_probs(log_probs), frames)
+    references = batch.labels.tolist(), batch.phoneme_labels.tolist()
+    der = sum(map(levenshtein, references[0], diphones)) / batch.labels.numel()
+    per = sum(map(levenshtein, references[1], phonemes)) / batch.phoneme_labels.numel()
+    path = [collapse_to_phonemes(d) for d in diphones]
+    assert result.der == pytest.approx(der) and der > 0
+    assert result.per == pytest.approx(per)
+    assert result.per_path == pytest.approx(
+        sum(map(levenshtein, references[1], path)) / batch.phoneme_labels.numel()
+    )
+    nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths).sum()
+    assert result.ctc_loss == pytest.approx(float(nats / frames.sum()), rel=1e-5)
+    assert result.ctc_loss_per_label == pytest.approx(float(nats / batch.labels.numel()), rel=1e-5)
+
+
+def test_sessions_are_scored_apart_and_add_up() -> None:
+    logits, batch, frames, result = scored()
+    assert list(result.per_session) == ["a", "b", "c"] and result.n_trials == 6
+    rows = [1, 2]
+    own = greedy_decode(logits[rows], frames[rows])
+    expected = sum(map(levenshtein, batch.labels[rows].tolist(), own)) / batch.labels[rows].numel()
+    assert result.per_session["a"]["DER"] == pytest.approx(expected)
+    assert sum(s["n_trials"] for s in result.per_session.values()) == 6
+
+
+def test_the_result_does_not_depend_on_how_trials_are_batched() -> None:
+    whole, parts = scored(1)[-1], scored(3)[-1]
+    assert whole.counts == parts.counts and whole.n_trials == parts.n_trials
+    assert whole.ctc_loss == pytest.approx(parts.ctc_loss, rel=1e-6)
+    for session, rates in whole.per_session.items():
+        assert rates == pytest.approx(parts.per_session[session], rel=1e-6)
+
+
+def test_a_phoneme_model_has_one_error_rate() -> None:
+    _, batch, frames, _ = scored()
+    batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
+    logits = torch.randn(6, 18, 41, generator=torch.Generator().manual_seed(1))
+    meter = ValidationMeter(["a", "b", "c"], 41, "phoneme")
+    meter.add(logits, batch, frames)
+    result = meter.result()
+    assert result.per == result.der and result.per_path is None
+    assert "DER" not in result.per_session["a"]
+
+
+def test_nothing_heavier_than_class_ids_waits_to_be_scored() -> None:
+    batch = example_batch([40, 28], [0, 1])
+    meter = ValidationMeter(["a", "b"], 1681)
+    meter.add(torch.randn(2, 18, 1681), batch, torch.tensor([18, 12]))
+    (pending,) = meter._pending
+    tensors = [v for v in pending.values() if isinstance(v, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in tensors) < 18 * 2 * 8
+    assert "features" not in vars(pending["batch"])
+    meter.result()
+    assert not meter._pending

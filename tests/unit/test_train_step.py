@@ -1,0 +1,404 @@
+"""A step's promises: it learns, resumes, averages, refuses the non-finite, and never waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from brain_to_text import train_step as train_step_module
+from brain_to_text.metrics import ValidationMeter
+from brain_to_text.throughput import flops_per_step, peak_of
+from support.training_examples import CPU, build, example_batch, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NOISY: dict[str, Any] = {
+    "dataset__data_transforms__white_noise_std": 1.0,
+    "dataset__data_transforms__constant_offset_std": 0.2,
+    "dataset__data_transforms__random_cut": 3,
+    "model__rnn_dropout": 0.3,
+    "model__input_network__input_layer_dropout": 0.2,
+    "objective__phoneme_weight": 0.4,
+}
+
+
+def weights(step) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in step.model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def spoil(batch):
+    """A trial whose features overflow: a loss that is not finite."""
+    batch.features[0, 3, 2] = float("inf")
+    return batch
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_one_batch_overfits_to_der_zero(weight: float) -> None:
+    config = small_config(
+        model__n_units=96,
+        objective__phoneme_weight=weight,
+        lr_max=0.02,
+        lr_min=0.02,
+        epsilon=1e-8,
+    )
+    step = build(config)
+    batch = example_batch([26, 34, 30, 38], [0, 1, 1, 2], n_phonemes=2)
+    for k in range(300):
+        step(batch, k)
+        if k % 20 == 19 and score(step, batch).der == score(step, batch).per * weight == 0:
+            break
+    result = score(step, batch)
+    assert result.der == 0 and result.per_path == 0
+    assert result.per == 0 or weight == 0, "marginals are decoded well when they are trained"
+
+
+def score(step, batch):
+    meter = ValidationMeter(["a", "b", "c"], 1681)
+    with torch.no_grad():
+        features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
+        logits = step.model.eval()(features, batch.day_indices, n_time_steps=n)
+    meter.add(logits, batch, step.model.frame_lengths(n))
+    return meter.result()
+
+
+# --- determinism and restarts ---------------------------------------------------------------------
+
+
+def test_a_step_depends_on_seed_step_and_rank_alone() -> None:
+    """Noise, cuts and dropout do not come from whatever ran before."""
+    runs = []
+    for disturb, rank in ((False, 0), (True, 0), (False, 1)):
+        step = build(small_config(**NOISY), rank=rank)
+        for k in range(3):
+            if disturb:
+                torch.rand(100)
+            step(example_batch([40, 31, 38], [0, 1, 1], seed=k), k)
+        runs.append(weights(step))
+    assert_equal(runs[0], runs[1])
+    assert not torch.equal(runs[0]["out.weight"], runs[2]["out.weight"])
+
+
+def test_a_restart_in_the_middle_changes_nothing() -> None:
+    config = small_config(**NOISY, ema_decay=0.9)
+    batches = [example_batch([40, 31, 38], [k % 3, 1, 1], seed=k) for k in range(8)]
+    whole = build(config)
+    for k in range(8):
+        whole(batches[k], k)
+    first = build(config)
+    for k in range(4):
+        first(batches[k] if k != 2 else batches[2], k)
+    saved = {
+        "model": weights(first),
+        "optimizer": first.optimizer.state_dict(),
+        "scheduler": first.scheduler.state_dict(),
+        "step": first.state_dict(),
+    }
+    second = build(config)
+    second.model.load_state_dict(saved["model"])
+    second.optimizer.load_state_dict(saved["optimizer"])
+    second.scheduler.load_state_dict(saved["scheduler"])
+    second.load_state_dict(saved["step"])
+    for k in range(4, 8):
+        second(batches[k], k)
+    assert_equal(weights(whole), weights(second))
+    with whole.averaged_weights(), second.averaged_weights():
+        assert_equal(weights(whole), weights(second))
+
+
+def test_trying_a_batch_leaves_no_trace() -> None:
+    runs = []
+    for tries in (False, True):
+        step = build(small_config(**NOISY, ema_decay=0.5))
+        step(example_batch([40, 31], [0, 1]), 0)
+        random = torch.get_rng_state()
+        if tries:
+            assert step.try_batch(5, 60, 7) == 5
+            assert torch.equal(random, torch.get_rng_state())
+        step(example_batch([33, 31], [2, 1]), 1)
+        runs.append(weights(step))
+    assert_equal(*runs)
+
+
+def test_trying_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = build(small_config())
+    real = step._forward_and_backward
+
+    def limited(batch_size: int, *rest: int) -> None:
+        if batch_size > 3:
+            raise torch.OutOfMemoryError("does not fit")
+        real(batch_size, *rest)
+
+    monkeypatch.setattr(step, "_forward_and_backward", limited)
+    assert step.try_batch(12, 60, 7) == 3
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+def test_gradients_of_shares_add_up_to_those_of_the_batch() -> None:
+    """What ranks do: sums over local trials / global size, absent day layers given zeros."""
+    batch = example_batch([40, 31, 38, 22], [0, 1, 1, 2])
+    config = small_config(objective__phoneme_weight=0.3, grad_norm_clip_value=0.0)
+    whole = build(config)
+    seen: dict[str, torch.Tensor | None] = {}
+
+    def keep(_batch, step=whole) -> None:
+        seen.update({n: p.grad for n, p in step.model.named_parameters()})
+
+    whole.after_backward = keep
+    whole(batch, 0)
+    total: dict[str, torch.Tensor] = {}
+    for rank, rows in enumerate(([0, 1], [2, 3])):
+        share = build(config, rank=rank)
+        order: list[str] = []
+
+        def add(_batch, share=share, order=order) -> None:
+            order.append("hook")
+            for name, parameter in share.model.named_parameters():
+                if parameter.grad is not None:
+                    total[name] = total.get(name, 0) + parameter.grad
+
+        share.after_backward = add
+        share(batch.take(rows), 0, global_batch_size=4)
+        assert order == ["hook"]
+    for name, gradient in seen.items():
+        torch.testing.assert_close(total.get(name), gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_hook_runs_between_backward_and_clipping() -> None:
+    step = build(small_config(grad_norm_clip_value=1.0))
+
+    def no_gradient(_batch) -> None:
+        for parameter in step.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    step.after_backward = no_gradient
+    assert float(step(example_batch([30, 30], [0, 1]), 0).grad_norm) == 0
+
+
+# --- refusing -------------------------------------------------------------------------------------
+
+
+def test_a_non_finite_step_is_refused_counted_and_named() -> None:
+    step = build(small_config())
+    for k in range(3):
+        step(example_batch([30, 26], [0, 1], seed=k), k)
+    before = weights(step)
+    for k in (3, 4):
+        result = step(spoil(example_batch([30, 26], [0, 1], seed=k)), k)
+        assert not bool(result.finite)
+    assert_equal(before, weights(step))
+    health = step.health()
+    assert (health.refused_total, health.refused_in_a_row) == (2, 2)
+    assert health.refused_steps == [3, 4] and health.last_refused_step == 4
+    assert bool(step(example_batch([30, 26], [0, 1], seed=5), 5).finite)
+    assert step.health().refused_in_a_row == 0 and step.health().refused_total == 2
+    assert not torch.equal(before["out.weight"], weights(step)["out.weight"])
+
+
+def test_an_infeasible_trial_is_refused_too() -> None:
+    step = build(small_config())
+    batch = example_batch([30, 8], [0, 1], n_phonemes=5)  # 3 frames for 11 labels
+    assert not bool(step(batch, 0).finite)
+
+
+def test_the_latest_refused_steps_are_remembered_for_ever_without_growing() -> None:
+    step = build(small_config())
+    bad = spoil(example_batch([30, 26], [0, 1]))
+    for k in range(40):
+        step(bad, k)
+    health = step.health()
+    assert health.refused_total == health.refused_in_a_row == 40
+    assert health.refused_steps == list(range(24, 40))
+
+
+def test_schedules_go_on_by_global_step_when_a_step_is_refused() -> None:
+    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=10))
+    step(spoil(example_batch([30, 26], [0, 1])), 0)
+    assert step.optimizer.param_groups[-1]["lr"] == pytest.approx(0.0005)
+
+
+def test_float16_scales_the_loss_backs_off_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of torch's GradScaler, on the device; an overflow it can cure is no divergence."""
+    monkeypatch.setattr(train_step_module, "autocast_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(train_step_module, "GROWTH_INTERVAL", 3)
+    plain, scaled = build(small_config()), build(small_config())
+    plain.amp_dtype = scaled.amp_dtype = None  # float32 arithmetic, scaled loss: must be equal
+    del plain._state["scale"]
+    batch = example_batch([30, 26], [0, 1])
+    for k in range(3):
+        a, b = plain(batch, k), scaled(batch, k)
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.loss, b.loss)
+    assert float(scaled._state["scale"]) == 2 * train_step_module.INITIAL_SCALE
+    for a, b in zip(plain.parameters, scaled.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    before = weights(scaled)
+    scaled(spoil(example_batch([30, 26], [0, 1])), 3)
+    assert float(scaled._state["scale"]) == train_step_module.INITIAL_SCALE
+    assert_equal(before, weights(scaled))
+    assert scaled.health().refused_total == 0
+    for k in range(4, 24):
+        scaled(spoil(example_batch([30, 26], [0, 1])), k)
+    assert scaled.health().refused_in_a_row > 0, "below scale 1 it is the model that diverged"
+
+
+# --- averaging ------------------------------------------------------------------------------------
+
+
+def test_averaged_weights_follow_their_formula_and_are_off_by_default() -> None:
+    step = build(small_config(ema_decay=0.3))
+    expected = {n: p.detach().double() for n, p in step.model.named_parameters()}
+    for k in range(12):
+        step(example_batch([30, 26], [0, 1], seed=k), k)
+        decay = min(0.3, (1 + k) / (10 + k))
+        for name, p in step.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
+    own = weights(step)
+    with step.averaged_weights():
+        for name, p in step.model.named_parameters():
+            torch.testing.assert_close(p.double(), expected[name], rtol=0, atol=1e-6)
+    assert_equal(own, weights(step))
+    assert build(small_config()).average is None
+
+
+# --- never waiting --------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Names every operation that would hand a value computed from features or weights to the host.
+
+    Lengths and days are integers on the host by contract, so integers may be read; a float or a
+    truth value may not. Operations whose output size depends on values wait on a GPU as well.
+    """
+
+    WAITING = ("nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        integer = name == "_local_scalar_dense" and args[0].dtype in (torch.int64, torch.int32)
+        reads_value = name == "_local_scalar_dense" and not integer
+        if reads_value or name.startswith(self.WAITING):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"model__bidirectional": True}])
+def test_no_value_from_the_device_is_read_in_a_step(options: dict[str, Any]) -> None:
+    step = build(small_config(**NOISY, **options))
+    batch = example_batch([40, 31, 38], [0, 1, 1])
+    step(batch, 0)
+    with HostReads() as reads:
+        result = step(batch, 1)
+    assert reads.found == []
+    with HostReads() as reads:
+        float(result.loss)
+    assert reads.found == ["_local_scalar_dense"], "the watch itself works"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"model__bidirectional": True}])
+def test_no_step_synchronises_with_the_gpu(options: dict[str, Any]) -> None:
+    device = torch.device("cuda:0")
+    step = build(small_config(**NOISY, **options), device=device)
+    batches = [example_batch([40 + k, 31, 38], [0, 1, 1], seed=k).to(device) for k in range(4)]
+    for k in range(3):
+        step(batches[k], k)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batches[3], 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.health().refused_total == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("dtype", ["off", "bfloat16", "float16"])
+def test_the_gpu_agrees_with_the_cpu(dtype: str) -> None:
+    config = small_config(model__n_units=64, use_amp=False, allow_tf32=False)
+    batch = example_batch([60, 75, 48], [0, 1, 1])
+    exact = build(config)(batch, 0)
+    on_gpu = small_config(model__n_units=64, use_amp=dtype != "off", allow_tf32=False)
+    if dtype != "off":
+        on_gpu.amp_dtype = dtype  # type: ignore[assignment]
+    step = build(on_gpu, device=torch.device("cuda:0"))
+    result = step(batch.to(step.device), 0)
+    bound = 1e-5 if dtype == "off" else 2e-3
+    assert float(result.loss) == pytest.approx(float(exact.loss), rel=bound)
+    assert float(result.grad_norm) == pytest.approx(float(exact.grad_norm), rel=20 * bound)
+
+
+# --- counting arithmetic --------------------------------------------------------------------------
+
+
+def test_flops_agree_with_the_products_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small_config(model__n_units=16, model__bidirectional=True)
+    step = build(config)
+    batch = example_batch([40, 40], [0, 1])
+    with FlopCounterMode(display=False) as counter:
+        features, n = step.augmentation(
+            batch.features, batch.n_time_steps, training=True, generator=torch.Generator()
+        )
+        frames, packing = step.model.input_frames(features, batch.day_indices, n)
+        hidden = step.model.recurrent_frames(frames, packing)
+        step.model.out(hidden)
+    counted = counter.get_total_flops()
+    assert 3 * counted == pytest.approx(flops_per_step(config, n), rel=0.02)
+
+
+def test_the_reference_step_is_three_teraflop() -> None:
+    config = small_config(
+        model__n_units=1024,
+        model__n_layers=5,
+        model__n_input_features=512,
+        model__patch_size=14,
+        model__patch_stride=4,
+        dataset__batch_size=48,
+    )
+    flops = flops_per_step(config, torch.full((48,), 850))
+    assert flops == pytest.approx(3.2e12, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("NVIDIA A10G", torch.bfloat16, 70.0),
+        ("Tesla T4", torch.float16, 65.0),
+        ("Tesla T4", torch.bfloat16, None),
+        ("NVIDIA A100-SXM4-80GB", None, 156.0),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.0),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756.0),
+        ("NVIDIA H200", torch.bfloat16, 989.0),
+        ("NVIDIA L4", torch.bfloat16, 121.0),
+        ("NVIDIA L40S", torch.bfloat16, 362.0),
+        ("Some new card", torch.bfloat16, None),
+    ],
+)
+def test_peaks_are_found_by_device_name(name, dtype, teraflops) -> None:
+    peak = peak_of(name, dtype)
+    assert peak == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_cpu_has_no_peak() -> None:
+    from brain_to_text.throughput import peak_flops
+
+    assert peak_flops(CPU, small_config()) is None
