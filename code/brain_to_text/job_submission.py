@@ -20,9 +20,9 @@ Sdk = Literal["v2", "v3", "boto3"]
 
 
 def installed_sdk() -> Sdk:
-    """The SDK to use: v2 where its Estimator is, else v3, else boto3 alone."""
+    """The SDK to use: v3 where its ModelTrainer is, v2 where its Estimator is, else boto3 alone."""
     _quiet()
-    for sdk, module in (("v2", "sagemaker.estimator"), ("v3", "sagemaker.train")):
+    for sdk, module in (("v3", "sagemaker.train"), ("v2", "sagemaker.estimator")):
         try:
             if importlib.util.find_spec(module) is not None:
                 return sdk  # type: ignore[return-value]

@@ -88,7 +88,7 @@ def watch(
     reader, progress = JobLogReader(name, account), Progress()
     drawn = _Bar(bar)
     shown, failures = 0, 0
-    asked = True
+    asked, troubles = True, _troubles()
     state = job_state(name, account)
     progress.total_steps = _total_steps(state)
     while True:
@@ -98,7 +98,7 @@ def watch(
             # after the state: what was logged before the end is read before leaving
             lines = list(reader.new_lines())
             failures = 0
-        except (JobError, *_transient()) as error:
+        except troubles as error:
             lines = []
             failures = _missed(failures, error, name, bar)
         drawn.clear()
@@ -152,10 +152,11 @@ def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
     return failures + 1
 
 
-def _transient() -> tuple[type[Exception], ...]:
+def _troubles() -> tuple[type[Exception], ...]:
+    """What a poll may raise while the job is perfectly well."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return BotoCoreError, ClientError
+    return JobError, BotoCoreError, ClientError
 
 
 def _total_steps(state: JobState) -> int | None:

@@ -3,8 +3,12 @@
 import copy
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import launch_sagemaker_job as front_door
 import pytest
@@ -12,10 +16,13 @@ from brain_to_text.errors import JobError
 from brain_to_text.job_control import job_state
 from brain_to_text.job_watch import LOG_GROUP, watch
 from brain_to_text.launch import launch_training_job
+from brain_to_text.sagemaker_job import CODE_FOLDER
 from support.aws_emulation import BUCKET, ROLE, emulated_aws, ready_to_train
 
 pytestmark = pytest.mark.aws
 
+# --no-deps: everything they need for training jobs is there already, for v2
+SDK_V3 = ("sagemaker-train==1.27.0", "sagemaker-core==2.27.0", "nest-asyncio==1.6.0")
 CASES = {
     "on demand": ([], {}),
     "spot with checkpoints": (
@@ -122,17 +129,28 @@ WIRE = {
 
 
 @pytest.fixture
-def aws(monkeypatch, tmp_path):
-    defaults = tmp_path / "sagemaker_defaults.yaml"
-    defaults.write_text(
-        "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n"
-        "      TelemetryOptOut: true\n"
-    )
-    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(defaults))
+def aws(monkeypatch):
     with emulated_aws(monkeypatch) as emulated:
         ready_to_train(emulated)
         monkeypatch.setattr(front_door, "AwsAccount", lambda *_: emulated.account)
         yield emulated
+
+
+@pytest.fixture
+def sdk_v2(monkeypatch, tmp_path):
+    """SDK v2, silent, and not validating its settings file fifty times per job."""
+    config = pytest.importorskip("sagemaker.config.config", reason="SDK v2 is not installed")
+    monkeypatch.setattr(config, "validate_sagemaker_config", lambda *_: None)
+    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(telemetry_off(tmp_path)))
+
+
+def telemetry_off(folder):
+    """The SDKs' settings file that keeps them from reporting home."""
+    path = folder / "sagemaker_defaults.yaml"
+    modules = {"Modules": {"TelemetryOptOut": True}}
+    settings = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": modules}}
+    path.write_text(json.dumps(settings))
+    return path
 
 
 def run(*arguments):
@@ -144,7 +162,7 @@ def basics(aws):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, case, capsys):
+def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, sdk_v2, case, capsys):
     options, settings = CASES[case]
     known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
     assert run(*basics(aws), "b2t-1", "--dry-run", *options) == 0
@@ -166,7 +184,48 @@ def renamed(request, name):
     return json.loads(json.dumps(request).replace(name, "b2t-1"))
 
 
-def test_a_bare_launch_checks_first_and_launches(aws, capsys):
+@pytest.fixture(scope="session")
+def sdk_v3():
+    """A folder with SDK v3 that shadows v2 when it comes first on the path."""
+    folder = Path(__file__).parents[2] / ".local" / "sagemaker-v3"
+    if not (folder / "sagemaker" / "train").is_dir():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        done = subprocess.run(
+            [*install, str(folder), *SDK_V3], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode:
+            pytest.skip(f"SDK v3 cannot be installed here: {done.stderr.strip()[-300:]}")
+    return folder
+
+
+def test_sdk_v3_sends_the_same_requests(aws, sdk_v3, tmp_path):
+    known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
+    announced = {
+        case: launch_training_job(BUCKET, dry_run=True, **known, **settings).request
+        for case, (_, settings) in CASES.items()
+    }
+    script = Path(__file__).parents[1] / "support" / "send_with_sdk_v3.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(announced),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(sdk_v3), str(CODE_FOLDER), str(script.parents[1])]),
+            "SAGEMAKER_VALIDATE_ROLE": "false",
+            "SAGEMAKER_USER_CONFIG_OVERRIDE": str(telemetry_off(tmp_path)),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sent = json.loads(done.stdout.splitlines()[-1])
+    for request in sent.values():  # the API's own default, which v3 spells out
+        assert request["OutputDataConfig"].pop("CompressionType", "GZIP") == "GZIP"
+    assert sent == announced
+
+
+def test_a_bare_launch_checks_first_and_launches(aws, sdk_v2, capsys):
     assert run(*basics(aws), "b2t-1") == 0
     said = capsys.readouterr()
     assert "Checked: 0 errors, 0 warnings" in said.err
@@ -189,7 +248,7 @@ def test_check_only_checks(aws, capsys):
 
 
 def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
-    aws, monkeypatch, tmp_path
+    aws, sdk_v2, monkeypatch, tmp_path
 ):
     pushed = tmp_path / "image_uri"
     pushed.write_text(f"{aws.image_uri}\n")

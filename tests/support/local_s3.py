@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# The server refuses some key pairs; this one works. Not a secret: it opens a folder on this machine.
+# The server refuses some key pairs; this one works. Not a secret: it opens a local folder.
 ACCESS_KEY = "AKIDEXAMPLE"
 SECRET_KEY = "secretsecretsecret"
 REGION = "us-east-1"
@@ -184,7 +184,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
-    """A self-signed certificate for host names or addresses, valid for a day: (certificate, key)."""
+    """A self-signed certificate for host names or addresses, for a day: (certificate, key)."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
