@@ -37,6 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write phoneme_logits.hdf5 for the public language-model server",
     )
+    option(
+        "--export-streaming",
+        type=Path,
+        metavar="FILE",
+        help="write the real-time decoder as TorchScript; without data, do nothing else",
+    )
     words = parser.add_argument_group("words (needs docker/requirements-words.txt)").add_argument
     words(
         "--language-model",
@@ -55,9 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when done, 1 with one clear sentence otherwise."""
     options = build_parser().parse_args(arguments)
     try:
+        if options.export_streaming is not None:
+            from brain_to_text.model_artefact import open_model
+            from brain_to_text.streaming_decoder import export_streaming
+
+            export_streaming(open_model(options.model), options.export_streaming)
+            print(f"The real-time decoder is in {options.export_streaming}")
         data = options.data_dir
         if data is None:
             if not options.s3_bucket:
+                if options.export_streaming is not None:
+                    return 0
                 raise ConfigError(
                     "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
                     "--data-dir FOLDER."

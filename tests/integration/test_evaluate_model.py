@@ -145,6 +145,13 @@ def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys)
     assert "no test trials" in capsys.readouterr().err
 
 
+def test_the_real_time_decoder_is_exported_without_data(model_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("S3_BUCKET", raising=False)
+    target = tmp_path / "decoder.pt"
+    assert run("--model", model_folder, "--export-streaming", target) == 0
+    assert target.stat().st_size > 1000
+
+
 def test_a_finished_run_leaves_its_report(model_folder, tiny_dataset, tmp_path):
     store = open_store(tiny_dataset.folder)
     stream = TrialStream(store, load_or_build_manifest(store, print))
