@@ -23,7 +23,7 @@ METADATA = "decoder.json"  # extra file inside an exported decoder
 
 
 class StreamingDecoder(nn.Module):
-    """One trial at a time: `start`, then `decoder(bins, day, state)` again and again, then `finish`.
+    """One trial at a time: `start()`, `decoder(bins, day, state)` as bins arrive, then `finish`.
 
     The state is three tensors: the last raw bins [1, up to 8, C], smoothed bins not yet in a frame
     [1, up to patch_size - 1, C], and the GRU's hidden states [layers, 1, H].
