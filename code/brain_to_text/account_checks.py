@@ -21,8 +21,6 @@ def check_account(
     job: JobSettings, config: TrainingConfig, account: AwsAccount
 ) -> Iterator[Finding]:
     """Findings about role, permissions, quota, job name, KMS keys and VPC."""
-    if job.is_local:
-        return
     yield from _role(job, account)
     yield from _job_name(job, account)
     yield from _quota(job, account)

@@ -28,8 +28,6 @@ def check_image(job: JobSettings, config: TrainingConfig, account: AwsAccount) -
     if job.image_uri is None:
         yield error("image-missing", f"The job has no image: run {_PUSH}, or give --image-uri.")
         return
-    if job.is_local:
-        return
     place = _ECR.fullmatch(job.image_uri)
     if place is None:
         yield error(

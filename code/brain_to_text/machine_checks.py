@@ -19,8 +19,6 @@ def check_machine(
     job: JobSettings, config: TrainingConfig, account: AwsAccount
 ) -> Iterator[Finding]:
     """Findings about instance type, GPU memory, running time and storage volume."""
-    if job.is_local:
-        return
     row, gpu = instance_type(job.instance_type), gpu_of(job.instance_type)
     if row is None:
         near = difflib.get_close_matches(job.instance_type, table()["types"], n=1, cutoff=0.6)

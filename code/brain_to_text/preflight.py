@@ -46,6 +46,8 @@ class Report:
 def preflight(job: JobSettings, account: AwsAccount) -> Report:
     """Check everything that can stop `job`, without starting or changing anything.
 
+    A job in local mode needs no account: only its data is checked.
+
     Args:
         job: settings with role, image and name filled in (`launch.completed`).
         account: where the job would run.
@@ -54,6 +56,8 @@ def preflight(job: JobSettings, account: AwsAccount) -> Report:
         _, _, config = resolve_config(job)
     except BrainToTextError as problem:
         return Report((error("config", str(problem)),), None)
+    if job.is_local:
+        return Report(tuple(check_data(job, config, account)), None)
     try:
         _ = account.identity
     except JobError as problem:

@@ -111,7 +111,9 @@ class JobSettings:
     environment: Mapping[str, str] = option(
         {}, "environment variable of the job, as NAME=VALUE; may be repeated", flag="--env"
     )
-    tensorboard: bool = option(True, "send TensorBoard event files to the outputs")
+    tensorboard: bool = option(
+        False, "upload event files from /opt/ml/output/tensorboard while the job runs"
+    )
     mlflow_tracking_uri: str | None = option(
         None, "MLflow server: a SageMaker tracking server's ARN, or an https:// address"
     )
@@ -131,11 +133,11 @@ class JobSettings:
 
 
 def new_job_name(config_file: str, now: datetime | None = None) -> str:
-    """A name that is valid, sorts by time and is not taken: b2t-diphone-20260131-101500-3f2a."""
+    """A name that is valid, sorts by time and is not taken: b2t-diphone-20260131-101500-3f2a81."""
     stem = Path(config_file).stem.removeprefix("rnn_args_").removesuffix("_sagemaker")
     kind = re.sub(r"[^a-zA-Z0-9]+", "-", stem).strip("-")[:30].rstrip("-") or "training"
     moment = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
-    return f"b2t-{kind}-{moment}-{secrets.token_hex(2)}"
+    return f"b2t-{kind}-{moment}-{secrets.token_hex(3)}"
 
 
 def resolve_config(settings: JobSettings) -> tuple[str, dict[str, Any], TrainingConfig]:

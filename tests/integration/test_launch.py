@@ -52,12 +52,12 @@ CASES = {
         },
     ),
     "own settings": (
-        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0", "--no-tensorboard"],
+        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0", "--tensorboard"],
         {
             "batch_size": 32,
             "overrides": {"model.n_units": 768},
             "retries": 0,
-            "tensorboard": False,
+            "tensorboard": True,
         },
     ),
 }
@@ -123,7 +123,10 @@ WIRE = {
             "dataset.batch_size": "32",
         },
         "RetryStrategy": None,
-        "TensorBoardOutputConfig": None,
+        "TensorBoardOutputConfig": {
+            "S3OutputPath": f"s3://{BUCKET}/sagemaker-outputs",
+            "LocalPath": "/opt/ml/output/tensorboard",
+        },
     },
 }
 

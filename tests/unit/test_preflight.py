@@ -82,6 +82,13 @@ def test_the_batch_size_that_is_suggested_fits(aws):
     assert names(findings(aws, batch_size=suggested)) == []
 
 
+def test_a_local_job_needs_data_and_no_account(aws):
+    aws.refused.add("iam")
+    local = {"instance_type": "local_gpu", "role": None, "image_uri": "image:1"}
+    assert findings(aws, **local).findings == ()
+    assert names(findings(aws, **local, s3_data_prefix="nowhere")) == ["data-missing"]
+
+
 # --- who runs it
 
 

@@ -113,10 +113,13 @@ def test_the_shortest_command_makes_the_reference_job():
         "Tags": [{"Key": "project", "Value": "brain-to-text"}],
         "ProfilerConfig": {"DisableProfiler": True},
         "RetryStrategy": {"MaximumRetryAttempts": 1},
-        "TensorBoardOutputConfig": {
-            "S3OutputPath": "s3://my-bucket/sagemaker-outputs",
-            "LocalPath": "/opt/ml/output/tensorboard",
-        },
+    }
+
+
+def test_tensorboard_files_go_to_the_jobs_outputs():
+    assert request(tensorboard=True)["TensorBoardOutputConfig"] == {
+        "S3OutputPath": "s3://my-bucket/sagemaker-outputs",
+        "LocalPath": "/opt/ml/output/tensorboard",
     }
 
 

@@ -1,0 +1,105 @@
+"""The guides say what the code says."""
+
+import re
+from pathlib import Path
+
+import launch_sagemaker_job
+import pytest
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.sagemaker_job import CODE_FOLDER, METRIC_DEFINITIONS
+from support.doc_tables import GUIDE, filled, value_of
+
+TOP = CODE_FOLDER.parent
+GUIDES = (TOP / "README.md", GUIDE, CODE_FOLDER / "SAGEMAKER_QUICK_START.md")
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_guides_tables_are_the_codes():
+    assert filled(text_of(GUIDE)) == text_of(GUIDE), "run tests/support/doc_tables.py"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(guide):
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(guide)):
+        path, _, anchor = target.partition("#")
+        place = guide.parent / path if path else guide
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", text_of(place), re.M)
+            assert anchor in {h.lower().replace(" ", "-").replace(":", "") for h in headings}
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_launcher_option_that_is_named_exists(guide):
+    known = set(launch_sagemaker_job.build_parser()._option_string_actions)
+    for line in re.sub(r"\\\n\s*", " ", text_of(guide)).splitlines():
+        if "launch_sagemaker_job.py" not in line:
+            continue
+        for option in re.findall(r"(?<![\w-])--[a-z0-9][\w.-]*", line):
+            assert option in known or "." in option, f"{option} in: {line}"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_program_that_is_named_exists(guide):
+    for program in re.findall(r"(?:code|docker|tests)/[\w/]+\.(?:py|yaml|json|sh)", text_of(guide)):
+        assert (TOP / program).exists(), program
+
+
+def test_the_table_of_differences_is_that_of_the_two_files():
+    section = text_of(GUIDE).split("What changes from phonemes")[1].split("\n`epsilon")[0]
+    rows = re.findall(r"\| `([\w.]+)` \| ([\d.]+) \| ([\d.]+) \|", section)
+    phonemes = load_config(CODE_FOLDER / "rnn_args_phoneme_sagemaker.yaml")
+    diphones = load_config(CODE_FOLDER / "rnn_args_diphone_sagemaker.yaml")
+    assert len(rows) == 7
+    for key, one, other in rows:
+        assert value_of(phonemes, key) == float(one), key
+        assert value_of(diphones, key) == float(other), key
+    assert isinstance(phonemes, TrainingConfig)
+
+
+def test_every_metric_is_named_in_the_guide():
+    assert not [m["Name"] for m in METRIC_DEFINITIONS if f"`{m['Name']}`" not in text_of(GUIDE)]
+
+
+def test_what_the_troubleshooting_table_quotes_is_printed_by_the_code():
+    sources = [*(CODE_FOLDER / "brain_to_text").glob("*.py"), *CODE_FOLDER.glob("*.py")]
+    joined = "\n".join(text_of(path) for path in sources)
+    joined = re.sub(r'"\s*\n\s*f?"', "", joined)  # text split over lines
+    section = text_of(GUIDE).split("## Troubleshooting")[1]
+    quotes = [line.split("|")[2] for line in section.splitlines() if line.count("|") >= 5][2:]
+    assert len(quotes) > 15
+    for quote in quotes:
+        (text,) = re.findall(r"`([^`]+)`", quote)
+        pattern = re.escape(text).replace(r"s3:GetObject", r"\{action\}").replace("40%", r".*%")
+        pattern = re.sub(r"(?<= )(40|R|JOB)", r".+", pattern)
+        assert re.search(pattern, joined), text
+
+
+def floors():
+    """Floor by room, from the README's table."""
+    rows = re.findall(r"^\| ([1-6]) [\w ]+ \| (.+) \|$", text_of(TOP / "README.md"), re.M)
+    return {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+
+
+def test_readme_names_every_room():
+    rooms = {path.stem for path in (CODE_FOLDER / "brain_to_text").glob("*.py")} - {"__init__"}
+    assert sorted(rooms) == sorted(floors()), "README's table of rooms"
+
+
+def test_no_import_runs_upward():
+    floor = floors()
+    upward = []
+    for path in sorted((CODE_FOLDER / "brain_to_text").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        for name in re.findall(r"^\s*from \.(\w+) import", text_of(path), re.M):
+            if floor[name] > floor[path.stem]:
+                upward.append(f"{path.stem} (floor {floor[path.stem]}) imports {name}")
+    assert upward == []
+
+
+def test_guides_are_where_the_readme_says():
+    assert all(Path(guide).is_file() for guide in GUIDES)
