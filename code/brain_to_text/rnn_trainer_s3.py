@@ -294,7 +294,8 @@ class BrainToTextDecoder_Trainer_S3:
             f"Finished at step {state.step}: best {metric} {state.best_value:.4f} "
             f"after training batch {state.best_step - 1}"
         )
-        self.log.info(f"Streaming: {self.stream.stats.snapshot().describe()}")
+        traffic = StreamCounts.total(self.world.gather(self.stream.stats.snapshot()))
+        self.log.info(f"Streaming: {traffic.describe()}")
         if config.save_best_checkpoint and self.world.is_main:
             write_run_report(
                 self.paths.model_dir,

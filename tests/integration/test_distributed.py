@@ -1,0 +1,136 @@
+"""Any number of processes computes the same run: torchrun, gloo, on the CPU."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from integration.kill_harness import SETTINGS
+from support.tiny_data import write_dataset
+
+CODE = Path(__file__).parents[2] / "code"
+WITHOUT_NOISE = {
+    "rnn_dropout": 0,
+    "input_layer_dropout": 0,
+    "white_noise_std": 0,
+    "constant_offset_std": 0,
+    "random_cut": 0,
+    "time_mask_share": 0,
+    "num_training_batches": 30,
+    "batches_per_val_step": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, n_features=16, bins=(80, 140))
+    return folder
+
+
+def start(data: Path, run: Path, processes: int, **settings: object) -> subprocess.Popen[str]:
+    (run / "output").mkdir(parents=True, exist_ok=True)
+    options = {**SETTINGS, **WITHOUT_NOISE, **settings}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes)),
+            *(str(CODE / "train_model_sagemaker.py"), "--data-dir", str(data)),
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ],
+        env={**os.environ, "SAGEMAKER_BASE_DIR": str(run), "OMP_NUM_THREADS": "1"},
+        stdout=(run / "said").open("a"),
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train(data: Path, run: Path, processes: int, **settings: object) -> dict:
+    process = start(data, run, processes, **settings)
+    assert process.wait(300) == 0, (run / "said").read_text()[-3000:]
+    return torch.load(max((run / "checkpoints").glob("state-*.pt")), weights_only=True)
+
+
+def wait_for(run: Path, process: subprocess.Popen[str], text: str) -> None:
+    deadline = time.monotonic() + 300
+    while text not in (run / "said").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (run / "said").read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone")
+    return train(data, run, 1), reads(run)
+
+
+def reads(run: Path) -> int:
+    """GETs of the whole run, from its closing line."""
+    return int(re.search(r"Streaming: (\d+) GETs", (run / "said").read_text()).group(1))
+
+
+def assert_same_run(expected: dict, found: dict) -> None:
+    """Weights within float32 summation error; scores equal."""
+    for name, value in expected["model"].items():
+        assert torch.allclose(value, found["model"][name], rtol=1e-5, atol=1e-6), name
+    for one, other in zip(expected["run"]["validations"], found["run"]["validations"], strict=True):
+        assert one["step"] == other["step"] and one["n_trials"] == other["n_trials"]
+        assert one["counts"] == other["counts"]
+        assert one["ctc_loss"] == pytest.approx(other["ctc_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_compute_the_same_run(data, alone, tmp_path, processes):
+    found = train(data, tmp_path, processes)
+    assert_same_run(alone[0], found)
+
+
+def test_no_trial_of_a_batch_is_fetched_by_two_ranks(data, tmp_path):
+    # without a cache every distinct trial of every batch is one read, on whichever rank needs it
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        train(data, run, processes, cache_gb=0, num_training_batches=8)
+    assert reads(tmp_path / "1") == reads(tmp_path / "2")
+
+
+def test_compressed_gradients_stay_close(data, alone, tmp_path):
+    found = train(data, tmp_path, 2, gradient_compression="bfloat16")
+    for name, value in alone[0]["model"].items():
+        assert torch.allclose(value, found["model"][name], atol=0.02), name
+
+
+def test_a_run_continues_on_fewer_processes(data, alone, tmp_path):
+    for processes, marker in ((4, "Train batch 10:"), (2, "Train batch 20:")):
+        process = start(data, tmp_path, processes, batches_per_train_log=1)
+        wait_for(tmp_path, process, marker)
+        for pid in ranks_of(process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(120) == 0, (tmp_path / "said").read_text()[-3000:]
+        assert list((tmp_path / "checkpoints").glob("state-*.pt"))
+    found = train(data, tmp_path, 1, batches_per_train_log=1)
+    assert_same_run(alone[0], found)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_a_killed_rank_ends_the_whole_job(data, tmp_path):
+    process = start(data, tmp_path, 2, num_training_batches=100_000, batches_per_val_step=50_000)
+    wait_for(tmp_path, process, "Train batch 10:")
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert list((tmp_path / "checkpoints").glob("state-*.pt"))
+
+
+def test_an_error_of_the_main_rank_is_everyones_reason(data, tmp_path):
+    process = start(data, tmp_path, 2, sessions="[t15.1999.01.01]")
+    assert process.wait(120) != 0
+    failure = (tmp_path / "output" / "failure").read_text()
+    assert "t15.1999.01.01" in failure
