@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from brain_to_text.object_store import open_store
+from brain_to_text.trial_manifest import FileRecord, TrialManifest, index_dataset
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
 from support.tiny_data import write_dataset
@@ -86,6 +89,15 @@ def tiny_dataset_s3(
     """The tiny dataset under a prefix of this test's own: its URL."""
     upload(tiny_dataset.folder, s3_prefix)
     return s3_prefix
+
+
+@pytest.fixture
+def tiny_manifest_s3(tiny_dataset: TinyDataset, tiny_dataset_s3: str) -> TrialManifest:
+    """The manifest of the uploaded tiny dataset, as if it had been indexed there (but faster)."""
+    listing = open_store(tiny_dataset_s3).list()
+    local = index_dataset(open_store(tiny_dataset.folder))
+    files = {key: FileRecord(listing[key].size, listing[key].etag) for key in local.files}
+    return dataclasses.replace(local, files=files)
 
 
 @pytest.fixture

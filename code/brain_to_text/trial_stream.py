@@ -244,7 +244,7 @@ class TrialStream:
                 self.stats.add(retries=1)
                 await asyncio.sleep(pause)
 
-    async def _attempt(self, record: TrialRecord, attempts: Attempts) -> bytearray:
+    async def _attempt(self, record: TrialRecord, attempts: Attempts) -> bytearray | memoryview:
         attempts.count += 1
         self.stats.add(requests=1)
         limit = attempts.timeout_seconds(record.length)
@@ -261,7 +261,7 @@ class TrialStream:
             raise ReadError(f"got more than the {record.length} bytes asked for")
         return span
 
-    def _accept(self, index: int, record: TrialRecord, span: bytearray) -> np.ndarray:
+    def _accept(self, index: int, record: TrialRecord, span: bytearray | memoryview) -> np.ndarray:
         """Check the bytes, decode them, keep them. Runs on a decoder thread."""
         crc = zlib.crc32(span)
         expected = record.crc32

@@ -197,6 +197,14 @@ def ours(manifest: TrialManifest, cache_bytes: int = 0, concurrency: int = 16) -
     return lambda indices: pad_features(stream.fetch(indices))
 
 
+def ours_s3fs(manifest: TrialManifest) -> Load:
+    """The same through s3fs instead of obstore."""
+    from brain_to_text import s3_reads
+
+    s3_reads._obstore_will_do = lambda: False
+    return ours(manifest)
+
+
 def ours_32(manifest: TrialManifest) -> Load:
     """The same with 32 reads in flight."""
     return ours(manifest, concurrency=32)
@@ -233,6 +241,7 @@ CONTENDERS: dict[str, Callable[[TrialManifest], Load]] = {
     "boto3_by_index": boto3_by_index,
     "obstore_by_index": obstore_by_index,
     "ours": ours,
+    "ours_s3fs": ours_s3fs,
     "ours_32": ours_32,
     "ours_48": ours_48,
     "ours_warm": ours_warm,
