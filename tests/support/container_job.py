@@ -112,7 +112,7 @@ class Job:
         )
         return done.stdout
 
-    def wait(self, seconds: float = 180) -> Result:
+    def wait(self, seconds: float = 600) -> Result:
         """Wait for the end; the container is kept until `remove`."""
         deadline = time.monotonic() + seconds
         while docker("inspect", "--format", "{{.State.Running}}", self.name) == "true":
@@ -126,7 +126,7 @@ class Job:
             base=self.base,
         )
 
-    def wait_for_line(self, text: str, seconds: float = 120) -> None:
+    def wait_for_line(self, text: str, seconds: float = 600) -> None:
         """Wait until `text` stands in the log of the running container."""
         deadline = time.monotonic() + seconds
         while text not in self.log():
@@ -138,7 +138,7 @@ class Job:
         """What SageMaker does to stop a job: SIGTERM, then SIGKILL after `seconds`."""
         docker("stop", "--time", str(seconds), self.name)
 
-    def run(self, seconds: float = 180) -> Result:
+    def run(self, seconds: float = 600) -> Result:
         """Start, wait, remove."""
         self.start()
         try:

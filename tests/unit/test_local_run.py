@@ -1,0 +1,99 @@
+"""The driver of ./local_run.sh: what it shows and what it puts in the SDK's way."""
+
+import io
+import subprocess
+
+import local_run
+import pytest
+
+LOG = """\
+2026-01-01 10:00:00: Train batch 0: loss: 6.62 grad norm: 31.16 time: 2.927
+2026-01-01 10:00:01: Val batch 0: DER (avg): 0.9970 CTC Loss (avg): 6.6 time: 2.7 PER (avg): 1.0
+2026-01-01 10:00:01:   t15.2023.08.11 DER: 0.9974 PER: 1.0054 PER_path: 1.2440 CTC_loss: 6.6369
+2026-01-01 10:01:00: Val batch 100: DER (avg): 0.5000 CTC Loss (avg): 2.1 time: 2.7
+2026-01-01 10:02:00: Val batch 100: DER (avg): 0.4000 CTC Loss (avg): 2.0 time: 2.7 PER (avg): 0.3
+"""
+
+
+def test_the_curve_is_read_from_the_contracts_log_lines():
+    assert local_run.read_curve(LOG) == [
+        local_run.CurvePoint(0, 0.9970, 6.6, 1.0),
+        local_run.CurvePoint(100, 0.4, 2.0, 0.3),  # validated again after a resume: the last counts
+    ]
+
+
+def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    with (tmp_path / "log").open("w") as file:
+        tee = local_run._Tee(file, local_run._is_trainer_line, local_run.COMPOSE_PREFIX)
+        tee.write("Creating abc-algo-1 ... done\n")
+        tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: sagemaker-training-toolkit INFO  x\r\n")
+        tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: Train ")
+        tee.write("batch 0: loss: 7.43\r\n")
+        tee.write("abc-algo-1  | 2026: Val batch 0\n")
+    assert terminal.getvalue() == "2026: Train batch 0: loss: 7.43\n2026: Val batch 0\n"
+    assert "sagemaker-training-toolkit" in (tmp_path / "log").read_text()
+
+
+@pytest.fixture
+def fake_docker(tmp_path, monkeypatch):
+    """fake_docker(plugin="v5.0.1" or None, standalone="1.29.2" or None): the commands on PATH."""
+
+    def install(plugin, standalone):
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        script(
+            tools / "docker",
+            f'[ "$1" = compose ] && echo "{plugin}" && exit 0\nexit 1' if plugin else "exit 1",
+        )
+        if standalone:
+            script(tools / "docker-compose", f'echo "{standalone}"')
+        monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin" if standalone else str(tools))
+        monkeypatch.setattr(local_run, "LOCAL", tmp_path)
+        monkeypatch.setattr(local_run, "docker_client", lambda: str(tools / "docker"))
+        if not standalone:
+            monkeypatch.setattr(local_run, "on_path", lambda name: [])
+
+    def script(path, body):
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    return install
+
+
+def test_a_compose_plugin_of_any_version_becomes_docker_compose(fake_docker, tmp_path):
+    fake_docker("Docker Compose version v5.0.1", None)
+    local_run.bridge_docker_commands(gpu=True)
+    said = subprocess.run(
+        [str(tmp_path / "bin" / "docker-compose"), "version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "Docker Compose version v5.0.1"
+
+
+def test_a_standalone_compose_serves_without_a_gpu(fake_docker, tmp_path):
+    fake_docker(None, "1.29.2")
+    local_run.bridge_docker_commands(gpu=False)
+    assert (tmp_path / "bin" / "docker-compose").exists()
+
+
+def test_a_compose_too_old_for_a_gpu_is_named(fake_docker):
+    fake_docker(None, "1.29.2")
+    with pytest.raises(local_run.LocalRunError, match="gives containers no GPU"):
+        local_run.bridge_docker_commands(gpu=True)
+
+
+def test_without_compose_it_says_what_to_install(fake_docker):
+    fake_docker(None, None)
+    with pytest.raises(local_run.LocalRunError, match="docker-compose-plugin"):
+        local_run.bridge_docker_commands(gpu=False)
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+def test_a_senseless_number_of_steps_is_a_usage_error(steps):
+    with pytest.raises(SystemExit) as exit_:
+        local_run.parse_arguments(["--steps", steps])
+    assert exit_.value.code == 2
