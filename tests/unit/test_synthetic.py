@@ -1,0 +1,176 @@
+"""Synthetic recordings have the schema, come back from their seed, and can be learnt from."""
+
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+from brain_to_text.errors import DataError
+from brain_to_text.object_store import open_store
+from brain_to_text.recording_blocks import corpus_of, recording_blocks
+from brain_to_text.synthetic import SyntheticDataset, session_mixing, synthesize
+from brain_to_text.synthetic import _plan as plan_of
+from brain_to_text.trial_manifest import load_manifest
+
+SMALL = SyntheticDataset(sessions=2, train_trials=6, val_trials=3, test_trials=2, electrodes=8)
+
+
+def made(folder, **changes):
+    return synthesize(open_store(folder), dataclasses.replace(SMALL, **changes))
+
+
+def test_files_have_the_public_schema(tmp_path):
+    made(tmp_path)
+    names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.hdf5"))
+    splits = ("test", "train", "val")
+    sessions = ("t15.2023.08.11", "t15.2023.08.13")
+    assert names == [f"{s}/data_{p}.hdf5" for s in sessions for p in splits]
+    with h5py.File(tmp_path / "t15.2023.08.13/data_val.hdf5") as file:
+        assert list(file) == ["trial_0000", "trial_0001", "trial_0002"]
+        trial = file["trial_0000"]
+        n_labels, n_phonemes = trial.attrs["seq_len"], trial.attrs["seq_len_phoneme"]
+        assert n_labels == 2 * n_phonemes + 1
+        assert trial["input_features"].shape == (trial.attrs["n_time_steps"], 16)
+        assert trial["input_features"].dtype == np.float32
+        for name in ("seq_class_ids", "seq_class_ids_phoneme", "transcription"):
+            assert trial[name].shape == (500,) and trial[name].dtype == np.int32
+        sentence = trial.attrs["sentence_label"]
+        codes = trial["transcription"][:]
+        assert "".join(map(chr, codes[codes > 0])) == sentence
+        assert trial.attrs["session"] == "t15.2023.08.13"
+        assert trial.attrs["block_num"] == 8  # the session's held-out block
+    with h5py.File(tmp_path / "t15.2023.08.11/data_test.hdf5") as file:
+        assert set(file["trial_0001"]) == {"input_features"}
+        assert set(file["trial_0001"].attrs) == {
+            "n_time_steps",
+            "session",
+            "block_num",
+            "trial_num",
+        }
+
+
+def test_a_manifest_is_written_that_fits(tmp_path):
+    manifest = made(tmp_path)
+    kept = load_manifest(open_store(tmp_path))
+    assert kept is not None and kept.to_bytes() == manifest.to_bytes()
+    kept.check_fresh(open_store(tmp_path).list())
+    assert [len(kept.select(split)) for split in ("train", "val", "test")] == [12, 6, 4]
+
+
+def test_a_seed_decides_everything(tmp_path):
+    first, again, other = (
+        made(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "form", "classes"),
+    [
+        ({"label_form": "transition"}, "transition", 1681),
+        ({"phoneme_set": True}, "phoneme", 41),
+        ({"dtype": "float16", "layout": "gzip"}, "self_loop", 1681),
+        ({"layout": "lzf"}, "self_loop", 1681),
+    ],
+)
+def test_every_kind_of_set_can_be_made(tmp_path, changes, form, classes):
+    manifest = made(tmp_path, **changes)
+    assert (manifest.label_form, manifest.n_classes) == (form, classes)
+    assert manifest.trials[0].dtype == ("<f2" if "dtype" in changes else "<f4")
+
+
+def test_features_are_z_scored_per_block(tmp_path):
+    manifest = made(tmp_path, train_trials=30)
+    store = open_store(tmp_path)
+    block = [t for t in manifest.trials if t.session == "t15.2023.08.11" and t.split == "train"]
+    assert len({t.block_num for t in block}) == 1
+    values = np.concatenate(
+        [t.decode(store.read_range(t.key, t.offset, t.length)) for t in block]
+    ).astype(np.float64)
+    assert np.allclose(values.mean(axis=0), 0, atol=1e-4)
+    assert np.allclose(values.std(axis=0), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("permute", [False, True])
+def test_ctc_always_has_room(tmp_path, seed, permute):
+    manifest = made(tmp_path, seed=seed, permute_labels=permute)
+    for trial in manifest.trials:
+        if trial.class_ids is not None:
+            labels = trial.class_ids
+            needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+            assert (trial.n_time_steps - 2 - 14) // 4 + 1 >= needed
+
+
+def test_permuted_labels_belong_to_another_trial_of_the_session(tmp_path):
+    plain, permuted = made(tmp_path / "a"), made(tmp_path / "b", permute_labels=True)
+    for split in ("train", "val"):
+        for session in plain.sessions:
+            before = [plain.trials[i].sentence_label for i in plain.select(split, [session])]
+            after = [permuted.trials[i].sentence_label for i in permuted.select(split, [session])]
+            assert sorted(before) == sorted(after)
+            assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_no_sentence_of_training_is_held_out(tmp_path):
+    manifest = made(tmp_path, train_trials=40, val_trials=20)
+    train, val = (
+        {manifest.trials[i].sentence_label for i in manifest.select(split)}
+        for split in ("train", "val")
+    )
+    assert not train & val
+
+
+def test_sessions_differ_more_the_further_apart_they_are():
+    mixings = [session_mixing(SMALL, index) for index in range(4)]
+
+    def likeness(a, b):
+        return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+    assert likeness(mixings[0], mixings[1]) > likeness(mixings[0], mixings[3])
+    alike = dataclasses.replace(SMALL, session_change=0.0)
+    assert np.array_equal(session_mixing(alike, 0), session_mixing(alike, 3))
+
+
+def test_processes_give_the_same_dataset(tmp_path):
+    alone = made(tmp_path / "a")
+    store = open_store(tmp_path / "b")
+    assert synthesize(store, SMALL, processes=2).fingerprint() == alone.fingerprint()
+
+
+class TestFullSize:
+    plan = plan_of(SyntheticDataset.of_full_size())
+
+    def test_it_has_the_real_counts(self):
+        assert len(self.plan) == 45
+        assert sum(len(trials) for trials in self.plan.values()) == 11_162
+
+    def test_every_block_has_its_real_number_of_sentences(self):
+        for block in recording_blocks():
+            trials = [t for t in self.plan[block.session] if t.block == block.block]
+            assert len(trials) == block.sentences
+            splits = {t.split for t in trials}
+            assert splits == ({"val", "test"} if block.held_out else {"train"})
+            assert [t.trial_num for t in trials] == list(range(block.sentences))
+
+    def test_features_are_those_of_256_electrodes(self):
+        assert SyntheticDataset.of_full_size().electrodes == 256
+
+
+def test_corpora_are_known_by_block():
+    assert corpus_of("t15.2023.08.11", 2) == "50-Word"
+    assert corpus_of("t15.2023.08.11", 99) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sessions": 0}, "from 1 to 45"),
+        ({"sessions": 46}, "from 1 to 45"),
+        ({"electrodes": 0}, ""),
+    ],
+)
+def test_impossible_descriptions_are_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        made(tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
