@@ -152,8 +152,14 @@ def choose_trials(
     }
     remarks, chosen = [], []
     too_short = []
-    for session in sessions:
-        kept = []
+    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
+    for session, switch in zip(sessions, switches, strict=True):
+        kept: list[int] = []
+        if split == "val" and switch == 0:
+            if session in manifest.sessions and manifest.select(split, [session]):
+                remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
+            chosen.append(np.array(kept, dtype=np.int64))
+            continue
         for index in manifest.select(split, [session]) if session in manifest.sessions else []:
             trial = manifest.trials[index]
             if (session, trial.block_num, trial.trial_num) in listed:

@@ -135,6 +135,17 @@ def test_sessions_without_a_day_layer_are_named(tiny_dataset, tmp_path, capsys):
     assert "Left out: 3 trials of 1 sessions that the model has no day layer for" in said
 
 
+def test_sessions_switched_off_in_training_are_left_out_by_name(
+    model_folder, tiny_dataset, tmp_path
+):
+    config = open_model(model_folder).config
+    config.dataset.dataset_probability_val = [0.0, 1.0, 1.0]
+    manifest = load_or_build_manifest(open_store(tiny_dataset.folder), print)
+    chosen = choose_trials(manifest, SESSIONS, "val", config)
+    assert [len(trials) for trials in chosen.by_session] == [0, 3, 3]
+    assert chosen.remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
+
+
 def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys):
     assert run("--model", model_folder) == 1
     assert "give --s3-bucket" in capsys.readouterr().err
