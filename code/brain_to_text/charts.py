@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 480, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 40
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 _MAX_POINTS = 600  # per drawn line; more are averaged
 
@@ -141,7 +141,7 @@ def bar_chart(title: str, bars: Sequence[Bar], *, percent: bool = True) -> str:
         max(bar.value, bar.high if bar.high is not None and math.isfinite(bar.high) else 0)
         for bar in bars
     )
-    scale = (WIDTH - left - 56) / max(top, 1e-9)
+    scale = (WIDTH - left - 76) / max(top, 1e-9)
     parts = []
     for index, bar in enumerate(bars):
         y = 6 + row * index
