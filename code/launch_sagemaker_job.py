@@ -20,6 +20,7 @@ from brain_to_text.config import resolve_key
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.job_control import job_state, list_jobs, stop_job
 from brain_to_text.job_results import fetch
+from brain_to_text.job_tuning import submit_sweep, sweep_table, tuning_request
 from brain_to_text.job_watch import goodbye, watch
 from brain_to_text.launch import completed, launch_training_job, submit_training_job
 from brain_to_text.preflight import preflight
@@ -54,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dry-run", action="store_true", help="print request and price; ask AWS nothing"
     )
+    one.add_argument("--tune", metavar="FILE", help="launch a sweep around this job")
+    one.add_argument("--sweep", metavar="NAME", help="tabulate a sweep's jobs, best first")
     one.add_argument("--watch", metavar="JOB", help="follow a job that runs")
     one.add_argument("--describe", metavar="JOB", help="print what SageMaker knows about a job")
     one.add_argument("--stop", metavar="JOB", help="stop a job; it saves a checkpoint first")
@@ -76,7 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     options, extra = parser.parse_known_args(arguments)
     settings = job_settings(options, overrides(extra, parser))
     launching = not (
-        options.watch or options.describe or options.stop or options.list or options.fetch
+        options.watch
+        or options.describe
+        or options.stop
+        or options.list
+        or options.fetch
+        or options.sweep
     )
     if launching and not options.s3_bucket:
         parser.error("--s3-bucket is needed to launch a job")
@@ -113,6 +121,10 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
             return 1
     if options.check:
         return 0
+    if options.tune:
+        name = submit_sweep(tuning_request(options.tune, job), account)
+        print(f"Launched the sweep {name}; its jobs: {COMMAND} --sweep {name}")
+        return 0
     launched = submit_training_job(job, account)
     print(f"Launched {launched.name}; outputs go to {launched.output_uri}")
     if job.is_local:
@@ -133,6 +145,8 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
     elif options.stop:
         stop_job(options.stop, account)
         print(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
+    elif options.sweep:
+        print(*sweep_table(options.sweep, account) or ["No job has started yet."], sep="\n")
     elif options.list:
         print(*list_jobs(account) or ["No training jobs named b2t-… yet."], sep="\n")
     else:

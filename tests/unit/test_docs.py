@@ -1,6 +1,8 @@
 """The guides say what the code says."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import launch_sagemaker_job
@@ -103,3 +105,12 @@ def test_no_import_runs_upward():
 
 def test_guides_are_where_the_readme_says():
     assert all(Path(guide).is_file() for guide in GUIDES)
+
+
+def test_the_launcher_needs_no_torch_numpy_or_h5py():
+    script = (
+        f"import sys; sys.path.insert(0, {str(CODE_FOLDER)!r}); import launch_sagemaker_job; "
+        "print(sorted({'torch', 'numpy', 'h5py', 's3fs', 'sagemaker'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
