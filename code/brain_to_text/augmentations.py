@@ -8,6 +8,7 @@ smoothing; and everything random is a function of (seed, step, rank).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,19 +55,19 @@ class Augmentation:
 
     Args:
         config: `dataset.data_transforms`.
-        compiler: given to the tensor part once, e.g. `torch.compile`; None leaves it eager.
     """
 
-    def __init__(
-        self, config: DataTransformsConfig, compiler: Callable[..., Callable] | None = None
-    ) -> None:
+    def __init__(self, config: DataTransformsConfig) -> None:
         self.config = config
         self.taps: list[float] = []
         if config.smooth_data:
             taps = gaussian_kernel(config.smooth_kernel_std, config.smooth_kernel_size)
             self.taps = taps.tolist()
-        self._perturb = compiler(_perturb) if compiler else _perturb
-        self._smooth = compiler(_smooth) if compiler else _smooth
+        self._perturb, self._smooth = _perturb, _smooth
+
+    def compile_with(self, compiler: Callable[..., Any]) -> None:
+        """Compile the tensor parts, e.g. with `torch.compile`."""
+        self._perturb, self._smooth = compiler(_perturb), compiler(_smooth)
 
     def __call__(
         self,

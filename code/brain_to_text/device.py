@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .config import TrainingConfig
@@ -29,6 +32,24 @@ def autocast_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype 
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float16
+
+
+def compiler(config: TrainingConfig, device: torch.device) -> Callable[..., Any] | None:
+    """What compiles the elementwise parts of a step; None to leave them eager.
+
+    `compile: auto` compiles on GPUs, where each eager operation is a pass over GPU memory, and
+    falls back to eager with torch's warning where a part cannot be compiled; on CPUs it does not,
+    because compiling takes longer than it saves in runs that fit a CPU. The matrix products and
+    the GRU (cuDNN) gain nothing and are never compiled. Sizes are dynamic from the first call on,
+    so that no length of trials compiles again.
+    """
+    if config.compile == "false" or (config.compile == "auto" and device.type != "cuda"):
+        return None
+    if config.compile == "auto":
+        from torch import _dynamo  # slow to import, and not needed on CPUs
+
+        _dynamo.config.suppress_errors = True
+    return lambda function: torch.compile(function, dynamic=True)
 
 
 def allow_tf32(allowed: bool) -> None:

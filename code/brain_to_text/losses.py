@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .config import ObjectiveConfig
+from .device import send
 from .diphones import N_DIPHONES, marginalise_log_probs
+from .gpu_ctc import ctc_nll_without_waiting, works_on
 
 
 class LabelledBatch(Protocol):
@@ -57,6 +59,11 @@ def ctc_nll(
         labels: [B, L] int64, zero-padded.
         frame_lengths, label_lengths: [B] int64 on the CPU.
     """
+    device = log_probs.device
+    if device.type == "cuda" and works_on(device):
+        return ctc_nll_without_waiting(
+            log_probs, labels, send(frame_lengths, device), send(label_lengths, device)
+        )
     return F.ctc_loss(
         log_probs.transpose(0, 1), labels, frame_lengths, label_lengths, blank=0, reduction="none"
     )

@@ -6,7 +6,7 @@ Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -88,6 +88,11 @@ class GRUDecoder(nn.Module):
         self.out = nn.Linear(n_units * self.n_directions, n_classes)
         nn.init.xavier_uniform_(self.out.weight)
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
+        self._activate = _activate
+
+    def compile_with(self, compiler: Callable[..., Any]) -> None:
+        """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
+        self._activate = compiler(_activate)
 
     @classmethod
     def from_config(cls, config: TrainingConfig, n_days: int) -> GRUDecoder:
@@ -147,9 +152,8 @@ class GRUDecoder(nn.Module):
     ) -> tuple[torch.Tensor, Packing]:
         """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
         B, T = x.shape[0], x.shape[1]
-        x = self._day_layer(x, day_idx.tolist())
-        if self.training and self.input_dropout > 0:
-            x = F.dropout(x, self.input_dropout, training=True)
+        dropout = self.input_dropout if self.training else 0.0
+        x = self._activate(self._day_layer(x, day_idx.tolist()), dropout)
         if n_time_steps is None:
             n_time_steps = torch.full((B,), T)
         n_frames = int(self.frame_lengths(torch.tensor(T)))
@@ -180,14 +184,14 @@ class GRUDecoder(nn.Module):
         return (padded, states.index_select(1, packing.inverse)) if return_state else padded
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
-        """softsign(x W + b) with each trial's session's weights: one product per run of trials."""
+        """x W + b with each trial's session's weights: one product per run of trials."""
         outputs, start = [], 0
         for day, run in groupby(days):
             trials = x[start : start + (n := len(list(run)))]
             weight, bias = self.day_weights[day], self.day_biases[day]
             outputs.append(F.linear(trials, weight.t(), bias.squeeze(0)))
             start += n
-        return F.softsign(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _patches(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """[N, patch_size * C]: the bins of every real frame, bin-major, in packed order."""
@@ -202,6 +206,10 @@ class GRUDecoder(nn.Module):
             width = min(stride, self.patch_size - first_bin) * C
             blocks.append(x[:, :width].index_select(0, starts + first_bin // stride))
         return torch.cat(blocks, dim=1)
+
+
+def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    return F.dropout(F.softsign(x), dropout, training=dropout > 0)
 
 
 @dataclass

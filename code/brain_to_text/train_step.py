@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .augmentations import Augmentation, step_generator
 from .config import TrainingConfig
-from .device import autocast_dtype
+from .device import autocast_dtype, compiler
 from .losses import JointObjective, LabelledBatch
 from .optimizer import apply_update, clip_and_check
 from .rnn_model import GRUDecoder
@@ -101,6 +101,10 @@ class TrainStep:
         self.rank = rank
         self.after_backward = after_backward
         self.amp_dtype = autocast_dtype(config, self.device)
+        compile_part = compiler(config, self.device)
+        if compile_part is not None:
+            augmentation.compile_with(compile_part)
+            model.compile_with(compile_part)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._state: dict[str, torch.Tensor] = {
             "refused": self._count(0),

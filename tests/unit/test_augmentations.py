@@ -166,7 +166,8 @@ def test_compiled_augmentation_is_the_same_and_does_not_recompile_for_new_length
     torch._dynamo.reset()
     config = DataTransformsConfig()
     eager = Augmentation(config)
-    fast = Augmentation(config, lambda f: torch.compile(f, backend=backend, dynamic=True))
+    fast = Augmentation(config)
+    fast.compile_with(lambda f: torch.compile(f, backend=backend, dynamic=True))
     counts = []
     for step, longest in enumerate((40, 57, 91, 64)):
         batch = example_batch([longest, longest - 7, 30], [0, 0, 1])

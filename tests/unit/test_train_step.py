@@ -272,6 +272,36 @@ def test_averaged_weights_follow_their_formula_and_are_off_by_default() -> None:
     assert build(small_config()).average is None
 
 
+# --- compiling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same_and_new_lengths_do_not_compile_again() -> None:
+    """Dropout off: compiled code draws the same distribution in another order."""
+    torch._dynamo.reset()
+    quiet = NOISY | {"model__rnn_dropout": 0.0, "model__input_network__input_layer_dropout": 0.0}
+    eager, compiled = build(small_config(**quiet)), build(small_config(**quiet, compile="true"))
+    compiles = []
+    for k, longest in enumerate((40, 57, 91, 64)):
+        batch = example_batch([longest, 31, 38], [0, 1, 1], seed=k)
+        a, b = eager(batch, k), compiled(batch, k)
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-5)
+        compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiles[0] > 0 and compiles[-1] == compiles[0]
+    assert eager.model.state_dict().keys() == compiled.model.state_dict().keys()
+
+
+def test_compiling_is_for_gpus_unless_it_is_asked_for() -> None:
+    from brain_to_text.device import compiler
+
+    assert compiler(small_config(), CPU) is None
+    assert compiler(small_config(), torch.device("cuda")) is not None
+    assert compiler(small_config(compile="false"), torch.device("cuda")) is None
+    assert compiler(small_config(compile="true"), CPU) is not None
+    torch._dynamo.config.suppress_errors = False
+
+
 # --- never waiting --------------------------------------------------------------------------------
 
 
