@@ -96,12 +96,12 @@ def statements(policy):
 def test_policy_file_and_stack_say_the_same(cloud):
     deploy(cloud)
     text = (DOCUMENTS / "job_policy.json").read_text()
-    for placeholder, value in (
+    for blank, value in (
         ("YOUR-BUCKET", BUCKET),
         ("YOUR-REGION", REGION),
         ("YOUR-ACCOUNT", ACCOUNT),
     ):
-        text = text.replace(placeholder, value)
+        text = text.replace(blank, value)
     assert statements(json.loads(text)) == statements(job_policy_of(cloud))
 
 

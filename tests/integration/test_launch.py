@@ -307,6 +307,17 @@ def test_an_error_is_one_line_and_code_1(aws, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_sweep_is_launched_around_the_job(aws, tmp_path, capsys):
+    spec = tmp_path / "sweep.yaml"
+    spec.write_text("parameters: {lr_max: {min: 0.001, max: 0.01}}")
+    assert run(*basics(aws), "b2t-sweep", "--tune", spec) == 0
+    assert "--sweep b2t-sweep" in capsys.readouterr().out
+    sweeps = aws.client("sagemaker").list_hyper_parameter_tuning_jobs()
+    names = [s["HyperParameterTuningJobName"] for s in sweeps["HyperParameterTuningJobSummaries"]]
+    assert names == ["b2t-sweep"]
+    assert aws.sent == []
+
+
 # --- jobs that exist
 
 
