@@ -133,7 +133,7 @@ def build_and_push(options: argparse.Namespace) -> str:
     uri = target.by_digest(digest)
     IMAGE_URI_FILE.parent.mkdir(exist_ok=True)
     IMAGE_URI_FILE.write_text(uri + "\n")
-    say("Pushed. The launcher takes this image by default; its digest URI:")
+    say("The launcher takes this image by default; its digest URI:")
     return uri
 
 
