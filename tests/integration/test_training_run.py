@@ -1,0 +1,343 @@
+"""Whole runs of the front door in this process: what they leave, and what they say on failure."""
+
+import dataclasses
+import os
+import pickle
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import train_model_sagemaker
+from brain_to_text.config import load_config
+from support.fault_proxy import FaultProxy, Faults
+from support.tiny_data import write_dataset
+
+SETTINGS = {
+    "neural_dim": 16,
+    "n_input_features": 16,
+    "input_layer_sizes": "[16]",
+    "n_units": 16,
+    "n_layers": 2,
+    "n_classes": 1681,
+    "batch_size": 4,
+    "days_per_batch": 2,
+    "num_training_batches": 6,
+    "lr_warmup_steps": 2,
+    "batches_per_train_log": 2,
+    "batches_per_val_step": 3,
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """One call of the front door and what it left."""
+
+    folder: Path
+    code: int
+    said: str
+
+    @property
+    def failure(self) -> str | None:
+        path = self.folder / "output" / "failure"
+        return path.read_text().strip() if path.exists() else None
+
+    @property
+    def files(self) -> set[str]:
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix() for path in paths}
+
+    def best(self) -> dict:
+        return torch.load(self.folder / "model/checkpoint/best_checkpoint", weights_only=True)
+
+    def last(self) -> dict:
+        return torch.load(max((self.folder / "checkpoints").glob("state-*.pt")), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, n_features=16, bins=(80, 140))
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """train(folder name, options…, key=value…) -> Run; data-dir and small settings are given."""
+
+    def run(name: str, *options: str, **settings: object) -> Run:
+        folder = tmp_path / name
+        (folder / "output").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(folder))
+        merged = {**SETTINGS, **settings}
+        words = [w for key, value in merged.items() for w in (f"--{key}", str(value))]
+        capfd.readouterr()
+        code = train_model_sagemaker.main([*options, *words])
+        return Run(folder, code, "".join(capfd.readouterr()))
+
+    return run
+
+
+def test_a_run_leaves_exactly_what_is_promised(data, train):
+    run = train("job", "--data-dir", str(data))
+    assert run.code == 0, run.said
+    assert {name for name in run.files if name.startswith("model/")} == {
+        "model/checkpoint/best_checkpoint",
+        "model/checkpoint/args.yaml",
+        "model/checkpoint/val_metrics.pkl",
+        "model/training_log",
+    }
+    config = load_config(run.folder / "model/checkpoint/args.yaml")
+    assert config.dataset.sessions == ["t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18"]
+    validations = pickle.loads((run.folder / "model/checkpoint/val_metrics.pkl").read_bytes())
+    assert [v["step"] for v in validations] == [0, 3, 5]
+    assert {"day_weights.0", "day_biases.2", "gru.weight_ih_l0", "out.weight", "h0"} <= set(
+        run.best()["model_state_dict"]
+    )
+    assert "output/data/report.html" in run.files
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r": Using device: cpu",
+        r": Model has \d{1,3}(,\d{3})* parameters",
+        r": Loading data from: ",
+        r": Successfully initialized S3-backed datasets",
+        r": Train batches: 6",
+        r": Train batch 2: loss: \d+\.\d\d grad norm: \d+\.\d\d time: \d+\.\d{3}",
+        r": Running test after training batch: 3",
+        r": Val batch 3: DER \(avg\): \d\.\d{4} CTC Loss \(avg\): \d+\.\d+ time: \d+\.\d{3}",
+        r": New best test DER inf --> \d\.\d{4}",
+        r": Checkpointing model",
+    ],
+)
+def test_the_log_holds_the_promised_lines(line, finished_log):
+    assert re.search(rf"(?m)^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{line}", finished_log)
+
+
+@pytest.fixture(scope="module")
+def finished_log(data, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("log")
+    (folder / "output").mkdir()
+    os.environ["SAGEMAKER_BASE_DIR"] = str(folder)
+    words = [w for key, value in SETTINGS.items() for w in (f"--{key}", str(value))]
+    try:
+        assert train_model_sagemaker.main(["--data-dir", str(data), *words]) == 0
+    finally:
+        del os.environ["SAGEMAKER_BASE_DIR"]
+    return (folder / "model" / "training_log").read_text()
+
+
+def test_faults_of_the_network_do_not_change_the_run(
+    data, train, s3_prefix, upload, fault_proxy: FaultProxy
+):
+    alone = train("folder", "--data-dir", str(data), num_training_batches=20, cache_gb=0)
+    upload(data, s3_prefix)
+    bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
+    where = ("--s3-bucket", bucket, "--s3-data-prefix", prefix)
+    assert train("index", *where, num_training_batches=1).code == 0  # keeps the manifest
+    fault_proxy.faults = Faults(
+        slow_down=0.15, reset=0.1, truncate=0.1, short_body=0.1, flip=0.05, stall=0.01
+    )
+    run = train("faults", *where, num_training_batches=20, cache_gb=0, read_timeout_seconds=1)
+    assert run.code == 0, run.said
+    assert len(fault_proxy.counts.faults) >= 4, "the faults did not happen"
+    for name, value in alone.last()["model"].items():
+        assert torch.equal(value, run.last()["model"][name]), name
+    assert "retries" in run.said
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_batch(data, train):
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        lr_max=1e30,
+        lr_max_day=1e30,
+        grad_norm_clip_value=0,
+        num_training_batches=60,
+        batches_per_train_log=1,
+        non_finite_patience=3,
+    )
+    assert run.code == 1
+    assert "3 updates in a row" in run.failure and "block" in run.failure
+    assert "last good checkpoint is" in run.failure and "lower lr_max" in run.failure
+    batch = torch.load(run.folder / "output/data/offending_batch.pt", weights_only=True)
+    assert len(batch["trials"]) == 4 and batch["features"].shape[0] == 4
+
+
+def test_early_stopping_ends_the_run(data, train):
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        early_stopping=True,
+        early_stopping_val_steps=2,
+        lr_max=1e-9,
+        lr_min=0,
+        lr_max_day=1e-9,
+        lr_min_day=0,
+        num_training_batches=500,
+    )
+    assert run.code == 0 and "Stopping early: 2 validations" in run.said
+    assert run.last()["run"]["step"] < 20
+
+
+def test_a_new_run_starts_from_given_weights_by_session_name(data, train):
+    first = train("first", "--data-dir", str(data))
+    second = train(
+        "second",
+        *("--data-dir", str(data)),
+        init_from_checkpoint=True,
+        init_checkpoint_path=first.folder / "model",
+        sessions="[t15.2023.08.18, t15.2023.08.11]",
+        lr_max=0,
+        lr_min=0,
+        lr_max_day=0,
+        lr_min_day=0,
+        num_training_batches=1,
+    )
+    assert second.code == 0, second.said
+    old, new = first.best()["model_state_dict"], second.best()["model_state_dict"]
+    assert torch.equal(old["day_weights.2"], new["day_weights.0"])
+    assert torch.equal(old["day_weights.0"], new["day_weights.1"])
+    assert torch.equal(old["gru.weight_hh_l1"], new["gru.weight_hh_l1"])
+
+
+def test_sessions_switched_off_are_not_validated(data, train):
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        sessions="[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]",
+        dataset_probability_val="[1, 0, 1]",
+        log_val_skip_logs=True,
+    )
+    assert run.code == 0
+    assert "Validation skips session t15.2023.08.13" in run.said
+    assert "  t15.2023.08.13 DER" not in run.said and "  t15.2023.08.18 DER" in run.said
+
+
+def test_bad_trials_are_left_out_by_name_and_counted(data, train):
+    bad = "{t15.2023.08.11: {1: [0, 2]}}"
+    run = train("job", "--data-dir", str(data), bad_trials_dict=bad)
+    assert run.code == 0
+    assert "Left out: t15.2023.08.11/data_train.hdf5:trial_0000" in run.said
+    assert "4 trials are left out" in run.said  # two in train, two in val: same block and number
+
+
+BAD_SETTINGS = {
+    "unknown key": ({"n_unit": 3}, "Did you mean 'model.n_units'?"),
+    "misspelt option": ({"num-trainin-batches": 3}, "num_training_batches"),
+    "text for a number": ({"batch_size": "many"}, "must be a whole number"),
+    "zero trials": ({"batch_size": 0}, "at least 1"),
+    "negative rate": ({"lr_max": -1}, "at least 0"),
+    "not a number": ({"lr_max": "nan"}, "must be"),
+    "dropout of one": ({"rnn_dropout": 1.0}, "from 0 to 0.99"),
+    "other classes": ({"n_classes": 40}, "one of 41, 1681"),
+    "classes of the other kind": ({"n_classes": 41}, "1681 classes"),
+    "other width": (
+        {"neural_dim": 512, "n_input_features": 512, "input_layer_sizes": "[512]"},
+        "16 features per bin",
+    ),
+    "width in one place only": ({"neural_dim": 512}, "make them equal"),
+    "a session that is absent": ({"sessions": "[t15.2023.08.12]"}, "did you mean t15.2023.08.1"),
+    "a session twice": ({"sessions": "[t15.2023.08.11, t15.2023.08.11]"}, "more than once"),
+    "more days than trials": ({"days_per_batch": 5}, "exceeds dataset.batch_size"),
+    "more days than sessions": ({"days_per_batch": 4}, "the run has 3 sessions"),
+    "an impossible day": ({"must_include_days": "[7]"}, "numbered from 0 to 2"),
+    "patches longer than trials": ({"patch_size": 200}, "frames"),
+    "labels beyond the limit": ({"max_seq_elements": 1}, "max_seq_elements"),
+    "nobody validates": (
+        {
+            "sessions": "[t15.2023.08.11, t15.2023.08.13]",
+            "dataset_probability_val": "[0, 0]",
+        },
+        "No session has validation trials",
+    ),
+    "bad trials as a list": (
+        {"bad_trials_dict": "{t15.2023.08.11: [1, 2]}"},
+        "must map block numbers",
+    ),
+    "bad trials as words": (
+        {"bad_trials_dict": "{t15.2023.08.11: {1: [first]}}"},
+        "must list trial numbers",
+    ),
+    "phoneme weight of two": ({"phoneme_weight": 2}, "from 0 to 1"),
+    "two objectives": (
+        {"phoneme_weight": 0.5, "objective.schedule": "{start: 0, end: 0.6}"},
+        "not both",
+    ),
+    "weights that are absent": (
+        {"init_from_checkpoint": True, "init_checkpoint_path": "/nowhere/model"},
+        "/nowhere/model does not exist",
+    ),
+    "weights without a path": ({"init_from_checkpoint": True}, "init_checkpoint_path"),
+    "a config that is absent": ({"config-file": "mine.yaml"}, "cannot be read"),
+    "a folder that is absent": ({"data-dir": "/nowhere/data"}, "/nowhere/data"),
+    "an option without a yes or no": ({"accept-changes": "perhaps"}, "true or false"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_are_one_sentence_before_anything_is_computed(name, data, train):
+    settings, words = BAD_SETTINGS[name]
+    run = train("job", "--data-dir", str(data), **settings)
+    assert run.code == 1
+    assert words in run.failure, run.failure
+    assert "\n" not in run.failure and "Traceback" not in run.said
+    assert not [n for n in run.files if "best_checkpoint" in n or "state-" in n], run.files
+
+
+def test_the_last_word_of_a_failed_run_is_the_reason(data, train):
+    run = train("job", "--data-dir", str(data), batch_size=0)
+    assert run.said.strip().splitlines()[-1] == f"ERROR: {run.failure}"
+
+
+@pytest.fixture
+def small_volume(tmp_path) -> Iterator[Path]:
+    """A 96 KiB volume: too small for a state of the test's model."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small volume needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_volume_is_one_sentence(data, train, small_volume):
+    run = train("job", "--data-dir", str(data), "--checkpoint-dir", str(small_volume))
+    assert run.code == 1
+    assert "is full" in run.failure and "last good checkpoint is untouched" in run.failure
+    assert not list(small_volume.glob("*.tmp"))
+
+
+def test_a_read_only_volume_is_one_sentence(data, train, small_volume):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
+    run = train("job", "--data-dir", str(data), "--checkpoint-dir", str(small_volume))
+    assert run.code == 1 and "read-only" in run.failure and "--checkpoint-dir" in run.failure
+
+
+def test_no_secret_is_written(data, train, s3_prefix, upload, s3_environment):
+    upload(data, s3_prefix)
+    bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
+    run = train("job", "--s3-bucket", bucket, "--s3-data-prefix", prefix)
+    assert run.code == 0, run.said
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    assert len(secret) > 8
+    for path in run.folder.rglob("*"):
+        assert not path.is_file() or secret not in path.read_bytes(), path
+    assert secret.decode() not in run.said
+
+
+def test_no_byte_of_the_dataset_is_written_to_disk(data, train, s3_prefix, upload):
+    upload(data, s3_prefix)
+    bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
+    run = train("job", "--s3-bucket", bucket, "--s3-data-prefix", prefix)
+    assert run.code == 0
+    assert not [name for name in run.files if name.endswith((".hdf5", ".h5", ".npy"))]
+    first = next(iter(data.rglob("data_train.hdf5"))).read_bytes()
+    needle = first[len(first) // 2 :][:64]  # neural data, in the middle of the file
+    for path in run.folder.rglob("*"):
+        assert not path.is_file() or needle not in path.read_bytes(), path
