@@ -159,6 +159,9 @@ class ObjectiveConfig:
     phoneme_weight: float = key(
         0.0, "fixed weight of the phoneme term (diphone sets)", minimum=0, maximum=1, added=True
     )
+    ctc_kernel: Literal["torch", "triton"] = key(
+        "torch", "CTC on GPUs; triton never makes the host wait", added=True
+    )
     schedule: PhonemeWeightSchedule | None = key(
         None, "start, end, step_size, interval: a weight that changes by step", added=True
     )

@@ -51,6 +51,7 @@ def ctc_nll(
     labels: torch.Tensor,
     frame_lengths: torch.Tensor,
     label_lengths: torch.Tensor,
+    kernel: str = "torch",
 ) -> torch.Tensor:
     """[B] negative log-likelihood of each label sequence, in nats; infinite if it cannot fit.
 
@@ -58,9 +59,10 @@ def ctc_nll(
         log_probs: [B, T', C] float32, normalised over C (the gradient assumes it), blank 0.
         labels: [B, L] int64, zero-padded.
         frame_lengths, label_lengths: [B] int64 on the CPU.
+        kernel: "triton" runs our own on GPUs where it agrees with torch's (see gpu_ctc).
     """
     device = log_probs.device
-    if device.type == "cuda" and works_on(device):
+    if kernel == "triton" and device.type == "cuda" and works_on(device):
         return ctc_nll_without_waiting(
             log_probs, labels, send(frame_lengths, device), send(label_lengths, device)
         )
@@ -116,20 +118,20 @@ class JointObjective:
             global_batch_size: trials over all ranks; the sum over this rank's trials is divided
                 by it, so that summing gradients over ranks gives the mean over the batch.
         """
-        alpha = self.alpha(step)
+        alpha, kernel = self.alpha(step), self.config.ctc_kernel
         n_frames = max(int(frame_lengths.sum()), 1)
         log_probs = logits.float().log_softmax(-1)
         trials = global_batch_size or len(logits)
         total = logits.new_zeros((), dtype=torch.float32)
         means: dict[str, torch.Tensor | None] = {"class": None, "phoneme": None}
         if alpha < 1:
-            nll = ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths).sum()
+            nll = ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths, kernel).sum()
             means["class"] = nll.detach() / n_frames
             total = total + (1 - alpha) / trials * nll
         if alpha > 0:
             marginal = marginalise_log_probs(log_probs)
             nll = ctc_nll(
-                marginal, batch.phoneme_labels, frame_lengths, batch.phoneme_lengths
+                marginal, batch.phoneme_labels, frame_lengths, batch.phoneme_lengths, kernel
             ).sum()
             means["phoneme"] = nll.detach() / n_frames
             total = total + alpha / trials * nll
