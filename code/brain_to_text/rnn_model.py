@@ -201,11 +201,29 @@ class GRUDecoder(nn.Module):
         stride = self.patch_stride
         x = F.pad(x, (0, 0, 0, -T % stride)).view(-1, stride * C)
         starts = packing.frame_rows(blocks_per_trial=-(-T // stride))
-        blocks = []
-        for first_bin in range(0, self.patch_size, stride):
-            width = min(stride, self.patch_size - first_bin) * C
-            blocks.append(x[:, :width].index_select(0, starts + first_bin // stride))
-        return torch.cat(blocks, dim=1)
+        return _GatherPatches.apply(x, starts, self.patch_size * C)
+
+
+class _GatherPatches(torch.autograd.Function):
+    """Windows that begin at given blocks of bins, in one copy; overlaps add up on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
+        """[N, width] from blocks [M, values], of which a window may span several."""
+        step = blocks.shape[1]
+        count = max((blocks.numel() - width) // step + 1, 0)
+        ctx.save_for_backward(starts)
+        ctx.shape = blocks.shape
+        return blocks.as_strided((count, width), (step, 1)).index_select(0, starts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (starts,) = ctx.saved_tensors
+        gradient = grads[0].new_zeros(ctx.shape)
+        step = ctx.shape[1]
+        for position, part in enumerate(grads[0].split(step, dim=1)):
+            gradient[:, : part.shape[1]].index_add_(0, starts + position, part)
+        return gradient, None, None
 
 
 def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
@@ -229,8 +247,12 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: torch.Tensor, n_frames: int, device: torch.device) -> Packing:
-        """Packing of trials with `lengths` [B] frames each, at least one; computed on the host."""
-        lengths_np = lengths.cpu().numpy()
+        """Packing of trials with `lengths` [B] frames each; computed on the host.
+
+        A trial too short for a frame gets one all the same, so that the rest of its batch can be
+        computed; its frame length stays 0 and its loss infinite.
+        """
+        lengths_np = lengths.cpu().numpy().clip(min=1)
         order = np.argsort(-lengths_np, kind="stable")
         present = np.arange(lengths_np.max())[:, None] < lengths_np[order][None, :]
         time, position = np.nonzero(present)
