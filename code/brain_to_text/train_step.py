@@ -143,6 +143,10 @@ class TrainStep:
         scale = self._state.get("scale")
         self.optimizer.zero_grad(set_to_none=True)
         (terms.total if scale is None else terms.total * scale).backward()
+        # An infinite loss can have a finite gradient (a trial without frames): let it show there,
+        # before gradients are summed over ranks, so that every rank refuses the same steps.
+        if self.model.out.bias.grad is not None:
+            self.model.out.bias.grad.add_(terms.total.detach() * 0)
         if self.after_backward is not None:
             self.after_backward(batch)
         norm, finite, divisor = clip_and_check(
