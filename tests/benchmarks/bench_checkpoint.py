@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/bench_checkpoint.py [--sessions 45] [--rounds 3]
 
 The state is the diphone configuration's: model, AdamW moments, counters. "blocked" is what
-training waits for when the writing goes on behind; "whole" is the copy, the write, fsync and rename,
+training waits for when the writing goes on behind; "whole" is copy, write, fsync and rename,
 which is what a stop signal has to wait for. The share is of the default checkpoint interval.
 """
 

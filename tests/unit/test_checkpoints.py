@@ -7,7 +7,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-
 from brain_to_text.checkpoints import (
     CheckpointFolder,
     load_verified,
