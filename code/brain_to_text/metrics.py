@@ -162,17 +162,20 @@ class ValidationMeter:
 
     def add(self, logits: torch.Tensor, batch: Any, frame_lengths: torch.Tensor) -> None:
         """Take one batch: logits [B, T', C] and labels on the device, lengths on the CPU."""
-        log_probs = logits.float().log_softmax(-1)
-        pending = {
-            "batch": batch,
-            "frames": frame_lengths,
-            "nll": ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths),
-            "classes": log_probs.argmax(-1).to(torch.int16),
-        }
-        if self.diphones:
-            # the best phoneme needs no logarithm: sums of probabilities, as marginalise_log_probs
-            marginal = log_probs.exp().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
-            pending["phonemes"] = marginal.argmax(-1).to(torch.int16)
+        # on a CPU a few trials at a time stay in the cache, and in memory that is already mapped
+        size = 1 if logits.device.type == "cpu" else len(logits)
+        parts = [
+            self._decode(*some)
+            for some in zip(
+                logits.split(size),
+                batch.labels.split(size),
+                frame_lengths.split(size),
+                batch.label_lengths.split(size),
+                strict=True,
+            )
+        ]
+        pending: dict[str, Any] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        pending["frames"] = frame_lengths
         pending["batch"] = _Labels(
             batch.labels.to(torch.int16),
             batch.label_lengths,
@@ -181,6 +184,25 @@ class ValidationMeter:
             batch.day_indices,
         )
         self._pending.append(pending)
+
+    def _decode(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        frame_lengths: torch.Tensor,
+        label_lengths: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Loss [b] and best classes [b, T'] of some trials, on their device."""
+        log_probs = logits.float().log_softmax(-1)
+        decoded = {
+            "nll": ctc_nll(log_probs, labels, frame_lengths, label_lengths),
+            "classes": log_probs.argmax(-1).to(torch.int16),
+        }
+        if self.diphones:
+            # the best phoneme needs no logarithm: sums of probabilities, as marginalise_log_probs
+            marginal = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
+            decoded["phonemes"] = marginal.argmax(-1).to(torch.int16)
+        return decoded
 
     def result(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> ValidationResult:
         """Score everything taken so far.
