@@ -5,7 +5,7 @@ times per step the host waits until the GPU has nothing left to do. Here one Tri
 forward recursion over (trial, direction) and everything around it is ordinary tensor operations;
 the backward recursion is the forward one on reversed time and states.
 
-The kernel is compared with torch's CTC on the device at its first use, and left aside if it
+It is used with `objective.ctc_kernel: triton`. The kernel is compared with torch's CTC on the device at its first use, and left aside if it
 disagrees or cannot be built there.
 """
 

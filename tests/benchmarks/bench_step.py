@@ -487,6 +487,7 @@ def main() -> None:
     parser.add_argument("--bins", type=int, default=MEAN_BINS)
     parser.add_argument("--lengths", choices=["equal", "spread"], default="spread")
     parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--ctc-kernel", choices=["torch", "triton"], default="torch")
     parser.add_argument("--phoneme-weight", type=float, default=0.0)
     parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -519,6 +520,7 @@ def main() -> None:
     config.model.n_layers = args.layers or config.model.n_layers
     config.model.n_input_features = args.features or config.model.n_input_features
     config.model.bidirectional = args.bidirectional
+    config.objective.ctc_kernel = args.ctc_kernel
     config.objective.phoneme_weight = args.phoneme_weight
     if args.amp_dtype:
         config.use_amp = args.amp_dtype != "off"

@@ -21,7 +21,7 @@ def case(seed: int = 0):
 
 
 def objective(weight: float = 0.0, schedule=None) -> JointObjective:
-    return JointObjective(ObjectiveConfig(weight, schedule), 1681)
+    return JointObjective(ObjectiveConfig(phoneme_weight=weight, schedule=schedule), 1681)
 
 
 def test_min_frames_is_labels_plus_repeats() -> None:
