@@ -1,12 +1,12 @@
 """CTC on a GPU without waiting for it.
 
-torch's own CTC copies the lengths to the GPU with blocking copies, three in each direction: six
-times per step the host waits until the GPU has nothing left to do. Here one Triton kernel runs the
-forward recursion over (trial, direction) and everything around it is ordinary tensor operations;
-the backward recursion is the forward one on reversed time and states.
+torch's own CTC copies the lengths to the GPU with blocking copies (`at::tensor` in its LossCTC.cu),
+so the host waits until the GPU has nothing left to do. Here one Triton kernel runs the forward
+recursion over (trial, direction) and everything around it is ordinary tensor operations; the
+backward recursion is the forward one on reversed time and states.
 
-It is used with `objective.ctc_kernel: triton`. The kernel is compared with torch's CTC on the device at its first use, and left aside if it
-disagrees or cannot be built there.
+It is used with `objective.ctc_kernel: triton`. At its first use the kernel is compared with torch's
+CTC on the device, and left aside if it disagrees or cannot be built there.
 """
 
 from __future__ import annotations
