@@ -106,8 +106,8 @@ def run_harness(kills: int, seed: int, folder: Path) -> Report:
 class Job:
     """One training process on the run's folder, as SageMaker would start it."""
 
-    def __init__(self, data: Path, run: Path, **settings: Any) -> None:
-        self.data, self.run = data, run
+    def __init__(self, data: Path | str, run: Path, **settings: Any) -> None:
+        self.data, self.run = str(data), run
         self.settings = SETTINGS | settings
         self.checkpoints = run / "checkpoints"
 
@@ -119,7 +119,9 @@ class Job:
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["brain_to_text.rnn_trainer_s3", "torch._dynamo"])
-        self.process = context.Process(target=train, args=(self.data, self.run, self.settings))
+        self.process = context.Process(
+            target=train, args=(self.data, self.run, self.settings, dict(os.environ))
+        )
         self.process.start()
         return self
 
@@ -165,16 +167,25 @@ class Job:
         assert self.finished(), self.said()[-3000:]
 
 
-def train(data: Path, run: Path, settings: dict[str, Any]) -> None:
-    """The job itself, in the child process."""
+def train(data: str, run: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
+    """The job itself, in the child process; `data` is a folder or an s3:// URL."""
+    os.environ.update(environment)
     with (run / "said").open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     os.environ["SAGEMAKER_BASE_DIR"] = str(run)
     import train_model_sagemaker
 
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    sys.exit(train_model_sagemaker.main(["--data-dir", str(data), *options]))
+    where = {"data-dir": data}
+    if data.startswith("s3://"):
+        bucket, prefix = data.removeprefix("s3://").split("/", 1)
+        where = {"s3-bucket": bucket, "s3-data-prefix": prefix}
+    options = {**where, **settings}.items()
+    sys.exit(
+        train_model_sagemaker.main(
+            [word for name, value in options for word in (f"--{name}", str(value))]
+        )
+    )
 
 
 def outcome(run: Path) -> dict[str, Any]:

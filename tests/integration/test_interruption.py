@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from integration.kill_harness import JOB_SECONDS, Job, run_harness, unequal
+from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 
 ENDLESS = {"num_training_batches": 100_000, "batches_per_val_step": 50_000}
@@ -138,3 +139,36 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(data, tmp_path, damage
     assert code == 0, said
     assert victim.name in said and "fails its CRC" in said
     assert "Finished at step 40" in said
+
+
+@pytest.mark.parametrize("phase", ["indexing", "data wait"])
+def test_a_job_that_waits_for_s3_stops_at_once(
+    tmp_path, s3_prefix, upload, fault_proxy: FaultProxy, phase
+):
+    write_dataset(tmp_path / "data", n_features=16, bins=(80, 140))  # not yet indexed
+    upload(tmp_path / "data", s3_prefix)
+    job = Job(s3_prefix, tmp_path / "run", **ENDLESS, cache_gb=0, read_timeout_seconds=60)
+    if phase == "indexing":
+        fault_proxy.faults = Faults(stall=1.0)
+        job.start().wait_for("indexing")
+    else:
+        job.start().wait_for("Train batch 10:")
+        fault_proxy.faults = Faults(stall=1.0)
+        time.sleep(2)  # every batch that was prepared ahead is used up
+    started = time.monotonic()
+    assert stop(job) == 0, job.said()
+    assert time.monotonic() - started < 30
+    assert "Stopped by SIGTERM" in job.said()
+    states = list((tmp_path / "run" / "checkpoints").glob("state-*.pt"))
+    assert bool(states) == (phase == "data wait")
+
+
+def test_a_validation_is_left_at_once_and_made_up_for(data, tmp_path):
+    job = Job(data, tmp_path, num_training_batches=12, batches_per_val_step=6).start()
+    job.wait_for("Running test after training batch: 6")
+    stop(job)
+    assert job.process.exitcode == 0, job.said()
+    code, _ = end(job)
+    assert code == 0
+    log = (tmp_path / "model" / "training_log").read_text()
+    assert [n for n in (0, 6, 11) if f"Val batch {n}: DER" in log] == [0, 6, 11]
