@@ -153,7 +153,7 @@ def test_the_public_checkpoint_evaluates_here(public_checkpoint, tiny_dataset, t
     arguments = ["--model", folder, "--data-dir", tiny_dataset.folder, "--output-dir", out]
     assert evaluate_model.main([str(a) for a in arguments]) == 0
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    assert len(rows) == 9
+    assert len(rows) == 6  # args.yaml switches one of the three sessions off
     assert "PER" in json.loads((out / "summary.json").read_text())["rates"]
 
     artefact = open_model(folder)

@@ -94,7 +94,8 @@ def test_no_trial_of_a_batch_is_fetched_by_two_ranks(data, tmp_path):
     # without a cache every distinct trial of every batch is one read, on whichever rank needs it
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        train(data, run, processes, cache_gb=0, num_training_batches=8)
+        # one batch ahead: batches prepared together share the reads of trials they both need
+        train(data, run, processes, cache_gb=0, prefetch_batches=1, num_training_batches=8)
     assert reads(tmp_path / "1") == reads(tmp_path / "2")
 
 
