@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv on first use, then check and test.
 #
-#   ./tests/run.sh                     lint, format, types, shell scripts, then every test
+#   ./tests/run.sh                     lint, format, types, shell scripts, then every test (two at once)
 #   ./tests/run.sh [pytest arguments]  only pytest, with these arguments
 #
 # Needs Python >= 3.11 (PYTHON names another than python3) and a package index on first use. Tests that
@@ -28,5 +28,6 @@ if [[ $# -eq 0 ]]; then
     echo "== shellcheck"
     shellcheck ./*.sh tests/run.sh .ci/run
     echo "== pytest"
+    set -- --numprocesses 2 --dist loadfile
 fi
 exec python -m pytest "$@"
