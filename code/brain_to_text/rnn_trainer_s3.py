@@ -78,6 +78,9 @@ COMPUTING_ROOMS = (
     "batch",
     "batch_plan",
     "diphones",
+    "distributed",
+    "evaluation",
+    "gpu_ctc",
     "losses",
     "metrics",
     "optimizer",
@@ -313,8 +316,8 @@ class BrainToTextDecoder_Trainer_S3:
         if self.world.is_main and not self.paths.best_checkpoint.exists():
             self._write_model(self.paths.best_checkpoint, None)
         self.log.info(
-            f"Stopped by {self.interruption.requested} after {self.state.step} steps; a job with "
-            "the same checkpoint location continues from here"
+            f"Stopped by {self.interruption.requested or 'another process'} after "
+            f"{self.state.step} steps; a job with the same checkpoint location continues from here"
         )
 
     # --- building ---------------------------------------------------------------------------------
