@@ -1,0 +1,68 @@
+"""Log lines: on stdout and in the file, never with a secret, whole again after a resume."""
+
+import json
+from contextlib import contextmanager
+
+from brain_to_text.errors import StorageError
+from brain_to_text.telemetry import LogUploader, RunLog, scrub
+
+
+@contextmanager
+def run_log(folder):
+    log = RunLog(folder / "model" / "training_log", folder / "output" / "metrics.jsonl")
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-long-session-token")
+    with run_log(tmp_path) as log:
+        log.info("key AKIAIOSFODNN7EXAMPLE with wJalrXUtnFEMI/K7MDENG and a-long-session-token")
+        log.warning("again wJalrXUtnFEMI/K7MDENG")
+    written = log.log_file.read_text()
+    printed = "".join(capfd.readouterr())
+    for text in (written, printed):
+        assert "EXAMPLE" not in text and "wJalr" not in text and "a-long" not in text
+        assert text.count("***") == 4
+
+
+def test_text_without_secrets_stays_as_it_is():
+    assert scrub("Train batch 0: loss: 7.43") == "Train batch 0: loss: 7.43"
+
+
+def test_what_an_earlier_job_said_stands_before_what_this_one_says(tmp_path):
+    with run_log(tmp_path) as log:
+        log.info("this job")
+        log.restore({"training_log": "earlier job\n", "metrics": '{"kind": "train"}\n'})
+        log.info("goes on")
+        log.metrics("validation", DER=0.5)
+    lines = log.log_file.read_text().splitlines()
+    assert lines[0] == "earlier job"
+    assert [line.split(": ", 1)[-1] for line in lines[1:]] == ["this job", "goes on"]
+    kinds = [json.loads(line)["kind"] for line in log.metrics_file.read_text().splitlines()]
+    assert kinds == ["train", "validation"]
+
+
+def test_the_copy_is_complete_when_the_log_is_closed(tmp_path):
+    path = tmp_path / "training_log"
+    path.write_text("first\n")
+    uploader = LogUploader(path, str(tmp_path / "copy"), interval_seconds=60)
+    path.write_text("first\nlast\n")
+    uploader.close()
+    assert (tmp_path / "copy" / "training_log").read_text() == "first\nlast\n"
+
+
+def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
+    def refuse(url):
+        raise StorageError("no such place")
+
+    monkeypatch.setattr("brain_to_text.telemetry.open_store", refuse)
+    with run_log(tmp_path) as log:
+        uploader = LogUploader(log.log_file, "s3://nowhere", interval_seconds=0.01)
+        log.info("something to copy")
+        uploader._thread.join(0.2)
+        uploader.close()
+    assert log.log_file.read_text().count("no such place") == 1
