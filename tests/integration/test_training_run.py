@@ -12,6 +12,7 @@ import pytest
 import torch
 import train_model_sagemaker
 from brain_to_text.config import load_config
+from brain_to_text.train_step import TrainStep
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 
@@ -166,6 +167,28 @@ def test_a_run_that_diverges_says_where_and_keeps_the_batch(data, train):
     assert "last good checkpoint is" in run.failure and "lower lr_max" in run.failure
     batch = torch.load(run.folder / "output/data/offending_batch.pt", weights_only=True)
     assert len(batch["trials"]) == 4 and batch["features"].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("fits", "words"), [(2, "start again with --batch-size 2"), (0, "Not even one trial")]
+)
+def test_a_batch_that_does_not_fit_is_found_before_the_first_step(
+    data, train, monkeypatch, fits, words
+):
+    # memory cannot run out on purpose here: only the answer of the probe is made up
+    monkeypatch.setattr(TrainStep, "try_batch", lambda self, *sizes: fits)
+    run = train("job", "--data-dir", str(data), try_largest_batches_first="true")
+    assert run.code == 1
+    assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure
+    assert "Train batch" not in run.said.replace("Train batches", "")
+
+
+def test_the_largest_batch_is_tried_and_changes_nothing(data, train):
+    plain = train("plain", "--data-dir", str(data))
+    tried = train("tried", "--data-dir", str(data), try_largest_batches_first="true")
+    assert "The largest batch fits: 4 trials of" in tried.said
+    for name, value in plain.last()["model"].items():
+        assert torch.equal(value, tried.last()["model"][name]), name
 
 
 def test_early_stopping_ends_the_run(data, train):

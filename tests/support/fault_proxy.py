@@ -275,7 +275,8 @@ class FaultProxy:
             if not piece:
                 return False
             if fault == "flip" and sent == 0:
-                piece = bytes([piece[0] ^ 0x40]) + piece[1:]
+                at = self.counts.body_bytes % len(piece)  # the network never damages alike twice
+                piece = piece[:at] + bytes([piece[at] ^ 0x40]) + piece[at + 1 :]
             writer.write(piece)
             sent += len(piece)
             self.counts.body_bytes += len(piece)
