@@ -52,9 +52,16 @@ def test_nothing_is_learnt_from_permuted_labels(tmp_path: Path) -> None:
     assert result["per"] > 0.8
 
 
-def test_without_day_layers_it_is_clearly_worse(
-    smoke_data: Path, reference: dict[str, float], tmp_path: Path
-) -> None:
-    fixed = trained(tmp_path, smoke_data, model__input_network__input_trainable=False)
-    assert fixed["per"] > 1.5 * reference["per"]
-    assert fixed["der"] > 1.5 * reference["der"]
+def test_without_day_layers_it_is_clearly_worse(tmp_path: Path) -> None:
+    # sessions that mix their electrodes unrelated to each other, so that only a day layer helps
+    data = tmp_path / "data"
+    assert prepare_dataset.main(["synthesize", str(data), "--session-change", "1"]) == 0
+    own = trained(tmp_path / "own", data, num_training_batches=300)
+    fixed = trained(
+        tmp_path / "fixed",
+        data,
+        num_training_batches=300,
+        model__input_network__input_trainable=False,
+    )
+    assert fixed["per"] > 1.5 * own["per"]  # 0.54 against 0.20 when this was written
+    assert fixed["der"] > 1.5 * own["der"]  # 0.70 against 0.33
