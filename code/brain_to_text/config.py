@@ -123,7 +123,7 @@ class DatasetConfig:
     on_damaged_trial: Literal["stop", "exclude"] = key(
         "stop", "what to do about trials found damaged at start", added=True
     )
-    max_concurrent_reads: int = key(32, "S3 requests in flight", minimum=1, maximum=256, added=True)
+    max_concurrent_reads: int = key(48, "S3 requests in flight", minimum=1, maximum=256, added=True)
     cache_gb: float | Literal["auto"] = key(
         "auto", "RAM for trials already read, GB; 0 turns it off", minimum=0, added=True
     )
