@@ -271,11 +271,11 @@ def test_unknown_session_is_named(tmp_path):
     [
         b"",
         b"nonsense",
-        gzip.compress(b"{}"),
-        gzip.compress(b"[]"),
-        gzip.compress(b'{"version": 1}'),
-        gzip.compress(json.dumps({"version": 99}).encode()),
-        gzip.compress(b"x" * 1000)[:30],
+        gzip.compress(b"{}", mtime=0),
+        gzip.compress(b"[]", mtime=0),
+        gzip.compress(b'{"version": 1}', mtime=0),
+        gzip.compress(json.dumps({"version": 99}).encode(), mtime=0),
+        gzip.compress(b"x" * 1000, mtime=0)[:30],
     ],
 )
 def test_what_is_no_manifest_is_refused_with_the_command(data):
