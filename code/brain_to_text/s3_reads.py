@@ -54,6 +54,11 @@ _EXPIRED = {
     "TokenRefreshRequired",
 }
 _FINAL = {"AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey", "403", "404"}
+_SWITCHES = (
+    "use_fips_endpoint",
+    "use_dualstack_endpoint",
+    "ignore_configured_endpoint_urls",
+)
 _REDIRECTS = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
 _RENEWAL_INTERVAL_SECONDS = 2.0
 
@@ -85,7 +90,7 @@ class S3RangedReader:
         self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds, self.loop)
         self._client: _S3fsClient | _ObstoreClient = self._s3fs
         try:
-            if _obstore_will_do():
+            if _obstore_will_do(self._s3fs.bucket):
                 self._client = _ObstoreClient(url, read_timeout_seconds)
             else:
                 # making this client takes a good part of a second: not at the first read's expense
@@ -125,11 +130,14 @@ class S3RangedReader:
         await self._s3fs.close()
 
 
-def _obstore_will_do() -> bool:
-    """obstore knows plain endpoints only; anything else is botocore's."""
-    special = ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
-    asked = any(os.environ.get(name, "").lower() == "true" for name in special)
-    return obstore is not None and not asked
+def _obstore_will_do(bucket: str) -> bool:
+    """obstore knows plain buckets at plain endpoints; what else a profile can ask is botocore's."""
+    if obstore is None or bucket.startswith("arn:") or bucket.endswith("--x-s3"):
+        return False
+    profile = botocore.session.Session().get_scoped_config()
+    switches = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in _SWITCHES}
+    asked = any(value.lower() == "true" for value in switches.values())
+    return not (asked or profile.keys() & {"endpoint_url", "services", "s3", *_SWITCHES})
 
 
 class _ObstoreClient:
@@ -235,7 +243,7 @@ class _S3fsClient:
         read_timeout_seconds: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._file_system = s3fs.S3FileSystem(
             asynchronous=True,
@@ -266,7 +274,7 @@ class _S3fsClient:
         try:
             client = await self.connect()
             answer = await client.get_object(
-                Bucket=self._bucket,
+                Bucket=self.bucket,
                 Key=self._prefix + key,
                 Range=f"bytes={offset}-{offset + length - 1}",
                 **conditions,

@@ -58,6 +58,7 @@ BUCKET_URL = "s3://bench/data"
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18", "t15.2023.08.20")
 TRIALS_PER_SESSION = 150
 BATCH_SIZE = 48
+READS_AT_ONCE = 48  # dataset.max_concurrent_reads
 LATENCY_SECONDS = 0.030
 BYTES_PER_SECOND = 80e6
 
@@ -110,10 +111,10 @@ def tuned_h5py(manifest: TrialManifest) -> Load:
 
 
 def s3fs_by_index(manifest: TrialManifest) -> Load:
-    """The manifest and s3fs's own cat_ranges, 16 at once, nothing verified."""
+    """The manifest and s3fs's own cat_ranges, 48 at once, nothing verified."""
     import s3fs
 
-    file_system = s3fs.S3FileSystem(config_kwargs={"max_pool_connections": 16})
+    file_system = s3fs.S3FileSystem(config_kwargs={"max_pool_connections": READS_AT_ONCE})
 
     def load(indices: np.ndarray) -> torch.Tensor:
         trials = {int(i): manifest.trials[i] for i in indices}
@@ -121,7 +122,7 @@ def s3fs_by_index(manifest: TrialManifest) -> Load:
             [f"{BUCKET_URL}/{t.key}" for t in trials.values()],
             [t.offset for t in trials.values()],
             [t.offset + t.length for t in trials.values()],
-            batch_size=16,
+            batch_size=READS_AT_ONCE,
             on_error="raise",
         )
         arrays = {i: t.decode(s) for (i, t), s in zip(trials.items(), spans, strict=True)}
@@ -131,7 +132,7 @@ def s3fs_by_index(manifest: TrialManifest) -> Load:
 
 
 def obstore_by_index(manifest: TrialManifest) -> Load:
-    """The manifest and obstore (Rust), 16 threads, nothing verified."""
+    """The manifest and obstore (Rust), 48 threads, nothing verified."""
     import concurrent.futures
 
     import obstore
@@ -145,7 +146,7 @@ def obstore_by_index(manifest: TrialManifest) -> Load:
         virtual_hosted_style_request=False,
         client_options={"allow_invalid_certificates": True} if tls else {"allow_http": True},
     )
-    threads = concurrent.futures.ThreadPoolExecutor(16)
+    threads = concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE)
 
     def load(indices: np.ndarray) -> torch.Tensor:
         distinct = [int(i) for i in dict.fromkeys(indices.tolist())]
@@ -162,14 +163,14 @@ def obstore_by_index(manifest: TrialManifest) -> Load:
 
 
 def boto3_by_index(manifest: TrialManifest) -> Load:
-    """The manifest and boto3, 16 threads, nothing verified."""
+    """The manifest and boto3, 48 threads, nothing verified."""
     import concurrent.futures
 
     import boto3
     from botocore.config import Config
 
-    client = boto3.client("s3", config=Config(max_pool_connections=16))
-    threads = concurrent.futures.ThreadPoolExecutor(16)
+    client = boto3.client("s3", config=Config(max_pool_connections=READS_AT_ONCE))
+    threads = concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE)
 
     def load(indices: np.ndarray) -> torch.Tensor:
         distinct = [int(i) for i in dict.fromkeys(indices.tolist())]
@@ -189,10 +190,10 @@ def boto3_by_index(manifest: TrialManifest) -> Load:
     return load
 
 
-def ours(manifest: TrialManifest, cache_bytes: int = 0, concurrency: int = 16) -> Load:
+def ours(manifest: TrialManifest, cache_bytes: int = 0) -> Load:
     """TrialStream without a cache: verified, retried, counted."""
     stream = TrialStream(
-        open_store(BUCKET_URL), manifest, concurrency=concurrency, cache_bytes=cache_bytes
+        open_store(BUCKET_URL), manifest, concurrency=READS_AT_ONCE, cache_bytes=cache_bytes
     )
     return lambda indices: pad_features(stream.fetch(indices))
 
@@ -201,18 +202,8 @@ def ours_s3fs(manifest: TrialManifest) -> Load:
     """The same through s3fs instead of obstore."""
     from brain_to_text import s3_reads
 
-    s3_reads._obstore_will_do = lambda: False
+    s3_reads._obstore_will_do = lambda bucket: False
     return ours(manifest)
-
-
-def ours_32(manifest: TrialManifest) -> Load:
-    """The same with 32 reads in flight."""
-    return ours(manifest, concurrency=32)
-
-
-def ours_48(manifest: TrialManifest) -> Load:
-    """The same with 48 reads in flight."""
-    return ours(manifest, concurrency=48)
 
 
 def ours_warm(manifest: TrialManifest) -> Load:
@@ -242,8 +233,6 @@ CONTENDERS: dict[str, Callable[[TrialManifest], Load]] = {
     "obstore_by_index": obstore_by_index,
     "ours": ours,
     "ours_s3fs": ours_s3fs,
-    "ours_32": ours_32,
-    "ours_48": ours_48,
     "ours_warm": ours_warm,
     "local_h5py": local_h5py,
 }
@@ -365,7 +354,7 @@ def stage() -> Iterator[Stage]:
         write_dataset(
             folder,
             SESSIONS,
-            {"train": TRIALS_PER_SESSION},
+            {"train": TRIALS_PER_SESSION, "val": 2},
             n_features=512,
             bins=(500, 1200),
         )
@@ -459,65 +448,81 @@ class ModelledReader:
         return
 
 
-def run_steps(network: str, step_seconds: float, warm: bool, concurrency: int, dtype: str) -> Any:
-    """A training loop whose step only takes time; share of it spent waiting for data."""
-    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
-    reader = ModelledReader(Path(os.environ["BENCH_FOLDER"])) if network == "model" else None
-    stream = TrialStream(
-        open_store(BUCKET_URL),
-        manifest,
-        concurrency=concurrency,
-        cache_bytes=2 << 30 if warm else 0,
-        cache_dtype=dtype,  # type: ignore[arg-type]
-        reader=reader,
-    )
-    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
-    dataset = BrainToTextDatasetS3(
-        stream,
-        trials,
-        batch_size=BATCH_SIZE,
-        days_per_batch=4,
-        n_batches=10_000,
-        seed=3,
-        limits=PrefetchLimits(batches=4, n_bytes=2 << 30, threads=4),
-    )
-    if warm:
-        stream.fetch(range(len(manifest.trials)))
-    n_steps = max(20, min(60, int(12 / step_seconds)))
-    with dataset.batches() as batches:
-        next(batches)
-        before, started = stream.stats.snapshot(), time.perf_counter()
-        for _ in range(n_steps):
-            next(batches)
+def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, float]:
+    """The real trainer, its step replaced by a pause; shares of the time after the first log line."""
+    from brain_to_text.config import load_config
+    from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
+    from brain_to_text.train_step import StepResult, TrainStep
+
+    class PausingStep(TrainStep):
+        def __call__(
+            self, batch: Any, step: int, global_batch_size: int | None = None
+        ) -> StepResult:
             time.sleep(step_seconds)
-        elapsed = time.perf_counter() - started
-        counts = stream.stats.snapshot() - before
-    dataset.close()
+            zero = torch.zeros(())
+            return StepResult(zero, zero, None, None, zero, torch.ones((), dtype=torch.bool), 0, 1)
+
+    class PausingTrainer(BrainToTextDecoder_Trainer_S3):
+        def _open_data(self) -> None:
+            super()._open_data()
+            if network == "model":
+                self.stream._reader = ModelledReader(Path(os.environ["BENCH_FOLDER"]))
+            if warm:
+                self.stream.fetch(range(len(self.manifest.trials)))
+
+        def _build_model(self) -> None:
+            super()._build_model()
+            self.train_step = PausingStep(
+                *(self.model, self.augmentation, self.objective, self.optimizer, self.scheduler),
+                self.config,
+                self.device,
+            )
+
+    log_every = 10
+    n_steps = log_every * (1 + max(4, int(20 / step_seconds) // log_every))
+    settings = {
+        "model.n_input_features": 512,
+        "model.input_network.input_layer_sizes": [512],
+        "dataset.neural_dim": 512,
+        "dataset.batch_size": BATCH_SIZE,
+        "dataset.cache_gb": 2 if warm else 0,
+        "dataset.prefetch_mb": 2048,
+        "num_training_batches": n_steps + 1,
+        "batches_per_train_log": log_every,
+        "batches_per_val_step": 10 * n_steps,
+        "save_best_checkpoint": False,
+    }
+    config = load_config(
+        HERE.parents[2] / "code" / "rnn_args_smoke.yaml",
+        {name: json.dumps(value) for name, value in settings.items()},
+    )
+    root = Path(tempfile.mkdtemp(dir=Path(os.environ["BENCH_FOLDER"]).parents[2]))
+    url = BUCKET_URL
+    PausingTrainer(config, url, RunPaths(root / "model", root / "output", root / "state")).train()
+    lines = map(json.loads, (root / "output" / "metrics.jsonl").read_text().splitlines())
+    rows = [line for line in lines if "data_wait_share" in line and line["step"] > log_every]
+    elapsed = sum(row["seconds_per_step"] for row in rows) * log_every
     return {
-        "wait": counts.wait_seconds / elapsed,
-        "step": elapsed / n_steps,
-        "mb_per_s": counts.bytes_fetched / elapsed / 1e6,
-        "hit_rate": counts.hit_rate,
+        "wait": statistics.fmean(row["data_wait_share"] for row in rows),
+        "step": statistics.fmean(row["seconds_per_step"] for row in rows),
+        "mb_per_s": sum(row["bytes_fetched"] for row in rows) / elapsed / 1e6,
     }
 
 
 def simulate_steps(on: Stage, networks: list[str]) -> None:
-    """Table 2: share of the loop's time that is waiting for data."""
-    print("\n### A training loop at a simulated step time\n")
-    print("| network | reads at once | cache | step s | waiting for data | MB/s read |")
+    """Table 2: share of the trainer's time that is waiting for data."""
+    print("\n### The real trainer with a pause as its step\n")
+    print("| network | cache | pause s | step s | waiting for data | MB/s read |")
     print("|---|---|---|---|---|---|")
-    for network, concurrency in (("model", 32), ("model", 16), ("http", 32), ("tls", 32)):
-        if network not in networks:
-            continue
+    for network in networks:
         for warm in (False, True):
-            for step in (0.1, 0.5):
-                if warm and concurrency == 16:
-                    continue
+            for pause in (0.1, 0.5):
                 environment = on.environments["tls" if network == "tls" else "http"]
-                arguments = ["--steps", network, str(step), str(int(warm)), str(concurrency)]
-                result = in_subprocess(arguments, environment)
+                result = in_subprocess(
+                    ["--trainer", network, str(pause), str(int(warm))], environment
+                )
                 print(
-                    f"| {network} | {concurrency} | {'warm' if warm else 'cold'} | {step} "
+                    f"| {network} | {'warm' if warm else 'cold'} | {pause} | {result['step']:.3f} "
                     f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
                     flush=True,
                 )
@@ -664,12 +669,12 @@ def _hit_rate(policy: str, plan: BatchPlan, val: np.ndarray, capacity: int) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", choices=["clients", "steps", "start-up", "memory", "policy"])
+    parser.add_argument("--only", choices=["clients", "trainer", "start-up", "memory", "policy"])
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--trainer", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--start-up", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -677,9 +682,9 @@ def main() -> None:
     if options.contender:
         name, n_batches, first = options.contender
         result = run_contender(name, int(n_batches), int(first))
-    elif options.steps:
-        network, step, warm, concurrency = options.steps
-        result = run_steps(network, float(step), bool(int(warm)), int(concurrency), "stored")
+    elif options.trainer:
+        network, pause, warm = options.trainer
+        result = run_trainer(network, float(pause), bool(int(warm)))
     elif options.start_up:
         result = run_start_up(options.start_up)
     elif options.memory:
@@ -705,7 +710,7 @@ def main() -> None:
                 f"{used['budget_mb']:.0f} MB (cache, prefetch, the batch in use): "
                 f"{100 * used['over']:+.1f} %"
             )
-        if wanted("steps"):
+        if wanted("trainer"):
             simulate_steps(on, options.networks)
         if wanted("clients"):
             compare_clients(on, options.networks, options.rounds, options.skip)

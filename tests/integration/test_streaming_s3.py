@@ -45,7 +45,7 @@ def test_one_get_per_distinct_trial_and_nothing_else(
     tls_fault_proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_reads, "_obstore_will_do", lambda: obstore)
+    monkeypatch.setattr(s3_reads, "_obstore_will_do", lambda bucket: obstore)
     dataset = open_training(tiny_dataset_s3, manifest, concurrency=4)
     tls_fault_proxy.reset_counts()
     distinct = 0
@@ -103,6 +103,42 @@ def test_a_server_that_answers_ranges_with_200_is_read_through_s3fs(
     assert [r.message for r in caplog.records] == [
         "Reading through s3fs: the server answers a byte range with status 200"
     ]
+
+
+def test_what_only_botocore_knows_is_read_through_s3fs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = tmp_path / "config"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(profile))
+    profile.write_text("[default]\nregion = us-east-1\n")
+    assert s3_reads._obstore_will_do("bucket")
+    assert not s3_reads._obstore_will_do("arn:aws:s3:us-east-1:111122223333:accesspoint/data")
+    assert not s3_reads._obstore_will_do("bucket--use1-az4--x-s3")
+    profile.write_text("[default]\nendpoint_url = http://127.0.0.1:9000\n")
+    assert not s3_reads._obstore_will_do("bucket")
+    profile.write_text("[default]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", "true")
+    assert not s3_reads._obstore_will_do("bucket")
+
+
+def test_an_endpoint_from_a_profile_is_used(
+    tiny_dataset_s3: str,
+    manifest: TrialManifest,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile = tmp_path / "config"
+    profile.write_text(f"[default]\nendpoint_url = {fault_proxy.url}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(profile))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    fault_proxy.reset_counts()
+    with TrialStream(open_store(tiny_dataset_s3), manifest) as stream:
+        stream.fetch([0, 1])
+    assert fault_proxy.counts.ranged_gets == 2
+    assert open_store(tiny_dataset_s3).list()
+    assert fault_proxy.counts.lists == 1
 
 
 def test_no_credentials_is_one_sentence_at_once(
