@@ -29,17 +29,10 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "code")]
 
 import torch  # noqa: E402
-from support.tiny_data import write_dataset  # noqa: E402
+from support.tiny_data import TINY_DECODER, write_dataset  # noqa: E402
 
 SETTINGS = {
-    "neural_dim": 16,
-    "n_input_features": 16,
-    "input_layer_sizes": "[16]",
-    "n_units": 16,
-    "n_layers": 2,
-    "n_classes": 1681,
-    "batch_size": 4,
-    "days_per_batch": 2,
+    **TINY_DECODER,
     "num_training_batches": 60,
     "lr_warmup_steps": 5,
     "batches_per_train_log": 5,

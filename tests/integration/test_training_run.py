@@ -14,17 +14,10 @@ import train_model_sagemaker
 from brain_to_text.config import load_config
 from brain_to_text.train_step import TrainStep
 from support.fault_proxy import FaultProxy, Faults
-from support.tiny_data import write_dataset
+from support.tiny_data import TINY_DECODER, write_dataset
 
 SETTINGS = {
-    "neural_dim": 16,
-    "n_input_features": 16,
-    "input_layer_sizes": "[16]",
-    "n_units": 16,
-    "n_layers": 2,
-    "n_classes": 1681,
-    "batch_size": 4,
-    "days_per_batch": 2,
+    **TINY_DECODER,
     "num_training_batches": 6,
     "lr_warmup_steps": 2,
     "batches_per_train_log": 2,

@@ -16,6 +16,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "lzf": {"chunks": (32, 16), "compression": "lzf"},
 }
 
+# Settings of a decoder that fits datasets with 16 features, in both senses.
+TINY_DECODER = {
+    "neural_dim": 16,
+    "n_input_features": 16,
+    "input_layer_sizes": "[16]",
+    "n_units": 16,
+    "n_layers": 2,
+    "n_classes": 1681,
+    "batch_size": 4,
+    "days_per_batch": 2,
+}
+
 
 def write_dataset(
     folder: Path,
