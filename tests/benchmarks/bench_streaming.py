@@ -305,7 +305,7 @@ def control(what: str) -> bytes:
 def in_subprocess(arguments: list[str], environment: dict[str, str]) -> Any:
     result = subprocess.run(
         [sys.executable, str(HERE), *arguments],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "2", "THP_MEM_ALLOC_ENABLE": "1"},
         capture_output=True,
         text=True,
         timeout=1500,
@@ -437,9 +437,9 @@ class ModelledReader:
             for path in folder.rglob("*.hdf5")
         }
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
+    async def read(self, key: str, offset: int, length: int, etag: str) -> memoryview:
         await asyncio.sleep(LATENCY_SECONDS + length / BYTES_PER_SECOND)
-        return bytearray(self._files[key][offset : offset + length])
+        return memoryview(self._files[key])[offset : offset + length]
 
     async def renew_credentials(self) -> None:
         return
@@ -449,7 +449,7 @@ class ModelledReader:
 
 
 def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, float]:
-    """The real trainer, its step replaced by a pause; shares of the time after the first log line."""
+    """The real trainer with a pause as its step; shares of the time after the first interval."""
     from brain_to_text.config import load_config
     from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
     from brain_to_text.train_step import StepResult, TrainStep
