@@ -76,13 +76,13 @@ def run_trainer() -> None:
         current_host=env.current_host,
         processes_per_host=processes_per_host(env.num_gpus, os.environ),
     )
+    failure_file = Path(environment.output_dir) / "failure"
+    failure_file.unlink(missing_ok=True)  # of an earlier run in this folder, outside SageMaker
     log.info("Running %s", " ".join(command))
     trainer = Trainer(command, child_env, Path(environment.code_dir))
     return_code = trainer.run()
-    if return_code and not trainer.stopped_before_it_listened(return_code):
-        raise errors.ClientError(
-            failure_text(Path(environment.output_dir) / "failure", trainer.stderr_tail, return_code)
-        )
+    if return_code and (failure_file.exists() or not trainer.ended_by_the_stop(return_code)):
+        raise errors.ClientError(failure_text(failure_file, trainer.stderr_tail, return_code))
 
 
 # --- the process
@@ -131,11 +131,17 @@ class Trainer:
         """The last lines of stderr, oldest first."""
         return list(self._tail)
 
-    def stopped_before_it_listened(self, return_code: int) -> bool:
-        """A stop that came while Python was still importing: nothing was lost, nothing failed."""
-        stopped = self._stop_requested and return_code == -signal.SIGTERM
+    def ended_by_the_stop(self, return_code: int) -> bool:
+        """A stop while Python still imported, or torchrun said goodbye: nothing lost or failed.
+
+        torchrun turns its own SIGTERM, and that of its workers, into an exception.
+        """
+        stopped = self._stop_requested and (
+            return_code == -signal.SIGTERM
+            or any(re.search(r"got signal: 15\b|\(SIGTERM\)", line) for line in self._tail)
+        )
         if stopped:
-            log.warning("Stopped before training began.")
+            log.warning("Stopped before training began or after it had ended.")
         return stopped
 
     def _forward(self, number: int, _frame: object) -> None:

@@ -3,12 +3,19 @@
 torchrun starts one process per GPU and says through its variables who is who; a process started
 alone is a world of one, for which everything here is free. Gradients travel by the device's engine
 (NCCL on GPUs, gloo on CPUs), decisions by gloo, so that asking for them never waits for a GPU.
+
+A rank that fails pins its reason to a board (torchrun's key-value store, on the first host) before
+it hangs up; the others, who only see a closed connection, read it there and fail with that reason.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -17,13 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .errors import TrainingError
+from .errors import BrainToTextError, TrainingError
+from .interruption import RunInterrupted
 
 T = TypeVar("T")
 Compression = Literal["none", "bfloat16"]
 
-# Indexing a dataset without a manifest happens on one rank while the others wait.
-SETUP_TIMEOUT = timedelta(hours=2)
+# One rank works while the others wait: indexing a dataset without a manifest, the final report.
+PATIENCE = timedelta(hours=2)
+# Within a step nobody is later than the slowest read may be (dataset.retry_budget_seconds).
+STEP_TIMEOUT = timedelta(minutes=30)
+BOARD_TIMEOUT = timedelta(seconds=30)
+REASON_KEY = "brain_to_text/reason"
+REASON_SECONDS = 3.0  # for the failing rank's reason to arrive after its connection has closed
+STOPPED = "stopped"  # on the board: no failure, a stop signal
 
 
 @dataclass(frozen=True)
@@ -34,14 +48,20 @@ class World:
         rank: 0 writes logs, checkpoints and results.
         size: processes over all hosts.
         local_rank: position on this host; also its GPU.
-        local_size: processes on this host.
+        local_size: processes on this host; their ranks follow each other.
+        hosts: (name, address) of each rank's host, by rank.
+        decisions, setup: gloo groups of everybody; the second waits as long as PATIENCE.
+        board: where a failing rank leaves its reason.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    hosts: Sequence[tuple[str, str]] = ()
     decisions: dist.ProcessGroup | None = None
+    setup: dist.ProcessGroup | None = None
+    board: dist.Store | None = None
 
     @classmethod
     def join(cls) -> World:
@@ -59,8 +79,14 @@ class World:
                 torch.cuda.set_device(local_rank)
                 dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
             else:
-                dist.init_process_group("gloo", timeout=SETUP_TIMEOUT)
-            decisions = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+                dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+            decisions = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+            setup = dist.new_group(backend="gloo", timeout=PATIENCE)
+            board = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=BOARD_TIMEOUT
+            )
+            hosts: list[Any] = [None] * size
+            dist.all_gather_object(hosts, _own_host(), group=decisions)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"Rank {os.environ.get('RANK')} of {size} could not join the other processes: "
@@ -71,7 +97,10 @@ class World:
             size=size,
             local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            hosts=hosts,
             decisions=decisions,
+            setup=setup,
+            board=board,
         )
 
     @property
@@ -89,16 +118,16 @@ class World:
         if self.size == 1:
             return make()
         message: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 message[0] = make()
-            except Exception as error:
-                message[1] = error
-                dist.broadcast_object_list(message, src=0, group=self.decisions)
-                raise
-        dist.broadcast_object_list(message, src=0, group=self.decisions)
-        if message[1] is not None:
-            raise message[1]
+            except Exception as error:  # noqa: BLE001 - raised on every rank, below
+                message[1] = failure = error
+        with self.in_contact():
+            dist.broadcast_object_list(message, src=0, group=self.setup)
+        if failure is not None or message[1] is not None:
+            raise failure or message[1]
         return message[0]
 
     def any(self, flag: bool) -> bool:
@@ -106,7 +135,8 @@ class World:
         if self.size == 1:
             return flag
         asked = torch.tensor([int(flag)])
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.decisions)
+        with self.in_contact():
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.decisions)
         return bool(asked.item())
 
     def gather(self, value: T) -> list[T]:
@@ -114,13 +144,92 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.decisions)
+        with self.in_contact():
+            dist.all_gather_object(values, value, group=self.decisions)
         return values
 
-    def leave(self) -> None:
-        """Let go of the other processes."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def meet(self) -> None:
+        """Return when every rank has come here: nobody leaves while another still writes."""
+        if self.size > 1:
+            with suppress(RunInterrupted), self.in_contact():
+                dist.barrier(group=self.setup)
+
+    def announce_stop(self) -> None:
+        """Tell the others, who will lose contact, that a stop signal is why we leave."""
+        self._pin(STOPPED)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Let go of the other processes; with an `error`, after pinning it to the board."""
+        if self.size == 1 or not dist.is_initialized():
+            return
+        if error is not None:
+            self._pin(f"Rank {self.rank} on {self.hosts[self.rank][0]} failed: {_reason(error)}")
+            if dist.get_backend() == "nccl":
+                return  # taking the group apart would wait for collectives that never end
+        dist.destroy_process_group()
+
+    @contextmanager
+    def in_contact(self) -> Iterator[None]:
+        """Around whatever needs the other ranks.
+
+        Raises:
+            TrainingError: one of them is gone; says which and why, as far as that is known.
+            RunInterrupted: one of them is gone because it was told to stop.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # all that torch says when a connection closes
+            reason = self._pinned_reason()
+            if reason == STOPPED:
+                raise RunInterrupted("another process") from error
+            raise TrainingError(reason or self._silence(str(error))) from error
+
+    def _pin(self, reason: str) -> None:
+        """The first reason stays: later ranks fail because of it."""
+        if self.board is not None:
+            try:
+                self.board.compare_set(REASON_KEY, "", reason)
+            except RuntimeError:
+                return  # the first host is gone, and the board with it
+
+    def _pinned_reason(self) -> str | None:
+        deadline = time.monotonic() + REASON_SECONDS
+        try:
+            while self.board is not None and time.monotonic() < deadline:
+                if self.board.check([REASON_KEY]):
+                    return self.board.get(REASON_KEY).decode()
+                time.sleep(0.05)
+        except RuntimeError:
+            return None
+        return None
+
+    def _silence(self, said: str) -> str:
+        """One sentence for a rank that went without a word; `said` is torch's message."""
+        address = re.search(r"\[([0-9a-f.:]+)\]:\d+", said)
+        own = self.hosts[self.rank] if self.hosts else None
+        gone = {host for host in self.hosts if address and host[1] == address[1] and host != own}
+        where = f"host {min(gone)[0]}" if gone else "another process of this job"
+        return (
+            f"Lost contact with {where}, which gave no reason: it was killed, ran out of memory, "
+            "or its instance is gone; look at that host's log, and start the job again with the "
+            "same checkpoint location to resume."
+        )
+
+
+def _own_host() -> tuple[str, str]:
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, ""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BrainToTextError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class GradientSum:
@@ -160,11 +269,12 @@ class GradientSum:
         if self._travelling is None:  # this rank's share left a parameter without a gradient
             self._start()
         parameters = [p for day in sorted(set(days)) for p in self._days.get(day, ())]
-        day_sum = _Sum(parameters, self._compression) if parameters else None
         assert self._travelling is not None
-        self._travelling.finish()
-        if day_sum is not None:
-            day_sum.finish()
+        with self._world.in_contact():
+            day_sum = _Sum(parameters, self._compression) if parameters else None
+            self._travelling.finish()
+            if day_sum is not None:
+                day_sum.finish()
         self._travelling, self._known = None, 0
 
     def _one_more(self, parameter: torch.Tensor) -> None:

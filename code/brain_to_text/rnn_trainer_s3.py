@@ -185,9 +185,12 @@ class BrainToTextDecoder_Trainer_S3:
                     self._build_model()
                     self._open_checkpoints()
             except RunInterrupted:
-                self.log.info(f"Stopped by {self.interruption.requested} before training")
+                self.world.announce_stop()
+                said = self.interruption.requested or "another process"
+                self.log.info(f"Stopped by {said} before training")
                 return self.state
             self._run()
+            self.world.meet()
         return self.state
 
     # --- the run ----------------------------------------------------------------------------------
@@ -325,7 +328,7 @@ class BrainToTextDecoder_Trainer_S3:
     def _join_world(self) -> None:
         """Find out who trains with us, and who of us may speak and write."""
         self.world = World.join()
-        self.closing.callback(self.world.leave)
+        self.closing.push(lambda kind, error, trace: self.world.leave(error))
         if self._choose_device:
             self.device = self.world.device()
         self.log.close()

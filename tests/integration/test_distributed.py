@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from integration.kill_harness import SETTINGS
@@ -128,6 +130,30 @@ def test_a_killed_rank_ends_the_whole_job(data, tmp_path):
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     assert process.wait(120) != 0
     assert list((tmp_path / "checkpoints").glob("state-*.pt"))
+    assert (
+        (tmp_path / "output" / "failure")
+        .read_text()
+        .startswith(
+            "Lost contact with another process of this job, which gave no reason: it was killed"
+        )
+    )
+
+
+def test_one_ranks_reason_is_what_the_others_fail_with(data, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    train(own, tmp_path / "indexed", 1, num_training_batches=1)
+    for file in own.glob("*/data_train.hdf5"):  # damaged after it was indexed, behind its back
+        before = file.stat()
+        with h5py.File(file, "r+") as content:
+            content["trial_0003/input_features"][5, 5] += 1
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    process = start(own, tmp_path / "run", 2, on_damaged_trial="stop")
+    assert process.wait(120) != 0
+    said = (tmp_path / "run" / "said").read_text()
+    reason = re.search(r"ERROR: (The bytes of trial trial_0003 of \S+ .*)", said)[1]
+    assert re.search(rf"ERROR: Rank [01] on \S+ failed: {re.escape(reason)}", said), said
+    assert reason in (tmp_path / "run" / "output" / "failure").read_text()
 
 
 def test_an_error_of_the_main_rank_is_everyones_reason(data, tmp_path):

@@ -192,6 +192,8 @@ if mode == "raise":
 if mode == "sentence":
     open(os.environ["SM_OUTPUT_DIR"] + "/failure", "w").write("One clear sentence.")
     sys.exit(1)
+if mode == "import":
+    time.sleep(60)
 if mode == "wait":
     def stop(*_):
         open(os.environ["SM_CHECKPOINT_DIR"] + f"/saved{rank}", "w").close()
@@ -269,6 +271,30 @@ def test_sigterm_reaches_every_trainer_process(toolkit, processes):
     assert process.returncode == 0, output
     assert len(list((base / "checkpoints").glob("saved*"))) == processes
     assert not (base / "output" / "failure").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_before_the_trainer_listens_is_no_failure(toolkit, processes):
+    process, base = toolkit("import", processes)
+    _await(lambda: len(list(base.glob("started*"))) == processes)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert not (base / "output" / "failure").exists()
+
+
+def test_a_stop_that_finds_only_torchrun_is_no_failure(toolkit):
+    process, base = toolkit("fine", 2)
+    _await(lambda: "torch.distributed.run" in _children_of(process.pid))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert not (base / "output" / "failure").exists()
+
+
+def _children_of(pid: int) -> str:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return " ".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
 
 
 def _await(condition, seconds: float = 60) -> None:
