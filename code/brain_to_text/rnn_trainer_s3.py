@@ -364,10 +364,9 @@ class BrainToTextDecoder_Trainer_S3:
         self.day_of_trial = {
             int(trial): day for day, trials in enumerate(selection.train) for trial in trials
         }
-        self.stream = TrialStream.from_config(
-            store, self.manifest, config.dataset, processes=world.local_size
-        )
+        self.stream = TrialStream.from_config(store, self.manifest, config.dataset, host=world)
         self.closing.callback(self.stream.close)
+        log.info(f"Cache: {self.stream.cache.describe()}")
         share: dict[str, Any] = {
             "device": self.device,
             "rank": world.rank,

@@ -45,6 +45,10 @@ class TrialCache:
     def __len__(self) -> int:
         return len(self._trials)
 
+    def describe(self) -> str:
+        """How much there is and for whom, for the log."""
+        return f"{self.budget_bytes / 1e9:.1f} GB for this process"
+
     def get(self, index: int) -> np.ndarray | None:
         """The trial's features [T, C], read-only, or None."""
         return self._trials.get(index)

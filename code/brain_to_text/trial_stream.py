@@ -29,8 +29,9 @@ from .ranged_reads import (
     open_reader,
 )
 from .retry import Attempts, RetryPolicy
+from .shared_trial_cache import Host, SharedTrialCache, open_cache
 from .stream_stats import StreamStats
-from .trial_cache import TrialCache, cache_budget_bytes
+from .trial_cache import TrialCache
 from .trial_manifest import TrialManifest
 from .trial_records import TrialRecord
 
@@ -50,6 +51,7 @@ class TrialStream:
         manifest: where each trial's bytes lie, and their CRC-32.
         concurrency: ranged GETs in flight, over all batches being prepared.
         cache_bytes: budget of the RAM cache of decoded trials; 0 turns it off.
+        cache: a cache of decoded trials that exists already, instead.
         cache_dtype: "float16" rounds every trial to half precision when it is read, so that a batch
             does not depend on whether it came from the cache.
         retry: time limits of one read.
@@ -64,6 +66,7 @@ class TrialStream:
         *,
         concurrency: int = 16,
         cache_bytes: int = 0,
+        cache: TrialCache | SharedTrialCache | None = None,
         cache_dtype: CacheDtype = "stored",
         retry: RetryPolicy | None = None,
         threads: int = 4,
@@ -71,7 +74,7 @@ class TrialStream:
     ) -> None:
         self.url = url = store.url
         self.manifest = manifest
-        self.cache = TrialCache(cache_bytes)
+        self.cache = TrialCache(cache_bytes) if cache is None else cache
         self.cache_dtype = cache_dtype
         stored = {trial.dtype for trial in manifest.trials}
         # of the features handed out; files of both precisions are possible, then the wider
@@ -90,23 +93,23 @@ class TrialStream:
 
     @classmethod
     def from_config(
-        cls, store: ObjectStore, manifest: TrialManifest, dataset: DatasetConfig, processes: int = 1
+        cls,
+        store: ObjectStore,
+        manifest: TrialManifest,
+        dataset: DatasetConfig,
+        host: Host | None = None,
     ) -> TrialStream:
         """The stream that a configuration describes, shared by training and validation.
 
         Args:
-            processes: training processes on this host, which share its memory.
+            host: the world of training processes; those of one host share one cache. All of them
+                must call this at the same point.
         """
-        used = [t for t in manifest.trials if t.split in ("train", "val")]
-        decoded = sum(t.feature_bytes for t in used)
-        if dataset.cache_dtype == "float16":
-            decoded = sum(t.n_time_steps * t.n_features * 2 for t in used)
-        prefetch_bytes = int(dataset.prefetch_mb * 1e6)
         return cls(
             store,
             manifest,
             concurrency=dataset.max_concurrent_reads,
-            cache_bytes=cache_budget_bytes(dataset.cache_gb, decoded, prefetch_bytes, processes),
+            cache=open_cache(manifest, dataset, host),
             cache_dtype=dataset.cache_dtype,
             retry=RetryPolicy(
                 budget_seconds=dataset.retry_budget_seconds,
