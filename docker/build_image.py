@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Build the training image: choose a docker client that can, give it what the Dockerfile needs.
 
-    python3 docker/build_image.py --tag brain-to-text-training:local [--cpu] [--base-image IMAGE]
+    python3 docker/build_image.py --tag brain-to-text-training:local [--cpu] [--mlflow]
+                                  [--base-image IMAGE]
 
 Needs a Docker engine and nothing else (standard library only). Environment: BASE_IMAGE as
 --base-image; TORCH_CPU_INDEX, another index with torch's CPU wheels, for --cpu.
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the training image.")
     parser.add_argument("--tag", action="append", help=f"repeatable (default {DEFAULT_TAG})")
     parser.add_argument("--cpu", action="store_true", help="torch without CUDA")
+    parser.add_argument("--mlflow", action="store_true", help="with MLflow's client")
     parser.add_argument("--base-image", default=os.environ.get("BASE_IMAGE") or None)
     parser.add_argument("--platform", help="for example linux/amd64")
     options = parser.parse_args(arguments)
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         build_image(
             options.tag or [DEFAULT_TAG],
             cpu=options.cpu,
+            mlflow=options.mlflow,
             base_image=options.base_image,
             platform=options.platform,
         )
@@ -53,6 +56,7 @@ def build_image(
     tags: list[str],
     *,
     cpu: bool = False,
+    mlflow: bool = False,
     base_image: str | None = None,
     platform: str | None = None,
     quiet: bool = False,
@@ -75,6 +79,8 @@ def build_image(
     values = {"REVISION": revision, "VERSION": revision[:12], "CREATED": created}
     if base_image:
         values["BASE_IMAGE"] = base_image
+    if mlflow:
+        values["MLFLOW"] = "yes"
     if cpu:
         values["TORCH_VARIANT"] = "cpu"
         if index := os.environ.get("TORCH_CPU_INDEX"):

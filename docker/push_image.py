@@ -84,6 +84,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-push", action="store_true")
     parser.add_argument("--base-image", default=os.environ.get("BASE_IMAGE") or None)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--mlflow", action="store_true")
     parser.add_argument("--kms-key")
     parser.add_argument("--require-clean", action="store_true")
     parser.add_argument("--platform", default=PLATFORM)
@@ -94,8 +95,19 @@ def build_only(options: argparse.Namespace) -> str:
     """Build; the local tag."""
     tag = f"{options.repository}:{options.tag or default_tag(options)}"
     say(f"Building {tag} for {options.platform}; nothing will be pushed.")
-    build_image([tag], cpu=options.cpu, base_image=options.base_image, platform=options.platform)
+    build(tag, options)
     return tag
+
+
+def build(tag: str, options: argparse.Namespace) -> None:
+    """Build what the options describe as `tag`."""
+    build_image(
+        [tag],
+        cpu=options.cpu,
+        mlflow=options.mlflow,
+        base_image=options.base_image,
+        platform=options.platform,
+    )
 
 
 def build_and_push(options: argparse.Namespace) -> str:
@@ -122,12 +134,7 @@ def build_and_push(options: argparse.Namespace) -> str:
             say(f"{target.uri} is already there: nothing to build or push.")
         else:
             say(f"Building {target.uri} for {options.platform}.")
-            build_image(
-                [target.uri],
-                cpu=options.cpu,
-                base_image=options.base_image,
-                platform=options.platform,
-            )
+            build(target.uri, options)
             push(ecr, target)
             digest = pushed_digest(ecr, target) or local_digest(target)
     uri = target.by_digest(digest)
@@ -154,7 +161,8 @@ def default_tag(options: argparse.Namespace) -> str:
             )
         tag = f"{tag}-dirty-{hash_of_changes()}"
         say(f"The tree has uncommitted changes: the tag says so ({tag}).")
-    return f"{tag}-cpu" if options.cpu else tag
+    # tags are immutable, so every kind of image needs one of its own
+    return tag + ("-cpu" if options.cpu else "") + ("-mlflow" if options.mlflow else "")
 
 
 def hash_of_changes() -> str:

@@ -34,6 +34,7 @@ from .device import allow_tf32
 from .distributed import GradientSum, World
 from .errors import CheckpointError, TrainingError
 from .evaluation import evaluate
+from .experiment_tracking import announce, open_trackers
 from .interruption import Interruption, RunInterrupted
 from .losses import JointObjective
 from .metrics import ValidationResult
@@ -96,11 +97,15 @@ CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two sa
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run writes: becomes model.tar.gz, becomes output.tar.gz, outlives the job."""
+    """Where a run writes: becomes model.tar.gz, becomes output.tar.gz, outlives the job.
+
+    TensorBoard's event file goes to `tensorboard_dir`, by default below the output.
+    """
 
     model_dir: Path
     output_data_dir: Path
     checkpoint_dir: Path
+    tensorboard_dir: Path | None = None
 
     @property
     def best_checkpoint(self) -> Path:
@@ -338,6 +343,8 @@ class BrainToTextDecoder_Trainer_S3:
         )
         self.closing.callback(self.log.close)
         self.log.info(f"Using device: {self.device}")
+        if self.world.is_main:
+            announce(self.log)
         if self.world.size > 1:
             self.log.info(f"Training on {self.world.size} processes")
         allow_tf32(self.config.allow_tf32)
@@ -445,8 +452,23 @@ class BrainToTextDecoder_Trainer_S3:
         self._next_save = time.monotonic() + config.checkpoint_interval_seconds
         if not self.world.is_main:
             return
+        trackers = open_trackers(
+            self.log,
+            tensorboard_dir=paths.tensorboard_dir or paths.output_data_dir / "tensorboard",
+            model_dir=paths.model_dir,
+            output_data_dir=paths.output_data_dir,
+            checkpoint_dir=paths.checkpoint_dir,
+            params=config.to_dict(),
+            tags={"data": self.data_url, "dataset": self.manifest.fingerprint()},
+            already_finished=self.state.finished,
+        )
+        self.closing.push(
+            lambda kind, error, trace: trackers.close(
+                error, self.state.finished, lambda: self.interruption.requested is not None
+            )
+        )
         if self.log_url is not None:
-            self.log.upload_to(self.log_url)
+            self.log.upload_to(self.log_url, trackers.copies())
         args = paths.model_dir / "checkpoint" / "args.yaml"
         args.parent.mkdir(parents=True, exist_ok=True)
         args.write_text(config.to_yaml(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run says while it runs: log lines, a metrics file, a copy of the log on S3.
+"""What a run says while it runs: log lines, a metrics file, copies of both on S3.
 
 CloudWatch metric patterns match the log lines; their wording is a contract (README_SAGEMAKER.md,
 Monitoring).
@@ -12,24 +12,57 @@ import os
 import re
 import sys
 import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import StorageError
 from .object_store import ObjectStore, open_store
 
 LOGGER = logging.getLogger("brain_to_text")
-_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
-_SECRET_PATTERN = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+_SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+# an access key's id; a user and password inside a URL
+_SECRET_PATTERN = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 
 
 def scrub(text: str) -> str:
-    """`text` with this process's AWS credentials, and anything shaped like a key id, masked."""
+    """`text` with this process's credentials, and anything shaped like some, masked."""
     for name in _SECRET_VARIABLES:
         secret = os.environ.get(name)
         if secret and len(secret) > 7:
             text = text.replace(secret, "***")
     return _SECRET_PATTERN.sub("***", text)
+
+
+class Follower(Protocol):
+    """Something that wants every entry of metrics.jsonl: must never raise, and never wait long."""
+
+    def record(self, entry: Mapping[str, Any]) -> None: ...
+
+
+def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of every number in an entry of metrics.jsonl: "train/loss", "validation/per".
+
+    Rates of one session are named "sessions/SESSION/per".
+    """
+    for name, value in entry.items():
+        if name == "per_session":
+            for session, rates in value.items():
+                for rate, number in rates.items():
+                    yield f"sessions/{session}/{rate}", float(number)
+        elif name not in ("kind", "time", "step") and _is_number(value):
+            yield f"{entry['kind']}/{name}", float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class _ScrubbingFormatter(logging.Formatter):
@@ -53,6 +86,9 @@ class RunLog:
         self.log_file = log_file
         self.metrics_file = metrics_file
         self._uploader: LogUploader | None = None
+        self._followers: list[Follower] = []
+        if metrics_file is not None:  # an earlier job's in the same folder; a resumed run has them
+            metrics_file.unlink(missing_ok=True)
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         if log_file is not None:
@@ -73,12 +109,21 @@ class RunLog:
         LOGGER.warning("%s", message)
 
     def metrics(self, kind: str, **values: Any) -> None:
-        """Append one JSON object to the metrics file."""
+        """Append one JSON object to the metrics file, and show it to the followers."""
         if self.metrics_file is None:
             return
+        entry = {"kind": kind, "time": round(time.time(), 3), **values}
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(json.dumps(entry) + "\n")
+        for follower in self._followers:
+            follower.record(entry)
+
+    def follow(self, follower: Follower) -> None:
+        """Show a follower every entry so far, those of earlier jobs too, and all to come."""
+        for line in _text(self.metrics_file).splitlines():
+            follower.record(json.loads(line))
+        self._followers.append(follower)
 
     def snapshot(self) -> dict[str, str]:
         """Everything said so far, for the checkpoint."""
@@ -100,10 +145,15 @@ class RunLog:
             if isinstance(handler, logging.FileHandler):
                 handler.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
 
-    def upload_to(self, url: str) -> None:
-        """Keep `URL/training_log` up to date from now on, in a thread of its own."""
+    def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
+        """Keep `URL/training_log` up to date from now on, in a thread of its own.
+
+        Args:
+            others: more files to keep up to date, by their key below `url`.
+        """
         if self.log_file is not None:
-            self._uploader = LogUploader(self.log_file, url)
+            files = {self.log_file.name: self.log_file, **(others or {})}
+            self._uploader = LogUploader(files, url)
 
     def close(self) -> None:
         """Upload the last lines and let go of the files."""
@@ -116,16 +166,19 @@ class RunLog:
 
 
 class LogUploader:
-    """Writes a growing file to an object store whenever it has changed, once a minute at most.
+    """Writes growing files to an object store whenever they have grown, once a minute at most.
 
-    Losing the copy never stops a run: the first failure is a warning, later ones are silent.
+    Losing the copies never stops a run: the first failure is a warning, later ones are silent.
+
+    Args:
+        files: by their key below `url`; those that do not exist yet are waited for.
     """
 
-    def __init__(self, log_file: Path, url: str, interval_seconds: float = 60.0) -> None:
-        self._log_file = log_file
+    def __init__(self, files: Mapping[str, Path], url: str, interval_seconds: float = 60.0) -> None:
+        self._files = dict(files)
         self._url = url
         self._interval = interval_seconds
-        self._uploaded_bytes = 0
+        self._uploaded_bytes = dict.fromkeys(files, 0)
         self._warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-uploader", daemon=True)
@@ -140,12 +193,14 @@ class LogUploader:
         store: ObjectStore | None = None
         while True:
             stopping = self._stop.wait(self._interval)
-            content = self._log_file.read_bytes()
-            if len(content) != self._uploaded_bytes:
+            for key, path in self._files.items():
+                content = path.read_bytes() if path.exists() else b""
+                if len(content) == self._uploaded_bytes[key]:
+                    continue
                 try:
                     store = store or open_store(self._url)
-                    store.write(self._log_file.name, content)
-                    self._uploaded_bytes = len(content)
+                    store.write(key, content)
+                    self._uploaded_bytes[key] = len(content)
                 except StorageError as error:
                     if not self._warned:
                         LOGGER.warning("The log is not copied to %s: %s", self._url, error)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-LOCKS = [REPOSITORY / "docker" / name for name in ("requirements.txt", "requirements-torch.txt")]
+LOCKS = [REPOSITORY / "docker" / f"requirements{kind}.txt" for kind in ("", "-torch", "-mlflow")]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
@@ -19,6 +19,12 @@ def test_every_package_is_pinned_by_version_and_hash(lock):
     for text in packages:
         assert re.match(r"[\w.\-\[\]]+==[\w.+]+", text), text.splitlines()[0]
         assert "--hash=sha256:" in text, text.splitlines()[0]
+
+
+def test_mlflow_changes_no_package_that_is_there_already():
+    core, extra = ({*re.findall(r"(?m)^([\w.-]+==\S+)", path.read_text())} for path in LOCKS[::2])
+    names = {pin.split("==")[0] for pin in core}
+    assert {pin for pin in extra if pin.split("==")[0] in names} <= core
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)

@@ -2,9 +2,10 @@
 
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from brain_to_text.errors import StorageError
-from brain_to_text.telemetry import LogUploader, RunLog, scrub
+from brain_to_text.telemetry import LogUploader, RunLog, scalars, scrub
 
 
 @contextmanager
@@ -29,6 +30,13 @@ def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
         assert text.count("***") == 4
 
 
+def test_credentials_of_trackers_and_in_addresses_are_masked(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden-word")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden-token")
+    said = scrub("https://me:hidden@host/path refused hidden-word and hidden-token")
+    assert said == "https://***@host/path refused *** and ***"
+
+
 def test_text_without_secrets_stays_as_it_is():
     assert scrub("Train batch 0: loss: 7.43") == "Train batch 0: loss: 7.43"
 
@@ -46,13 +54,40 @@ def test_what_an_earlier_job_said_stands_before_what_this_one_says(tmp_path):
     assert kinds == ["train", "validation"]
 
 
+def test_a_job_in_the_folder_of_the_one_before_has_no_number_twice(tmp_path):
+    with run_log(tmp_path) as log:
+        log.metrics("train", step=0, loss=7.4)
+        earlier = log.snapshot()
+        log.metrics("train", step=1, loss=7.3)  # after the checkpoint, and lost with the job
+    with run_log(tmp_path) as log:
+        log.restore(earlier)
+        log.metrics("train", step=1, loss=7.3)
+    lines = map(json.loads, log.metrics_file.read_text().splitlines())
+    assert [entry["step"] for entry in lines] == [0, 1]
+
+
+def test_a_follower_sees_what_was_and_what_comes(tmp_path):
+    seen = []
+    with run_log(tmp_path) as log:
+        log.metrics("train", step=0, loss=7.4)
+        log.follow(SimpleNamespace(record=seen.append))
+        log.metrics("validation", step=0, per=0.5, per_session={"t15": {"PER": 0.5}}, counts={})
+    assert [entry["kind"] for entry in seen] == ["train", "validation"]
+    assert all(entry["time"] > 1.7e9 for entry in seen)
+    assert dict(scalars(seen[0])) == {"train/loss": 7.4}
+    assert dict(scalars(seen[1])) == {"validation/per": 0.5, "sessions/t15/PER": 0.5}
+
+
 def test_the_copy_is_complete_when_the_log_is_closed(tmp_path):
     path = tmp_path / "training_log"
     path.write_text("first\n")
-    uploader = LogUploader(path, str(tmp_path / "copy"), interval_seconds=60)
+    files = {"training_log": path, "tensorboard/events": tmp_path / "events"}
+    uploader = LogUploader(files, str(tmp_path / "copy"), interval_seconds=60)
     path.write_text("first\nlast\n")
+    (tmp_path / "events").write_bytes(b"later")  # did not exist at the start
     uploader.close()
     assert (tmp_path / "copy" / "training_log").read_text() == "first\nlast\n"
+    assert (tmp_path / "copy" / "tensorboard" / "events").read_bytes() == b"later"
 
 
 def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
@@ -61,7 +96,7 @@ def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr("brain_to_text.telemetry.open_store", refuse)
     with run_log(tmp_path) as log:
-        uploader = LogUploader(log.log_file, "s3://nowhere", interval_seconds=0.01)
+        uploader = LogUploader({"training_log": log.log_file}, "s3://nowhere", 0.01)
         log.info("something to copy")
         uploader._thread.join(0.2)
         uploader.close()
