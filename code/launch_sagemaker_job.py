@@ -20,9 +20,18 @@ from brain_to_text.config import resolve_key
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.job_control import job_state, list_jobs, stop_job
 from brain_to_text.job_results import fetch
-from brain_to_text.job_tuning import submit_sweep, sweep_table, tuning_request
+from brain_to_text.job_tuning import (
+    Sweep,
+    read_sweep,
+    submit_sweep,
+    sweep_name,
+    sweep_price,
+    sweep_table,
+    tuning_request,
+)
 from brain_to_text.job_watch import goodbye, watch
-from brain_to_text.launch import completed, launch_training_job, submit_training_job
+from brain_to_text.launch import completed, launch_training_job, placeholders, submit_training_job
+from brain_to_text.local_sweep import local_table, run_sweep
 from brain_to_text.preflight import preflight
 from brain_to_text.pricing import estimate
 from brain_to_text.sagemaker_job import JobSettings, resolve_config
@@ -55,13 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dry-run", action="store_true", help="print request and price; ask AWS nothing"
     )
-    one.add_argument("--tune", metavar="FILE", help="launch a sweep around this job")
     one.add_argument("--sweep", metavar="NAME", help="tabulate a sweep's jobs, best first")
     one.add_argument("--watch", metavar="JOB", help="follow a job that runs")
     one.add_argument("--describe", metavar="JOB", help="print what SageMaker knows about a job")
     one.add_argument("--stop", metavar="JOB", help="stop a job; it saves a checkpoint first")
     one.add_argument("--list", action="store_true", help="list your latest jobs")
     one.add_argument("--fetch", metavar="JOB", help="download what a job left, show its results")
+    action.add_argument(
+        "--tune",
+        metavar="FILE",
+        help="a sweep around this job instead; also with --dry-run, --check",
+    )
     action.add_argument("--to", metavar="FOLDER", help="where --fetch puts it [.local/jobs/JOB]")
     action.add_argument("--wait", action="store_true", help="after launching, follow to the end")
     action.add_argument("--skip-checks", action="store_true", help="launch without checking")
@@ -88,9 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if launching and not options.s3_bucket:
         parser.error("--s3-bucket is needed to launch a job")
+    if options.tune and not launching:
+        parser.error("--tune goes with launching, --dry-run or --check")
     try:
         if options.dry_run:
-            return _dry_run(settings)
+            return _dry_run(settings, options.tune)
         account = AwsAccount(options.region, options.profile)
         if launching:
             return _launch(settings, options, account)
@@ -100,18 +115,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _dry_run(settings: dict[str, Any]) -> int:
+def _dry_run(settings: dict[str, Any], sweep_file: str | None) -> int:
     """The request on standard output, what it would cost on standard error."""
     job = JobSettings(**settings)
-    request = launch_training_job(**settings, dry_run=True).request
+    if sweep_file:
+        known = placeholders(completed(job, None))
+        request = tuning_request(sweep_file, known)
+        lines = sweep_price(read_sweep(sweep_file, job), job)
+    else:
+        request = launch_training_job(**settings, dry_run=True).request
+        lines = estimate(resolve_config(job)[2], job.instance_type, job.instance_count).lines()
     print(json.dumps(request, indent=2))
-    expected = estimate(resolve_config(job)[2], job.instance_type, job.instance_count)
-    print(*expected.lines(), sep="\n", file=sys.stderr)
+    print(*lines, sep="\n", file=sys.stderr)
     return 0
 
 
 def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsAccount) -> int:
     job = completed(JobSettings(**settings), account)
+    sweep = read_sweep(options.tune, job) if options.tune else None
     if options.check or not options.skip_checks:
         report = preflight(job, account)
         print(*report.lines(), sep="\n", file=sys.stderr)
@@ -119,9 +140,13 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
             if not options.check:
                 print("Nothing was launched: correct the errors, or use --skip-checks.")
             return 1
+    if sweep is not None and not job.is_local:
+        print(*sweep_price(sweep, job, account), sep="\n", file=sys.stderr)
     if options.check:
         return 0
-    if options.tune:
+    if sweep is not None and job.is_local:
+        return _sweep_here(sweep, job, account)
+    if sweep is not None:
         name = submit_sweep(tuning_request(options.tune, job), account)
         print(f"Launched the sweep {name}; its jobs: {COMMAND} --sweep {name}")
         return 0
@@ -135,6 +160,19 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
     return 0
 
 
+def _sweep_here(sweep: Sweep, job: JobSettings, account: AwsAccount) -> int:
+    """Run a sweep on this machine and show its table, also when it is interrupted."""
+    name, status = sweep_name(job), 0
+    try:
+        done = run_sweep(sweep, job, account, submit_training_job)
+        status = 0 if any(result.value is not None for result in done) else 1
+    except KeyboardInterrupt:
+        print("\nThe sweep was stopped; what is done so far:", file=sys.stderr)
+        status = 130
+    print(*local_table(name) or ["No job has ended yet."], sep="\n")
+    return status
+
+
 def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
     if options.watch:
         return _follow(options.watch, account)
@@ -146,7 +184,8 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
         stop_job(options.stop, account)
         print(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
     elif options.sweep:
-        print(*sweep_table(options.sweep, account) or ["No job has started yet."], sep="\n")
+        table = local_table(options.sweep) or sweep_table(options.sweep, account)
+        print(*table or ["No job has started yet."], sep="\n")
     elif options.list:
         print(*list_jobs(account) or ["No training jobs named b2t-… yet."], sep="\n")
     else:

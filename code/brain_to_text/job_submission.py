@@ -55,7 +55,7 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
     """Run the job in Docker on this machine (SageMaker local mode of SDK v2) until it ends.
 
     Model and outputs go to the same S3 URIs as a real job's. The S3 endpoint is taken from
-    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
+    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, for the containers too.
 
     Raises:
         JobError: SDK v2 is not installed, or the container failed.
@@ -72,6 +72,9 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
     # the default of 64 MB is too small for worker processes' shared memory
     session.config = {"local": {"container_config": {"shm_size": "2gb"}}}
     name = str(request["TrainingJobName"])
+    if endpoint:
+        environment = {"AWS_ENDPOINT_URL_S3": endpoint, **request.get("Environment", {})}
+        request = {**request, "Environment": environment}
     try:
         with explained(f"running {name} locally"):
             _estimator(request, session).fit(_training_inputs(request), job_name=name)

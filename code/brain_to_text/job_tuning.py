@@ -14,16 +14,18 @@ Limits are those of the SageMaker API reference, CreateHyperParameterTuningJob.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from .aws_account import AwsAccount, explained
 from .config import config_keys, resolve_key
 from .errors import ConfigError, JobError
+from .pricing import Estimate, estimate
 from .sagemaker_job import (
     METRIC_DEFINITIONS,
     JobSettings,
@@ -49,6 +51,118 @@ _SHARED = (
 )
 
 
+@dataclass(frozen=True)
+class SweptParameter:
+    """One setting that a sweep varies.
+
+    Attributes:
+        name: dotted key.
+        values: to choose from; empty for a range.
+        low, high: both ends of a range, included.
+        scaling: of a range, as SageMaker names it.
+        whole: the range holds whole numbers only.
+    """
+
+    name: str
+    values: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    scaling: str = "Auto"
+    whole: bool = False
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that stand for the whole range in checks and prices."""
+        return self.values or (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says, checked against the configuration."""
+
+    parameters: tuple[SweptParameter, ...]
+    metric: str
+    max_jobs: int
+    max_parallel_jobs: int
+    strategy: str
+    early_stopping: bool
+
+
+def read_sweep(spec_file: str | Path, job: JobSettings) -> Sweep:
+    """The sweep that a file describes, around `job`.
+
+    Args:
+        spec_file: YAML as in this module's docstring.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name, value or range in it is not possible.
+    """
+    spec = _read(spec_file)
+    parameters = tuple(_parameter(name, limits, job) for name, limits in spec["parameters"].items())
+    strategy = spec.get("strategy", "Bayesian")
+    max_jobs = spec.get("max_jobs", 10)
+    if strategy == "Grid":
+        ranged = [parameter.name for parameter in parameters if not parameter.values]
+        if ranged:
+            raise ConfigError(
+                f"Sweep strategy Grid tries every combination of values, and '{ranged[0]}' is a "
+                "range: give it {values: [...]}, or choose another strategy."
+            )
+        combinations = math.prod(len(parameter.values) for parameter in parameters)
+        if spec.get("max_jobs", combinations) != combinations:
+            raise ConfigError(
+                f"Sweep setting 'max_jobs' is {max_jobs} and the grid has {combinations} "
+                "combinations: drop max_jobs."
+            )
+        max_jobs = combinations
+    if strategy == "Hyperband" and spec.get("early_stopping"):
+        raise ConfigError(
+            "Sweep strategy Hyperband stops jobs early by itself: drop early_stopping."
+        )
+    return Sweep(
+        parameters=parameters,
+        metric=spec.get("metric", "validation:DER"),
+        max_jobs=max_jobs,
+        max_parallel_jobs=spec.get("max_parallel_jobs", 1),
+        strategy=strategy,
+        early_stopping=bool(spec.get("early_stopping")),
+    )
+
+
+def sweep_price(sweep: Sweep, job: JobSettings, account: AwsAccount | None = None) -> list[str]:
+    """Time and money of the whole sweep for people, from its cheapest to its dearest job."""
+    cheapest, dearest = (_extreme(sweep, job, account, choose) for choose in (min, max))
+    said = [f"Sweep: {sweep.max_jobs} jobs, {sweep.max_parallel_jobs} at a time; the dearest:"]
+    said += [f"  {line}" for line in dearest.lines()]
+    rounds = math.ceil(sweep.max_jobs / sweep.max_parallel_jobs)
+    if cheapest.hours is not None and dearest.hours is not None:
+        said.append(f"All jobs: {rounds * cheapest.hours:.1f} to {rounds * dearest.hours:.1f} h")
+    if cheapest.usd is not None and dearest.usd is not None:
+        low, high = sweep.max_jobs * cheapest.usd, sweep.max_jobs * dearest.usd
+        said[-1] += f", ${low:.2f} to ${high:.2f} on demand ({dearest.price_source})"
+    return said
+
+
+def _extreme(sweep: Sweep, job: JobSettings, account: AwsAccount | None, choose: Any) -> Estimate:
+    """The estimate with every parameter at whichever end is least (or most) work."""
+
+    def made(changes: Mapping[str, Any]) -> Estimate:
+        config = resolve_config(replace(job, overrides={**job.overrides, **changes}))[2]
+        return estimate(config, job.instance_type, job.instance_count, account)
+
+    def work(changes: Mapping[str, Any]) -> float:
+        found = made(changes)
+        return found.steps * (found.seconds_per_step or 0.0)
+
+    changes: dict[str, Any] = {}
+    for parameter in sweep.parameters:
+        changes |= choose(
+            ({parameter.name: value} for value in parameter.ends),
+            key=lambda change: work({**changes, **change}),
+        )
+    return made(changes)
+
+
 def tuning_request(spec_file: str | Path, job: JobSettings) -> dict[str, Any]:
     """The CreateHyperParameterTuningJob request for a sweep around `job`.
 
@@ -65,8 +179,8 @@ def tuning_request(spec_file: str | Path, job: JobSettings) -> dict[str, Any]:
             "A sweep's jobs share one definition, so they can have no checkpoint location and thus "
             "no spot capacity: drop --spot, --resume-from and --checkpoint-s3-uri."
         )
-    spec = _read(spec_file)
-    ranges = _ranges(spec["parameters"], job)
+    sweep = read_sweep(spec_file, job)
+    ranges = _ranges(sweep)
     swept = {entry["Name"] for kind in ranges.values() for entry in kind}
     request = training_request(job)
     algorithm = request["AlgorithmSpecification"]
@@ -75,19 +189,16 @@ def tuning_request(spec_file: str | Path, job: JobSettings) -> dict[str, Any]:
     static.pop("output-s3-uri")
     definition = {name: request[name] for name in _SHARED if name in request}
     return {
-        "HyperParameterTuningJobName": str(job.job_name)[:32].rstrip("-"),
+        "HyperParameterTuningJobName": sweep_name(job),
         "HyperParameterTuningJobConfig": {
-            "Strategy": spec.get("strategy", "Bayesian"),
-            "HyperParameterTuningJobObjective": {
-                "Type": "Minimize",
-                "MetricName": spec.get("metric", "validation:DER"),
-            },
+            "Strategy": sweep.strategy,
+            "HyperParameterTuningJobObjective": {"Type": "Minimize", "MetricName": sweep.metric},
             "ResourceLimits": {
-                "MaxNumberOfTrainingJobs": spec.get("max_jobs", 10),
-                "MaxParallelTrainingJobs": spec.get("max_parallel_jobs", 1),
+                "MaxNumberOfTrainingJobs": sweep.max_jobs,
+                "MaxParallelTrainingJobs": sweep.max_parallel_jobs,
             },
             "ParameterRanges": ranges,
-            "TrainingJobEarlyStoppingType": "Auto" if spec.get("early_stopping") else "Off",
+            "TrainingJobEarlyStoppingType": "Auto" if sweep.early_stopping else "Off",
         },
         "TrainingJobDefinition": {
             "AlgorithmSpecification": {
@@ -100,6 +211,11 @@ def tuning_request(spec_file: str | Path, job: JobSettings) -> dict[str, Any]:
         },
         "Tags": request["Tags"],
     }
+
+
+def sweep_name(job: JobSettings) -> str:
+    """What SageMaker allows of the job's name: 32 characters."""
+    return str(job.job_name)[:32].rstrip("-")
 
 
 def submit_sweep(request: Mapping[str, Any], account: AwsAccount) -> str:
@@ -134,10 +250,20 @@ def sweep_table(name: str, account: AwsAccount) -> list[str]:
         return job.get("FinalHyperParameterTuningJobObjectiveMetric", {}).get("Value", float("inf"))
 
     return [
-        f"{value(job):10.4f}  {job['TrainingJobStatus']:<11} {job['TrainingJobName']}  "
-        + " ".join(f"{k}={v}" for k, v in sorted(job.get("TunedHyperParameters", {}).items()))
+        table_line(
+            value(job),
+            job["TrainingJobStatus"],
+            job["TrainingJobName"],
+            job.get("TunedHyperParameters", {}),
+        )
         for job in sorted(jobs, key=value)
     ]
+
+
+def table_line(value: float, status: str, name: str, tried: Mapping[str, Any]) -> str:
+    """One job of a sweep for people."""
+    settings = " ".join(f"{key}={tried[key]}" for key in sorted(tried))
+    return f"{value:10.4f}  {status:<11} {name}  {settings}"
 
 
 def _read(spec_file: str | Path) -> dict[str, Any]:
@@ -168,39 +294,60 @@ def _read(spec_file: str | Path) -> dict[str, Any]:
     return spec
 
 
-def _ranges(parameters: Mapping[str, Any], job: JobSettings) -> dict[str, list[dict[str, Any]]]:
-    """Parameter ranges by kind; both ends of each are tried on the configuration."""
+def _parameter(given: str, limits: Any, job: JobSettings) -> SweptParameter:
+    """One entry of `parameters`; its ends are tried on the configuration."""
+    name = resolve_key(given)
+    if not isinstance(limits, dict) or not (
+        set(limits) == {"values"} or {"min", "max"} <= set(limits) <= {"min", "max", "scaling"}
+    ):
+        raise ConfigError(
+            f"Sweep parameter '{given}' must be {{min, max, scaling}} or {{values: [...]}}."
+        )
+    tried = limits.get("values", [limits.get("min"), limits.get("max")])
+    if not isinstance(tried, list) or not tried:
+        raise ConfigError(f"Sweep parameter '{given}' needs a list of at least one value.")
+    for value in tried:
+        resolve_config(replace(job, overrides={**job.overrides, name: value}))
+    if "values" in limits:
+        return SweptParameter(name, values=tuple(tried))
+    low, high, scaling = limits["min"], limits["max"], limits.get("scaling", "Auto")
+    if not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high)):
+        raise ConfigError(f"Sweep parameter '{given}' has a range but no numbers: use values.")
+    if scaling not in SCALINGS or not low < high:
+        raise ConfigError(
+            f"Sweep parameter '{given}' needs min < max and a scaling of {', '.join(SCALINGS)}."
+        )
+    hint = next(hint for path, hint, _ in config_keys() if path == name)
+    whole = int in (hint, *get_args(hint))
+    if (scaling == "Logarithmic" and low <= 0) or (
+        scaling == "ReverseLogarithmic" and (whole or low < 0 or high >= 1)
+    ):
+        raise ConfigError(
+            f"Sweep parameter '{given}' cannot be scaled {scaling} from {low} to {high}: "
+            "Logarithmic needs min > 0, ReverseLogarithmic fractions from 0 to below 1."
+        )
+    return SweptParameter(name, low=low, high=high, scaling=scaling, whole=whole)
+
+
+def _ranges(sweep: Sweep) -> dict[str, list[dict[str, Any]]]:
+    """SageMaker's ParameterRanges."""
     ranges: dict[str, list[dict[str, Any]]] = {}
-    types = {path: hint for path, hint, _ in config_keys()}
-    for given, limits in parameters.items():
-        name = resolve_key(given)
-        if not isinstance(limits, dict) or not (
-            set(limits) == {"values"} or {"min", "max"} <= set(limits) <= {"min", "max", "scaling"}
-        ):
-            raise ConfigError(
-                f"Sweep parameter '{given}' must be {{min, max, scaling}} or {{values: [...]}}."
-            )
-        tried = limits.get("values", [limits.get("min"), limits.get("max")])
-        for value in tried:
-            resolve_config(replace(job, overrides={**job.overrides, name: value}))
-        if "values" in limits:
-            values = [hyperparameter_text(value) for value in tried]
+    for parameter in sweep.parameters:
+        if parameter.values:
             ranges.setdefault("CategoricalParameterRanges", []).append(
-                {"Name": name, "Values": values}
+                {
+                    "Name": parameter.name,
+                    "Values": [hyperparameter_text(value) for value in parameter.values],
+                }
             )
             continue
-        scaling = limits.get("scaling", "Auto")
-        if scaling not in SCALINGS or not limits["min"] < limits["max"]:
-            raise ConfigError(
-                f"Sweep parameter '{given}' needs min < max and a scaling of {', '.join(SCALINGS)}."
-            )
-        kind = "IntegerParameterRanges" if types[name] is int else "ContinuousParameterRanges"
+        kind = "IntegerParameterRanges" if parameter.whole else "ContinuousParameterRanges"
         ranges.setdefault(kind, []).append(
             {
-                "Name": name,
-                "MinValue": str(limits["min"]),
-                "MaxValue": str(limits["max"]),
-                "ScalingType": scaling,
+                "Name": parameter.name,
+                "MinValue": str(parameter.low),
+                "MaxValue": str(parameter.high),
+                "ScalingType": parameter.scaling,
             }
         )
     return ranges

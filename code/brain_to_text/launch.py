@@ -12,7 +12,14 @@ from typing import Any
 from .aws_account import AwsAccount, error_code, explained
 from .errors import JobError
 from .job_submission import Sdk, run_locally, submit
-from .sagemaker_job import CODE_FOLDER, JobSettings, new_job_name, training_request
+from .local_process import run_in_process
+from .sagemaker_job import (
+    CODE_FOLDER,
+    LOCAL_PROCESS,
+    JobSettings,
+    new_job_name,
+    training_request,
+)
 
 ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")
 IMAGE_VARIABLE = "BRAIN_TO_TEXT_IMAGE_URI"
@@ -62,11 +69,7 @@ def launch_training_job(
     if not dry_run:
         account = account or AwsAccount(region, profile)
         return submit_training_job(completed(job, account), account, sdk)
-    job = completed(job, None)
-    unknown: dict[str, Any] = {
-        name: text for name, text in MISSING.items() if getattr(job, name) is None
-    }
-    request = training_request(dataclasses.replace(job, **unknown))
+    request = training_request(placeholders(completed(job, None)))
     name = request["TrainingJobName"]
     return LaunchedJob(name, job.output_uri(name), request, submitted=False)
 
@@ -74,13 +77,18 @@ def launch_training_job(
 def submit_training_job(
     job: JobSettings, account: AwsAccount, sdk: Sdk | None = None
 ) -> LaunchedJob:
-    """Start a job whose settings are complete (`completed`); local mode runs it to its end.
+    """Start a job whose settings are complete (`completed`); on this machine it runs to its end.
 
     Raises:
         ConfigError, JobError: as `launch_training_job`.
     """
     request = training_request(job)
-    name = run_locally(request, account) if job.is_local else submit(request, account, sdk)
+    if job.instance_type == LOCAL_PROCESS:
+        name = run_in_process(request, account)
+    elif job.is_local:
+        name = run_locally(request, account)
+    else:
+        name = submit(request, account, sdk)
     return LaunchedJob(name, job.output_uri(name), request, submitted=True)
 
 
@@ -95,6 +103,8 @@ def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
         known["job_name"] = new_job_name(job.config_file)
     if job.image_uri is None:
         known["image_uri"] = os.environ.get(IMAGE_VARIABLE) or _last_image()
+        if known["image_uri"] is None and job.instance_type == LOCAL_PROCESS:
+            known["image_uri"] = "none"
     role = job.role or next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
     if role is None and job.is_local:
         role = "arn:aws:iam::000000000000:role/local-mode-needs-none"
@@ -102,6 +112,14 @@ def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
         role = role_arn(role, account)
     known["role"] = role
     return dataclasses.replace(job, **known)
+
+
+def placeholders(job: JobSettings) -> JobSettings:
+    """`job` with a reminder in place of what is not known yet, for requests that are only shown."""
+    unknown: dict[str, Any] = {
+        name: text for name, text in MISSING.items() if getattr(job, name) is None
+    }
+    return dataclasses.replace(job, **unknown)
 
 
 def role_arn(role: str | None, account: AwsAccount) -> str | None:

@@ -25,6 +25,7 @@ DEFAULT_DATA_PREFIX = "data/hdf5_data_diphone_encoded"
 OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
+LOCAL_PROCESS = "local_process"  # instance type: this Python, without a container
 TENSORBOARD_FOLDER = "/opt/ml/output/tensorboard"
 
 _NUMBER = r"([-+]?[0-9]*[.]?[0-9]+(?:[eE][-+]?[0-9]+)?)"
@@ -76,7 +77,9 @@ class JobSettings:
     role: str | None = option(
         None, "execution role, ARN or name; default: SAGEMAKER_ROLE_ARN, or the stack's role"
     )
-    instance_type: str = option("ml.g5.2xlarge", "SageMaker instance type, or local, local_gpu")
+    instance_type: str = option(
+        "ml.g5.2xlarge", "SageMaker instance type; or local, local_gpu (Docker), local_process"
+    )
     instance_count: int = option(1, "instances; the batch is shared among all their GPUs")
     volume_gb: int = option(30, "storage volume; the stream needs little")
     max_run_hours: float = option(48.0, "SageMaker stops the job after this many hours")
@@ -124,8 +127,8 @@ class JobSettings:
 
     @property
     def is_local(self) -> bool:
-        """Whether SageMaker local mode runs the job, in Docker on this machine."""
-        return self.instance_type in ("local", "local_gpu")
+        """Whether the job runs on this machine: in Docker (SageMaker local mode) or without."""
+        return self.instance_type in ("local", "local_gpu", LOCAL_PROCESS)
 
     def output_uri(self, job_name: str) -> str:
         """s3:// folder that holds everything one job leaves."""
@@ -385,6 +388,13 @@ def _check(settings: JobSettings) -> None:
         refuse(
             f"--instance-type is '{settings.instance_type}': it starts with ml., as ml.g5.2xlarge."
         )
+    if settings.instance_type == LOCAL_PROCESS:
+        if settings.instance_count > 1:
+            refuse(
+                "--instance-type local_process is one host: drop --instance-count, or use local."
+            )
+        if settings.data_channel != "stream":
+            refuse("--instance-type local_process has no channels: drop --data-channel.")
     if settings.max_wait_hours is not None:
         if not settings.spot:
             refuse("--max-wait-hours only means something together with --spot.")

@@ -1,10 +1,17 @@
 """A sweep's request: ranges checked against the configuration, everything else as in a job."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from brain_to_text.errors import ConfigError, JobError
-from brain_to_text.job_tuning import submit_sweep, sweep_table, tuning_request
+from brain_to_text.job_tuning import (
+    read_sweep,
+    submit_sweep,
+    sweep_price,
+    sweep_table,
+    tuning_request,
+)
 from brain_to_text.sagemaker_job import METRIC_DEFINITIONS, JobSettings, training_request
 from support.aws_emulation import BUCKET, ROLE, emulated_aws
 
@@ -94,12 +101,50 @@ def test_a_sweep_has_no_place_for_checkpoints_and_says_so(spec):
         ("max_jobs: 0\nparameters: {lr_max: {min: 0.001, max: 1}}", "1 to 750"),
         ("jobs: 3\nparameters: {lr_max: {min: 0.001, max: 1}}", "unknown setting 'jobs'"),
         (": {", "cannot be read"),
+        ("strategy: Grid\nparameters: {lr_max: {min: 0.001, max: 1}}", "'lr_max' is a range"),
+        ("strategy: Grid\nmax_jobs: 3\nparameters: {seed: {values: [1, 2]}}", "2 combinations"),
+        (
+            "strategy: Hyperband\nearly_stopping: true\nparameters: {seed: {values: [1]}}",
+            "drop early_stopping",
+        ),
+        ("parameters: {lr_min: {min: 0, max: 0.001, scaling: Logarithmic}}", "min > 0"),
+        ("parameters: {n_units: {min: 8, max: 16, scaling: ReverseLogarithmic}}", "fractions"),
+        ("parameters: {use_amp: {min: false, max: true}}", "no numbers"),
+        ("parameters: {lr_max: {values: []}}", "at least one"),
     ],
 )
 def test_impossible_sweeps_are_refused(spec, text, said):
     with pytest.raises(ConfigError) as refused:
         tuning_request(spec(text), JOB)
     assert said in str(refused.value)
+
+
+def test_a_grid_has_as_many_jobs_as_combinations(spec):
+    text = "strategy: Grid\nparameters: {seed: {values: [1, 2, 3]}, n_units: {values: [8, 16]}}"
+    config = tuning_request(spec(text), JOB)["HyperParameterTuningJobConfig"]
+    assert config["Strategy"] == "Grid"
+    assert config["ResourceLimits"]["MaxNumberOfTrainingJobs"] == 6
+
+
+def test_settings_that_may_be_null_are_still_whole_numbers(spec):
+    text = "parameters: {lr_decay_steps: {min: 1000, max: 2000}}"
+    ranges = tuning_request(spec(text), JOB)["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    assert [entry["Name"] for entry in ranges["IntegerParameterRanges"]] == ["lr_decay_steps"]
+
+
+def test_the_price_spans_the_cheapest_and_the_dearest_job(spec):
+    def dollars(text):
+        lines = sweep_price(read_sweep(spec(text), JOB), JOB)
+        assert "g5.2xlarge" in lines[1]
+        low, high = re.search(r"\$([\d.]+) to \$([\d.]+) on demand", lines[-1]).groups()
+        return float(low), float(high)
+
+    low, high = dollars(SPEC)
+    small = "max_jobs: 12\nparameters: {n_units: {values: [768]}, batch_size: {values: [32]}}"
+    large = "max_jobs: 12\nparameters: {n_units: {values: [1024]}, batch_size: {values: [64]}}"
+    assert dollars(small) == (low, low)
+    assert dollars(large) == (high, high)
+    assert low < high
 
 
 @pytest.mark.aws
