@@ -448,8 +448,14 @@ class ModelledReader:
         return
 
 
-def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, float]:
-    """The real trainer with a pause as its step; shares of the time after the first interval."""
+def run_trainer(
+    network: str, step_seconds: float, warm: bool, client: str, busy: bool
+) -> dict[str, float]:
+    """The real trainer with a pause as its step; shares of the time after the first interval.
+
+    With `busy` the step computes in Python instead of sleeping, as one that launches kernels does.
+    """
+    from brain_to_text import s3_reads
     from brain_to_text.config import load_config
     from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
     from brain_to_text.train_step import StepResult, TrainStep
@@ -458,7 +464,10 @@ def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, floa
         def __call__(
             self, batch: Any, step: int, global_batch_size: int | None = None
         ) -> StepResult:
-            time.sleep(step_seconds)
+            end = time.thread_time() + step_seconds
+            while busy and time.thread_time() < end:
+                sum(range(50))
+            time.sleep(0 if busy else step_seconds)
             zero = torch.zeros(())
             return StepResult(zero, zero, None, None, zero, torch.ones((), dtype=torch.bool), 0, 1)
 
@@ -478,6 +487,8 @@ def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, floa
                 self.device,
             )
 
+    if client == "s3fs":
+        s3_reads._obstore_will_do = lambda bucket: False
     log_every = 10
     n_steps = log_every * (1 + max(4, int(20 / step_seconds) // log_every))
     settings = {
@@ -512,20 +523,21 @@ def run_trainer(network: str, step_seconds: float, warm: bool) -> dict[str, floa
 def simulate_steps(on: Stage, networks: list[str]) -> None:
     """Table 2: share of the trainer's time that is waiting for data."""
     print("\n### The real trainer with a pause as its step\n")
-    print("| network | cache | pause s | step s | waiting for data | MB/s read |")
-    print("|---|---|---|---|---|---|")
-    for network in networks:
-        for warm in (False, True):
-            for pause in (0.1, 0.5):
-                environment = on.environments["tls" if network == "tls" else "http"]
-                result = in_subprocess(
-                    ["--trainer", network, str(pause), str(int(warm))], environment
-                )
-                print(
-                    f"| {network} | {'warm' if warm else 'cold'} | {pause} | {result['step']:.3f} "
-                    f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
-                    flush=True,
-                )
+    print("| network | client | cache | step does | step s | waiting for data | MB/s read |")
+    print("|---|---|---|---|---|---|---|")
+    cases = [(n, "obstore", w, p, False) for n in networks for w in (0, 1) for p in (0.1, 0.5)]
+    if "http" in networks:
+        cases += [("http", client, 0, 0.1, True) for client in ("obstore", "s3fs") * 2]
+    for network, client, warm, pause, busy in cases:
+        environment = on.environments["tls" if network == "tls" else "http"]
+        arguments = [network, str(pause), str(warm), client, str(int(busy))]
+        result = in_subprocess(["--trainer", *arguments], environment)
+        print(
+            f"| {network} | {'-' if network == 'model' else client} | {'warm' if warm else 'cold'} "
+            f"| {pause} s {'of Python' if busy else 'pause'} | {result['step']:.3f} "
+            f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
+            flush=True,
+        )
 
 
 def start_up(on: Stage) -> None:
@@ -674,7 +686,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--trainer", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--trainer", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--start-up", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -683,8 +695,8 @@ def main() -> None:
         name, n_batches, first = options.contender
         result = run_contender(name, int(n_batches), int(first))
     elif options.trainer:
-        network, pause, warm = options.trainer
-        result = run_trainer(network, float(pause), bool(int(warm)))
+        network, pause, warm, client, busy = options.trainer
+        result = run_trainer(network, float(pause), warm == "1", client, busy == "1")
     elif options.start_up:
         result = run_start_up(options.start_up)
     elif options.memory:

@@ -427,7 +427,12 @@ def main() -> None:
         print(proxy.url, flush=True)
         await asyncio.Event().wait()
 
-    asyncio.run(serve())
+    try:  # pip install uvloop: TLS costs the proxy less than half
+        import uvloop
+    except ImportError:
+        asyncio.run(serve())
+    else:
+        uvloop.run(serve())
 
 
 if __name__ == "__main__":
