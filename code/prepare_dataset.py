@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset_encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset_report import dataset_page
 from brain_to_text.dataset_validation import PATCH_SIZE, PATCH_STRIDE, validate_dataset
 from brain_to_text.diphones import LABEL_FORMS
 from brain_to_text.errors import BrainToTextError
@@ -114,6 +115,10 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.json not in (None, "-"):
         path = Path(options.json)
         LocalStore(path.parent).write(path.name, json.dumps(result.to_dict(), indent=2).encode())
+    if options.html is not None:
+        LocalStore(options.html.parent).write(options.html.name, dataset_page(result).encode())
+        if options.json != "-":
+            print(f"The report is in {options.html}")
     return 1 if result.errors else 0
 
 
@@ -171,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--bins-per-phoneme", type=float, help="mean duration in 20 ms bins")
     made.add_argument("--gain", type=float, help="strength of the signal")
     made.add_argument("--session-change", type=float, help="0: sessions alike, 1: unrelated")
+    made.add_argument(
+        "--coarticulation",
+        type=float,
+        help="how much a phoneme's onset depends on the one before, 0 to 2 (default 1)",
+    )
     made.add_argument(
         "--phonemes",
         dest="phoneme_set",
@@ -251,6 +261,9 @@ def _parser() -> argparse.ArgumentParser:
         const="-",
         metavar="FILE",
         help="print the report as JSON instead, or write it to FILE too",
+    )
+    checked.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one HTML page too"
     )
     checked.set_defaults(run=run_validate)
     return parser

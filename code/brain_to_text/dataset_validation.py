@@ -10,6 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from .dataset_drift import (
+    MEAN_MOVED,
+    MUCH_DRIFT,
+    STD_MOVED,
+    SessionDrift,
+    SilentChannels,
+    drift_between,
+    silent_channels,
+    sums_by_session,
+)
 from .errors import DataError
 from .hdf5_trials import DATA_FILE, FileInspection, ValueStatistics
 from .object_store import ObjectInfo, ObjectStore
@@ -26,6 +36,7 @@ from .trial_records import Finding, TrialRecord
 PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
+_ODD_PACE = 4.0  # times slower or faster per phoneme than the median trial
 _KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
 
 
@@ -51,13 +62,18 @@ class SplitSummary:
 
 @dataclass
 class ValidationReport:
-    """What was found. `findings` holds errors first, then warnings."""
+    """What was found. `findings` holds errors first, then warnings.
+
+    drift: each session against the one before. shared_sentences: distinct sentences that occur in
+    training and in validation.
+    """
 
     url: str
     manifest: TrialManifest
     rows: list[SplitSummary]
     findings: list[Finding]
-    shared_sentences: int = 0  # distinct sentences that occur in training and in validation
+    drift: list[SessionDrift] = field(default_factory=list)
+    shared_sentences: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -81,6 +97,7 @@ class ValidationReport:
             "label_form": self.manifest.label_form,
             "shared_sentences": self.shared_sentences,
             "splits": [asdict(row) for row in self.rows],
+            "drift": [_json_numbers(asdict(row)) for row in self.drift],
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
             "notes": self.notes,
@@ -104,7 +121,7 @@ class ValidationReport:
                 f"{labels:>10} {row.mean:>7.3f} {row.std:>6.3f} {row.minimum:>7.2f} "
                 f"{row.maximum:>7.2f}"
             )
-        lines.append("")
+        lines += ["", *_drift_lines(self.drift, self.manifest.n_features)]
         for note in self.notes:
             lines.append(f"Note: {note}")
         for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
@@ -132,7 +149,8 @@ def validate_dataset(
     """Read every file whole and check everything that a training run relies on.
 
     Schema and types, finite values, labels against phonemes and label form, room for CTC at the
-    given patching, repeated trials within and between splits, missing files, the manifest.
+    given patching, repeated trials within and between splits, missing files, channels that drift
+    from session to session or never change, the manifest.
 
     Args:
         processes: worker processes; None decides by size.
@@ -152,11 +170,16 @@ def validate_dataset(
     findings += _missing_files(files)
     findings += _unknown_files(listing)
     findings += _odd_values(inspections)
+    findings += _odd_pace(manifest.trials)
+    sums = sums_by_session(inspections, manifest.n_features)
+    drift = drift_between(sums)
+    findings += _much_drift(drift, manifest.n_features)
+    findings += _silent(silent_channels(sums), manifest.n_features)
     findings += _manifest_state(store, manifest, listing)
     findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
     shared, notes = _shared_sentences(manifest.trials)
     return ValidationReport(
-        store.url, manifest, _summaries(manifest, inspections), findings, shared, notes
+        store.url, manifest, _summaries(manifest, inspections), findings, drift, shared, notes
     )
 
 
@@ -271,6 +294,61 @@ def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:
         elif max(-values.minimum, values.maximum) > _EXTREME_VALUE:
             reason = f"its features range from {values.minimum:.4g} to {values.maximum:.4g}"
             yield Finding(inspection.key, None, reason, "odd values", "warning")
+
+
+def _odd_pace(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Trials far slower or faster than the rest: a wrong sentence, a pause, a cut-off end."""
+    spoken = [t for t in trials if t.phoneme_ids is not None]
+    paces = np.array([t.n_time_steps / len(t.phoneme_ids) for t in spoken])  # type: ignore[arg-type]
+    median = float(np.median(paces)) if len(paces) else 1.0
+    for trial, pace in zip(spoken, paces.tolist(), strict=True):
+        if not median / _ODD_PACE <= pace <= median * _ODD_PACE:
+            reason = f"has {pace:.1f} bins per phoneme where the median trial has {median:.1f}"
+            yield Finding(trial.key, trial.trial, reason, "odd pace", "warning")
+
+
+def _much_drift(drift: Sequence[SessionDrift], n_features: int) -> Iterator[Finding]:
+    for row in drift:
+        moved = max(row.mean_moved, row.std_moved)
+        if moved > MUCH_DRIFT * n_features:
+            reason = (
+                f"{row.mean_moved} of {n_features} channels have another mean and {row.std_moved} "
+                f"another standard deviation than in {row.before}: are both z-scored alike?"
+            )
+            yield Finding(row.session, None, reason, "drift", "warning")
+
+
+def _silent(found: Sequence[SilentChannels], n_features: int) -> Iterator[Finding]:
+    for row in found:
+        some = ", ".join(map(str, row.channels[:8])) + (" …" if len(row.channels) > 8 else "")
+        reason = f"{len(row.channels)} of {n_features} channels never change ({some})"
+        yield Finding(row.session, None, reason, "silent channels", "warning")
+
+
+def _drift_lines(drift: Sequence[SessionDrift], n_features: int) -> Iterator[str]:
+    """The table of drift, and how to read it; nothing for one session."""
+    if not drift:
+        return
+    yield (
+        f"{'drift to':<16} {'mean shift':>10} {'moved':>6} {'std shift':>10} {'moved':>6} "
+        f"{'correlations':>13}   of {n_features} channels, against the session before"
+    )
+    for row in drift:
+        yield (
+            f"{row.session:<16} {row.mean_shift:>10.3f} {row.mean_moved:>6} {row.std_shift:>10.3f} "
+            f"{row.std_moved:>6} {row.likeness:>13.3f}"
+        )
+    yield (
+        f"Means in standard deviations (moved: by {MEAN_MOVED} and beyond chance), deviations in "
+        f"log2 (moved: {STD_MOVED}-fold),"
+    )
+    yield "correlations between channels: 1 where they go together as before."
+    yield ""
+
+
+def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN, which JSON lacks, as None."""
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
 
 
 def _manifest_state(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from .augmentations import Augmentation
 from .dataset_s3 import EvaluationDatasetS3
 from .metrics import ValidationMeter, ValidationResult
 from .rnn_model import GRUDecoder
+from .trial_logits import TrialLogits
 
 
 @torch.no_grad()
@@ -46,24 +47,25 @@ def evaluate(
     logits_by_trial: dict[int, torch.Tensor] = {}
     was_training = model.training
     model.eval()
+    logits_of = TrialLogits(model, augmentation, autocast)
     try:
         with dataset.batches() as batches:
             for batch in batches:
                 if stop is not None and stop():
                     return None
-                assert batch.features is not None  # on the device by now
-                features, n_time_steps = augmentation(
-                    batch.features, batch.n_time_steps, training=False
-                )
-                with autocast():
-                    logits = model(features, batch.day_indices, n_time_steps=n_time_steps)
-                frame_lengths = model.frame_lengths(n_time_steps)
-                meter.add(logits, batch, frame_lengths)
+                frame_lengths = model.frame_lengths(batch.n_time_steps)
+                parts: Iterable[tuple[slice, torch.Tensor]] = logits_of(batch)
                 if keep_logits:
-                    for index, frames, own in zip(
-                        batch.trial_indices.tolist(), frame_lengths.tolist(), logits, strict=True
-                    ):
-                        logits_by_trial[index] = own[:frames].half().cpu()
+                    parts = list(parts)
+                    for rows, logits in parts:
+                        for index, frames, own in zip(
+                            batch.trial_indices[rows].tolist(),
+                            frame_lengths[rows].tolist(),
+                            logits,
+                            strict=True,
+                        ):
+                            logits_by_trial[index] = own[:frames].half().cpu()
+                meter.add_parts(parts, batch, frame_lengths)
     finally:
         model.train(was_training)
     result = meter.result(gather)

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -55,10 +55,55 @@ class ValueStatistics:
 
 
 @dataclass
+class ChannelSums:
+    """Sums per channel over trials of one width, from which drift is told.
+
+    trials, bins: how many. of_trials, of_trials_squared: [C] of the trials' means and of their
+    squares. of_bins, of_bins_squared: [C] over all bins. products: [C, C] float32 of channels with
+    each other, over every `THINNED`th bin.
+    """
+
+    trials: int
+    bins: int
+    of_trials: np.ndarray
+    of_trials_squared: np.ndarray
+    of_bins: np.ndarray
+    of_bins_squared: np.ndarray
+    products: np.ndarray
+    THINNED: ClassVar[int] = 4  # neighbouring bins say nearly the same
+
+    @staticmethod
+    def of(features: np.ndarray) -> ChannelSums:
+        """Of one trial [T, C] float32."""
+        total = features.sum(axis=0, dtype=np.float64)
+        squares = np.einsum("tc,tc->c", features, features, dtype=np.float64)
+        mean = total / len(features)
+        some = features[:: ChannelSums.THINNED]
+        return ChannelSums(1, len(features), mean, mean**2, total, squares, some.T @ some)
+
+    def add(self, other: ChannelSums) -> None:
+        """Take another one's trials in."""
+        self.trials += other.trials
+        self.bins += other.bins
+        self.of_trials += other.of_trials
+        self.of_trials_squared += other.of_trials_squared
+        self.of_bins += other.of_bins
+        self.of_bins_squared += other.of_bins_squared
+        self.products += other.products
+
+    @staticmethod
+    def none(width: int) -> ChannelSums:
+        """Of no trial."""
+        a, b, c, d = np.zeros((4, width))
+        return ChannelSums(0, 0, a, b, c, d, np.zeros((width, width), np.float32))
+
+
+@dataclass
 class FileInspection:
     """What one data file holds.
 
     label_forms: per record "self_loop", "transition", "phoneme", or None without labels.
+    channels: by number of channels, when statistics were asked for.
     """
 
     key: str
@@ -67,6 +112,7 @@ class FileInspection:
     label_forms: list[str | None] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     statistics: ValueStatistics = field(default_factory=ValueStatistics)
+    channels: dict[int, ChannelSums] = field(default_factory=dict)
 
 
 def inspect_file(
@@ -129,7 +175,12 @@ def inspect_file(
                 span = memoryview(data)[record.offset : record.offset + record.length]
                 record = _with_crc(record, zlib.crc32(span))
             if statistics:
-                result.statistics = result.statistics.merged(_summed(features))
+                values = features.astype(np.float32, copy=False)
+                result.statistics = result.statistics.merged(_summed(values))
+                width = record.n_features
+                result.channels.setdefault(width, ChannelSums.none(width)).add(
+                    ChannelSums.of(values)
+                )
             result.records.append(record)
             result.label_forms.append(form)
     return result
@@ -378,8 +429,7 @@ def _with_crc(record: TrialRecord, crc32: int) -> TrialRecord:
 
 
 def _summed(features: np.ndarray) -> ValueStatistics:
-    values = features.astype(np.float32)
-    flat = values.reshape(-1)
+    flat = features.reshape(-1)
     return ValueStatistics(
         flat.size,
         float(flat.sum(dtype=np.float64)),

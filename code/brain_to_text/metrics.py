@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -162,20 +162,23 @@ class ValidationMeter:
 
     def add(self, logits: torch.Tensor, batch: Any, frame_lengths: torch.Tensor) -> None:
         """Take one batch: logits [B, T', C] and labels on the device, lengths on the CPU."""
-        # on a CPU a few trials at a time stay in the cache, and in memory that is already mapped
-        size = 1 if logits.device.type == "cpu" else len(logits)
-        parts = [
-            self._decode(*some)
-            for some in zip(
-                logits.split(size),
-                batch.labels.split(size),
-                frame_lengths.split(size),
-                batch.label_lengths.split(size),
-                strict=True,
-            )
+        self.add_parts([(slice(0, len(logits)), logits)], batch, frame_lengths)
+
+    def add_parts(
+        self,
+        parts: Iterable[tuple[slice, torch.Tensor]],
+        batch: Any,
+        frame_lengths: torch.Tensor,
+    ) -> None:
+        """Take one batch whose logits come as (rows, logits of those rows), in order."""
+        decoded = [
+            self._decode(logits, batch.labels[rows], frame_lengths[rows], batch.label_lengths[rows])
+            for rows, logits in parts
         ]
-        pending: dict[str, Any] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        pending["frames"] = frame_lengths
+        pending: dict[str, Any] = {"frames": frame_lengths}
+        pending["nll"] = torch.cat([part["nll"] for part in decoded])
+        for name in decoded[0].keys() - {"nll"}:
+            pending[name] = [part[name] for part in decoded]
         pending["batch"] = _Labels(
             batch.labels.to(torch.int16),
             batch.label_lengths,
@@ -237,11 +240,11 @@ class ValidationMeter:
 
     def _score(self, pending: dict[str, Any]) -> None:
         labels, frames = pending["batch"], pending["frames"].numpy()
-        decoded = merge_frames(pending["classes"].cpu().numpy(), frames)
+        decoded = _merged(pending["classes"], frames)
         references = _unpad(labels.labels, labels.label_lengths)
         phoneme_references = _unpad(labels.phoneme_labels, labels.phoneme_lengths)
         if self.diphones:
-            marginal = merge_frames(pending["phonemes"].cpu().numpy(), frames)
+            marginal = _merged(pending["phonemes"], frames)
         nats = pending["nll"].tolist()
         for trial, day in enumerate(labels.day_indices.tolist()):
             score = self.scores.setdefault(day, SessionScore())
@@ -254,6 +257,15 @@ class ValidationMeter:
                 reference = phoneme_references[trial]
                 score.phonemes.add(reference, marginal[trial])
                 score.path.add(reference, collapse_to_phonemes(decoded[trial], self.label_form))
+
+
+def _merged(parts: Sequence[torch.Tensor], frame_lengths: np.ndarray) -> list[list[int]]:
+    """Labels of every trial from parts of a batch, each [b, T'] best classes."""
+    merged: list[list[int]] = []
+    for part in parts:
+        lengths = frame_lengths[len(merged) : len(merged) + len(part)]
+        merged += merge_frames(part.cpu().numpy(), lengths)
+    return merged
 
 
 @dataclass

@@ -50,6 +50,43 @@ def packed_gru(
     return frames, torch.stack(last)
 
 
+def reordered(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """`weight` in the layout that oneDNN likes for inputs [rows, …]; for `linear`, no gradients."""
+    if torch.backends.mkldnn.is_available() and weight.dtype == torch.float32:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return weight.detach()
+
+
+def run_layer(
+    gates: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    sizes: list[int],
+    outputs: torch.Tensor,
+) -> None:
+    """One layer where nothing is learnt: only the outputs are kept.
+
+    Args:
+        gates: [N, 3H] from the layer's inputs, in packed order.
+        state: [B, H] at the start.
+        weight: [3H, H] recurrent, `reordered` or not. bias: [3H].
+        sizes: trials that have a frame at each time.
+        outputs: [N, H], written.
+    """
+    H, hidden = state.shape[1], state
+    for gate_pair, gate_new, output in zip(
+        gates[:, : 2 * H].split(sizes),
+        gates[:, 2 * H :].split(sizes),
+        outputs.split(sizes),
+        strict=True,
+    ):
+        by_pair, by_new = linear(hidden[: len(output)], weight, bias).split((2 * H, H), dim=1)
+        reset, update = by_pair.add_(gate_pair).sigmoid_().split(H, dim=1)
+        new = _tanh_(torch.addcmul(gate_new, reset, by_new))
+        hidden = torch.lerp(new, hidden[: len(output)], update, out=output)
+
+
 def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x W^T + b with a gradient; in the reduced precision of autocast where that is on."""
     if torch.is_autocast_enabled("cpu"):

@@ -44,6 +44,7 @@ class SyntheticDataset:
     bins_per_phoneme: mean duration in 20 ms bins.
     gain: how strongly articulation modulates firing; the signal-to-noise ratio.
     session_change: 0 (every session mixes alike) … 1 (unrelated mixing).
+    coarticulation: how much an onset depends on the phoneme before; 0: not at all.
     phoneme_set: 41-class labels instead of diphones. label_form: form of diphone labels.
     permute_labels: label every trial with what another one of its file says.
     """
@@ -64,6 +65,7 @@ class SyntheticDataset:
     bins_per_phoneme: float = 12.0
     gain: float = 1.0
     session_change: float = 0.7
+    coarticulation: float = 1.0
 
     @staticmethod
     def of_full_size(**changes: object) -> SyntheticDataset:
@@ -141,6 +143,8 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
         raise DataError(f"--sessions must be from 1 to {len(sessions)}, not {dataset.sessions}.")
     if dataset.electrodes < 1 or min(dataset.train_trials, dataset.val_trials) < 0:
         raise DataError("--electrodes and the trial counts must be positive.")
+    if not 0 <= dataset.coarticulation <= 2:
+        raise DataError(f"--coarticulation must be from 0 to 2, not {dataset.coarticulation:g}.")
     rng = np.random.default_rng([dataset.seed, 1])
     slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
     n_train = sum(split == "train" for _, (split, _, _) in slots)
@@ -252,7 +256,9 @@ def _block_features(
     """Features [T, 2 x electrodes] float32 of the trials of one block, z-scored over the block."""
     places, onsets = _articulation(dataset.seed)
     current, previous, age, ends = _timeline(dataset, trials, rng)
-    pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None]
+    pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None] * np.float32(
+        dataset.coarticulation
+    )
     articulation = places[current] * (1 - pull / 2) + places[previous] * (pull / 2)
     articulation += onsets[N_PHONEMES * previous + current] * pull
     drive = np.clip(dataset.gain * (articulation @ mixing.T), -4, 3)

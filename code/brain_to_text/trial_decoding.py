@@ -17,6 +17,7 @@ from .losses import ctc_nll
 from .metrics import merge_frames
 from .phonemes import BLANK
 from .rnn_model import GRUDecoder
+from .trial_logits import TrialLogits
 from .trial_manifest import TrialManifest, TrialRecord
 
 
@@ -76,17 +77,14 @@ def decode_trials(
     decoded: list[DecodedTrial] = []
     was_training = model.training
     model.eval()
+    logits_of = TrialLogits(model, augmentation, autocast)
     try:
         with dataset.batches() as batches:
             for batch in batches:
-                assert batch.features is not None
-                features, n_time_steps = augmentation(
-                    batch.features, batch.n_time_steps, training=False
-                )
-                with autocast():
-                    logits = model(features, batch.day_indices, n_time_steps=n_time_steps)
-                frames = model.frame_lengths(n_time_steps)
-                decoded += _decode_batch(logits, frames, batch, dataset.manifest, keep_classes)
+                for rows, logits in logits_of(batch):
+                    decoded += _decode_rows(
+                        logits, rows, batch, model, dataset.manifest, keep_classes
+                    )
                 if progress is not None:
                     progress(len(batch))
     finally:
@@ -94,27 +92,30 @@ def decode_trials(
     return sorted(decoded, key=lambda trial: trial.index)
 
 
-def _decode_batch(
+def _decode_rows(
     logits: torch.Tensor,
-    frames: torch.Tensor,
+    rows: slice,
     batch: Batch,
+    model: GRUDecoder,
     manifest: TrialManifest,
     keep_classes: Collection[int],
 ) -> Iterator[DecodedTrial]:
     log_probs = logits.float().log_softmax(-1)
     diphones = logits.shape[-1] == N_DIPHONES
+    frames = model.frame_lengths(batch.n_time_steps[rows])
     lengths = frames.numpy()
     same_classes = manifest.n_classes == logits.shape[-1]
-    nats: list[float | None] = [None] * len(batch)
+    nats: list[float | None] = [None] * len(logits)
     if batch.labels is not None and batch.label_lengths is not None and same_classes:
-        nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths).tolist()
+        targets, target_lengths = batch.labels[rows], batch.label_lengths[rows]
+        nats = ctc_nll(log_probs, targets, frames, target_lengths).tolist()
     phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
     hypotheses = merge_frames(phonemes.argmax(-1), lengths)
     classes: list[list[int]] = []
     if diphones:
         classes = merge_frames(log_probs.argmax(-1).cpu().numpy(), lengths)
     form: LabelForm | None = "transition" if manifest.label_form == "transition" else "self_loop"
-    for row, index in enumerate(batch.trial_indices.tolist()):
+    for row, index in enumerate(batch.trial_indices[rows].tolist()):
         record = manifest.trials[index]
         own = phonemes[row, : lengths[row]].copy()
         kept = log_probs[row, : lengths[row]].cpu().numpy() if index in keep_classes else None

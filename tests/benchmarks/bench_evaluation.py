@@ -1,10 +1,11 @@
 """How fast are trials decoded, and how long does a real-time step take?
 
-    python tests/benchmarks/bench_evaluation.py [--trials 24] [--full-model]
+    python tests/benchmarks/bench_evaluation.py [--size smoke|middle|full] [--trials 1426]
 
-Two tables. Decoding: batches with padding skipped against the public evaluation's loop (one trial
-at a time, its day matrix gathered, its features smoothed by a convolution) on the same trials,
-weights and threads, taking turns. Real time: steps of 80 ms (4 bins) through the exported decoder.
+Decoding: this project's pass over trials against the public evaluation's loop (one trial at a
+time: its smoothing kernel, its day matrix gathered, its logits copied out, its classes merged) on
+the same trials, weights and threads, taking turns. Real time: steps of 80 ms (4 bins) through the
+exported decoder. `--bound` adds what the arithmetic alone allows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
@@ -20,114 +22,223 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 import numpy as np
 import torch
 from brain_to_text.augmentations import Augmentation, gaussian_kernel
-from brain_to_text.batch import pad_features
+from brain_to_text.batch import collate, pad_features
 from brain_to_text.batch_plan import evaluation_batches
 from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.metrics import merge_frames
 from brain_to_text.model_artefact import ModelArtefact
+from brain_to_text.packed_gru import linear
 from brain_to_text.rnn_model import GRUDecoder
 from brain_to_text.streaming_decoder import export_streaming
+from brain_to_text.trial_logits import TrialLogits
+from brain_to_text.trial_records import TrialRecord
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
-MEAN_BINS = 850  # of the real recordings
+SIZES = {  # units, layers, features, mean bins and their deviation
+    "smoke": (128, 2, 96, 320, 80),
+    "middle": (256, 3, 512, 850, 250),
+    "full": (1024, 5, 512, 850, 250),
+}
 
 
-def configured(full: bool) -> TrainingConfig:
-    units, layers = (1024, 5) if full else (256, 3)
+def configured(size: str) -> TrainingConfig:
+    units, layers, features, _, _ = SIZES[size]
     return config_from_dict(
         {
-            "model": {"n_units": units, "n_layers": layers},
-            "dataset": {"n_classes": 1681, "days_per_batch": 1, "sessions": list(SESSIONS)},
+            "model": {
+                "n_units": units,
+                "n_layers": layers,
+                "n_input_features": features,
+                "input_network": {"input_layer_sizes": [features]},
+            },
+            "dataset": {
+                "neural_dim": features,
+                "n_classes": 1681,
+                "days_per_batch": 1,
+                "sessions": list(SESSIONS),
+            },
         }
     )
 
 
-def one_at_a_time(model: GRUDecoder, trials: list[np.ndarray], days: list[int]) -> int:
-    """The public script's loop in plain PyTorch; returns decoded labels, so that work is done."""
-    taps = gaussian_kernel(2.0, 100)
-    labels = 0
-    for trial, day in zip(trials, days, strict=True):
-        x = torch.from_numpy(trial)[None]
+class Trials:
+    """Random trials with lengths like the recordings'."""
+
+    def __init__(self, size: str, count: int) -> None:
+        random = np.random.default_rng(0)
+        _, _, features, mean, deviation = SIZES[size]
+        self.lengths = random.normal(mean, deviation, count).clip(0.25 * mean, 1.9 * mean)
+        self.lengths = self.lengths.astype(int)
+        self.days = random.integers(0, len(SESSIONS), count)
+        # one long recording, cut anywhere, so that 1,426 trials need not lie in memory
+        self.recording = random.standard_normal((4 * int(self.lengths.max()), features))
+        self.recording = self.recording.astype(np.float32)
+        self.starts = random.integers(0, len(self.recording) - self.lengths.max(), count)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.recording[self.starts[index] :][: self.lengths[index]]
+
+
+def one_at_a_time(model: GRUDecoder, trials: Trials, device: torch.device, dtype) -> list[list]:
+    """The public script's loop in plain PyTorch."""
+    found = []
+    cast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    for index in range(len(trials.lengths)):
+        x = torch.tensor(trials[index][None], device=device)
+        taps = gaussian_kernel(2.0, 100).to(device)
         kernel = taps.view(1, 1, -1).repeat(x.shape[2], 1, 1)
-        x = torch.nn.functional.conv1d(
-            x.permute(0, 2, 1), kernel, padding="same", groups=x.shape[2]
-        ).permute(0, 2, 1)
-        weight = torch.stack([model.day_weights[day]])
-        x = torch.einsum("btd,bdk->btk", x, weight) + model.day_biases[day]
-        x = torch.nn.functional.softsign(x)
-        patches = x.unfold(1, 14, 4).permute(0, 1, 3, 2).flatten(2)
-        start = model.h0.expand(model.n_layers, 1, model.n_units).contiguous()
-        logits = model.out(model.gru(patches, start)[0])
-        best = logits.float().cpu().numpy()[0].argmax(-1)
-        labels += int(np.count_nonzero(best))
-    return labels
+        with cast:
+            x = torch.nn.functional.conv1d(
+                x.permute(0, 2, 1), kernel, padding="same", groups=x.shape[2]
+            ).permute(0, 2, 1)
+            day = torch.tensor([trials.days[index]], device=device)
+            weight = torch.stack([model.day_weights[d] for d in day])
+            bias = torch.cat([model.day_biases[d] for d in day]).unsqueeze(1)
+            x = torch.nn.functional.softsign(torch.einsum("btd,bdk->btk", x, weight) + bias)
+            patches = x.unfold(1, 14, 4).permute(0, 1, 3, 2).flatten(2)
+            start = model.h0.expand(model.n_layers, 1, model.n_units).contiguous()
+            logits = model.out(model.gru(patches, start)[0])
+        logits = logits.float().cpu().numpy()
+        best = [int(c) for c in logits[0].argmax(-1) if c]
+        found.append([c for i, c in enumerate(best) if i == 0 or c != best[i - 1]])
+    return found
 
 
 def in_batches(
-    model: GRUDecoder, smooth: Augmentation, trials: list[np.ndarray], days: list[int], size: int
-) -> int:
-    labels = 0
-    lengths = np.array([len(t) for t in trials])
-    for chosen in evaluation_batches(np.arange(len(trials)), lengths, size):
-        x = pad_features([trials[i] for i in chosen])
-        steps = torch.from_numpy(lengths[chosen])
-        x, steps = smooth(x, steps, training=False)
-        day = torch.tensor([days[i] for i in chosen])
-        best = model(x, day, n_time_steps=steps).argmax(-1).numpy()
-        frames = model.frame_lengths(steps).numpy()
-        labels += sum(int(np.count_nonzero(b[:f])) for b, f in zip(best, frames, strict=True))
-    return labels
+    model: GRUDecoder,
+    smooth: Augmentation,
+    trials: Trials,
+    device: torch.device,
+    dtype,
+    batch_size: int,
+) -> list[list]:
+    """This project's pass."""
+    cast = nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
+    logits_of = TrialLogits(model, smooth, cast)
+    found: list[list] = [[] for _ in trials.lengths]
+    for chosen in evaluation_batches(np.arange(len(found)), trials.lengths, batch_size):
+        own = [trials[i] for i in chosen]
+        records = [TrialRecord("s", "test", "k", "t", len(x), x.shape[1], "<f4", 0, 0) for x in own]
+        features = pad_features(own, pin=device.type == "cuda")
+        batch = collate(0, chosen, records, trials.days[chosen], features).to(device)
+        frames = model.frame_lengths(batch.n_time_steps).numpy()
+        for rows, logits in logits_of(batch):
+            merged = merge_frames(logits.argmax(-1).cpu().numpy(), frames[rows])
+            for place, labels in zip(chosen[rows], merged, strict=True):
+                found[place] = labels
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--full-model", action="store_true", help="5 x 1024 units")
-    options = parser.parse_args()
-    random = np.random.default_rng(0)
-    config = configured(options.full_model)
-    torch.manual_seed(0)
-    model = GRUDecoder.from_config(config, n_days=len(SESSIONS)).eval()
-    smooth = Augmentation(config.dataset.data_transforms)
-    lengths = random.normal(MEAN_BINS, 250, options.trials).clip(200, 1600).astype(int)
-    trials = [random.standard_normal((n, 512)).astype(np.float32) for n in lengths]
-    days = random.integers(0, len(SESSIONS), options.trials).tolist()
+def bound(model: GRUDecoder, frames: int, bins: int) -> None:
+    """Multiplications of both, and what one core makes of them."""
+    H, layers = model.n_units, model.n_layers
+    first = model.gru.weight_ih_l0.numel()
+    recurrent = layers * 3 * H * H
+    others = (layers - 1) * 3 * H * H + model.out.weight.numel()
+    day = model.neural_dim**2 * bins / frames
+    whole = first + recurrent + others + day
+    reduced = whole - first * (1 - 13 / 28)
 
-    units = f"{config.model.n_layers} x {config.model.n_units} units"
-    print(f"{options.trials} trials, {units}, {torch.get_num_threads()} threads, CPU")
-    seconds: dict[str, list[float]] = {"one trial at a time": [], "batches": []}
-    counts = {}
-    with torch.no_grad():
-        for _ in range(options.rounds):
-            for name in seconds:
-                started = time.perf_counter()
-                if name == "batches":
-                    counts[name] = in_batches(model, smooth, trials, days, options.batch_size)
-                else:
-                    counts[name] = one_at_a_time(model, trials, days)
-                seconds[name].append(time.perf_counter() - started)
-    slowest = min(seconds["one trial at a time"])
-    print(f"{'reader':22} {'trials/s':>9} {'ratio':>6} {'labels':>7}")
-    for name, times in seconds.items():
-        rate = options.trials / min(times)
-        print(f"{name:22} {rate:9.2f} {slowest / min(times):6.2f} {counts[name]:7d}")
+    def rate(rows: int, width: int) -> float:
+        x, weight = torch.randn(rows, width), torch.randn(3 * H, width)
+        best = float("inf")
+        for _ in range(20):
+            started = time.perf_counter()
+            linear(x, weight)
+            best = min(best, time.perf_counter() - started)
+        return 2 * x.numel() * 3 * H / best / 1e9
 
-    artefact = ModelArtefact("benchmark", config, SESSIONS, model.state_dict(), None, {})
+    one, many = rate(1, H), rate(512, H)
+    print(
+        f"\nper frame {whole / 1e6:.2f} M multiplications, {reduced / 1e6:.2f} M here; "
+        f"{recurrent / whole:.0%} are the recurrence, at one row {one:.0f} GFLOP/s against "
+        f"{many:.0f} at 512 rows"
+    )
+    public = (whole - recurrent) / many + recurrent / one
+    print(
+        f"at these rates batches gain at most {public / (whole / many):.1f} x by themselves, "
+        f"{public / (reduced / many):.1f} x with fewer multiplications"
+    )
+
+
+def real_time(artefact: ModelArtefact, trials: Trials) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "decoder.pt"
         export_streaming(artefact, path)
         decoder = torch.jit.load(str(path))
         state, steps = decoder.start(), []
-        bins = torch.from_numpy(trials[0])[None]
-        for chunk in bins[:, : 4 * 60].split(4, dim=1):
+        bins = torch.from_numpy(np.ascontiguousarray(trials.recording[: 4 * 130]))[None]
+        for chunk in bins.split(4, dim=1):
             started = time.perf_counter()
             _, state = decoder(chunk, 0, state)
             steps.append(time.perf_counter() - started)
-    milliseconds = 1000 * np.array(steps[10:])
-    print(f"\nreal time, one step of 4 bins (80 ms), {units}, TorchScript on the CPU:")
+    milliseconds = 1000 * np.array(steps[30:])
+    print(
+        f"\nreal time, one step of 4 bins (80 ms), TorchScript on the CPU, {len(steps) - 30} steps:"
+    )
     for name, share in (("median", 50), ("90th percentile", 90), ("slowest", 100)):
         print(f"{name:22} {np.percentile(milliseconds, share):9.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    option = parser.add_argument
+    option("--size", choices=SIZES, default="smoke")
+    option("--trials", type=int, default=1426)
+    option("--batch-size", type=int, default=64)
+    option("--rounds", type=int, default=2)
+    option("--threads", type=int, default=1)
+    option("--device", default="cpu")
+    option("--dtype", choices=("float32", "bfloat16"), default="float32")
+    option("--bound", action="store_true")
+    option("--no-real-time", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    dtype = None if options.dtype == "float32" else torch.bfloat16
+    config = configured(options.size)
+    torch.manual_seed(0)
+    model = GRUDecoder.from_config(config, n_days=len(SESSIONS)).eval()
+    artefact = ModelArtefact("benchmark", config, SESSIONS, model.state_dict(), None, {})
+    model.to(device)
+    smooth = Augmentation(config.dataset.data_transforms)
+    trials = Trials(options.size, options.trials)
+
+    print(
+        f"{options.trials} trials, {config.model.n_layers} x {config.model.n_units} units, "
+        f"{config.model.n_input_features} features, {options.dtype}, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    contenders = {
+        "one trial at a time": lambda: one_at_a_time(model, trials, device, dtype),
+        f"batches of {options.batch_size}": lambda: in_batches(
+            model, smooth, trials, device, dtype, options.batch_size
+        ),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    found: dict[str, list[list]] = {}
+    with torch.no_grad():
+        for _ in range(options.rounds):
+            for name, decode in contenders.items():
+                started = time.perf_counter(), time.process_time()
+                found[name] = decode()
+                ended = time.perf_counter(), time.process_time()
+                times[name].append((ended[0] - started[0], ended[1] - started[1]))
+    print(f"{'':22} {'trials/s':>9} {'ratio':>6} {'per CPU s':>10} {'ratio':>6} {'labels':>8}")
+    slow = [min(column) for column in zip(*next(iter(times.values())), strict=True)]
+    for name, rows in times.items():
+        wall, cpu = (min(column) for column in zip(*rows, strict=True))
+        print(
+            f"{name:22} {options.trials / wall:9.2f} {slow[0] / wall:6.2f} "
+            f"{options.trials / cpu:10.2f} {slow[1] / cpu:6.2f} {sum(map(len, found[name])):8d}"
+        )
+    one, other = found.values()
+    print(f"trials with equal labels: {sum(a == b for a, b in zip(one, other, strict=True))}")
+    if options.bound and device.type == "cpu":
+        bins = int(trials.lengths.mean())
+        bound(model, (bins - 14) // 4 + 1, bins)
+    if not options.no_real_time and device.type == "cpu":
+        real_time(artefact, trials)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report in a real browser: it renders, and fits the screen of a laptop and of a phone."""
+"""The reports in a real browser: they render, and fit the screen of a laptop and of a phone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import json
 import shutil
 import subprocess
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from brain_to_text.dataset_drift import SessionDrift
+from brain_to_text.dataset_report import dataset_page
+from brain_to_text.dataset_validation import SplitSummary, ValidationReport
 from brain_to_text.phonemes import PHONEMES
 from brain_to_text.report import model_report
+from brain_to_text.trial_manifest import FileRecord, TrialManifest
+from brain_to_text.trial_records import Finding, TrialRecord
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -22,6 +28,7 @@ PROBE = """
 addEventListener("load", () => {
   const found = [...document.querySelectorAll("iframe")].map((frame) => {
     const page = frame.contentDocument, root = page.documentElement;
+    page.querySelectorAll("details").forEach((fold) => { fold.open = true; });
     const wide = [...page.querySelectorAll("main *:not(svg *)")].filter((element) =>
       !element.closest(".scroll") && !element.closest("pre") &&
       element.getBoundingClientRect().right > root.clientWidth + 1);
@@ -136,9 +143,61 @@ def long_contents() -> dict:
     }
 
 
-def probe(folder: Path, *options: str) -> list[dict]:
+def long_dataset() -> ValidationReport:
+    """45 sessions with drift, hundreds of findings, long names."""
+    random = np.random.default_rng(0)
+    sessions = [f"t15.2024.{1 + i // 28:02d}.{1 + i % 28:02d}" for i in range(45)]
+    url = "s3://a-bucket-with-a-long-name/" + "hdf5_data_diphone_encoded-" * 8
+    trials, rows = [], []
+    for session in sessions:
+        for split, count in (("train", 40), ("val", 10), ("test", 10)):
+            bins = random.integers(200, 2000, count)
+            shape = (int(bins.min()), float(bins.mean()), int(bins.max()))
+            rows.append(
+                SplitSummary(session, split, count, 1, shape, (58.0, 130), 0.0, 1.0, -9.0, 55.0)
+            )
+            for number, length in enumerate(bins.tolist()):
+                phonemes = np.ones(int(random.integers(5, 60)), np.int32)
+                trials.append(
+                    TrialRecord(
+                        session=session,
+                        split=split,
+                        key=f"{session}/data_{split}.hdf5",
+                        trial=f"trial_{number:04d}",
+                        n_time_steps=length,
+                        n_features=512,
+                        dtype="<f4",
+                        offset=0,
+                        length=4 * 512 * length,
+                        class_ids=None if split == "test" else np.repeat(phonemes, 2),
+                        phoneme_ids=None if split == "test" else phonemes,
+                    )
+                )
+    drift = [
+        SessionDrift(a, b, 0.1, 12, 0.2, 7, 0.9, ((511, 0.61), (3, -0.5), (17, 0.4)))
+        for a, b in pairwise(sessions)
+    ]
+    findings = [
+        Finding(
+            f"{sessions[0]}/data_train.hdf5", f"trial_{n:04d}", "some reason " * 20, kind, level
+        )
+        for kind, level in (("infeasible for CTC", "error"), ("duplicate trial", "error"))
+        for n in range(300)
+    ] + [Finding("a" * 200, None, "is not used", "unknown file", "warning")]
+    files = {trial.key: FileRecord(123_456_789, "etag") for trial in trials}
+    manifest = TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
+    return ValidationReport(url, manifest, rows, findings, drift, 17, ["a note " * 30])
+
+
+PAGES = {
+    "model": (lambda: model_report(long_contents()), 12),
+    "dataset": (lambda: dataset_page(long_dataset()), 8),
+}
+
+
+def probe(page_of: str, folder: Path, *options: str) -> list[dict]:
     """What the browser measured at 1366 and 390 pixels."""
-    report = escape(model_report(long_contents()), quote=True)
+    report = escape(PAGES[page_of][0](), quote=True)
     frames = "".join(
         f'<iframe srcdoc="{report}" style="border:0;width:{width}px;height:900px"></iframe>'
         for width in (1366, 390)
@@ -161,12 +220,13 @@ def probe(folder: Path, *options: str) -> list[dict]:
     return json.loads(run.stdout.rpartition('<pre id="probe">')[2].partition("</pre>")[0])
 
 
-def test_nothing_overflows_on_a_laptop_or_a_phone(tmp_path):
-    for measured, width in zip(probe(tmp_path), (1366, 390), strict=True):
+@pytest.mark.parametrize("page_of", PAGES)
+def test_nothing_overflows_on_a_laptop_or_a_phone(page_of, tmp_path):
+    for measured, width in zip(probe(page_of, tmp_path), (1366, 390), strict=True):
         assert measured["width"] == width
         assert measured["wide"] == []
         assert measured["scrollWidth"] <= width
-        assert measured["charts"] >= 12
+        assert measured["charts"] >= PAGES[page_of][1]
         assert measured["flat"] == 0
 
 
@@ -174,8 +234,8 @@ def test_light_and_dark_mode_turn_ink_and_ground_around(tmp_path):
     def brightness(colour: str) -> float:
         return sum(map(float, colour[colour.index("(") + 1 : -1].split(",")[:3])) / 3
 
-    light = probe(tmp_path)[0]
+    light = probe("model", tmp_path)[0]
     (tmp_path / "dark").mkdir()
-    dark = probe(tmp_path / "dark", "--blink-settings=preferredColorScheme=0")[0]
+    dark = probe("model", tmp_path / "dark", "--blink-settings=preferredColorScheme=0")[0]
     assert brightness(light["ground"]) - brightness(light["ink"]) > 150
     assert brightness(dark["ink"]) - brightness(dark["ground"]) > 150

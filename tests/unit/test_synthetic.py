@@ -174,3 +174,18 @@ def test_impossible_descriptions_are_refused(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         made(tmp_path, **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_coarticulation_moves_onsets_and_nothing_else(tmp_path):
+    def features(strength):
+        manifest = made(tmp_path / str(strength), coarticulation=strength)
+        store = open_store(tmp_path / str(strength))
+        trial = manifest.trials[0]
+        return trial, trial.decode(store.read_range(trial.key, trial.offset, trial.length))
+
+    (plain, without), (pulled, with_it) = features(0.0), features(1.0)
+    assert plain.sentence_label == pulled.sentence_label
+    assert without.shape == with_it.shape
+    assert not np.array_equal(without, with_it)
+    with pytest.raises(DataError, match="--coarticulation must be from 0 to 2"):
+        made(tmp_path / "odd", coarticulation=-1.0)
