@@ -12,15 +12,26 @@ from botocore.exceptions import BotoCoreError, ClientError
 from .aws_account import AwsAccount, error_code, sentence
 from .config import TrainingConfig
 from .findings import Finding, error, warning
-from .sagemaker_job import JobSettings
+from .sagemaker_job import MLFLOW_ARN, JobSettings
 
 STACK = "code/aws/stack.yaml"
+# what `mlflow_run` asks of a SageMaker tracking server
+MLFLOW_ACTIONS = (
+    "CreateExperiment",
+    "CreateRun",
+    "GetExperimentByName",
+    "GetMetricHistory",
+    "GetRun",
+    "LogBatch",
+    "SetTag",
+    "UpdateRun",
+)
 
 
 def check_account(
     job: JobSettings, config: TrainingConfig, account: AwsAccount
 ) -> Iterator[Finding]:
-    """Findings about role, permissions, quota, job name, KMS keys and VPC."""
+    """Findings about role, permissions, quota, job name, KMS keys, VPC and MLflow server."""
     yield from _role(job, account)
     yield from _job_name(job, account)
     yield from _quota(job, account)
@@ -32,6 +43,8 @@ def check_account(
             yield from _key(option, key, account)
     if job.subnets:
         yield from _network(job, account)
+    if job.mlflow_tracking_uri:
+        yield from _mlflow_server(job.mlflow_tracking_uri, account)
 
 
 def _role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
@@ -71,7 +84,7 @@ def _role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             f"that principal to its trust policy (code/aws/trust_policy.json), or use {STACK}.",
         )
     yield from _permissions(job, account, role["Arn"])
-    yield from _caller(account, role["Arn"])
+    yield from _caller(job, account, role["Arn"])
 
 
 def _trusts_sagemaker(document: Any) -> bool:
@@ -109,6 +122,16 @@ def needed_permissions(job: JobSettings) -> list[tuple[str, str]]:
         needed += [("ecr:BatchGetImage", arn), ("ecr:GetDownloadUrlForLayer", arn)]
     if job.subnets:
         needed.append(("ec2:CreateNetworkInterface", "*"))
+    for uri, actions in (
+        (job.checkpoint_s3_uri, ("s3:GetObject", "s3:PutObject")),
+        (job.init_from_checkpoint, ("s3:GetObject",)),
+    ):
+        if uri:
+            place = f"arn:aws:s3:::{uri.removeprefix('s3://').rstrip('/')}"
+            needed += [(action, place if len(actions) == 1 else f"{place}/*") for action in actions]
+    server = MLFLOW_ARN.match(job.mlflow_tracking_uri or "")
+    if server and server["kind"] == "mlflow-tracking-server":
+        needed += [(f"sagemaker-mlflow:{action}", server[0]) for action in MLFLOW_ACTIONS]
     return needed
 
 
@@ -134,33 +157,59 @@ def _permissions(job: JobSettings, account: AwsAccount, arn: str) -> Iterator[Fi
             )
 
 
-def _caller(account: AwsAccount, role: str) -> Iterator[Finding]:
-    """Whether you may hand the role to SageMaker; assumed roles are simulated as their role."""
+def _caller(job: JobSettings, account: AwsAccount, role: str) -> Iterator[Finding]:
+    """Whether you may hand the role to SageMaker, and start such a job.
+
+    Assumed roles are simulated as their role. Simulation knows an organisation's policies, too.
+    """
     arn = account.identity["Arn"]
     if ":assumed-role/" in arn:
         prefix, _, rest = arn.partition(":assumed-role/")
         arn = f"{prefix.replace(':sts:', ':iam:')}:role/{rest.split('/')[0]}"
-    try:
+
+    def may(action: str, resource: str, *context: tuple[str, str, str]) -> bool:
         answer = account.client("iam").simulate_principal_policy(
             PolicySourceArn=arn,
-            ActionNames=["iam:PassRole"],
-            ResourceArns=[role],
+            ActionNames=[action],
+            ResourceArns=[resource],
             ContextEntries=[
-                {
-                    "ContextKeyName": "iam:PassedToService",
-                    "ContextKeyValues": ["sagemaker.amazonaws.com"],
-                    "ContextKeyType": "string",
-                }
+                {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": kind}
+                for key, value, kind in context
             ],
         )
+        return all(result["EvalDecision"] == "allowed" for result in answer["EvaluationResults"])
+
+    you = arn.rsplit("/", 1)[-1]
+    _, partition, _, _, owner, _ = arn.split(":", 5)
+    made = f"arn:{partition}:sagemaker:{account.region}:{owner}:training-job/{job.job_name}"
+    start = ("sagemaker:CreateTrainingJob", made)
+    types = ("sagemaker:InstanceTypes", job.instance_type, "stringList")
+    try:
+        service = ("iam:PassedToService", "sagemaker.amazonaws.com", "string")
+        if not may("iam:PassRole", role, service):
+            yield error(
+                "pass-role",
+                f"You ({you}) may not pass role {role.rsplit('/', 1)[-1]} to SageMaker: attach "
+                "code/aws/launcher_policy.json to your user.",
+            )
+        if may(*start, types, ("sagemaker:NetworkIsolation", "false", "boolean")):
+            return
+        if may(*start, types, ("sagemaker:NetworkIsolation", "true", "boolean")):
+            yield error(
+                "network-isolation",
+                f"You ({you}) may only start jobs with network isolation, which cuts them off from "
+                "S3 and so from the stream: ask your administrator to except this project, with "
+                "--subnets and an S3 endpoint if it must be private.",
+            )
+        else:
+            yield error(
+                "launch-denied",
+                f"You ({you}) may not sagemaker:CreateTrainingJob on {job.instance_type} in "
+                f"{account.region}: attach code/aws/launcher_policy.json to your user, or ask "
+                "which types and regions your organisation allows.",
+            )
     except (ClientError, BotoCoreError):
         return  # the root user and some federated identities cannot be simulated
-    if any(result["EvalDecision"] != "allowed" for result in answer["EvaluationResults"]):
-        yield error(
-            "pass-role",
-            f"You ({arn.rsplit('/', 1)[-1]}) may not pass role {role.rsplit('/', 1)[-1]} to "
-            "SageMaker: attach code/aws/launcher_policy.json to your user.",
-        )
 
 
 def _job_name(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
@@ -180,17 +229,14 @@ def _job_name(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
 def _quota(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
     kind = "spot training job usage" if job.spot else "training job usage"
     wanted = f"{job.instance_type} for {kind}"
+    warm = f"{job.instance_type} for training warm pool usage"
     try:
         pages = account.client("service-quotas").get_paginator("list_service_quotas")
-        value = next(
-            (
-                quota["Value"]
-                for page in pages.paginate(ServiceCode="sagemaker")
-                for quota in page["Quotas"]
-                if quota["QuotaName"] == wanted
-            ),
-            None,
-        )
+        values = {
+            quota["QuotaName"]: quota["Value"]
+            for page in pages.paginate(ServiceCode="sagemaker")
+            for quota in page["Quotas"]
+        }
     except (ClientError, BotoCoreError):
         yield warning(
             "quota-unchecked",
@@ -198,6 +244,14 @@ def _quota(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             "servicequotas:ListServiceQuotas to have it checked.",
         )
         return
+    value = values.get(wanted)
+    if job.keep_alive_minutes and values.get(warm, 0) < job.instance_count:
+        yield error(
+            "quota-warm-pool",
+            f"Your quota '{warm}' in {account.region} is {values.get(warm, 0):g} and "
+            f"--keep-alive-minutes needs {job.instance_count}: drop that option, or request an "
+            "increase in Service Quotas > Amazon SageMaker.",
+        )
     if value is None:
         yield warning(
             "quota-unknown",
@@ -289,3 +343,31 @@ def _reaches_s3(ec2: Any, subnet: dict[str, Any]) -> bool:
         )
         for endpoint in endpoints
     )
+
+
+def _mlflow_server(uri: str, account: AwsAccount) -> Iterator[Finding]:
+    """Whether SageMaker's tracking server is there and awake; other servers are not asked."""
+    server = MLFLOW_ARN.match(uri)
+    if server is None or server["kind"] != "mlflow-tracking-server":
+        return
+    name = server["name"]
+    try:
+        answer = account.client("sagemaker", server["region"]).describe_mlflow_tracking_server(
+            TrackingServerName=name
+        )
+    except ClientError as problem:
+        if error_code(problem) in ("ResourceNotFound", "ValidationException"):
+            yield error(
+                "mlflow-unknown",
+                f"There is no MLflow tracking server {name} in {server['region']}: check the ARN "
+                "against `aws sagemaker list-mlflow-tracking-servers`.",
+            )
+        else:
+            yield warning("mlflow-unchecked", sentence(problem, f"looking at MLflow server {name}"))
+        return
+    if answer.get("IsActive") == "Inactive":
+        yield error(
+            "mlflow-stopped",
+            f"MLflow tracking server {name} is {answer.get('TrackingServerStatus', 'inactive')}: "
+            f"run `aws sagemaker start-mlflow-tracking-server --tracking-server-name {name}`.",
+        )

@@ -49,10 +49,12 @@ def check_image(job: JobSettings, config: TrainingConfig, account: AwsAccount) -
             f"Image tag '{place['tag'] or 'latest'}' can change between two jobs: use the digest "
             f"URI that {_PUSH} prints.",
         )
-    yield from _in_repository(place, account)
+    yield from _in_repository(place, job, account)
 
 
-def _in_repository(place: re.Match[str], account: AwsAccount) -> Iterator[Finding]:
+def _in_repository(
+    place: re.Match[str], job: JobSettings, account: AwsAccount
+) -> Iterator[Finding]:
     image_id = (
         {"imageDigest": place["digest"]}
         if place["digest"]
@@ -81,30 +83,55 @@ def _in_repository(place: re.Match[str], account: AwsAccount) -> Iterator[Findin
             f"`aws ecr list-images --repository-name {place['repository']}`.",
         )
         return
-    platforms = _platforms(ecr, place, json.loads(answer["images"][0]["imageManifest"]))
+    manifest = json.loads(answer["images"][0]["imageManifest"])
+    config = _image_config(ecr, place, manifest)
+    platforms = _platforms(manifest, config)
     if platforms and "amd64" not in platforms:
         yield error(
             "image-architecture",
             f"The image is for {', '.join(sorted(platforms))} and SageMaker's GPU instances are "
             f"amd64: run {_PUSH}, which builds for linux/amd64 everywhere.",
         )
+    if job.mlflow_tracking_uri:
+        yield from _holds_mlflow(config)
 
 
-def _platforms(ecr: Any, place: re.Match[str], manifest: dict[str, Any]) -> set[str]:
+def _holds_mlflow(config: dict[str, Any]) -> Iterator[Finding]:
+    label = (config.get("config", {}).get("Labels") or {}).get("brain-to-text.mlflow")
+    if label == "no":
+        yield error(
+            "image-without-mlflow",
+            "--mlflow-tracking-uri is given and the image holds no MLflow client, so nothing would "
+            f"be tracked: run {_PUSH} --mlflow, or drop the option.",
+        )
+    elif label is None:
+        yield warning(
+            "image-mlflow-unchecked",
+            "Whether the image holds an MLflow client could not be seen; without one nothing is "
+            f"tracked: {_PUSH} --mlflow makes one that does.",
+        )
+
+
+def _platforms(manifest: dict[str, Any], config: dict[str, Any]) -> set[str]:
     """Processor architectures of an image; empty when ECR does not let us look."""
     if "manifests" in manifest:
         found = {
             entry.get("platform", {}).get("architecture", "") for entry in manifest["manifests"]
         }
         return found - {"", "unknown"}
+    return {config.get("architecture", "")} - {""}
+
+
+def _image_config(ecr: Any, place: re.Match[str], manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the image says of itself; {} for an index, or when ECR does not let us look."""
     digest = manifest.get("config", {}).get("digest")
     if not digest:
-        return set()
+        return {}
     try:
         url = ecr.get_download_url_for_layer(
             registryId=place["account"], repositoryName=place["repository"], layerDigest=digest
         )["downloadUrl"]
         with urllib.request.urlopen(url, timeout=10) as answer:
-            return {json.load(answer).get("architecture", "")} - {""}
+            return dict(json.load(answer))
     except (ClientError, urllib.error.URLError, ValueError):
-        return set()
+        return {}

@@ -25,8 +25,9 @@ Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # as MLflow names them
 
 SEND_SECONDS = 5.0
 RETRY_SECONDS = 60.0
-FINISH_SECONDS = 600.0  # the model's upload, at the end of a run that finished
-STOP_SECONDS = 20.0  # SageMaker kills a stopped job after 120 s, and the checkpoint comes first
+# How long the end of a run waits: for the model's upload, for a reason. SageMaker kills a stopped
+# job after 120 s, and its checkpoint is copied to S3 in the same time.
+PATIENCE_SECONDS: dict[Outcome, float] = {"FINISHED": 600.0, "FAILED": 120.0, "KILLED": 30.0}
 METRICS_PER_REQUEST = 1000  # the tracking API's limit
 PARAMS_PER_REQUEST = 100  # likewise
 RESULT_FILES = ("report.html", "summary.json", "sessions.csv", "trials.csv", "metrics.jsonl")
@@ -132,8 +133,8 @@ class MlflowRun:
         self._closing.set()
         started = time.monotonic()
         while self._thread.is_alive():
-            quick = outcome != "FINISHED" or hurry()
-            if time.monotonic() - started > (STOP_SECONDS if quick else FINISH_SECONDS):
+            patience = PATIENCE_SECONDS["KILLED" if hurry() else outcome]
+            if time.monotonic() - started > patience:
                 break
             self._thread.join(timeout=0.2)
         if not self._complete:

@@ -46,6 +46,10 @@ METRIC_DEFINITIONS: tuple[dict[str, str], ...] = tuple(
     )
 )
 
+MLFLOW_ARN = re.compile(
+    r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
+    r"(?P<kind>mlflow-tracking-server|mlflow-app)/(?P<name>[\w.-]+)$"
+)
 _JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@")
@@ -115,10 +119,10 @@ class JobSettings:
         {}, "environment variable of the job, as NAME=VALUE; may be repeated", flag="--env"
     )
     tensorboard: bool = option(
-        False, "upload event files from /opt/ml/output/tensorboard while the job runs"
+        False, "hand the event file to SageMaker as well (TensorBoardOutputConfig)"
     )
     mlflow_tracking_uri: str | None = option(
-        None, "MLflow server: a SageMaker tracking server's ARN, or an https:// address"
+        None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
     )
     mlflow_experiment: str = option("brain-to-text", "MLflow experiment")
 
@@ -277,6 +281,8 @@ def _hyperparameters(settings: JobSettings, output_uri: str) -> dict[str, str]:
         values["accept-changes"] = True
     if settings.data_channel != "stream":
         values["data-dir"] = CHANNEL_FOLDER
+    if settings.tensorboard and not settings.is_local:
+        values["tensorboard-dir"] = TENSORBOARD_FOLDER
     encoded = {name: hyperparameter_text(value) for name, value in values.items()}
     if len(encoded) > 100:
         raise JobError(
@@ -420,5 +426,13 @@ def _check(settings: JobSettings) -> None:
                     f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
                     "everybody who may describe it: give the role access instead."
                 )
-    if settings.mlflow_tracking_uri and _SECRET_VALUE.search(settings.mlflow_tracking_uri):
-        refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
+    if settings.mlflow_tracking_uri:
+        if _SECRET_VALUE.search(settings.mlflow_tracking_uri):
+            refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
+        if not re.match(r"https?://\S+$", settings.mlflow_tracking_uri) and not MLFLOW_ARN.match(
+            settings.mlflow_tracking_uri
+        ):
+            refuse(
+                f"--mlflow-tracking-uri is '{settings.mlflow_tracking_uri}': give an http(s):// "
+                "address, or the ARN of an mlflow-tracking-server or mlflow-app."
+            )

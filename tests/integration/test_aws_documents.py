@@ -88,6 +88,16 @@ def test_the_stack_can_make_the_bucket_and_the_way_to_s3(cloud):
     )
 
 
+def test_the_role_may_log_into_the_mlflow_server_that_is_named(cloud):
+    server = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-tracking-server/speech"
+    deploy(cloud, MlflowServerArn=server)
+    needed = needed_permissions(JobSettings(s3_bucket=BUCKET, mlflow_tracking_uri=server))
+    asked = [pair for pair in needed if pair[0].startswith("sagemaker-mlflow:")]
+    policy = job_policy_of(cloud)
+    assert len(asked) == 8
+    assert all(allowed(policy, action, resource) for action, resource in asked)
+
+
 def statements(policy):
     found = policy["Statement"]
     return found if isinstance(found, list) else [found]
@@ -173,7 +183,7 @@ def test_policies_are_well_formed_and_narrow(path):
     for statement in policy["Statement"]:
         actions = statement["Action"]
         for action in [actions] if isinstance(actions, str) else actions:
-            assert re.fullmatch(r"[a-z0-9]+:[A-Za-z]+", action), f"{action} is not one action"
+            assert re.fullmatch(r"[a-z0-9-]+:[A-Za-z]+", action), f"{action} is not one action"
 
 
 def test_the_template_names_what_the_launcher_and_the_push_expect():

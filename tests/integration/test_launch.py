@@ -121,6 +121,7 @@ WIRE = {
             "output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1",
             "model.n_units": "768",
             "dataset.batch_size": "32",
+            "tensorboard-dir": "/opt/ml/output/tensorboard",
         },
         "RetryStrategy": None,
         "TensorBoardOutputConfig": {

@@ -1,11 +1,12 @@
-"""An AWS account for tests: moto, plus the three services it lacks, plus a ready-to-train set-up.
+"""An AWS account for tests: moto, plus what it lacks, plus a ready-to-train set-up.
 
-Price list, service quotas and policy simulation are answered by handlers on the session's events,
-so that the code under test makes its real calls.
+Price list, service quotas, policy simulation, MLflow servers and image layers are answered by
+handlers on the session's events, so that the code under test makes its real calls.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import hashlib
@@ -55,6 +56,8 @@ class EmulatedAccount:
 
     Attributes:
         quotas: by quota name. denied: actions that the policy simulation refuses.
+        isolation_demanded: it refuses training jobs without network isolation.
+        mlflow_servers: "Active" or "Inactive" by name. layers: content by digest.
         prices: dollars per hour by instance type. refused: services that answer AccessDenied.
         sent: the request bodies of CreateTrainingJob, as they went over the wire.
     """
@@ -63,6 +66,9 @@ class EmulatedAccount:
     image_uri: str = ""
     quotas: dict[str, float] = field(default_factory=dict)
     denied: set[str] = field(default_factory=set)
+    isolation_demanded: bool = False
+    mlflow_servers: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, bytes] = field(default_factory=dict)
     prices: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     sent: list[dict[str, Any]] = field(default_factory=list)
@@ -124,6 +130,29 @@ def put_image(emulated: EmulatedAccount, architecture: str) -> str:
     )["image"]
     host = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
     return f"{host}/{REPOSITORY}@{image['imageId']['imageDigest']}"
+
+
+def put_labelled_image(emulated: EmulatedAccount, labels: dict[str, str]) -> str:
+    """Push a plain image, as build_and_push.sh does, with labels; returns its digest URI."""
+    config = json.dumps({"architecture": "amd64", "config": {"Labels": labels}}).encode()
+    digest = "sha256:" + hashlib.sha256(config).hexdigest()
+    emulated.layers[digest] = config
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {
+            "mediaType": "application/vnd.docker.container.image.v1+json",
+            "digest": digest,
+            "size": len(config),
+        },
+        "layers": [],
+    }
+    text = json.dumps(manifest)
+    own = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    emulated.client("ecr").put_image(
+        repositoryName=REPOSITORY, imageManifest=text, imageTag=own[7:15], imageDigest=own
+    )
+    return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{REPOSITORY}@{own}"
 
 
 def put_dataset(
@@ -188,7 +217,13 @@ def _answer(emulated: EmulatedAccount) -> None:
     def simulate(params: dict[str, Any]) -> dict[str, Any]:
         body = params["body"]
         action = next(value for name, value in body.items() if name.startswith("ActionNames"))
-        decision = "implicitDeny" if action in emulated.denied else "allowed"
+        denied = action in emulated.denied
+        if action == "sagemaker:CreateTrainingJob" and emulated.isolation_demanded:
+            entries = {name: value for name, value in body.items() if "ContextEntries" in name}
+            key = next(n for n, v in entries.items() if v == "sagemaker:NetworkIsolation")
+            place = key.rsplit(".", 1)[0]
+            denied = "true" not in [v for n, v in entries.items() if n.startswith(place)]
+        decision = "implicitDeny" if denied else "allowed"
         return {"EvaluationResults": [{"EvalActionName": action, "EvalDecision": decision}]}
 
     def products(params: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +244,21 @@ def _answer(emulated: EmulatedAccount) -> None:
                 )
         return {"PriceList": found}
 
+    def mlflow_server(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        name = json.loads(params["body"])["TrackingServerName"]
+        state = emulated.mlflow_servers.get(name)
+        if state is None:
+            return parsed({"Error": {"Code": "ResourceNotFound", "Message": name}}, 400)
+        status = {"Active": "Started", "Inactive": "Stopped"}[state]
+        return parsed({"IsActive": state, "TrackingServerStatus": status})
+
+    def layer(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        digest = json.loads(params["body"])["layerDigest"]
+        if digest not in emulated.layers:
+            return parsed({"Error": {"Code": "LayersNotFoundException", "Message": digest}}, 400)
+        content = base64.b64encode(emulated.layers[digest]).decode()
+        return parsed({"downloadUrl": f"data:application/json;base64,{content}"})
+
     def record(params: dict[str, Any], **_: Any) -> None:
         body = params["body"]
         text = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
@@ -219,4 +269,6 @@ def _answer(emulated: EmulatedAccount) -> None:
     )
     events.register("before-call.iam.SimulatePrincipalPolicy", refusable("iam", simulate))
     events.register("before-call.pricing.GetProducts", refusable("pricing", products))
+    events.register("before-call.sagemaker.DescribeMlflowTrackingServer", mlflow_server)
+    events.register("before-call.ecr.GetDownloadUrlForLayer", layer)
     events.register("before-call.sagemaker.CreateTrainingJob", record)

@@ -14,8 +14,11 @@ from support.aws_emulation import (
     emulated_aws,
     put_dataset,
     put_image,
+    put_labelled_image,
     ready_to_train,
 )
+
+SERVER = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/speech"
 
 pytestmark = pytest.mark.aws
 
@@ -149,6 +152,40 @@ def test_user_who_may_not_pass_the_role(aws):
     assert names(findings(aws)) == ["pass-role"]
 
 
+def test_user_who_may_not_start_such_jobs(aws):
+    aws.denied.add("sagemaker:CreateTrainingJob")
+    report = findings(aws)
+    assert names(report) == ["launch-denied"]
+    assert "ml.g5.2xlarge in us-east-1" in report.of("error")[0].text
+
+
+def test_organisation_that_demands_network_isolation(aws):
+    aws.isolation_demanded = True
+    assert names(findings(aws)) == ["network-isolation"]
+
+
+@pytest.mark.parametrize(
+    "settings, action, place",
+    [
+        ({"checkpoint_s3_uri": "s3://other/states"}, "s3:PutObject", "other/states/*"),
+        ({"subnets": ("s",), "security_group_ids": ("g",)}, "ec2:CreateNetworkInterface", "*"),
+        ({"mlflow_tracking_uri": SERVER}, "sagemaker-mlflow:LogBatch", "speech"),
+    ],
+)
+def test_role_without_what_a_setting_needs(aws, settings, action, place):
+    aws.denied.add(action)
+    texts = [f.text for f in findings(aws, **settings).of("error") if f.name == "permission-denied"]
+    assert any(action in text and place in text for text in texts)
+
+
+def test_role_that_may_not_read_the_model_to_start_from(aws):
+    aws.denied.add("s3:GetObject")
+    uri = f"s3://{BUCKET}/models/best_checkpoint"
+    aws.client("s3").put_object(Bucket=BUCKET, Key="models/best_checkpoint", Body=b"w")
+    texts = [finding.text for finding in findings(aws, init_from_checkpoint=uri).of("error")]
+    assert any("models/best_checkpoint" in text for text in texts)
+
+
 def test_permissions_that_cannot_be_simulated(aws):
     aws.refused.add("iam")
     assert names(findings(aws), "warning") == ["permissions-unchecked"]
@@ -164,6 +201,13 @@ def test_spot_has_a_quota_of_its_own(aws):
     aws.quotas["ml.g5.2xlarge for spot training job usage"] = 0
     assert names(findings(aws)) == []
     assert names(findings(aws, spot=True)) == ["quota"]
+
+
+def test_warm_pools_have_a_quota_of_their_own(aws):
+    report = findings(aws, keep_alive_minutes=10)
+    assert names(report) == ["quota-warm-pool"]
+    aws.quotas["ml.g5.2xlarge for training warm pool usage"] = 1
+    assert names(findings(aws, keep_alive_minutes=10)) == []
 
 
 def test_quota_that_does_not_exist(aws):
@@ -268,6 +312,48 @@ def test_tag_that_moves(aws):
     uri = aws.image_uri.split("@")[0] + ":latest"
     report = findings(aws, image_uri=uri)
     assert "image-moving-tag" in names(report, "warning")
+
+
+# --- MLflow
+
+
+ELSEWHERE = "https://mlflow.example.org"
+
+
+def test_image_with_and_without_mlflow(aws):
+    image = put_labelled_image(aws, {"brain-to-text.mlflow": "yes"})
+    assert findings(aws, image_uri=image, mlflow_tracking_uri=ELSEWHERE).findings == ()
+    image = put_labelled_image(aws, {"brain-to-text.mlflow": "no"})
+    assert findings(aws, image_uri=image).findings == ()  # nobody asked for MLflow
+    report = findings(aws, image_uri=image, mlflow_tracking_uri=ELSEWHERE)
+    assert names(report) == ["image-without-mlflow"]
+    assert "./build_and_push.sh --mlflow" in report.of("error")[0].text
+
+
+def test_image_that_says_nothing_about_mlflow(aws):
+    report = findings(aws, mlflow_tracking_uri=ELSEWHERE)
+    assert names(report, "warning") == ["image-mlflow-unchecked"]
+
+
+def test_mlflow_server_of_sagemaker(aws):
+    settings = {
+        "image_uri": put_labelled_image(aws, {"brain-to-text.mlflow": "yes"}),
+        "mlflow_tracking_uri": SERVER,
+    }
+    assert names(findings(aws, **settings)) == ["mlflow-unknown"]
+    aws.mlflow_servers["speech"] = "Inactive"
+    report = findings(aws, **settings)
+    assert names(report) == ["mlflow-stopped"]
+    assert "start-mlflow-tracking-server" in report.of("error")[0].text
+    aws.mlflow_servers["speech"] = "Active"
+    assert findings(aws, **settings).findings == ()
+
+
+def test_plain_image_for_another_processor(aws):
+    image = put_labelled_image(aws, {})
+    (digest,) = aws.layers
+    aws.layers[digest] = json.dumps({"architecture": "arm64"}).encode()
+    assert names(findings(aws, image_uri=image)) == ["image-architecture"]
 
 
 # --- data

@@ -269,6 +269,7 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"environment": {"A": "AKIAIOSFODNN7EXAMPLE"}}, "looks like a secret"),
         ({"overrides": {"model.n_units": "https://me:pw@host"}}, "looks like a secret"),
         ({"mlflow_tracking_uri": "https://me:pw@host"}, "password"),
+        ({"mlflow_tracking_uri": "databricks"}, "mlflow-tracking-server or mlflow-app"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(settings, said):

@@ -1,0 +1,283 @@
+"""TensorBoard events and MLflow runs: complete, each step once, and never a reason to fail."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from brain_to_text import event_file
+from brain_to_text.telemetry import scalars
+from integration.kill_harness import JOB_SECONDS, Job
+from support.altered_job import AlteredJob
+from support.mlflow_server import provide_client, serve_mlflow
+from support.tiny_data import write_dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SHORT = {"num_training_batches": 12, "batches_per_train_log": 2, "batches_per_val_step": 5}
+LONGER = {**SHORT, "num_training_batches": 60, "batches_per_save": 3}
+EVENTS = f"tensorboard/{event_file.FILE_NAME}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, n_features=16, bins=(80, 140))
+    return folder
+
+
+def finish(job: Job, code: int = 0) -> str:
+    """Run to the end; what this job said."""
+    before = len(job.said())
+    job.start().process.join(JOB_SECONDS)
+    assert job.process.exitcode == code, job.said()
+    return job.said()[before:]
+
+
+def kill_at(job: Job, line: str) -> None:
+    job.start().wait_for(line)
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.process.join(JOB_SECONDS)
+
+
+def expected_points(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by name, as metrics.jsonl has them."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in (run / "output/data/metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name, value in scalars(entry):
+            points.setdefault(name, []).append((entry["step"], value))
+    return points
+
+
+def events(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by tag, as TensorBoard reads the file."""
+    read = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def assert_same_points(found, expected):
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert steps(found[name]) == steps(points), name
+        values = [value for _, value in found[name]]
+        assert values == pytest.approx([v for _, v in points], rel=1e-6, nan_ok=True), name
+
+
+def steps(points):
+    return [step for step, _ in points]
+
+
+# --- TensorBoard
+
+
+def test_the_event_file_holds_every_number_of_the_run(data, tmp_path):
+    finish(Job(data, tmp_path, **SHORT))
+    found = events(tmp_path / "output/data" / EVENTS)
+    assert_same_points(found, expected_points(tmp_path))
+    assert steps(found["train/loss"]) == [0, 2, 4, 6, 8, 10]
+    assert steps(found["validation/der"]) == [0, 5, 10, 11]
+    assert "sessions/t15.2023.08.11/PER" in found
+    (only,) = (tmp_path / "output/data/tensorboard").iterdir()
+    assert only.name == event_file.FILE_NAME
+
+
+def test_a_killed_and_resumed_run_shows_each_step_once(data, tmp_path):
+    job = Job(data, tmp_path, **LONGER)
+    kill_at(job, "Train batch 40:")
+    assert "Resuming after step" in finish(job)
+    found = events(tmp_path / "output/data" / EVENTS)
+    assert steps(found["train/loss"]) == list(range(0, 60, 2))
+    assert_same_points(found, expected_points(tmp_path))
+
+
+def test_the_file_may_go_elsewhere_and_a_copy_goes_to_s3(data, tmp_path, s3_prefix, s3_environment):
+    job = Job(
+        data,
+        tmp_path / "run",
+        **SHORT,
+        **{"tensorboard-dir": tmp_path / "board", "output-s3-uri": f"{s3_prefix}/job"},
+    )
+    finish(job)
+    assert not (tmp_path / "run/output/data/tensorboard").exists()
+    written = (tmp_path / "board" / event_file.FILE_NAME).read_bytes()
+    logs = s3_environment.root / s3_prefix.removeprefix("s3://") / "job/logs"
+    assert (logs / EVENTS).read_bytes() == written
+    assert (logs / "training_log").exists()
+
+
+def test_a_run_goes_on_where_no_event_can_be_written(data, tmp_path):
+    (tmp_path / "a-file").write_text("")
+    said = finish(Job(data, tmp_path / "run", **SHORT, **{"tensorboard-dir": tmp_path / "a-file"}))
+    assert said.count("No more TensorBoard events are written") == 1
+    assert "Finished at step 12" in said
+
+
+def test_without_tensorboardx_a_run_says_so_in_one_line(data, tmp_path):
+    said = finish(AlteredJob(data, tmp_path, missing=("tensorboardX",), **SHORT))
+    assert said.count("No TensorBoard events are written: no module tensorboardX") == 1
+    assert "Finished at step 12" in said
+
+
+# --- MLflow
+
+
+@pytest.fixture(scope="session")
+def mlflow_packages():
+    try:
+        return provide_client()
+    except RuntimeError as problem:
+        pytest.skip(str(problem))
+
+
+@pytest.fixture(scope="module")
+def server(mlflow_packages, tmp_path_factory):
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(serve_mlflow(tmp_path_factory.mktemp("mlflow")))
+        except RuntimeError as problem:
+            pytest.skip(str(problem))
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(server, mlflow_packages):
+    """MLflow's own client, in this process, after everything of ours on the path."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    sys.path.append(str(mlflow_packages))
+    from mlflow.tracking import MlflowClient
+
+    yield MlflowClient(server, server)
+    sys.path.remove(str(mlflow_packages))
+
+
+@pytest.fixture
+def tracked(data, tmp_path, server, mlflow_packages, request):
+    """tracked(**settings) -> a job that logs into an experiment named like the test."""
+
+    def make(variables=None, **settings):
+        given = {
+            "MLFLOW_TRACKING_URI": server,
+            "MLFLOW_EXPERIMENT_NAME": request.node.name,
+            "MLFLOW_RUN_NAME": "b2t-1",
+            **(variables or {}),
+        }
+        settings = {**SHORT, **settings}
+        return AlteredJob(data, tmp_path, packages=mlflow_packages, variables=given, **settings)
+
+    return make
+
+
+def runs(client, request):
+    experiment = client.get_experiment_by_name(request.node.name)
+    return client.search_runs([experiment.experiment_id])
+
+
+def history(client, run):
+    """(step, value) by name, as the server has them."""
+    return {
+        name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+@pytest.mark.slow
+def test_mlflow_gets_params_metrics_results_and_the_model(tracked, client, request, tmp_path):
+    from brain_to_text.model_artefact import open_model
+
+    said = finish(tracked())
+    (run,) = runs(client, request)
+    assert f"MLflow run {run.info.run_id} in experiment" in said
+    assert "WARNING" not in said
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "b2t-1")
+    assert run.data.params["dataset.batch_size"] == "4"
+    assert run.data.params["model.input_network.input_layer_sizes"] == "[16]"
+    assert run.data.tags["data"].startswith("/")
+    assert run.data.tags["dataset"]
+    assert_same_points(history(client, run), expected_points(tmp_path))
+
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names >= {"report.html", "summary.json", "metrics.jsonl", "training_log", "model"}
+    got = Path(client.download_artifacts(run.info.run_id, "model", str(tmp_path)))
+    ours = tmp_path / "model" / "checkpoint" / "best_checkpoint"
+    assert (got / "checkpoint" / "best_checkpoint").read_bytes() == ours.read_bytes()
+    assert open_model(got).config.dataset.batch_size == 4
+    client.create_registered_model(request.node.name)
+    version = client.create_model_version(
+        request.node.name, f"{run.info.artifact_uri}/model", run.info.run_id
+    )
+    assert version.version in (1, "1")
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_is_one_mlflow_run(tracked, client, request, tmp_path):
+    job = tracked(**LONGER)
+    job.start().wait_for("MLflow run")
+    job.wait_for("Val batch 40:")
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.process.join(JOB_SECONDS)
+    assert "Resuming after step" in finish(job)
+    (run,) = runs(client, request)
+    assert run.info.status == "FINISHED"
+    found = history(client, run)
+    assert steps(found["train/loss"]) == list(range(0, 60, 2))
+    assert found.keys() == expected_points(tmp_path).keys()
+    assert "already finished" in finish(job)
+    (run,) = runs(client, request)
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_as_such(tracked, client, request):
+    job = tracked(num_training_batches=100_000, batches_per_val_step=50_000)
+    job.start().wait_for("MLflow run")
+    os.kill(job.process.pid, signal.SIGTERM)
+    job.process.join(JOB_SECONDS)
+    assert job.process.exitcode == 0, job.said()
+    assert [run.info.status for run in runs(client, request)] == ["KILLED"]
+
+
+@pytest.mark.slow
+def test_a_failed_run_says_why(tracked, client, request):
+    diverging = {"lr_max": 1e30, "lr_warmup_steps": 0, "non_finite_patience": 2}
+    finish(tracked(**diverging, batches_per_train_log=1, num_training_batches=500), code=1)
+    (run,) = runs(client, request)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"].startswith("TrainingError: Training diverged")
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_costs_a_warning_and_nothing_else(data, tmp_path, mlflow_packages):
+    variables = {
+        "MLFLOW_TRACKING_URI": "http://somebody:hidden-password@127.0.0.1:9",
+        "MLFLOW_TRACKING_TOKEN": "a-hidden-token",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    job = AlteredJob(data, tmp_path, packages=mlflow_packages, variables=variables, **SHORT)
+    said = finish(job)
+    assert "Finished at step 12" in said
+    assert said.count("MLflow does not answer as it should, training goes on") == 1
+    assert said.count("MLflow did not get all of this run") == 1
+    assert "hidden" not in said
+
+
+@pytest.mark.parametrize(
+    "uri, module",
+    [("http://127.0.0.1:9", "mlflow"), ("arn:aws:sagemaker:x", "sagemaker_mlflow")],
+)
+def test_a_missing_client_is_said_at_the_start(data, tmp_path, mlflow_packages, uri, module):
+    job = AlteredJob(
+        data,
+        tmp_path,
+        missing=(module,),
+        packages=mlflow_packages,
+        variables={"MLFLOW_TRACKING_URI": uri},
+        **SHORT,
+    )
+    said = finish(job)
+    before, _, after = said.partition(f"this image has no module {module}")
+    assert "Loading data from" in after and "Loading data from" not in before
+    assert "./build_and_push.sh --mlflow" in after
+    assert "MLflow run" not in said

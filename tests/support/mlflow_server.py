@@ -1,0 +1,125 @@
+"""A real MLflow server on this machine, and the client that images have, both outside of .venv.
+
+The server, of the client's version, needs pandas, scikit-learn and more: 0.9 GB in .local/mlflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOME = REPOSITORY / ".local" / "mlflow"
+CLIENT = REPOSITORY / ".local" / "mlflow-client"
+LOCK = REPOSITORY / "docker" / "requirements-mlflow.txt"
+START_SECONDS = 180
+
+
+def provide_client() -> Path:
+    """A folder with the packages that --mlflow adds to an image, for the end of a module path.
+
+    Raises:
+        RuntimeError: they cannot be installed here, with pip's last line.
+    """
+    wanted = LOCK.read_text()
+    if not _is_there(CLIENT, wanted):
+        shutil.rmtree(CLIENT, ignore_errors=True)
+        locked = ["--no-deps", "--require-hashes", "-r", str(LOCK), "--target", str(CLIENT)]
+        _install(sys.executable, *locked)
+        (CLIENT / "installed").write_text(wanted)
+    return CLIENT
+
+
+def provide_server() -> Path:
+    """The `mlflow` command; installed on first use (about two minutes).
+
+    Raises:
+        RuntimeError: it cannot be installed here, with pip's last line.
+    """
+    found = re.search(r"^mlflow-skinny==(\S+)", LOCK.read_text(), re.M)
+    assert found is not None
+    if not _is_there(HOME, found[1]):
+        venv.create(HOME, with_pip=True, symlinks=True, clear=True)
+        _install(str(HOME / "bin" / "python"), f"mlflow=={found[1]}")
+        (HOME / "installed").write_text(found[1])
+    return HOME / "bin" / "mlflow"
+
+
+def _is_there(folder: Path, wanted: str) -> bool:
+    stamp = folder / "installed"
+    return stamp.exists() and stamp.read_text() == wanted
+
+
+def _install(python: str, *what: str) -> None:
+    command = [python, "-m", "pip", "install", "--quiet", *what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"MLflow cannot be installed here: {done.stderr.strip()[-300:]}")
+
+
+@contextlib.contextmanager
+def serve_mlflow(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    """The address of a server whose runs and artefacts lie in `folder`.
+
+    Raises:
+        RuntimeError: it cannot be installed, or does not start.
+    """
+    program = provide_server()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    log = folder / "mlflow.log"
+    command = [
+        *(str(program), "server", "--host", host, "--port", str(port)),
+        *("--backend-store-uri", f"sqlite:///{folder / 'runs.db'}", "--workers", "1"),
+        *("--artifacts-destination", str(folder / "artefacts"), "--allowed-hosts", "*"),
+    ]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={
+                **os.environ,
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # it has workers, which end with it
+        )
+    url = f"http://{host}:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"MLflow's server did not start: {log.read_text()[-500:]}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
