@@ -136,9 +136,13 @@ class Trainer:
 
         torchrun turns its own SIGTERM, and that of its workers, into an exception.
         """
+        tail = "\n".join(self._tail)
         stopped = self._stop_requested and (
             return_code == -signal.SIGTERM
-            or any(re.search(r"got signal: 15\b|\(SIGTERM\)", line) for line in self._tail)
+            or (
+                re.search(r"got signal: 15\b|Signal 15 \(SIGTERM\)", tail) is not None
+                and re.search(r"Signal (?!15\b)\d+ \(SIG", tail) is None
+            )
         )
         if stopped:
             log.warning("Stopped before training began or after it had ended.")

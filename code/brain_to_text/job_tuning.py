@@ -146,9 +146,9 @@ def sweep_price(sweep: Sweep, job: JobSettings, account: AwsAccount | None = Non
 def _extreme(sweep: Sweep, job: JobSettings, account: AwsAccount | None, choose: Any) -> Estimate:
     """The estimate with every parameter at whichever end is least (or most) work."""
 
-    def made(changes: Mapping[str, Any]) -> Estimate:
+    def made(changes: Mapping[str, Any], asked: AwsAccount | None = None) -> Estimate:
         config = resolve_config(replace(job, overrides={**job.overrides, **changes}))[2]
-        return estimate(config, job.instance_type, job.instance_count, account)
+        return estimate(config, job.instance_type, job.instance_count, asked)
 
     def work(changes: Mapping[str, Any]) -> float:
         found = made(changes)
@@ -160,7 +160,7 @@ def _extreme(sweep: Sweep, job: JobSettings, account: AwsAccount | None, choose:
             ({parameter.name: value} for value in parameter.ends),
             key=lambda change: work({**changes, **change}),
         )
-    return made(changes)
+    return made(changes, account)
 
 
 def tuning_request(spec_file: str | Path, job: JobSettings) -> dict[str, Any]:

@@ -21,9 +21,7 @@ PROGRAM = CODE_FOLDER / "train_model_sagemaker.py"
 STOP_SECONDS = 120  # what SageMaker gives a job between SIGTERM and SIGKILL
 
 
-def run_in_process(
-    request: Mapping[str, Any], account: AwsAccount, runs: Path = RUNS_FOLDER
-) -> str:
+def run_in_process(request: Mapping[str, Any], account: AwsAccount) -> str:
     """Train on this machine until the job ends; outputs go to the same S3 URIs as a real job's.
 
     The folder stays, so the same job name goes on from its checkpoint.
@@ -31,13 +29,12 @@ def run_in_process(
     Args:
         request: from `sagemaker_job.training_request`; its image, role and instances do not matter.
         account: for uploading the results.
-        runs: where the job's folder is made.
 
     Raises:
         JobError: training failed (its own reason is in the message), or the upload did.
     """
     name = str(request["TrainingJobName"])
-    base = runs / name / "opt" / "ml"
+    base = RUNS_FOLDER / name / "opt" / "ml"
     for folder in ("model", "output/data", "checkpoints"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(PROGRAM)]

@@ -13,7 +13,6 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from .aws_account import AwsAccount, error_code, explained
@@ -88,9 +87,8 @@ def run_sweep(
     account: AwsAccount,
     launch: Callable[[JobSettings, AwsAccount], object],
     say: Callable[[str], None] = print,
-    folder: Path = SWEEPS_FOLDER,
 ) -> list[SweptJob]:
-    """Run every job to its end; the results so far are kept in `folder` for `local_table`.
+    """Run every job to its end; the results so far are kept for `local_table`.
 
     A job that fails is named with its reason and the sweep goes on. The same sweep under the same
     name goes on where it ended, where the jobs keep their checkpoints (local_process).
@@ -110,19 +108,19 @@ def run_sweep(
         done.append(_run(own, tried, sweep.metric, account, launch))
         if done[-1].reason:
             say(f"Job {number} failed: {done[-1].reason}")
-        folder.mkdir(parents=True, exist_ok=True)
+        SWEEPS_FOLDER.mkdir(parents=True, exist_ok=True)
         content = {"metric": sweep.metric, "jobs": [asdict(result) for result in done]}
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (SWEEPS_FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     return done
 
 
-def local_table(name: str, folder: Path = SWEEPS_FOLDER) -> list[str] | None:
+def local_table(name: str) -> list[str] | None:
     """The table of a sweep that ran on this machine, best first, its best named; else None.
 
     Raises:
         JobError: its file is damaged.
     """
-    path = folder / f"{name}.json"
+    path = SWEEPS_FOLDER / f"{name}.json"
     if not path.is_file():
         return None
     try:

@@ -488,7 +488,8 @@ class BrainToTextDecoder_Trainer_S3:
         """Start from the weights of an earlier run or of the public baseline."""
         if path.startswith("s3://"):
             folder, _, name = path.rpartition("/")
-            local = self.paths.checkpoint_dir / "initial_checkpoint"
+            local = self.paths.checkpoint_dir / f"initial_checkpoint.{self.world.rank}"
+            local.parent.mkdir(parents=True, exist_ok=True)
             local.write_bytes(open_store(folder).read(name))
             content = read_best_checkpoint(local)
             local.unlink()

@@ -21,9 +21,8 @@ CHANGES = {**SETTINGS, "num_training_batches": 20, "batches_per_val_step": 10}
 @pytest.fixture
 def sweep(s3_environment, s3_bucket, upload, tmp_path, monkeypatch):
     """Runs the launcher on a sweep around a small job; everything it leaves is in tmp_path."""
-    monkeypatch.setattr(local_sweep.run_sweep, "__defaults__", (print, tmp_path / "sweeps"))
-    monkeypatch.setattr(local_sweep.local_table, "__defaults__", (tmp_path / "sweeps",))
-    monkeypatch.setattr(local_process.run_in_process, "__defaults__", (tmp_path / "runs",))
+    monkeypatch.setattr(local_sweep, "SWEEPS_FOLDER", tmp_path / "sweeps")
+    monkeypatch.setattr(local_process, "RUNS_FOLDER", tmp_path / "runs")
     write_dataset(tmp_path / "data", n_features=16, bins=(80, 140))
     upload(tmp_path / "data", f"s3://{s3_bucket}/data")
     spec = tmp_path / "sweep.yaml"

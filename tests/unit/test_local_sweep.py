@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from brain_to_text import local_sweep
 from brain_to_text.errors import JobError
 from brain_to_text.job_tuning import Sweep, SweptParameter
 from brain_to_text.local_sweep import draw, last_value, local_table, run_sweep, value_at
@@ -92,6 +93,11 @@ class Logs:
         return self.logs["latest"].encode()
 
 
+@pytest.fixture(autouse=True)
+def sweeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_sweep, "SWEEPS_FOLDER", tmp_path)
+
+
 def test_jobs_run_in_turn_and_a_failed_one_does_not_end_the_sweep(tmp_path):
     account, said, launched = Logs(), [], []
 
@@ -103,14 +109,14 @@ def test_jobs_run_in_turn_and_a_failed_one_does_not_end_the_sweep(tmp_path):
         account.logs["latest"] = f"Val batch 5: DER (avg): {der:.4f} CTC Loss (avg): 4.0 time: 1"
 
     grid = sweep_of(SweptParameter("seed", values=(3, 2, 1)), strategy="Grid", max_jobs=3)
-    run_sweep(grid, JOB, account, launch, said.append, tmp_path)
+    run_sweep(grid, JOB, account, launch, said.append)
     assert launched == [
         ("sweep-001", {"seed": 3}),
         ("sweep-002", {"seed": 2}),
         ("sweep-003", {"seed": 1}),
     ]
     assert "Job 2 failed: The local run broke: out of paper." in said
-    table = local_table("sweep", tmp_path)
+    table = local_table("sweep")
     assert [line.split()[2] for line in table[1:4]] == ["sweep-003", "sweep-001", "sweep-002"]
     assert table[1] == "    0.1000  Completed   sweep-003  seed=1"
     assert "Failed" in table[3]
@@ -120,7 +126,7 @@ def test_jobs_run_in_turn_and_a_failed_one_does_not_end_the_sweep(tmp_path):
 
 
 def test_what_was_never_run_has_no_table(tmp_path):
-    assert local_table("sweep", tmp_path) is None
+    assert local_table("sweep") is None
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(JobError, match="damaged"):
-        local_table("sweep", tmp_path)
+        local_table("sweep")
