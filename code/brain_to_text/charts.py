@@ -314,7 +314,9 @@ def _number(value: float, percent: bool = False) -> str:
         return f"{value:.1e}".replace("e-0", "e-")
     if abs(value) >= 10_000:
         return f"{value / 1000:.4g}k"
-    return f"{value:.4g}" if float(value).is_integer() else f"{value:.3g}"
+    if float(value).is_integer() or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}"
 
 
 def _ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
