@@ -71,6 +71,8 @@ class Job:
     variables: dict[str, str] = field(default_factory=dict)
     name: str = field(default_factory=lambda: f"b2t-test-{uuid.uuid4().hex[:8]}")
     options: list[str] = field(default_factory=list)
+    hosts: tuple[str, ...] = ("algo-1",)
+    host: str = "algo-1"
 
     def __post_init__(self) -> None:
         for folder in ("input/config", "output/data", "model", "checkpoints"):
@@ -78,8 +80,8 @@ class Job:
         config = {
             "hyperparameters.json": {k: json.dumps(v) for k, v in self.hyperparameters.items()},
             "resourceconfig.json": {
-                "current_host": "algo-1",
-                "hosts": ["algo-1"],
+                "current_host": self.host,
+                "hosts": list(self.hosts),
                 "network_interface_name": "eth0",
             },
             "inputdataconfig.json": {},
@@ -95,7 +97,7 @@ class Job:
             if not name.endswith("_FILE")
         }
         variables |= {"TRAINING_JOB_NAME": self.name, "OMP_NUM_THREADS": "1", **self.variables}
-        command = ["run", "--detach", "--name", self.name, "--hostname", "algo-1"]
+        command = ["run", "--detach", "--name", self.name, "--hostname", self.host]
         for folder in ("input", "output", "model", "checkpoints"):
             command += ["--volume", f"{self.base / folder}:/opt/ml/{folder}"]
         for name, value in variables.items():
@@ -148,3 +150,55 @@ class Job:
 
     def remove(self) -> None:
         docker("rm", "--force", "--volumes", self.name, check=False)
+
+
+class Cluster:
+    """One job on several hosts: a container each, on a network of their own.
+
+    Each host has its own /opt/ml, as on SageMaker; `base` holds one folder per host.
+    """
+
+    def __init__(
+        self,
+        image: str,
+        base: Path,
+        s3: LocalS3,
+        hyperparameters: dict[str, Any],
+        *,
+        hosts: tuple[str, ...] = ("algo-1", "algo-2"),
+        processes_per_host: int = 2,
+    ) -> None:
+        self.name = f"b2t-test-{uuid.uuid4().hex[:8]}"
+        self.jobs = [
+            Job(
+                image,
+                base / host,
+                s3,
+                hyperparameters,
+                variables={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": str(processes_per_host)},
+                name=f"{self.name}-{host}",
+                options=["--network", self.name, "--network-alias", host],
+                hosts=hosts,
+                host=host,
+            )
+            for host in hosts
+        ]
+
+    def start(self) -> None:
+        """Make the network and start every host's container."""
+        docker("network", "create", self.name)
+        for job in self.jobs:
+            job.start()
+
+    def stop(self) -> None:
+        """SIGTERM to all hosts at once."""
+        docker("stop", "--time", "120", *(job.name for job in self.jobs))
+
+    def wait(self) -> list[Result]:
+        """Wait for the end of every host."""
+        return [job.wait() for job in self.jobs]
+
+    def remove(self) -> None:
+        for job in self.jobs:
+            job.remove()
+        docker("network", "rm", self.name, check=False)

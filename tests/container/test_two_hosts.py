@@ -1,0 +1,186 @@
+"""One job on two containers of two processes each: the same result, clear ends, resumable."""
+
+import io
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from brain_to_text.aws_account import AwsAccount
+from brain_to_text.batch_plan import BatchPlan
+from brain_to_text.config import load_config
+from brain_to_text.launch import launch_training_job
+from brain_to_text.object_store import open_store
+from brain_to_text.sagemaker_job import CODE_FOLDER
+from brain_to_text.trial_manifest import load_manifest
+from brain_to_text.trial_selection import select_trials
+from support.container_job import BUCKET, PREFIX, TINY_JOB, Cluster, Job
+from support.engine import docker
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
+
+# Without noise and dropout, which each rank draws for itself; no cache, so that reads can be
+# counted, and one batch ahead, so that few batches share a read.
+JOB = {
+    **TINY_JOB,
+    "model.rnn_dropout": 0,
+    "model.input_network.input_layer_dropout": 0,
+    "dataset.data_transforms.white_noise_std": 0,
+    "dataset.data_transforms.constant_offset_std": 0,
+    "dataset.data_transforms.random_cut": 0,
+    "dataset.batch_size": 16,
+    "dataset.cache_gb": 0,
+    "dataset.prefetch_batches": 1,
+    "num_training_batches": 80,
+    "batches_per_val_step": 40,
+    "batches_per_save": 5,
+    "save_final_model": True,
+}
+FILE = "config-file"
+FINAL, BEST = "checkpoint/final_checkpoint", "checkpoint/best_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def alone(image, container_s3, tmp_path_factory):
+    """The same job as one process: (models by path, what it logged)."""
+    result = Job(image, tmp_path_factory.mktemp("alone"), container_s3, JOB).run()
+    assert result.exit_code == 0, result.log
+    return models_in(result.base / "model"), result.log
+
+
+def models_in(folder):
+    return {
+        path: torch.load(folder / path, weights_only=True)["model_state_dict"]
+        for path in (FINAL, BEST)
+    }
+
+
+def assert_same_weights(expected, found):
+    """Within float32 summation error."""
+    for path, weights in expected.items():
+        for name, value in weights.items():
+            assert torch.allclose(value, found[path][name], rtol=1e-5, atol=1e-6), (path, name)
+
+
+def validations(log):
+    """(step, DER, CTC loss, PER) of every validation line."""
+    line = r"Val batch (\d+): DER \(avg\): (\S+) CTC Loss \(avg\): (\S+) .*? PER \(avg\): (\S+)"
+    return [tuple(map(float, found)) for found in re.findall(line, log)]
+
+
+def as_printed(values):
+    """Equal but for the last digit of what a line prints; one label more or less is 0.02."""
+    return [pytest.approx(value, abs=1.5e-4) for value in values]
+
+
+def distinct_trials(data):
+    """Trials to fetch when each is fetched once per batch and validation, whoever trains on it."""
+    overrides = {key: str(value) for key, value in JOB.items() if key not in ("s3-bucket", FILE)}
+    config = load_config(CODE_FOLDER / JOB[FILE], overrides)
+    manifest = load_manifest(open_store(data))
+    chosen = select_trials(manifest, config)
+    plan = BatchPlan(chosen.train, config.dataset.batch_size, 2, config.dataset.seed)
+    batches = (plan.trials(step) for step in range(config.num_training_batches))
+    return sum(len(np.unique(batch)) for batch in batches) + 3 * sum(map(len, chosen.val))
+
+
+def reads(log):
+    return int(re.search(r"Streaming: ([\d,]+) GETs", log)[1].replace(",", ""))
+
+
+def test_local_mode_on_two_hosts_computes_the_same_run(
+    image, container_s3, alone, monkeypatch, tmp_path
+):
+    pytest.importorskip("sagemaker.estimator", reason="SDK v2 is not installed")
+    for name, value in container_s3.environment().items():
+        monkeypatch.setenv(name, value)
+    defaults = tmp_path / "sagemaker.yaml"
+    defaults.write_text(
+        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
+    )
+    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(defaults))
+    own = {"s3-bucket", FILE, "num_training_batches"}
+    job = launch_training_job(
+        BUCKET,
+        account=AwsAccount(),
+        instance_type="local",
+        instance_count=2,
+        image_uri=image,
+        job_name="two-hosts",
+        num_training_batches=JOB["num_training_batches"],
+        overrides={key: str(value) for key, value in JOB.items() if key not in own},
+        environment={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": "2", "OMP_NUM_THREADS": "1"},
+    )
+    archive = container_s3.root / job.output_uri.removeprefix("s3://") / "output" / "model.tar.gz"
+    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as packed:
+        packed.extractall(tmp_path / "model", filter="data")
+    log = (tmp_path / "model" / "training_log").read_text()
+    assert "Training on 4 processes" in log
+    expected, expected_log = alone
+    assert_same_weights(expected, models_in(tmp_path / "model"))
+    assert len(validations(log)) == 3
+    assert validations(log) == as_printed(validations(expected_log))
+    # a little more for the server's 200 answers, which every rank meets, a little less for reads
+    # that two batches share; whoever read a repeated trial on each rank would need a third more
+    once = distinct_trials(container_s3.root / BUCKET / PREFIX)
+    assert reads(expected_log) == pytest.approx(once, rel=0.05)
+    assert reads(log) == pytest.approx(once, rel=0.05)
+
+
+def test_a_lost_host_and_a_stop_leave_one_state_to_resume_from(
+    image, container_s3, alone, tmp_path
+):
+    # slower steps than above would need a larger model: the log line of a step is what to act on
+    kill_at, stop_at = "Train batch 10: loss:", "Train batch 30: loss:"
+    first = Cluster(image, tmp_path, container_s3, JOB)
+    try:
+        first.start()
+        first.jobs[0].wait_for_line(kill_at)
+        docker("kill", first.jobs[1].name)
+        survivor = first.jobs[0].wait()
+    finally:
+        first.remove()
+    assert survivor.exit_code != 0
+    assert survivor.failure.startswith("Lost contact with host algo-2"), survivor.failure
+    assert "start the job again with the same checkpoint location" in survivor.failure
+    assert "Traceback" not in survivor.failure
+    (state,) = newest_states(tmp_path)
+    assert state >= 10
+
+    # SageMaker gives every host what the job's checkpoint location holds
+    shutil.copytree(
+        tmp_path / "algo-1" / "checkpoints", tmp_path / "algo-2" / "checkpoints", dirs_exist_ok=True
+    )
+    second = Cluster(image, tmp_path, container_s3, JOB)
+    try:
+        second.start()
+        second.jobs[0].wait_for_line(stop_at)
+        second.stop()
+        results = second.wait()
+    finally:
+        second.remove()
+    for result in results:
+        assert result.exit_code == 0, result.log
+        assert result.failure == ""
+    assert f"Resuming after step {state}" in results[0].log
+    stopped = int(re.search(r"Stopped by \w[\w ]* after (\d+) steps", results[0].log)[1])
+    assert stopped == max(newest_states(tmp_path)) >= 30
+
+    shutil.rmtree(tmp_path / "algo-1" / "model")
+    last = Job(image, tmp_path / "algo-1", container_s3, JOB).run()
+    assert last.exit_code == 0, last.log
+    assert f"Resuming after step {stopped}" in last.log
+    assert_same_weights(alone[0], models_in(last.base / "model"))
+    assert validations(last.log)[-1:] == as_printed(validations(alone[1])[-1:])
+
+
+def newest_states(base):
+    """Completed steps of the newest resume state of each host that wrote one."""
+    found = []
+    for folder in sorted(base.glob("algo-*/checkpoints")):
+        states = sorted(folder.glob("state-*.pt"))
+        if states:
+            found.append(int(states[-1].stem.removeprefix("state-")))
+    return found
