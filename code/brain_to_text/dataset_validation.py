@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ from .trial_records import Finding, TrialRecord
 PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
-_ODD_PACE = 4.0  # times slower or faster per phoneme than the median trial
+_ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
+_ENOUGH_TRIALS = 10  # in a session, before its drift deserves a warning
 _KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
 
 
@@ -173,7 +174,8 @@ def validate_dataset(
     findings += _odd_pace(manifest.trials)
     sums = sums_by_session(inspections, manifest.n_features)
     drift = drift_between(sums)
-    findings += _much_drift(drift, manifest.n_features)
+    enough = {name for name, own in sums.items() if own.trials >= _ENOUGH_TRIALS}
+    findings += _much_drift(drift, manifest.n_features, enough)
     findings += _silent(silent_channels(sums), manifest.n_features)
     findings += _manifest_state(store, manifest, listing)
     findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
@@ -307,10 +309,12 @@ def _odd_pace(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
             yield Finding(trial.key, trial.trial, reason, "odd pace", "warning")
 
 
-def _much_drift(drift: Sequence[SessionDrift], n_features: int) -> Iterator[Finding]:
+def _much_drift(
+    drift: Sequence[SessionDrift], n_features: int, enough: Set[str]
+) -> Iterator[Finding]:
     for row in drift:
         moved = max(row.mean_moved, row.std_moved)
-        if moved > MUCH_DRIFT * n_features:
+        if moved > MUCH_DRIFT * n_features and {row.before, row.session} <= enough:
             reason = (
                 f"{row.mean_moved} of {n_features} channels have another mean and {row.std_moved} "
                 f"another standard deviation than in {row.before}: are both z-scored alike?"

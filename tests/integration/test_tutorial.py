@@ -26,7 +26,7 @@ REPLACED = {
     "rnn_args_diphone_sagemaker.yaml": "rnn_args_smoke.yaml",
     "--num-training-batches 1000": "--num-training-batches 8",
 }
-DOWNLOAD = "t15_copyTask_neuralData.zip"
+DOWNLOAD = ".local/t15_copyTask_neuralData.zip"
 pytestmark = [pytest.mark.slow]
 
 
@@ -46,7 +46,7 @@ def archive(tmp_path: Path) -> Path:
     sizes = ["--sessions", "4", "--train-trials", "6", "--val-trials", "3", "--test-trials", "2"]
     assert prepare_dataset.main(["synthesize", str(source), "--phonemes", *sizes]) == 0
     folder = tmp_path / "reader"
-    folder.mkdir()
+    (folder / DOWNLOAD).parent.mkdir(parents=True)
     with zipfile.ZipFile(folder / DOWNLOAD, "w") as file:
         for path in sorted(source.rglob("*.hdf5")):
             file.write(path, Path("hdf5_data_final") / path.relative_to(source))
@@ -80,7 +80,7 @@ def test_every_command_of_the_tutorial_works(archive: Path, s3_bucket: str, uplo
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
-    report = (archive / "data" / "dataset.html").read_text(encoding="utf-8")
+    report = (archive / ".local" / "dataset.html").read_text(encoding="utf-8")
     assert "Drift between sessions" in report
     results = archive / ".local" / "results"
     assert "Phoneme confusions" in (results / "report.html").read_text(encoding="utf-8")

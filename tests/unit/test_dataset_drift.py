@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import h5py
 import numpy as np
 import pytest
 from brain_to_text.dataset_drift import drift_between, silent_channels, sums_by_session
@@ -146,3 +147,32 @@ def test_one_session_has_nothing_to_compare(tmp_path):
     assert report.drift == []
     assert "drift" not in report.to_text()
     assert "nothing to compare" in dataset_page(report)
+
+
+def test_a_session_scaled_otherwise_and_a_silent_channel_are_warned_of(tmp_path):
+    small = SyntheticDataset(sessions=3, train_trials=12, val_trials=3, test_trials=0, electrodes=4)
+    synthesize(open_store(tmp_path), small)
+    second = tmp_path / "t15.2023.08.13"
+    for path in second.glob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for trial in file.values():
+                trial["input_features"][:] = 1.9 * trial["input_features"][:]
+                trial["input_features"][:, 5] = 0
+    warnings = {w.kind: w for w in validate_dataset(open_store(tmp_path)).warnings}
+    assert warnings["drift"].key in (second.name, "t15.2023.08.18")
+    assert "another standard deviation than in" in warnings["drift"].reason
+    assert warnings["silent channels"].key == second.name
+    assert warnings["silent channels"].reason == "1 of 8 channels never change (5)"
+
+
+def test_a_trial_at_an_odd_pace_is_warned_of(tmp_path):
+    synthesize(open_store(tmp_path), SyntheticDataset(sessions=1, electrodes=2, train_trials=12))
+    path = next(tmp_path.rglob("data_train.hdf5"))
+    with h5py.File(path, "r+") as file:
+        trial = file["trial_0003"]
+        length = 9 * trial.attrs["n_time_steps"]
+        del trial["input_features"]
+        trial["input_features"] = np.ones((length, 4), np.float32)
+        trial.attrs["n_time_steps"] = length
+    (odd,) = [w for w in validate_dataset(open_store(tmp_path)).warnings if w.kind == "odd pace"]
+    assert (odd.trial, "bins per phoneme where the median" in odd.reason) == ("trial_0003", True)
