@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from .aws_account import AwsAccount, explained
 from .errors import JobError
 
 Sdk = Literal["v2", "v3", "boto3"]
+LOCAL_LABEL = "brain-to-text.job"  # of local mode's containers
 
 
 def installed_sdk() -> Sdk:
@@ -69,9 +72,10 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
     session = LocalSession(
         boto_session=account.session, s3_endpoint_url=endpoint, default_bucket=bucket
     )
-    # the default of 64 MB is too small for worker processes' shared memory
-    session.config = {"local": {"container_config": {"shm_size": "2gb"}}}
     name = str(request["TrainingJobName"])
+    # the default of 64 MB is too small for worker processes' shared memory
+    container = {"shm_size": "2gb", "labels": {LOCAL_LABEL: name}}
+    session.config = {"local": {"container_config": container}}
     if endpoint:
         environment = {"AWS_ENDPOINT_URL_S3": endpoint, **request.get("Environment", {})}
         request = {**request, "Environment": environment}
@@ -83,7 +87,21 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
         raise JobError(
             f"The local run {name} failed ({reason}): the container's last lines are above."
         ) from error
+    finally:
+        _remove_containers(name)
     return name
+
+
+def _remove_containers(job_name: str) -> None:
+    """The SDK leaves stopped containers behind, one per host."""
+    docker = shutil.which("docker")
+    if docker is None:
+        return
+    wanted = ["ps", "--all", "--quiet", "--filter", f"label={LOCAL_LABEL}={job_name}"]
+    listed = subprocess.run([docker, *wanted], capture_output=True, text=True, check=False)
+    if containers := listed.stdout.split():
+        remove = [docker, "rm", "--force", "--volumes", *containers]
+        subprocess.run(remove, capture_output=True, check=False)
 
 
 def _quiet() -> None:
