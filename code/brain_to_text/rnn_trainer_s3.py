@@ -86,9 +86,11 @@ COMPUTING_ROOMS = (
     "metrics",
     "optimizer",
     "packed_gru",
+    "patch_projection",
     "rnn_model",
     "rnn_trainer_s3",
     "train_step",
+    "trial_logits",
     "trial_records",
     "trial_selection",
 )
