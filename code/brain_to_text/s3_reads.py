@@ -1,8 +1,8 @@
 """Ranged GETs from S3: by obstore where it can, else by s3fs's client.
 
 obstore's transport needs neither the interpreter nor its lock: while the training thread is busy in
-Python, cold steps are 1.2 to 1.4 times as fast as through s3fs (tests/benchmarks/RESULTS.md).
-s3fs remains for what only botocore knows: redirects to another region, access points, endpoints of a
+Python, cold steps are 1.2 to 1.4 times as fast as through s3fs (tests/benchmarks/RESULTS.md). s3fs
+remains for what only botocore knows: redirects to another region, access points, endpoints of a
 profile, FIPS and dual stack; and for servers that answer a range with status 200.
 """
 
