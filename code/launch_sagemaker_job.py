@@ -153,6 +153,7 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
     launched = submit_training_job(job, account)
     print(f"Launched {launched.name}; outputs go to {launched.output_uri}")
     if job.is_local:
+        print(f"Fetch it: {COMMAND} --fetch {launched.name}")
         return 0
     if options.wait:
         return _follow(launched.name, account)

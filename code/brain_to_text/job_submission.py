@@ -11,8 +11,10 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from .aws_account import AwsAccount, explained
@@ -80,7 +82,7 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
         environment = {"AWS_ENDPOINT_URL_S3": endpoint, **request.get("Environment", {})}
         request = {**request, "Environment": environment}
     try:
-        with explained(f"running {name} locally"):
+        with explained(f"running {name} locally"), _compose_for_the_sdk():
             _estimator(request, session).fit(_training_inputs(request), job_name=name)
     except (RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -102,6 +104,30 @@ def _remove_containers(job_name: str) -> None:
     if containers := listed.stdout.split():
         remove = [docker, "rm", "--force", "--volumes", *containers]
         subprocess.run(remove, capture_output=True, check=False)
+
+
+@contextmanager
+def _compose_for_the_sdk() -> Iterator[None]:
+    """A `docker-compose` for SDK v2, which of Docker's plugins knows version 2 only."""
+    before = os.environ.get("PATH", os.defpath)
+    plugin = (
+        subprocess.run(
+            ["docker", "compose", "version"], capture_output=True, text=True, check=False
+        )
+        if shutil.which("docker")
+        else None
+    )
+    known = shutil.which("docker-compose") or plugin is None or "v2" in plugin.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        if not known and plugin is not None and plugin.returncode == 0:
+            command = Path(folder) / "docker-compose"
+            command.write_text('#!/bin/sh\nexec docker compose "$@"\n')
+            command.chmod(0o755)
+            os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
 
 
 def _quiet() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .aws_account import AwsAccount, error_code, explained
 from .errors import JobError
+from .job_results import note_local_job
 from .job_submission import Sdk, run_locally, submit
 from .local_process import run_in_process
 from .sagemaker_job import (
@@ -83,6 +84,8 @@ def submit_training_job(
         ConfigError, JobError: as `launch_training_job`.
     """
     request = training_request(job)
+    if job.is_local:
+        note_local_job(request["TrainingJobName"], job.output_uri(str(job.job_name)), request)
     if job.instance_type == LOCAL_PROCESS:
         name = run_in_process(request, account)
     elif job.is_local:

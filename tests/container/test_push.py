@@ -1,13 +1,21 @@
-"""The unmodified build_and_push.sh against a registry that answers for ECR's host name."""
+"""The unmodified build_and_push.sh against a registry that answers for ECR's host name; then the
+user's whole way: launch what was pushed from its digest URI, fetch what it made.
+
+Programs run in processes of their own, as typed; only variables say where this machine's AWS is.
+"""
 
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import boto3
 import pytest
+from brain_to_text.model_artefact import open_model
 from moto.server import ThreadedMotoServer
+from support.container_job import BUCKET, TINY_JOB
 from support.ecr_emulation import missing_part, serve_registry
 from support.engine import docker
 
@@ -123,6 +131,68 @@ def test_push_skip_pull_and_run(image, registry, aws, ecr, own_image_uri, tmp_pa
     )
     docker("--config", str(login), "pull", uri)
     assert "usage" in docker("run", "--rm", uri, "python", "train_model_sagemaker.py", "--help")
+
+
+@pytest.fixture
+def user(aws, container_s3, tmp_path):
+    """A user's variables, and what keeps the test from the machine's own settings."""
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "sdk.yaml").write_text(
+        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
+    )
+    return {
+        **os.environ,
+        **aws,
+        "AWS_ENDPOINT_URL_S3": container_s3.endpoint_url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "SAGEMAKER_USER_CONFIG_OVERRIDE": str(tmp_path / "sdk.yaml"),
+    }
+
+
+def run(user, *command):
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=TOP, env=user, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def job_name():
+    """A local job's name; the launcher's note of it is removed after the test."""
+    yield "journey"
+    (TOP / ".local" / "local-jobs" / "journey.json").unlink(missing_ok=True)
+
+
+def test_push_launch_and_fetch(
+    image, registry, user, container_s3, own_image_uri, job_name, tmp_path
+):
+    launcher = (sys.executable, "code/launch_sagemaker_job.py")
+    pushed = run(user, "./build_and_push.sh", "--cpu")
+    uri = pushed.stdout.strip()
+    name = f"{registry.host}/brain-to-text-training"
+    assert re.fullmatch(rf"{re.escape(name)}@sha256:[0-9a-f]{{64}}", uri)
+    # it is to be pulled back: nothing of that name stays here
+    tags = docker("images", "--format", "{{.Repository}}:{{.Tag}}", name).split()
+    docker("rmi", "--force", uri, *tags, check=False)
+
+    settings = [w for key, value in TINY_JOB.items() for w in (f"--{key}", str(value))]
+    where = ("--instance-type", "local", "--job-name", job_name)
+    launched = run(user, *launcher, *where, *settings)
+    assert "Checked: 0 errors" in launched.stderr
+    assert f"--fetch {job_name}" in launched.stdout
+    assert uri in docker("images", "--digests", "--format", "{{.Repository}}@{{.Digest}}")
+
+    fetched = run(user, *launcher, "--fetch", job_name, "--to", tmp_path / "fetched")
+    assert "best" in fetched.stdout and f"--s3-bucket {BUCKET}" in fetched.stdout
+    assert open_model(tmp_path / "fetched/model").config.dataset.batch_size == 4
+    assert (tmp_path / "fetched/output/report.html").stat().st_size > 10_000
+    assert list((tmp_path / "fetched/output/tensorboard").iterdir())
+    logs = container_s3.root / BUCKET / "sagemaker-outputs" / job_name / "logs"
+    assert "Finished at step 6" in (logs / "training_log").read_text()
+    assert list((logs / "tensorboard").iterdir())
+    said = "".join(done.stdout + done.stderr for done in (pushed, launched, fetched))
+    assert registry.password not in said and user["AWS_SECRET_ACCESS_KEY"] not in said
 
 
 def test_without_push_no_account_is_asked(image, aws):

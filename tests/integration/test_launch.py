@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ import launch_sagemaker_job as front_door
 import pytest
 from brain_to_text.errors import JobError
 from brain_to_text.job_control import job_state
+from brain_to_text.job_submission import _compose_for_the_sdk
 from brain_to_text.job_watch import LOG_GROUP, watch
 from brain_to_text.launch import launch_training_job
 from brain_to_text.sagemaker_job import CODE_FOLDER
@@ -541,6 +543,36 @@ def test_fetching_a_local_job_needs_only_its_bucket(aws, tmp_path):
     )
     assert run("--fetch", "local-1", "--s3-bucket", BUCKET, "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/model/training_log").read_bytes() == LOG
+
+
+def test_fetching_a_job_of_this_machine_needs_only_its_name(aws, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("brain_to_text.job_results.LOCAL_JOBS", tmp_path / "notes")
+    monkeypatch.setattr("brain_to_text.launch.run_locally", lambda request, _: "b2t-here")
+    here = ("--instance-type", "local", "--job-name", "b2t-here", "--image-uri", "image:1")
+    assert run("--s3-bucket", BUCKET, *here, "--skip-checks") == 0
+    assert "--fetch b2t-here" in capsys.readouterr().out
+    assert run("--fetch", "b2t-here", "--to", tmp_path / "job") == 1
+    assert "it has not ended, or it failed" in capsys.readouterr().err
+    root, s3 = "sagemaker-outputs/b2t-here/output", aws.client("s3")
+    s3.put_object(Bucket=BUCKET, Key=f"{root}/model.tar.gz", Body=archived(training_log=LOG))
+    packed_by_local_mode = archived(**{"data__report.html": b"page", "success": b""})
+    s3.put_object(Bucket=BUCKET, Key=f"{root}/output.tar.gz", Body=packed_by_local_mode)
+    assert run("--fetch", "b2t-here", "--to", tmp_path / "job") == 0
+    assert (tmp_path / "job/output/report.html").read_bytes() == b"page"
+    assert f"--s3-bucket {BUCKET} --s3-data-prefix data/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plugin, bridged", [("v5.1.0", True), ("v2.40.0", False), ("", False)])
+def test_local_mode_gets_a_compose_that_the_sdk_knows(tmp_path, monkeypatch, plugin, bridged):
+    said = f"echo Docker Compose version {plugin}" if plugin else "exit 1"
+    (tmp_path / "docker").write_text(f"#!/bin/sh\n{said}\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
+    with _compose_for_the_sdk():
+        found = shutil.which("docker-compose")
+        assert bool(found) == bridged
+    assert os.environ["PATH"].startswith(str(tmp_path))
+    assert shutil.which("docker-compose") is None
 
 
 def test_fetching_a_job_that_left_nothing(aws, tmp_path, capsys):
