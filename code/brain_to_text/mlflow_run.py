@@ -287,13 +287,13 @@ class MlflowRun:
         The model has a flavour of its own: evaluate_model.py reads the downloaded folder. MLflow's
         flavour for torch would pickle the module, and run that pickle on loading.
         """
-        from mlflow.models import Model
-
         for name in RESULT_FILES:
             if (self._output_data_dir / name).exists():
                 client.log_artifact(self._run_id, str(self._output_data_dir / name))
         if not (self._model_dir / "checkpoint" / "best_checkpoint").exists():
             return
+        from mlflow.models import Model
+
         client.log_artifacts(self._run_id, str(self._model_dir), "model")
         with tempfile.TemporaryDirectory() as folder:
             model = Model(run_id=self._run_id, artifact_path="model")

@@ -1,0 +1,203 @@
+"""Following a run into MLflow against a client that is scripted: outages, resumed runs, batches."""
+
+import sys
+import threading
+import time
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from brain_to_text import mlflow_run
+from brain_to_text.mlflow_run import MlflowRun, MlflowSettings
+
+
+class MlflowException(Exception):  # noqa: N818 -- MLflow's name
+    def __init__(self, message, code="INTERNAL_ERROR"):
+        super().__init__(message)
+        self.error_code = code
+
+
+class Server:
+    """What MLflow keeps, and a client of it that fails while `away` is set."""
+
+    def __init__(self):
+        self.away = threading.Event()
+        self.runs, self.metrics, self.batches = {}, {}, []
+        self.artefacts, self.failure = [], None
+
+    def __call__(self, *uris):
+        return self
+
+    def asked(self):
+        if self.away.is_set():
+            raise MlflowException("nobody is at https://me:hidden@host")
+
+    def get_experiment_by_name(self, name):
+        self.asked()
+
+    def create_experiment(self, name):
+        return "1"
+
+    def create_run(self, experiment, run_name):
+        run_id = f"run{len(self.runs)}"
+        info = SimpleNamespace(run_id=run_id, lifecycle_stage="active", status="RUNNING")
+        self.runs[run_id] = SimpleNamespace(info=info, data=SimpleNamespace(params={}))
+        return self.runs[run_id]
+
+    def get_run(self, run_id):
+        self.asked()
+        if run_id not in self.runs:
+            raise MlflowException("unknown", "RESOURCE_DOES_NOT_EXIST")
+        return self.runs[run_id]
+
+    def update_run(self, run_id, status):
+        self.runs[run_id].info.status = status
+
+    def get_metric_history(self, run_id, name):
+        return [SimpleNamespace(step=step) for step, _ in self.metrics.get(name, [])]
+
+    def log_batch(self, run_id, metrics=(), params=(), tags=()):
+        self.asked()
+        self.batches.append(len(metrics))
+        for name, value, _, step in metrics:
+            self.metrics.setdefault(name, []).append((step, value))
+        self.runs[run_id].data.params |= dict(params)
+
+    def set_tag(self, run_id, name, value):
+        self.failure = value
+
+    def log_artifact(self, run_id, path, folder=""):
+        self.artefacts.append((folder, path.rsplit("/", 1)[-1]))
+
+    def set_terminated(self, run_id, status):
+        self.asked()
+        self.runs[run_id].info.status = status
+
+
+@pytest.fixture
+def server(monkeypatch):
+    made = Server()
+    names = ("mlflow", "mlflow.exceptions", "mlflow.tracking", "mlflow.entities")
+    modules = {name: ModuleType(name) for name in names}
+    modules["mlflow.exceptions"].MlflowException = MlflowException
+    modules["mlflow.tracking"].MlflowClient = made
+    for kind in ("Metric", "Param", "RunTag"):
+        setattr(modules["mlflow.entities"], kind, lambda *values: values)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(mlflow_run, "SEND_SECONDS", 0.01)
+    monkeypatch.setattr(mlflow_run, "RETRY_SECONDS", 0.01)
+    return made
+
+
+@pytest.fixture
+def follow(server, tmp_path):
+    def start(params=None):
+        return MlflowRun(
+            MlflowSettings("http://host", "speech", "b2t-1"),
+            params or {"model": {"n_units": 16}, "seed": 1},
+            {"data": "s3://b/p"},
+            id_file=tmp_path / "checkpoints" / "mlflow_run_id",
+            model_dir=tmp_path / "model",
+            output_data_dir=tmp_path / "output",
+        )
+
+    return start
+
+
+def entry(step, kind="train", **values):
+    return {"kind": kind, "time": 1.8e9 + step, "step": step, "loss": 7.0 - step, **values}
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_an_absent_server_missed_is_sent_when_it_answers(server, follow, caplog):
+    server.away.set()
+    run = follow()
+    run.record(entry(0))
+    until(lambda: "MLflow does not answer as it should" in caplog.text)
+    run.record(entry(2))
+    server.away.clear()
+    until(lambda: len(server.metrics.get("train/loss", [])) == 2)
+    run.record(entry(4))
+    run.close("FINISHED")
+    assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0), (4, 3.0)]
+    assert server.runs["run0"].info.status == "FINISHED"
+    assert server.runs["run0"].data.params == {"model.n_units": "16", "seed": "1"}
+    assert caplog.text.count("does not answer") == 1
+    assert "hidden" not in caplog.text and "did not get all" not in caplog.text
+
+
+def test_a_server_that_stays_away_is_waited_for_a_bounded_time(server, follow, caplog):
+    server.away.set()
+    run = follow()
+    run.record(entry(0))
+    run.close("FINISHED")
+    assert caplog.text.count("MLflow did not get all of this run") == 1
+
+
+def test_a_server_that_hangs_does_not_hold_the_end_of_a_stopped_run(
+    server, follow, caplog, monkeypatch
+):
+    hanging = threading.Event()
+    monkeypatch.setattr(server, "get_experiment_by_name", lambda _: hanging.wait(30) and None)
+    monkeypatch.setitem(mlflow_run.PATIENCE_SECONDS, "KILLED", 0.2)
+    run = follow()
+    run.record(entry(0))
+    run.close("FINISHED", hurry=lambda: True)  # a stop signal came while it ended
+    assert caplog.text.count("MLflow did not get all of this run") == 1
+    hanging.set()
+
+
+def test_a_resumed_run_goes_on_where_it_was(server, follow):
+    first = follow()
+    for step in (0, 2):
+        first.record(entry(step))
+    until(lambda: len(server.metrics.get("train/loss", [])) == 2)
+    first.close("KILLED")
+    resumed = follow(params={"seed": 2, "lr_max": 0.1})
+    for step in (0, 2, 4):
+        resumed.record(entry(step))
+    resumed.record(entry(4, kind="validation", per=0.5))
+    resumed.close("FAILED", "TrainingError: it diverged")
+    assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0), (4, 3.0)]
+    assert server.metrics["validation/per"] == [(4, 0.5)]
+    assert list(server.runs) == ["run0"]
+    assert (server.runs["run0"].info.status, server.failure) == (
+        "FAILED",
+        "TrainingError: it diverged",
+    )
+    # a parameter is never overwritten
+    assert server.runs["run0"].data.params == {"model.n_units": "16", "seed": "1", "lr_max": "0.1"}
+
+
+def test_a_run_that_was_deleted_is_made_anew(server, follow, tmp_path):
+    follow().close("KILLED")
+    server.runs["run0"].info.lifecycle_stage = "deleted"
+    follow().close("KILLED")
+    assert (tmp_path / "checkpoints" / "mlflow_run_id").read_text() == "run1"
+
+
+def test_requests_stay_within_the_api_s_limit(server, follow, monkeypatch):
+    monkeypatch.setattr(mlflow_run, "METRICS_PER_REQUEST", 5)
+    server.away.set()
+    run = follow()
+    for step in range(7):
+        run.record(entry(step, grad_norm=1.0))
+    server.away.clear()
+    run.close("KILLED")
+    assert [size for size in server.batches if size] == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("variables", [{}, {"MLFLOW_TRACKING_URI": " "}])
+def test_nothing_is_tracked_unless_it_is_asked_for(variables):
+    assert MlflowSettings.from_variables(variables) is None
+
+
+def test_settings_are_mlflows_own_variables():
+    settings = MlflowSettings.from_variables({"MLFLOW_TRACKING_URI": "http://host"})
+    assert settings == MlflowSettings("http://host", "brain-to-text", None)
