@@ -191,9 +191,10 @@ def main() -> None:
     missing = [key for key, path in results.items() if not path.exists()]
     for seed, arm in missing[: options.at_most]:
         train_and_decode(arm, options, seed, results[seed, arm])
+    missing = [key for key, path in results.items() if not path.exists()]
     print(
         f"{options.steps} steps, gain {options.gain}, coarticulation {options.coarticulation}; "
-        f"{max(len(missing) - (options.at_most or len(missing)), 0)} trainings are still to do"
+        f"{len(missing)} trainings are still to do"
     )
     report(options, results)
 
