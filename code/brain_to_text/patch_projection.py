@@ -57,7 +57,7 @@ class _Columns:
     begin: int
     end: int
     transforms: Transforms
-    weights: list[torch.Tensor]  # n of [outputs, end - begin], of the transformed taps
+    weights: torch.Tensor  # [n, G, end - begin]: the transformed taps
 
 
 class PatchProjection:
@@ -88,10 +88,8 @@ class PatchProjection:
                 continue
             transforms = minimal_filter(OUTPUTS, taps)
             parts = [weight[:, t * self.block + begin : t * self.block + end] for t in range(taps)]
-            weights = [
-                sum((part * float(f) for part, f in zip(parts, row, strict=True)), 0 * parts[0])
-                for row in transforms.taps_to
-            ]
+            stacked = torch.stack(parts).view(taps, -1)
+            weights = torch.mm(transforms.taps_to, stacked).view(-1, *parts[0].shape)
             self._columns.append(_Columns(begin, end, transforms, weights))
 
     @staticmethod
