@@ -262,6 +262,7 @@ def local_digest(target: Target) -> str:
 def explained() -> Iterator[None]:
     """Turn AWS's errors into one sentence."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
@@ -275,7 +276,7 @@ def explained() -> Iterator[None]:
             f"AWS refused {error.operation_name}: {said.get('Code')}: {said.get('Message')} "
             "(the permissions that are needed are in code/README_SAGEMAKER.md)."
         ) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise ImageError(f"AWS cannot be reached: {error}.") from error
 
 

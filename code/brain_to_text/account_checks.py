@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from .aws_account import AwsAccount, error_code, sentence
 from .config import TrainingConfig
@@ -15,6 +16,8 @@ from .findings import Finding, error, warning
 from .sagemaker_job import MLFLOW_ARN, JobSettings
 
 STACK = "code/aws/stack.yaml"
+# refused, not reached, or answered by something that is not AWS (a proxy's page)
+NO_ANSWER = (ClientError, BotoCoreError, ResponseParserError)
 # what `mlflow_run` asks of a SageMaker tracking server
 MLFLOW_ACTIONS = (
     "CreateExperiment",
@@ -142,7 +145,7 @@ def _permissions(job: JobSettings, account: AwsAccount, arn: str) -> Iterator[Fi
             answer = account.client("iam").simulate_principal_policy(
                 PolicySourceArn=arn, ActionNames=[action], ResourceArns=[resource]
             )
-        except (ClientError, BotoCoreError):
+        except NO_ANSWER:
             yield warning(
                 "permissions-unchecked",
                 f"The permissions of role {name} could not be simulated: allow yourself "
@@ -208,7 +211,7 @@ def _caller(job: JobSettings, account: AwsAccount, role: str) -> Iterator[Findin
                 f"{account.region}: attach code/aws/launcher_policy.json to your user, or ask "
                 "which types and regions your organisation allows.",
             )
-    except (ClientError, BotoCoreError):
+    except NO_ANSWER:
         return  # the root user and some federated identities cannot be simulated
 
 
@@ -237,7 +240,7 @@ def _quota(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             for page in pages.paginate(ServiceCode="sagemaker")
             for quota in page["Quotas"]
         }
-    except (ClientError, BotoCoreError):
+    except NO_ANSWER:
         yield warning(
             "quota-unchecked",
             f"Your quota '{wanted}' could not be read: allow yourself "

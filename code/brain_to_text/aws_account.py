@@ -102,8 +102,9 @@ def sentence(error: Exception, doing: str) -> str:
 def explained(doing: str) -> Iterator[None]:
     """Turn botocore's errors inside the block into a JobError of one sentence."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, ResponseParserError) as error:
         raise JobError(sentence(error, doing)) from error

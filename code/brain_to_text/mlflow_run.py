@@ -25,9 +25,9 @@ Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # as MLflow names them
 
 SEND_SECONDS = 5.0
 RETRY_SECONDS = 60.0
-# How long the end of a run waits: for the model's upload, for a reason. SageMaker kills a stopped
-# job after 120 s, and its checkpoint is copied to S3 in the same time.
-PATIENCE_SECONDS: dict[Outcome, float] = {"FINISHED": 600.0, "FAILED": 120.0, "KILLED": 30.0}
+# How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
+# other processes, a stopped one is killed after 120 s, in which its checkpoint is copied too.
+PATIENCE_SECONDS: dict[Outcome, float] = {"FINISHED": 600.0, "FAILED": 30.0, "KILLED": 30.0}
 METRICS_PER_REQUEST = 1000  # the tracking API's limit
 PARAMS_PER_REQUEST = 100  # likewise
 RESULT_FILES = ("report.html", "summary.json", "sessions.csv", "trials.csv", "metrics.jsonl")

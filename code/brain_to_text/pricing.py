@@ -202,6 +202,7 @@ def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | 
 def _listed_price(name: str, account: AwsAccount) -> float | None:
     """The Price List API's answer; None when it may not be asked or knows no such product."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     filters = [
         {"Type": "TERM_MATCH", "Field": field, "Value": value}
@@ -212,7 +213,7 @@ def _listed_price(name: str, account: AwsAccount) -> float | None:
         answer = account.client("pricing", "us-east-1").get_products(
             ServiceCode="AmazonSageMaker", Filters=filters
         )
-    except (BotoCoreError, ClientError):
+    except (BotoCoreError, ClientError, ResponseParserError):
         return None
     for text in answer.get("PriceList", []):
         product = json.loads(text) if isinstance(text, str) else text

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from botocore.parsers import ResponseParserError
 from brain_to_text.errors import JobError
 from brain_to_text.preflight import preflight
 from brain_to_text.sagemaker_job import JobSettings
@@ -470,6 +471,33 @@ def test_nothing_to_resume_from(aws):
 def test_nothing_to_start_from(aws):
     uri = f"s3://{BUCKET}/models/none/model.tar.gz"
     assert names(findings(aws, init_from_checkpoint=uri)) == ["init-nothing"]
+
+
+@pytest.mark.parametrize(
+    "call, group", [("sts.GetCallerIdentity", None), ("ecr.BatchGetImage", "image")]
+)
+def test_a_page_of_a_proxy_instead_of_an_answer(aws, call, group):
+    def page(**_):
+        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
+
+    service = call.split(".")[0]
+    aws.client(service).meta.events.register(f"before-call.{call}", page)
+    report = findings(aws)
+    if group is None:
+        assert names(report) == ["credentials"]
+    else:
+        assert names(report, "warning") == [f"{group}-unchecked"]
+        assert names(report) == []
+    assert "could not be reached" in report.findings[0].text
+
+
+def test_policy_simulation_that_is_answered_by_a_proxy(aws):
+    def page(**_):
+        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
+
+    events = aws.client("iam").meta.events
+    events.register_first("before-call.iam.SimulatePrincipalPolicy", page)
+    assert names(findings(aws), "warning") == ["permissions-unchecked"]
 
 
 def test_several_errors_are_reported_together(aws):
