@@ -17,7 +17,7 @@ import pytest
 from brain_to_text.config import load_config
 from brain_to_text.object_store import open_store
 from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
-from brain_to_text.trial_manifest import SPLITS, load_manifest
+from brain_to_text.trial_manifest import load_manifest
 
 CONFIG = Path(prepare_dataset.__file__).with_name("rnn_args_smoke.yaml")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -55,23 +55,29 @@ def test_error_rates_fall_below_a_tenth(reference: dict[str, float]) -> None:
 
 
 def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
-    reference: dict[str, float], reference_folder: Path, smoke_data: Path, tmp_path: Path
+    reference: dict[str, float], reference_folder: Path, tmp_path: Path
 ) -> None:
     for package in ("flashlight", "kenlm"):
         pytest.importorskip(package, reason="pip install -r docker/requirements-words.txt")
     assert reference["per"] < 0.10
-    manifest = load_manifest(open_store(str(smoke_data)))
+    # the same electrodes and sentences, but a weaker signal: else no word would be wrong
+    data = tmp_path / "data"
+    assert prepare_dataset.main(["synthesize", str(data), "--gain", "0.3"]) == 0
+    manifest = load_manifest(open_store(str(data)))
     assert manifest is not None
-    spoken = [{manifest.trials[i].sentence_label for i in manifest.select(s)} for s in SPLITS[:2]]
-    assert not spoken[0] & spoken[1], "validation sentences are held out"
+    train, val = (
+        {manifest.trials[i].sentence_label for i in manifest.select(split)}
+        for split in ("train", "val")
+    )
+    assert not train & val, "validation sentences are held out"
     rates = {}
     for model in ("none", "training"):
-        arguments = ["--model", reference_folder / "model", "--data-dir", smoke_data]
+        arguments = ["--model", reference_folder / "model", "--data-dir", data]
         arguments += ["--language-model", model, "--output-dir", tmp_path / model]
         assert evaluate_model.main([str(argument) for argument in arguments]) == 0
         summary = json.loads((tmp_path / model / "summary.json").read_text())
         rates[model] = summary["rates"]["WER"]["value"]
-    assert rates["training"] < rates["none"]  # 0.NNN against 0.NNN when this was written
+    assert rates["training"] < rates["none"]  # 0.018 against 0.072 when this was written
 
 
 def test_nothing_is_learnt_from_permuted_labels(tmp_path: Path) -> None:
