@@ -75,6 +75,7 @@ def run_locally(request: Mapping[str, Any], account: AwsAccount) -> str:
         boto_session=account.session, s3_endpoint_url=endpoint, default_bucket=bucket
     )
     name = str(request["TrainingJobName"])
+    _no_telemetry(session)
     # the default of 64 MB is too small for worker processes' shared memory
     container = {"shm_size": "2gb", "labels": {LOCAL_LABEL: name}}
     session.config = {"local": {"container_config": container}}
@@ -136,6 +137,14 @@ def _quiet() -> None:
     logging.getLogger("sagemaker.config").setLevel(logging.WARNING)
 
 
+def _no_telemetry(session: Any) -> None:
+    """No report of the user's account to the SDK's makers, unless its settings ask for one."""
+    settings = session.sagemaker_config
+    for name in ("SageMaker", "PythonSDK", "Modules"):
+        settings = settings.setdefault(name, {})
+    settings.setdefault("TelemetryOptOut", True)
+
+
 def _submit_boto3(request: Mapping[str, Any], account: AwsAccount) -> None:
     account.client("sagemaker").create_training_job(**request)
 
@@ -144,6 +153,7 @@ def _submit_v2(request: Mapping[str, Any], account: AwsAccount) -> None:
     from sagemaker.session import Session
 
     session = Session(boto_session=account.session, sagemaker_client=account.client("sagemaker"))
+    _no_telemetry(session)
     _estimator(request, session).fit(
         _training_inputs(request), wait=False, job_name=request["TrainingJobName"]
     )
@@ -232,12 +242,14 @@ def _submit_v3(request: Mapping[str, Any], account: AwsAccount) -> None:
 
     algorithm, resources = request["AlgorithmSpecification"], request["ResourceConfig"]
     stopping, vpc = request["StoppingCondition"], request.get("VpcConfig", {})
+    session = Session(boto_session=account.session)
+    _no_telemetry(session)
     trainer = ModelTrainer(
         training_image=algorithm["TrainingImage"],
         training_input_mode=algorithm["TrainingInputMode"],
         role=request["RoleArn"],
         base_job_name=request["TrainingJobName"][:40].rstrip("-"),
-        sagemaker_session=Session(boto_session=account.session),
+        sagemaker_session=session,
         hyperparameters=dict(request["HyperParameters"]),
         environment=request.get("Environment", {}),
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in request["Tags"]],

@@ -32,14 +32,24 @@ def engine() -> str:
 @pytest.fixture(scope="session")
 def image(engine: str) -> str:
     """The image of this tree, with torch for CPUs."""
+    return built(IMAGE)
+
+
+@pytest.fixture(scope="session")
+def image_with_mlflow(image: str) -> str:
+    """The same with MLflow's client."""
+    return built(f"{IMAGE}-mlflow", mlflow=True)
+
+
+def built(tag: str, mlflow: bool = False) -> str:
     base = os.environ.get("BASE_IMAGE") or (LOCAL_BASE if image_exists(LOCAL_BASE) else None)
     try:
-        build_image([IMAGE], cpu=True, base_image=base, quiet=True)
+        build_image([tag], cpu=True, mlflow=mlflow, base_image=base, quiet=True)
     except ImageError as problem:
         if os.environ.get("BRAIN_TO_TEXT_REQUIRE_DOCKER"):
             pytest.fail(str(problem))
         pytest.skip(str(problem))
-    return IMAGE
+    return tag
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +68,8 @@ def make_job(image: str, container_s3: LocalS3, tmp_path: Path) -> Iterator[Call
     def make(changes: dict[str, Any] | None = None, **settings: Any) -> Job:
         settings.setdefault("base", tmp_path / f"ml-{len(made)}")
         settings.setdefault("s3", container_s3)
-        job = Job(image, hyperparameters={**TINY_JOB, **(changes or {})}, **settings)
+        settings.setdefault("image", image)
+        job = Job(hyperparameters={**TINY_JOB, **(changes or {})}, **settings)
         made.append(job)
         return job
 

