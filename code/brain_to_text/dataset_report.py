@@ -132,8 +132,8 @@ def _splits(rows: Sequence[SplitSummary]) -> str:
                 row.damaged,
                 f"{row.bins[0]} … {row.bins[1]:.0f} … {row.bins[2]}",
                 f"{row.labels[0]:.0f} … {row.labels[1]}" if row.labels[1] else "none",
-                *(f"{v:.3f}" for v in (row.mean, row.std)),
-                *(f"{v:.2f}" for v in (row.minimum, row.maximum)),
+                *(f"{v:.3f}" if row.trials else "" for v in (row.mean, row.std)),
+                *(f"{v:.2f}" if row.trials else "" for v in (row.minimum, row.maximum)),
             )
             for row in rows
         ],

@@ -97,7 +97,7 @@ class ValidationReport:
             "n_classes": self.manifest.n_classes,
             "label_form": self.manifest.label_form,
             "shared_sentences": self.shared_sentences,
-            "splits": [asdict(row) for row in self.rows],
+            "splits": [_json_numbers(asdict(row)) for row in self.rows],
             "drift": [_json_numbers(asdict(row)) for row in self.drift],
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
@@ -351,8 +351,8 @@ def _drift_lines(drift: Sequence[SessionDrift], n_features: int) -> Iterator[str
 
 
 def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN, which JSON lacks, as None."""
-    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+    """NaN and infinity, which JSON lacks, as None."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
 
 
 def _manifest_state(

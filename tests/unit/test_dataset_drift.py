@@ -176,3 +176,13 @@ def test_a_trial_at_an_odd_pace_is_warned_of(tmp_path):
         trial.attrs["n_time_steps"] = length
     (odd,) = [w for w in validate_dataset(open_store(tmp_path)).warnings if w.kind == "odd pace"]
     assert (odd.trial, "bins per phoneme where the median" in odd.reason) == ("trial_0003", True)
+
+
+def test_a_dataset_of_nothing_but_damage_is_still_reported(tmp_path):
+    path = tmp_path / "t15.2023.08.11" / "data_train.hdf5"
+    path.parent.mkdir()
+    path.write_bytes(b"not HDF5")
+    report = validate_dataset(open_store(tmp_path))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["splits"][0]["mean"] is None
+    page = dataset_page(report)
+    assert "not HDF5" in page and "nan" not in page.lower().replace("manifest", "")
