@@ -67,13 +67,13 @@ def open_trackers(
 
     Args:
         params: the configuration as nested dicts; tags: facts about data and job.
-        already_finished: nothing will happen: an earlier job has told MLflow everything.
+        already_finished: nothing will happen any more; what MLflow lacks is still sent.
     """
     events = open_event_file(tensorboard_dir)
     if events is not None:
         log.follow(events)
     settings = MlflowSettings.from_variables()
-    if settings is None or settings.problem() or already_finished:
+    if settings is None or settings.problem():
         return Trackers(events, None)
     tags = {
         "job": os.environ.get("TRAINING_JOB_NAME", ""),
@@ -88,6 +88,7 @@ def open_trackers(
         id_file=checkpoint_dir / "mlflow_run_id",
         model_dir=model_dir,
         output_data_dir=output_data_dir,
+        already_finished=already_finished,
     )
     log.follow(run)
     return Trackers(events, run)

@@ -86,6 +86,7 @@ class MlflowRun:
         tags: facts about the run.
         id_file: keeps the MLflow run's id from job to job, beside the checkpoints.
         model_dir, output_data_dir: what to log when the run has finished.
+        already_finished: an earlier job did all the training, and perhaps all the telling.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class MlflowRun:
         id_file: Path,
         model_dir: Path,
         output_data_dir: Path,
+        already_finished: bool = False,
     ) -> None:
         self._settings = settings
         self._params = dict(_flat(params))
@@ -104,6 +106,8 @@ class MlflowRun:
         self._id_file = id_file
         self._model_dir = model_dir
         self._output_data_dir = output_data_dir
+        self._already_finished = already_finished
+        self._nothing_to_tell = False
         self._entries: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         self._unsent: list[Mapping[str, Any]] = []
         self._run_id = ""
@@ -199,6 +203,8 @@ class MlflowRun:
 
         if not self._run_id:
             self._run_id = self._open_run(client)
+        if self._nothing_to_tell:
+            return
         while not self._entries.empty():
             entry = self._entries.get()
             if entry["step"] > self._known_step.get(entry["kind"], -1):
@@ -226,6 +232,9 @@ class MlflowRun:
             run = client.create_run(experiment, run_name=self._settings.run_name)
             self._id_file.parent.mkdir(parents=True, exist_ok=True)
             self._id_file.write_text(run.info.run_id, encoding="utf-8")
+        elif self._already_finished and run.info.status == "FINISHED":
+            self._nothing_to_tell = True
+            return str(run.info.run_id)
         else:
             client.update_run(run.info.run_id, status="RUNNING")
             for kind, metric in (("train", "train/loss"), ("validation", "validation/per")):
@@ -270,6 +279,8 @@ class MlflowRun:
 
     def _end(self, client: Any) -> None:
         """Log what the outcome calls for; the run's state is set even if a file does not arrive."""
+        if self._nothing_to_tell:
+            return
         if self._reason:
             client.set_tag(self._run_id, "failure", self._reason[:1024])
         try:

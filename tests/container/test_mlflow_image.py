@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import urllib.request
 
 import pytest
 from support.engine import container_host, docker
-from support.mlflow_server import serve_mlflow
+from support.mlflow_server import MlflowRest, serve_mlflow
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -22,13 +21,6 @@ def server(engine, tmp_path_factory):
         yield url
 
 
-def ask(url, **body):
-    request = urllib.request.Request(url, json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
 def test_it_holds_the_client_and_says_so(image_with_mlflow):
     labels = json.loads(docker("inspect", image_with_mlflow))[0]["Config"]["Labels"]
     assert labels["brain-to-text.mlflow"] == "yes"
@@ -40,9 +32,8 @@ def test_a_job_logs_into_a_server(make_job, image_with_mlflow, server):
     result = make_job(image=image_with_mlflow, variables=variables).run()
     assert result.exit_code == 0, result.log
     assert "MLflow run" in result.log and "WARNING" not in result.log
-    (run,) = ask(f"{server}/api/2.0/mlflow/runs/search", experiment_ids=["1"])["runs"]
-    assert run["info"]["run_name"] == "in-a-container"
-    assert run["info"]["status"] == "FINISHED"
+    (run,) = MlflowRest(server).runs("brain-to-text")
+    assert (run["info"]["run_name"], run["info"]["status"]) == ("in-a-container", "FINISHED")
     steps = {m["key"]: m["step"] for m in run["data"]["metrics"]}
     assert steps["train/loss"] == 5 and "validation/der" in steps
-    assert {p["key"]: p["value"] for p in run["data"]["params"]}["dataset.batch_size"] == "4"
+    assert run["params"]["dataset.batch_size"] == "4"

@@ -6,6 +6,7 @@ The server, of the client's version, needs pandas, scikit-learn and more: 0.9 GB
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = REPOSITORY / ".local" / "mlflow"
@@ -115,6 +118,63 @@ def serve_mlflow(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+class MlflowRest:
+    """What tests ask a server, without MLflow's own client."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def runs(self, experiment: str) -> list[dict[str, Any]]:
+        """Every run of an experiment, with params and tags as dicts."""
+        found = self._get("mlflow/experiments/get-by-name", experiment_name=experiment)
+        number = found["experiment"]["experiment_id"]
+        runs = self._post("mlflow/runs/search", experiment_ids=[number]).get("runs", [])
+        for run in runs:
+            for kind in ("params", "tags"):
+                run[kind] = {e["key"]: e["value"] for e in run["data"].get(kind, [])}
+        return runs
+
+    def history(self, run: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) by metric."""
+        found = {}
+        for metric in run["data"]["metrics"]:
+            place = {"run_id": run["info"]["run_id"], "metric_key": metric["key"]}
+            points = self._get("mlflow/metrics/get-history", **place)["metrics"]
+            found[metric["key"]] = [(int(p["step"]), float(p["value"])) for p in points]
+        return found
+
+    def artefacts(self, run: dict[str, Any], folder: str = "") -> set[str]:
+        """Paths directly in a folder of the run."""
+        place = {"run_id": run["info"]["run_id"], **({"path": folder} if folder else {})}
+        return {f["path"] for f in self._get("mlflow/artifacts/list", **place).get("files", [])}
+
+    def download(self, run: dict[str, Any], path: str) -> bytes:
+        root = run["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
+        url = f"{self.url}/api/2.0/mlflow-artifacts/artifacts/{root.strip('/')}/{path}"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return bytes(answer.read())
+
+    def register(self, run: dict[str, Any], name: str) -> str:
+        """Make the run's model a version of a registered model; its number."""
+        self._post("mlflow/registered-models/create", name=name)
+        source = f"{run['info']['artifact_uri']}/model"
+        made = self._post(
+            "mlflow/model-versions/create", name=name, source=source, run_id=run["info"]["run_id"]
+        )
+        return str(made["model_version"]["version"])
+
+    def _get(self, path: str, **query: str) -> Any:
+        url = f"{self.url}/api/2.0/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return json.load(answer)
+
+    def _post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(f"{self.url}/api/2.0/{path}", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
 
 
 def _answers(url: str) -> bool:

@@ -91,7 +91,10 @@ def server(monkeypatch):
 
 @pytest.fixture
 def follow(server, tmp_path):
-    def start(params=None):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "training_log").write_text("Finished\n")
+
+    def start(params=None, **more):
         return MlflowRun(
             MlflowSettings("http://host", "speech", "b2t-1"),
             params or {"model": {"n_units": 16}, "seed": 1},
@@ -99,6 +102,7 @@ def follow(server, tmp_path):
             id_file=tmp_path / "checkpoints" / "mlflow_run_id",
             model_dir=tmp_path / "model",
             output_data_dir=tmp_path / "output",
+            **more,
         )
 
     return start
@@ -173,6 +177,24 @@ def test_a_resumed_run_goes_on_where_it_was(server, follow):
     )
     # a parameter is never overwritten
     assert server.runs["run0"].data.params == {"model.n_units": "16", "seed": "1", "lr_max": "0.1"}
+
+
+@pytest.mark.parametrize("told_everything", [True, False])
+def test_a_finished_run_that_is_started_again_tells_what_is_missing(
+    server, follow, told_everything
+):
+    first = follow()
+    first.record(entry(0))
+    until(lambda: "train/loss" in server.metrics)
+    first.close("FINISHED" if told_everything else "KILLED")  # killed while its model went up
+    server.artefacts.clear()
+    again = follow(already_finished=True)
+    for step in (0, 2):
+        again.record(entry(step))
+    again.close("FINISHED")
+    assert server.runs["run0"].info.status == "FINISHED"
+    assert len(server.metrics["train/loss"]) == (1 if told_everything else 2)
+    assert bool(server.artefacts) is not told_everything
 
 
 def test_a_run_that_was_deleted_is_made_anew(server, follow, tmp_path):
