@@ -80,8 +80,11 @@ def install_torch() -> bool:
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
     """Run the environment's pip; True on success."""
+    # with that variable pip leaves out the bytecode, and every process compiles torch anew
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", *arguments],
+        env=environment,
         check=False,
         stdout=subprocess.DEVNULL if quiet else sys.stderr,
         stderr=subprocess.DEVNULL if quiet else None,
