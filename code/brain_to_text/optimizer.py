@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,6 +92,27 @@ def build_scheduler(optimizer: AdamW, config: TrainingConfig) -> LambdaLR:
             for group in optimizer.param_groups
         ],
     )
+
+
+def restore(
+    optimizer: AdamW, scheduler: LambdaLR, moments: dict[str, Any], schedule: dict[str, Any]
+) -> None:
+    """Continue from saved states of both, with the rates and decays that these were built with.
+
+    torch's own `load_state_dict` would bring back the saved ones: a setting that was changed on
+    purpose would have no effect.
+    """
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(moments)
+    peaks = scheduler.base_lrs
+    scheduler.load_state_dict(schedule)
+    scheduler.base_lrs = peaks
+    scheduler._last_lr = [
+        peak * multiplier(scheduler.last_epoch)
+        for peak, multiplier in zip(peaks, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, settings, rate in zip(optimizer.param_groups, own, scheduler._last_lr, strict=True):
+        group.update(settings, lr=rate)
 
 
 def clip_and_check(

@@ -40,7 +40,7 @@ from .losses import JointObjective
 from .metrics import ValidationResult
 from .model_evaluation import write_run_report
 from .object_store import open_store
-from .optimizer import build_optimizer, build_scheduler
+from .optimizer import build_optimizer, build_scheduler, restore
 from .rnn_model import GRUDecoder, load_public_state_dict
 from .stream_stats import StreamCounts
 from .telemetry import RunLog
@@ -722,8 +722,7 @@ class BrainToTextDecoder_Trainer_S3:
         ended = state.stopped_early or state.step >= self.config.num_training_batches
         state.finished = state.finished and ended  # accepted changes may ask for more steps
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        restore(self.optimizer, self.scheduler, saved["optimizer"], saved["scheduler"])
         self.train_step.load_state_dict(saved["train_step"])
         _set_rng_state(saved["rng"], self.device)
         self.log.restore(saved["log"])
