@@ -43,7 +43,7 @@ from .object_store import open_store
 from .optimizer import build_optimizer, build_scheduler, restore
 from .rnn_model import GRUDecoder, load_public_state_dict
 from .stream_stats import StreamCounts
-from .telemetry import RunLog
+from .telemetry import RunLog, process_seconds
 from .throughput import flops_per_step, peak_flops
 from .train_step import Health, StepResult, TrainStep
 from .trial_manifest import load_or_build_manifest
@@ -189,8 +189,11 @@ class BrainToTextDecoder_Trainer_S3:
                 with self.interruption.immediate():
                     self._join_world()
                     self._open_data()
+                    saved = self.world.from_main(self._find_state)
+                    self._start_reading(0 if saved is None else saved["run"]["step"])
                     self._build_model()
-                    self._open_checkpoints()
+                    self._resume(saved)
+                    self._open_outputs()
             except RunInterrupted:
                 self.world.announce_stop()
                 said = self.interruption.requested or "another process"
@@ -212,7 +215,7 @@ class BrainToTextDecoder_Trainer_S3:
             )
             return None
         self._try_largest_batches()
-        batches = self.train_set.batches(start=state.step, stop=config.num_training_batches)
+        first_step, batches = state.step, self.batches
         self._mark_interval(state.step)
         try:
             while True:
@@ -227,6 +230,8 @@ class BrainToTextDecoder_Trainer_S3:
 
                 with self._waiting():
                     batch = next(batches)
+                if state.step == first_step:
+                    self.log.info(f"First batch {process_seconds():.1f} s after the process began")
                 result = self.train_step(batch, state.step, config.dataset.batch_size)
                 if state.step % config.batches_per_train_log == 0:
                     self._log_step(result, batch)
@@ -395,6 +400,10 @@ class BrainToTextDecoder_Trainer_S3:
             f"from {len(selection.sessions)} sessions"
         )
 
+    def _start_reading(self, step: int) -> None:
+        """The first batches travel while the model is built."""
+        self.batches = self.train_set.batches(start=step, stop=self.config.num_training_batches)
+
     def _build_model(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
@@ -437,21 +446,24 @@ class BrainToTextDecoder_Trainer_S3:
             after_backward=after_backward,
         )
 
-    def _open_checkpoints(self) -> None:
-        """Resume the newest valid state, or start from given weights, or from scratch."""
-        config, paths = self.config, self.paths
-        state = self.world.from_main(self._find_state)
-        if state is not None:
-            self._load_state(state)
+    def _resume(self, saved: dict[str, Any] | None) -> None:
+        """Continue from a saved state, or start from given weights, or from scratch."""
+        config = self.config
+        if saved is not None:
+            self._load_state(saved)
             if self.world.is_main:
                 self._restore_best()
             self.log.info(
-                f"Resuming after step {self.state.step} from {paths.checkpoint_dir} "
+                f"Resuming after step {self.state.step} from {self.paths.checkpoint_dir} "
                 f"(best {config.primary_metric} so far {self.state.best_value:.4f})"
             )
         elif config.init_from_checkpoint:
             self._init_weights(str(config.init_checkpoint_path))
         self._next_save = time.monotonic() + config.checkpoint_interval_seconds
+
+    def _open_outputs(self) -> None:
+        """On the main rank: trackers, the log's live copy, the resolved configuration."""
+        config, paths = self.config, self.paths
         if not self.world.is_main:
             return
         trackers = open_trackers(

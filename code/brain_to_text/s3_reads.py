@@ -103,12 +103,13 @@ class S3RangedReader:
 
     async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray | memoryview:
         expected = etag if S3_ETAG.fullmatch(etag) else self._seen.get(key)
-        if self._proven:
-            found, span = await self._get(key, offset, length, expected)
-        else:  # one at a time: the first answer may show that this client is the wrong one
+        answer = None
+        if not self._proven:  # alone: the first answer may show that this client is the wrong one
             async with self._first_read:
-                found, span = await self._get(key, offset, length, expected)
-                self._proven = True
+                if not self._proven:
+                    answer = await self._get(key, offset, length, expected)
+                    self._proven = True
+        found, span = answer or await self._get(key, offset, length, expected)
         if found and found != (expected or self._seen.setdefault(key, found)):
             raise ObjectReplacedError(f"its ETag is {found}, no longer {expected}")
         return span

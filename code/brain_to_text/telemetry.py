@@ -41,6 +41,16 @@ def scrub(text: str) -> str:
     return _SECRET_PATTERN.sub("***", text)
 
 
+def process_seconds() -> float:
+    """Age of this process; 0 where procfs does not tell."""
+    try:
+        # the name, in brackets, may hold spaces; the start is the 20th field after it
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
 class Follower(Protocol):
     """Something that wants every entry of metrics.jsonl: must never raise, and never wait long."""
 
