@@ -34,23 +34,25 @@ def encode_diphones(
         DataError: a phoneme id is outside 1 … 40 (a blank is no label), or the form is unknown.
     """
     current = np.asarray(phonemes, dtype=np.int32).reshape(-1)
-    outside = np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))
-    if outside.size:
-        position = int(outside[0])
-        raise DataError(
-            f"Phoneme label {position} is {current[position]}, outside 1 … {N_PHONEMES - 1}."
-        )
     if form not in LABEL_FORMS:
         raise DataError(f"Label form '{form}' is unknown: use one of {', '.join(LABEL_FORMS)}.")
     if not current.size:
         return np.zeros(0, dtype=np.int32)
-    previous = np.concatenate([[BLANK], current[:-1]])
-    diphones = N_PHONEMES * previous + current
+    if current.min() <= BLANK or current.max() >= N_PHONEMES:
+        position = int(np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))[0])
+        raise DataError(
+            f"Phoneme label {position} is {current[position]}, outside 1 … {N_PHONEMES - 1}."
+        )
+    step = 2 if form == "self_loop" else 1
+    labels = np.empty(step * current.size + bool(closing), dtype=np.int32)
+    changes = labels[: step * current.size : step]
+    changes[:] = current
+    changes[1:] += N_PHONEMES * current[:-1]
     if form == "self_loop":
-        diphones = np.stack([diphones, (N_PHONEMES + 1) * current], axis=1).reshape(-1)
+        labels[1 : 2 * current.size : 2] = (N_PHONEMES + 1) * current
     if closing:
-        diphones = np.append(diphones, N_PHONEMES * current[-1] + BLANK)
-    return diphones.astype(np.int32)
+        labels[-1] = N_PHONEMES * current[-1] + BLANK
+    return labels
 
 
 def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np.ndarray:

@@ -49,6 +49,8 @@ VERSION = 1
 SPLITS = ("train", "val", "test")
 _S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
+_MANIFEST_READS = 3
+_PROGRESS_SECONDS = 10.0
 _INDEXING_MEMORY = 6 * 2**30  # bytes of data files held at once, over all worker processes
 
 
@@ -243,18 +245,23 @@ def load_or_build_manifest(
         DataError: no data there, a stale manifest, or damage.
     """
     listing = store.list()
-    manifest = None
     if MANIFEST_NAME in listing:
-        manifest = TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+        manifest = _read_manifest(store)
         manifest.check_fresh(listing, store.url)
     else:
         started = time.monotonic()
         files = data_files(listing, store.url)
         size = sum(info.size for info in files.values())
         log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
-        manifest = index_dataset(store, processes=processes, on_damage="collect", listing=listing)
+        manifest = index_dataset(
+            store,
+            processes=processes,
+            progress=_now_and_then(log),
+            on_damage="collect",
+            listing=listing,
+        )
         log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
-        if not manifest.damaged:
+        if not manifest.damaged or on_damage == "exclude":
             try:
                 write_manifest(store, manifest)
                 log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
@@ -272,6 +279,30 @@ def load_or_build_manifest(
             f"'python code/prepare_dataset.py validate {store.url}'."
         )
     return manifest
+
+
+def _read_manifest(store: ObjectStore) -> TrialManifest:
+    """The manifest that is there; gzip's CRC finds a damaged transfer, which is tried again."""
+    for attempts_left in reversed(range(_MANIFEST_READS)):
+        try:
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+        except DataError:
+            if not attempts_left:
+                raise
+    raise AssertionError
+
+
+def _now_and_then(log: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Progress of indexing as log lines, at most one in `_PROGRESS_SECONDS`."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            log(f"Indexed {done} of {total} files")
+
+    return progress
 
 
 def data_files(listing: Mapping[str, ObjectInfo], url: str) -> dict[str, ObjectInfo]:
