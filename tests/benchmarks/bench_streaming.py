@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_streaming.py                       everything, 20 minutes or more
     python tests/benchmarks/bench_streaming.py --skip naive          without the slowest contender
-    python tests/benchmarks/bench_streaming.py --only clients        or steps, start-up, memory,
+    python tests/benchmarks/bench_streaming.py --only clients        or trainer, start-up, memory,
                                                                      policy
 
 A real S3 server (rclone) stands behind a proxy process with 30 ms to the first byte and 80 MB/s per
@@ -23,13 +23,14 @@ import gc
 import json
 import os
 import resource
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,22 @@ import torch
 from brain_to_text.batch import pad_features
 from brain_to_text.batch_plan import BatchPlan
 from brain_to_text.dataset_s3 import BrainToTextDatasetS3
+from brain_to_text.diphones import encode_diphones
 from brain_to_text.object_store import open_store
 from brain_to_text.prefetch import PrefetchLimits
 from brain_to_text.trial_manifest import (
     FileRecord,
     TrialManifest,
     index_dataset,
-    load_or_build_manifest,
     write_manifest,
 )
+from brain_to_text.trial_records import TrialRecord
 from brain_to_text.trial_stream import TrialStream
 from support.local_s3 import make_certificate, serve_s3
 from support.tiny_data import write_dataset
 
 BUCKET_URL = "s3://bench/data"
+FULL_URL = "s3://bench/full"
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18", "t15.2023.08.20")
 TRIALS_PER_SESSION = 150
 BATCH_SIZE = 48
@@ -263,7 +266,7 @@ def run_contender(name: str, n_batches: int, first: int) -> dict[str, float]:
     else:
         load(batches[0][:1])  # imports and connections: not what is compared here
     gc.collect()
-    control("reset")
+    request_counts(reset=True)
     before = resident_bytes()
     cpu, seconds, needed = time.process_time(), [], 0
     for batch in batches:
@@ -272,7 +275,7 @@ def run_contender(name: str, n_batches: int, first: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - started)
         needed += sum(manifest.trials[i].length for i in np.unique(batch))
         del features
-    counts = json.loads(control("counts"))
+    counts = request_counts()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": statistics.median(seconds) * share,
@@ -290,16 +293,16 @@ def resident_bytes() -> int:
     return int(text[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def control(what: str) -> bytes:
-    """Talk to the proxy outside of what it counts."""
-    url = os.environ["BENCH_CONTROL"] + f"/_proxy/{what}"
+def request_counts(
+    environment: Mapping[str, str] = os.environ, reset: bool = False
+) -> dict[str, Any]:
+    """What the proxy counted, or everything to zero; not counted itself."""
+    url = environment["BENCH_CONTROL"] + f"/_proxy/{'reset' if reset else 'counts'}"
     context = None
     if url.startswith("https"):
-        import ssl
-
-        context = ssl.create_default_context(cafile=os.environ["AWS_CA_BUNDLE"])
+        context = ssl.create_default_context(cafile=environment["AWS_CA_BUNDLE"])
     with urllib.request.urlopen(url, context=context) as answer:
-        return answer.read()
+        return json.loads(answer.read())
 
 
 def in_subprocess(arguments: list[str], environment: dict[str, str]) -> Any:
@@ -358,6 +361,10 @@ def stage() -> Iterator[Stage]:
             n_features=512,
             bins=(500, 1200),
         )
+        for session, split, _ in full_size_files():
+            path = folder.parent / "full" / session / f"data_{split}.hdf5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(folder / SESSIONS[0] / path.name, path)
         server = stack.enter_context(serve_s3(root / "s3", cached=True))
         certificate = make_certificate(root, "127.0.0.1")
         base = {
@@ -541,60 +548,93 @@ def simulate_steps(on: Stage, networks: list[str]) -> None:
 
 
 def start_up(on: Stage) -> None:
-    """Table 3: process start to first batch with a manifest of full size."""
-    full = full_size_manifest(on.manifest)
-    data = full.to_bytes()
-    print(f"\n### Start-up: manifest of {len(full.trials):,} trials, {len(data) / 1e6:.2f} MB\n")
-    print("| part | seconds |\n|---|---|")
-    environment = {**on.environments["tls"], "BENCH_FULL": str(on.folder.parents[2] / "full")}
-    Path(environment["BENCH_FULL"]).write_bytes(data)
-    runs = []
-    for _ in range(3):
-        started = time.time()
-        runs.append(in_subprocess(["--start-up", str(started)], environment))
-    middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-    for name, value in middle.items():
-        print(f"| {name} | {value:.2f} |")
+    """Table 3: the real program with a dataset of full size, from its start to its first batch."""
+    manifest = full_size_manifest(on)
+    write_manifest(open_store(FULL_URL), manifest)
+    size = len(manifest.to_bytes()) / 1e6
+    print(f"\n### Start-up: manifest of {len(manifest.trials):,} trials, {size:.2f} MB, TLS\n")
+    runs = [start_once({**os.environ, **on.environments["tls"]}) for _ in range(5)]
+    print("| until | seconds, median | every run |\n|---|---|---|")
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        every = ", ".join(f"{value:.2f}" for value in values)
+        print(f"| {name} | {statistics.median(values):.2f} | {every} |", flush=True)
 
 
-def full_size_manifest(small: TrialManifest) -> TrialManifest:
-    """The bench's trials repeated to 45 sessions and 11,162 trials, in its four files."""
+def full_size_files() -> Iterator[tuple[str, str, int]]:
+    """(session, split, trials) of 45 sessions and 11,162 trials."""
+    for number in range(45):
+        session = f"t15.2025.{1 + number // 28:02d}.{1 + number % 28:02d}"
+        yield session, "train", 248
+        if number == 0:
+            yield session, "val", 2
+
+
+def full_size_manifest(on: Stage) -> TrialManifest:
+    """Of s3://bench/full, where every file is one of the bench's by another name.
+
+    Sentences are drawn for each trial, so that the manifest is as large as a real one.
+    """
+    rng = np.random.default_rng(0)
     trials = []
-    for number in range(11_162):
-        source = small.trials[number % len(small.trials)]
-        trials.append(dataclasses.replace(source, trial=f"trial_{number:05d}"))
-    return dataclasses.replace(small, trials=tuple(trials))
+    for session, split, count in full_size_files():
+        own = on.manifest.select(split, SESSIONS[:1])
+        for number in range(count):
+            trial = on.manifest.trials[own[number % len(own)]]
+            trials.append(spoken(trial, session, number, rng))
+    listing = open_store(FULL_URL).list()
+    files = {key: FileRecord(info.size, info.etag) for key, info in listing.items()}
+    return dataclasses.replace(on.manifest, trials=tuple(trials), files=files)
 
 
-def run_start_up(started: float) -> dict[str, float]:
-    """What a job does before its first step, beginning with starting Python and importing torch."""
-    imported = time.time()
-    control("reset")
-    store = open_store(BUCKET_URL)
-    manifest = load_or_build_manifest(store, lambda _: None)
-    full = time.time()
-    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_FULL"]).read_bytes())
-    parsed = time.time()
-    stream = TrialStream(store, manifest)
-    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
-    dataset = BrainToTextDatasetS3(
-        stream, trials, batch_size=BATCH_SIZE, days_per_batch=4, n_batches=1000, seed=3
+def spoken(trial: TrialRecord, session: str, number: int, rng: np.random.Generator) -> TrialRecord:
+    """A trial with the bytes of another and a sentence of its own."""
+    phonemes = rng.integers(1, 41, size=rng.integers(15, 45)).astype(np.int32)
+    return dataclasses.replace(
+        trial,
+        session=session,
+        key=f"{session}/data_{trial.split}.hdf5",
+        trial=f"trial_{number:04d}",
+        phoneme_ids=phonemes,
+        class_ids=encode_diphones(phonemes),
+        sentence_label=" ".join("".join(map(chr, rng.integers(97, 123, 5))) for _ in phonemes[::4]),
+        trial_num=number,
     )
-    counts = json.loads(control("counts"))
-    opened = time.time()
-    with dataset.batches() as batches:
-        next(batches)
-        first = time.time()
-    dataset.close()
-    return {
-        "start Python, import torch": imported - started,
-        "manifest and listing, one request each": full - imported,
-        "parse the full-size manifest": parsed - full,
-        "client and plan": opened - parsed,
-        "first batch": first - opened,
-        "process start to first batch": first - started,
-        "CPU time of the process until then": time.process_time(),
-        "requests before the first trial (count)": counts["requests"],
+
+
+def start_once(environment: dict[str, str]) -> dict[str, float]:
+    """Seconds from starting `train_model_sagemaker.py` to what its log says; then it is ended."""
+    marks = {
+        "Python, torch and our code are imported": "Loading data from",
+        "listing and manifest are read": "Successfully initialized",
+        "the first batch is there": "First batch",
+    }
+    request_counts(environment, reset=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parents[2] / "code" / "train_model_sagemaker.py")]
+        command += ["--s3-bucket", "bench", "--s3-data-prefix", "full"]
+        for name in ("model", "output-data", "checkpoint"):
+            command += [f"--{name}-dir", f"{folder}/{name}"]
+        started, seen, lines = time.perf_counter(), {}, []
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            seen |= {
+                name: time.perf_counter() - started for name, text in marks.items() if text in line
+            }
+            if len(seen) == len(marks):
+                break
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if len(seen) < len(marks):
+        raise RuntimeError("".join(lines[-20:]))
+    counts = request_counts(environment)
+    return seen | {
+        "requests that are no trial's (count)": counts["requests"] - counts["ranged_gets"]
     }
 
 
@@ -687,7 +727,6 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--start-up", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     result: Any = None
@@ -697,8 +736,6 @@ def main() -> None:
     elif options.trainer:
         network, pause, warm, client, busy = options.trainer
         result = run_trainer(network, float(pause), warm == "1", client, busy == "1")
-    elif options.start_up:
-        result = run_start_up(options.start_up)
     elif options.memory:
         result = run_memory()
     if result is not None:
