@@ -60,6 +60,7 @@ _SWITCHES = (
     "ignore_configured_endpoint_urls",
 )
 _REDIRECTS = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
+_OTHER_REGION = "the bucket is in another region than AWS_REGION"
 _RENEWAL_INTERVAL_SECONDS = 2.0
 
 
@@ -117,12 +118,14 @@ class S3RangedReader:
     async def _get(
         self, key: str, offset: int, length: int, etag: str | None
     ) -> tuple[str, bytearray | memoryview]:
+        client = self._client
         try:
-            return await self._client.get(key, offset, length, etag)
+            return await client.get(key, offset, length, etag)
         except _UnsuitableClientError as error:
-            log.info("Reading through s3fs: %s", error)
-            self._client = self._s3fs
-            return await self._client.get(key, offset, length, etag)
+            if self._client is client:  # the first of several reads to find out
+                log.info("Reading through s3fs: %s", error)
+                self._client = self._s3fs
+            raise ReadError(str(error)) from error
 
     async def renew_credentials(self) -> None:
         await self._client.renew_credentials()
@@ -214,12 +217,14 @@ def _obstore_fault(error: Exception) -> Exception:
         return _UnsuitableClientError("the server's certificate is not one for obstore")
     if "ETag Header missing" in text:
         return _UnsuitableClientError("the server sends no ETag")
+    if "redirect without LOCATION" in text:  # how S3 answers for a bucket of another region
+        return _UnsuitableClientError(_OTHER_REGION)
     status = re.search(r"status code: (\d{3})", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
     if status:
         name = code[1] if code else status[1]
         if name in _REDIRECTS or status[1] in ("301", "307"):
-            return _UnsuitableClientError("the bucket is in another region than AWS_REGION")
+            return _UnsuitableClientError(_OTHER_REGION)
         return _answer_fault(status[1], name)
     summary = " ".join(text.split("Debug source")[0].split())
     detail = re.search(r"TimedOut|ConnectionRefused|ConnectionReset|UnexpectedEof|dns error", text)

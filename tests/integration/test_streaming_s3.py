@@ -20,7 +20,7 @@ from brain_to_text.trial_manifest import (
     write_manifest,
 )
 from brain_to_text.trial_stream import TrialStream
-from support.fault_proxy import FaultProxy
+from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 
 
@@ -98,11 +98,35 @@ def test_a_server_that_answers_ranges_with_200_is_read_through_s3fs(
     with caplog.at_level(logging.INFO, "brain_to_text"):
         with TrialStream(open_store(tiny_dataset_s3), manifest) as stream:
             arrays = stream.fetch(range(len(manifest.trials)))
+            counts = stream.stats.snapshot()
     for trial, features in zip(manifest.trials, arrays, strict=True):
         assert np.array_equal(features, tiny_dataset.features[trial.name])
+    assert counts.requests == len(manifest.trials) + 1  # the answer of no use is counted too
     assert [r.message for r in caplog.records] == [
         "Reading through s3fs: the server answers a byte range with status 200"
     ]
+
+
+def test_a_bucket_of_another_region_is_read_through_s3fs_which_follows(
+    tiny_dataset,
+    tiny_dataset_s3: str,
+    manifest: TrialManifest,
+    fault_proxy: FaultProxy,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fault_proxy.faults = Faults(bucket_region="eu-west-1")
+    with caplog.at_level(logging.INFO, "brain_to_text"):
+        with TrialStream(open_store(tiny_dataset_s3), manifest) as stream:
+            arrays = stream.fetch(range(len(manifest.trials)))
+            counts = stream.stats.snapshot()
+    for trial, features in zip(manifest.trials, arrays, strict=True):
+        assert np.array_equal(features, tiny_dataset.features[trial.name])
+    assert [r.message for r in caplog.records] == [
+        "Reading through s3fs: the bucket is in another region than AWS_REGION"
+    ]
+    # one to each client; the second learns the region from it and keeps it
+    assert fault_proxy.counts.faults["redirect"] == 2
+    assert counts.retries == 1 and counts.requests == len(manifest.trials) + 1
 
 
 def test_what_only_botocore_knows_is_read_through_s3fs(

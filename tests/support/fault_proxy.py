@@ -50,6 +50,8 @@ class Faults:
         bytes_per_second: per connection; 0 for no limit.
         rejected_tokens: session tokens answered with ExpiredToken.
         hide_etag: leave ETag out of answers and ignore If-Match, as some servers do.
+        bucket_region: where the buckets are; what is signed for another region is answered as S3
+            does, 301 PermanentRedirect without a Location.
     """
 
     slow_down: float = 0.0
@@ -62,6 +64,7 @@ class Faults:
     bytes_per_second: float = 0.0
     rejected_tokens: tuple[str, ...] = ()
     hide_etag: bool = False
+    bucket_region: str = ""
 
 
 @dataclass
@@ -195,6 +198,11 @@ class FaultProxy:
             await _swallow(head, reader)
             await _refuse(writer, 400, "Bad Request", "ExpiredToken", method)
             self.counts.faults["expired"] += 1
+            return True
+        if faults.bucket_region and b"/%s/s3/" % faults.bucket_region.encode() not in head:
+            await _swallow(head, reader)
+            await _redirect(writer, faults.bucket_region, method)
+            self.counts.faults["redirect"] += 1
             return True
         if fault == "slow_down":
             await asyncio.sleep(faults.latency_seconds)
@@ -376,16 +384,34 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _refuse(
-    writer: asyncio.StreamWriter, status: int, reason: str, code: str, method: bytes
+    writer: asyncio.StreamWriter,
+    status: int,
+    reason: str,
+    code: str,
+    method: bytes,
+    headers: str = "",
+    details: str = "",
 ) -> None:
-    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{reason}</Message></Error>"
-    body = b"" if method.startswith(b"HEAD") else text.encode()
+    text = f"<Error><Code>{code}</Code><Message>{reason}</Message>{details}</Error>"
+    body = b"" if method.startswith(b"HEAD") else f"<?xml version='1.0'?>{text}".encode()
     writer.write(
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\n"
+        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\n{headers}"
         f"Content-Length: {len(body)}\r\n\r\n".encode()
         + body
     )
     await writer.drain()
+
+
+async def _redirect(writer: asyncio.StreamWriter, region: str, method: bytes) -> None:
+    await _refuse(
+        writer,
+        301,
+        "Moved Permanently",
+        "PermanentRedirect",
+        method,
+        f"x-amz-bucket-region: {region}\r\n",
+        f"<Endpoint>s3.{region}.amazonaws.com</Endpoint>",
+    )
 
 
 @contextlib.contextmanager
