@@ -18,9 +18,10 @@ import yaml
 
 from .checkpoints import load_verified
 from .config import TrainingConfig, config_from_dict
+from .diphones import LABEL_FORMS, LabelForm
 from .errors import CheckpointError, StorageError
 from .object_store import ObjectStore, open_store
-from .rnn_model import GRUDecoder, load_public_state_dict
+from .rnn_model import WRAPPER_PREFIXES, GRUDecoder, load_public_state_dict
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
 _ARGS = ("checkpoint/args.yaml", "args.yaml")
@@ -43,6 +44,7 @@ class ModelArtefact:
         weights: the state dict, on the CPU.
         step: training steps behind the weights, where known.
         metrics: rows by kind, "train" and "validation", from metrics.jsonl or the log's lines.
+        label_form: of the diphone labels it was trained on, where known.
     """
 
     location: str
@@ -51,6 +53,7 @@ class ModelArtefact:
     weights: Mapping[str, torch.Tensor]
     step: int | None
     metrics: Mapping[str, list[dict[str, Any]]]
+    label_form: LabelForm | None = None
 
     def build(self, device: torch.device | str = "cpu") -> GRUDecoder:
         """The model in evaluation mode.
@@ -82,21 +85,14 @@ def open_model(location: str | Path) -> ModelArtefact:
         ConfigError: its args.yaml has settings that cannot work here.
     """
     files = _open_files(str(location))
-    name, checkpoint = files.first(CHECKPOINTS)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{location} holds no checkpoint/best_checkpoint: give --model a model folder, a "
-            "model.tar.gz, or the s3:// URL of one."
-        )
-    content = load_verified(io.BytesIO(checkpoint), f"{location}/{name}")
-    weights = content.get("model_state_dict", content)
-    _, args = files.first(_ARGS)
+    content = _checkpoint(files, location)
+    args = _args(files, location)
     if args is None:
         raise CheckpointError(
             f"{location} holds no checkpoint/args.yaml: keep the file that training wrote beside "
             "best_checkpoint."
         )
-    config = config_from_dict(yaml.safe_load(args) or {}, f" in {location}/checkpoint/args.yaml")
+    config = config_from_dict(args, f" in {location}/checkpoint/args.yaml")
     sessions = tuple(content.get("sessions") or config.dataset.sessions or ())
     if not sessions:
         raise CheckpointError(
@@ -105,14 +101,58 @@ def open_model(location: str | Path) -> ModelArtefact:
         )
     config.dataset.sessions = list(sessions)
     _, log = files.first(_LOGS)
+    form = content.get("label_form")
     return ModelArtefact(
         location=str(location),
         config=config,
         sessions=sessions,
-        weights=weights,
+        weights=_weights(content, location),
         step=content.get("step"),
         metrics=metrics_of_log((log or b"").decode("utf-8", "replace")),
+        label_form=form if form in LABEL_FORMS else None,
     )
+
+
+def initial_weights(
+    location: str | Path,
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...] | None]:
+    """Weights to start another run from, and the sessions of their day layers.
+
+    The sessions, in the order of the layers, are those that the checkpoint names, else those of an
+    args.yaml beside it (the public baseline names them only there); None if neither does.
+
+    Args:
+        location: a best_checkpoint file, or anything that `open_model` takes.
+
+    Returns:
+        (weights by name, without the prefixes that wrappers leave; the sessions or None).
+
+    Raises:
+        CheckpointError: no checkpoint there, a damaged one, or sessions that do not fit the layers.
+        StorageError: the place cannot be read.
+    """
+    files = _open_files(str(location))
+    content = _checkpoint(files, location)
+    weights = {}
+    for name, value in _weights(content, location).items():
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
+        weights[name] = value
+    listed = content.get("sessions")
+    if not listed:
+        dataset = (_args(files, location) or {}).get("dataset")
+        listed = dataset.get("sessions") if isinstance(dataset, Mapping) else None
+    if not listed:
+        return weights, None
+    sessions = tuple(str(session) for session in listed)
+    layers = sum(name.startswith("day_weights.") for name in weights)
+    if layers != len(sessions):
+        raise CheckpointError(
+            f"{location} has day layers for {layers} sessions but names {len(sessions)} "
+            f"({sessions[0]} … {sessions[-1]}), so nobody knows whose they are: put the args.yaml "
+            "of that very training run beside it."
+        )
+    return weights, sessions
 
 
 def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
@@ -158,11 +198,20 @@ def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
 
 
 class _Files:
-    """Named files of a store below a prefix, or of a tar archive."""
+    """Named files of a store below a prefix, or of a tar archive.
 
-    def __init__(self, store: ObjectStore | None, members: Mapping[str, bytes]) -> None:
+    checkpoints: names under which the weights may lie.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore | None,
+        members: Mapping[str, bytes],
+        checkpoints: tuple[str, ...] = CHECKPOINTS,
+    ) -> None:
         self._store = store
         self._members = members
+        self.checkpoints = checkpoints
 
     def first(self, names: tuple[str, ...]) -> tuple[str, bytes | None]:
         """The first of `names` that exists, with its content."""
@@ -176,22 +225,87 @@ class _Files:
 
 
 def _open_files(location: str) -> _Files:
+    folder, _, name = location.rpartition("/")
     if location.endswith((".tar.gz", ".tgz", ".tar")):
-        folder, _, name = location.rpartition("/")
         return _Files(None, _untar(open_store(folder or ".").read(name), location))
-    store = open_store(location)
-    if not location.startswith("s3://") and not Path(location).is_dir():
-        if Path(location).is_file() and Path(location).parent.name == "checkpoint":
-            return _Files(open_store(Path(location).parent.parent), {})
+    on_s3 = location.startswith("s3://")
+    if name == "best_checkpoint" if on_s3 else Path(location).is_file():
+        return _beside(folder, name)
+    if not on_s3 and not Path(location).is_dir():
         raise StorageError(
-            f"{location} does not exist: give --model a model folder, a model.tar.gz, or the "
-            "s3:// URL of one."
+            f"{location} does not exist: give a model folder, a model.tar.gz, or the s3:// URL of "
+            "one."
         )
-    if not any(store.exists(name) for name in CHECKPOINTS):
-        for name in _ARCHIVES:
-            if store.exists(name):
-                return _Files(None, _untar(store.read(name), f"{location.rstrip('/')}/{name}"))
+    store = open_store(location)
+    if any(store.exists(name) for name in CHECKPOINTS):
+        return _Files(store, {})
+    for name in _ARCHIVES:
+        if store.exists(name):
+            return _Files(None, _untar(store.read(name), f"{location.rstrip('/')}/{name}"))
     return _Files(store, {})
+
+
+def _beside(folder: str, name: str) -> _Files:
+    """The files of a checkpoint that was named itself."""
+    above, _, last = folder.rpartition("/")
+    if last != "checkpoint":
+        return _Files(open_store(folder or "."), {}, (name,))
+    return _Files(open_store(above or "."), {}, (f"checkpoint/{name}",))
+
+
+def _checkpoint(files: _Files, location: str | Path) -> dict[str, Any]:
+    """What training saved: weights beside other things, or the weights alone."""
+    name, data = files.first(files.checkpoints)
+    if data is None:
+        raise CheckpointError(
+            f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
+            "model.tar.gz, or the s3:// URL of one."
+        )
+    content = load_verified(io.BytesIO(data), f"{location}/{name}")
+    if not isinstance(content, dict):
+        raise _no_weights(location, f"a {type(content).__name__}")
+    return content
+
+
+def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.Tensor]:
+    weights = content.get("model_state_dict", content)
+    if not isinstance(weights, dict) or not weights:
+        raise _no_weights(location, "no model_state_dict")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise _no_weights(location, f"'{name}' as {type(value).__name__}")
+    return weights
+
+
+def _no_weights(location: str | Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint of {location} holds {found} where a state dict of tensors must be: give "
+        "the best_checkpoint that a training run wrote."
+    )
+
+
+def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
+    """args.yaml beside the checkpoint, None where there is none.
+
+    Raises:
+        CheckpointError: it is not YAML, or holds something else than keys and values.
+    """
+    name, data = files.first(_ARGS)
+    if data is None:
+        return None
+    try:
+        args = yaml.safe_load(data) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{location}/{name} is not valid YAML ({' '.join(str(error).split())[:200]}): copy it "
+            "again from the training run."
+        ) from error
+    if not isinstance(args, dict):
+        raise CheckpointError(
+            f"{location}/{name} must hold keys and values, not a {type(args).__name__}: copy it "
+            "again from the training run."
+        )
+    return args
 
 
 def _untar(data: bytes, location: str) -> dict[str, bytes]:

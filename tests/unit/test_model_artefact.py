@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from brain_to_text.errors import BrainToTextError, CheckpointError
-from brain_to_text.model_artefact import metrics_of_log, open_model
+from brain_to_text.model_artefact import initial_weights, metrics_of_log, open_model
 from support.tiny_models import write_model
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
@@ -90,3 +91,94 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     )
     with pytest.raises(CheckpointError):
         open_model(tmp_path / "b").build()
+
+
+def public_layout(folder: Path, *, wrapped: bool = True) -> dict[str, torch.Tensor]:
+    """As the public baseline leaves a model: its sessions are in args.yaml only."""
+    model = write_model(folder, SESSIONS)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    prefix = "module._orig_mod." if wrapped else ""
+    torch.save(
+        {"model_state_dict": {prefix + k: v for k, v in weights.items()}, "val_PER": 0.1},
+        folder / "checkpoint" / "best_checkpoint",
+    )
+    return weights
+
+
+def test_initial_weights_know_their_sessions_wherever_the_checkpoint_lies(
+    tmp_path, s3_bucket, upload
+):
+    expected = public_layout(tmp_path / "model")
+    packed = archive(tmp_path / "model", tmp_path / "job" / "output" / "model.tar.gz")
+    upload(tmp_path / "model", f"s3://{s3_bucket}/model")
+    flat = tmp_path / "flat"
+    shutil.copytree(tmp_path / "model" / "checkpoint", flat)
+    for location in (
+        tmp_path / "model",
+        tmp_path / "model" / "checkpoint" / "best_checkpoint",
+        flat / "best_checkpoint",
+        packed,
+        f"s3://{s3_bucket}/model",
+        f"s3://{s3_bucket}/model/checkpoint/best_checkpoint",
+    ):
+        weights, sessions = initial_weights(location)
+        assert sessions == SESSIONS, location
+        assert weights.keys() == expected.keys(), "wrappers' prefixes are gone"
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_checkpoints_own_sessions_come_before_those_of_args(tmp_path):
+    write_model(tmp_path / "model", SESSIONS)
+    args = tmp_path / "model" / "checkpoint" / "args.yaml"
+    args.write_text(yaml.safe_dump({"dataset": {"sessions": list(SESSIONS[::-1])}}))
+    assert initial_weights(tmp_path / "model")[1] == SESSIONS
+
+
+def test_weights_alone_have_no_sessions(tmp_path):
+    model = write_model(tmp_path / "model", SESSIONS)
+    alone = tmp_path / "weights.pt"
+    torch.save(model.state_dict(), alone)
+    weights, sessions = initial_weights(alone)
+    assert sessions is None
+    assert torch.equal(weights["day_weights.1"], model.state_dict()["day_weights.1"])
+
+
+def test_sessions_that_do_not_fit_the_day_layers_are_refused(tmp_path):
+    public_layout(tmp_path / "model")
+    args = tmp_path / "model" / "checkpoint" / "args.yaml"
+    args.write_text(yaml.safe_dump({"dataset": {"sessions": [*SESSIONS, "t15.2023.08.18"]}}))
+    with pytest.raises(CheckpointError, match="day layers for 2 sessions but names 3"):
+        initial_weights(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("args.yaml", b"model: [1, 2\n", "args.yaml is not valid YAML"),
+        ("args.yaml", b"\x80\x04\xff\x00", "args.yaml is not valid YAML"),
+        ("args.yaml", b"- a\n- b\n", "must hold keys and values, not a list"),
+        ("best_checkpoint", torch.zeros(3), "holds a Tensor"),
+        ("best_checkpoint", {"model_state_dict": torch.zeros(3)}, "no model_state_dict"),
+        ("best_checkpoint", {"model_state_dict": {"h0": 3}}, "'h0' as int"),
+        ("best_checkpoint", {}, "no model_state_dict"),
+    ],
+)
+@pytest.mark.parametrize("read", [open_model, initial_weights])
+def test_a_damaged_file_of_a_model_is_one_sentence(read, name, content, reason, tmp_path):
+    public_layout(tmp_path / "model")
+    path = tmp_path / "model" / "checkpoint" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_label_form_is_read_where_training_kept_it(tmp_path):
+    write_model(tmp_path / "model", SESSIONS)
+    assert open_model(tmp_path / "model").label_form is None
+    path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
+    torch.save({**torch.load(path), "label_form": "transition"}, path)
+    assert open_model(tmp_path / "model").label_form == "transition"
