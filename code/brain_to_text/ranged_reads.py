@@ -23,7 +23,7 @@ class ReadError(Exception):
 
 
 class CredentialsRejectedError(ReadError):
-    """The server no longer accepts the credentials the request was signed with."""
+    """The server no longer accepts the credentials in use, or the provider has no new ones."""
 
 
 class PersistentError(ReadError):
@@ -54,7 +54,11 @@ class RangedReader(Protocol):
         """
 
     async def renew_credentials(self) -> None:
-        """Ask the credential provider again; at most once in a few seconds."""
+        """Ask the credential provider again; at most once in a few seconds.
+
+        Raises:
+            CredentialsRejectedError: it has no credentials to give.
+        """
 
     async def close(self) -> None:
         """Close connections."""

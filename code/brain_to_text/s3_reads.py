@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ _SWITCHES = (
 _REDIRECTS = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
 _OTHER_REGION = "the bucket is in another region than AWS_REGION"
 _RENEWAL_INTERVAL_SECONDS = 2.0
+# What providers of credentials raise: botocore's own, STS's answers, files that are not there,
+# answers without a key, credentials that come expired.
+_PROVIDER_ERRORS = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    OSError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+)
 
 
 class _UnsuitableClientError(Exception):
@@ -88,6 +99,7 @@ class S3RangedReader:
         self._seen: dict[str, str] = {}  # first ETag of files whose own one is not S3's
         self._proven = False
         self._first_read = asyncio.Lock()
+        self._renewal = _Renewal(lambda: self._client.renew_credentials())
         self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds, self.loop)
         self._client: _S3fsClient | _ObstoreClient = self._s3fs
         try:
@@ -128,10 +140,35 @@ class S3RangedReader:
             raise ReadError(str(error)) from error
 
     async def renew_credentials(self) -> None:
-        await self._client.renew_credentials()
+        await self._renewal.run()
 
     async def close(self) -> None:
         await self._s3fs.close()
+
+
+class _Renewal:
+    """Asks the credential provider for all reads together, at most once in a few seconds.
+
+    In between, its last answer stands, whether it gave credentials or failed.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self._ask = ask
+        self._one_at_a_time = asyncio.Lock()
+        self._asked = -_RENEWAL_INTERVAL_SECONDS
+        self._fault = ""
+
+    async def run(self) -> None:
+        async with self._one_at_a_time:
+            if time.monotonic() - self._asked > _RENEWAL_INTERVAL_SECONDS:
+                try:
+                    await self._ask()
+                    self._fault = ""
+                except _PROVIDER_ERRORS as error:
+                    self._fault = f"credentials cannot be renewed ({_one_line(error)})"
+                self._asked = time.monotonic()
+            if self._fault:
+                raise CredentialsRejectedError(self._fault)
 
 
 def _obstore_will_do(bucket: str) -> bool:
@@ -148,7 +185,6 @@ class _ObstoreClient:
     def __init__(self, url: str, read_timeout_seconds: float) -> None:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._session = botocore.session.Session()
-        self._renewed = 0.0
         self._credentials = self._find_credentials()
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         silence = datetime.timedelta(seconds=read_timeout_seconds)
@@ -202,10 +238,8 @@ class _ObstoreClient:
         return (answer.meta.get("e_tag") or "").strip('"'), memoryview(body)
 
     async def renew_credentials(self) -> None:
-        if time.monotonic() - self._renewed > _RENEWAL_INTERVAL_SECONDS:
-            self._renewed = time.monotonic()
-            self._session = botocore.session.Session()
-            self._credentials = await asyncio.to_thread(self._find_credentials)
+        self._session = botocore.session.Session()
+        self._credentials = await asyncio.to_thread(self._find_credentials)
 
 
 def _obstore_fault(error: Exception) -> Exception:
@@ -266,8 +300,6 @@ class _S3fsClient:
                 "response_checksum_validation": "when_required",
             },
         )
-        self._renewed = 0.0
-        self._renewal = asyncio.Lock()
         self._previous_client: Any = None  # requests in flight may still be using it
 
     async def connect(self) -> Any:
@@ -296,19 +328,16 @@ class _S3fsClient:
             aiohttp.ClientError,
             FSTimeoutError,
             OSError,
+            RuntimeError,  # of a provider whose credentials come expired
         ) as error:
             raise _botocore_fault(error) from error
 
     async def renew_credentials(self) -> None:
-        async with self._renewal:
-            if time.monotonic() - self._renewed < _RENEWAL_INTERVAL_SECONDS:
-                return
-            outdated = self._file_system._s3
-            await self._file_system.set_session(refresh=True)
-            self._renewed = time.monotonic()
-            if self._previous_client is not None:
-                await self._previous_client.close()
-            self._previous_client = outdated
+        outdated = self._file_system._s3
+        await self._file_system.set_session(refresh=True)
+        if self._previous_client is not None:
+            await self._previous_client.close()
+        self._previous_client = outdated
 
     async def close(self) -> None:
         for client in (self._previous_client, self._file_system._s3):
@@ -338,5 +367,9 @@ def _botocore_fault(error: Exception) -> ReadError | ObjectReplacedError:
         return _answer_fault(status, code)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         return PersistentError("no credentials found by the AWS provider chain")
+    return ReadError(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ReadError(f"{type(error).__name__}: {reason}"[:300])
+    return f"{type(error).__name__}: {reason}"[:300]

@@ -222,11 +222,12 @@ class TrialStream:
         self.stats.add(trials_read=1, bytes_needed=record.length)
         attempts: Attempts | None = None
         final: list[str] = []
+        rejected = False
         while True:
             try:
                 async with self._slots:
                     attempts = attempts or Attempts(self._retry)
-                    span = await self._attempt(record, attempts)
+                    span = await self._attempt(record, attempts, rejected)
                 return await self._reader.loop.run_in_executor(
                     self._decoders, self._accept, index, record, span
                 )
@@ -242,18 +243,22 @@ class TrialStream:
                 pause = attempts.pause_seconds()
                 if pause is None:
                     raise self._gave_up(record, attempts, fault) from fault
-                if isinstance(fault, CredentialsRejectedError):
-                    await self._reader.renew_credentials()
+                rejected = isinstance(fault, CredentialsRejectedError)
                 self.stats.add(retries=1)
                 await asyncio.sleep(pause)
 
-    async def _attempt(self, record: TrialRecord, attempts: Attempts) -> bytearray | memoryview:
+    async def _attempt(
+        self, record: TrialRecord, attempts: Attempts, renew: bool
+    ) -> bytearray | memoryview:
+        """One GET, with new credentials where the last ones were rejected."""
         attempts.count += 1
-        self.stats.add(requests=1)
         limit = attempts.timeout_seconds(record.length)
         etag = self.manifest.files[record.key].etag
         try:
             async with asyncio.timeout(limit):
+                if renew:
+                    await self._reader.renew_credentials()
+                self.stats.add(requests=1)
                 span = await self._reader.read(record.key, record.offset, record.length, etag)
         except TimeoutError as error:
             raise ReadError(f"no complete answer within {limit:.1f} s") from error

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import botocore.utils
 import numpy as np
 import pytest
 import torch
@@ -125,42 +126,63 @@ def test_batches_are_identical_after_the_server_was_gone_for_20_seconds(
     assert_identical(received, expected_batches(tiny_dataset.folder))
 
 
-def test_expired_credentials_are_renewed_by_the_provider(
-    tiny_dataset,
-    tiny_dataset_s3: str,
-    manifest,
-    fault_proxy: FaultProxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def provider(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """Credentials come from the proxy, as a container's do; asking in vain takes no long pause."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", fault_proxy.credentials_url)
+    monkeypatch.setattr(botocore.utils.ContainerMetadataFetcher, "SLEEP_TIME", 0.05)
+    monkeypatch.setattr(s3_reads, "_RENEWAL_INTERVAL_SECONDS", 0.1)
+    return fault_proxy
+
+
+def test_expired_credentials_are_renewed_by_the_provider(
+    tiny_dataset, tiny_dataset_s3: str, manifest, provider: FaultProxy
+) -> None:
     with training_batches(tiny_dataset_s3, manifest) as dataset:
         batches = dataset.batches()
         received = [next(batches) for _ in range(3)]
         # the token is refused although the provider believes that it is good for another hour
-        fault_proxy.faults = Faults(rejected_tokens=tuple(fault_proxy.tokens))
+        provider.faults = Faults(rejected_tokens=tuple(provider.tokens))
         received += list(batches)
-    assert fault_proxy.counts.faults["expired"] > 0
-    assert len(fault_proxy.tokens) >= 2
+    assert provider.counts.faults["expired"] > 0
+    assert len(provider.tokens) >= 2
     assert_identical(received, expected_batches(tiny_dataset.folder))
 
 
-def test_credentials_near_their_end_are_renewed_before_a_request_fails(
-    tiny_dataset,
-    tiny_dataset_s3: str,
-    manifest,
-    fault_proxy: FaultProxy,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_provider_that_fails_for_a_while_is_asked_again(
+    tiny_dataset, tiny_dataset_s3: str, manifest, provider: FaultProxy
 ) -> None:
-    fault_proxy.token_seconds = 300  # within the provider's own margin: a new token every time
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", fault_proxy.credentials_url)
+    with training_batches(tiny_dataset_s3, manifest) as dataset:
+        batches = dataset.batches()
+        received = [next(batches) for _ in range(3)]
+        provider.faults = Faults(rejected_tokens=tuple(provider.tokens), no_credentials=7)
+        received += list(batches)
+    assert provider.counts.faults["no_credentials"] == 7
+    assert_identical(received, expected_batches(tiny_dataset.folder))
+
+
+def test_a_provider_that_fails_beyond_the_budget_is_the_cause(
+    tiny_dataset_s3: str, manifest, provider: FaultProxy
+) -> None:
+    retry = dataclasses.replace(QUICK, budget_seconds=2)
+    with training_batches(tiny_dataset_s3, manifest, retry) as dataset:
+        batches = dataset.batches()
+        next(batches)
+        provider.faults = Faults(rejected_tokens=tuple(provider.tokens), no_credentials=10**6)
+        with pytest.raises(StorageError, match=r"2 s budget, last cause: .*container-role.* 500"):
+            list(batches)
+
+
+def test_credentials_near_their_end_are_renewed_before_a_request_fails(
+    tiny_dataset, tiny_dataset_s3: str, manifest, provider: FaultProxy
+) -> None:
+    provider.token_seconds = 300  # within the provider's own margin: a new token every time
     with training_batches(tiny_dataset_s3, manifest) as dataset:
         batches = list(dataset.batches())
         assert dataset.stats.snapshot().retries == 0
-    assert len(fault_proxy.tokens) > 1
+    assert len(provider.tokens) > 1
     assert_identical(batches, expected_batches(tiny_dataset.folder))
 
 

@@ -49,6 +49,7 @@ class Faults:
         latency_seconds: before the first byte of an answer.
         bytes_per_second: per connection; 0 for no limit.
         rejected_tokens: session tokens answered with ExpiredToken.
+        no_credentials: so many requests for new credentials are answered with 500.
         hide_etag: leave ETag out of answers and ignore If-Match, as some servers do.
         bucket_region: where the buckets are; what is signed for another region is answered as S3
             does, 301 PermanentRedirect without a Location.
@@ -63,6 +64,7 @@ class Faults:
     latency_seconds: float = 0.0
     bytes_per_second: float = 0.0
     rejected_tokens: tuple[str, ...] = ()
+    no_credentials: int = 0
     hide_etag: bool = False
     bucket_region: str = ""
 
@@ -326,6 +328,9 @@ class FaultProxy:
         """Credentials, counts and settings for clients in other processes."""
         target = head.split(b" ", 2)[1].decode()
         answer: object = {}
+        if target == CREDENTIALS and self._provider_fails():
+            await _refuse(writer, 500, "Internal Server Error", "InternalError", b"GET")
+            return
         if target == CREDENTIALS:
             answer = self._new_credentials()
         elif target == CONTROL + "counts":
@@ -339,6 +344,11 @@ class FaultProxy:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(text))
         writer.write(b"Content-Type: application/json\r\n\r\n" + text)
         await writer.drain()
+
+    def _provider_fails(self) -> bool:
+        fails = self.counts.faults["no_credentials"] < self.faults.no_credentials
+        self.counts.faults["no_credentials"] += fails
+        return fails
 
     def _new_credentials(self) -> dict[str, str]:
         token = f"token-{len(self.tokens)}"
