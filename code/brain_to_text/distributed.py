@@ -144,6 +144,15 @@ class World:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.decisions)
         return bool(asked.item())
 
+    def all_on_device(self, flag: torch.Tensor) -> torch.Tensor:
+        """Whether a bool scalar is true on every rank; stays on the device, and nothing waits."""
+        if self.size == 1:
+            return flag
+        agreed = flag.int()
+        with self.in_contact():
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        return agreed.bool()
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order of rank, on every rank."""
         if self.size == 1:

@@ -444,6 +444,7 @@ class BrainToTextDecoder_Trainer_S3:
             self.device,
             rank=self.world.rank,
             after_backward=after_backward,
+            on_every_rank=self.world.all_on_device,
         )
 
     def _resume(self, saved: dict[str, Any] | None) -> None:

@@ -54,7 +54,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Health:
-    """Updates refused because the gradient was not finite."""
+    """Updates refused because the loss or its gradient was not finite."""
 
     refused_total: int
     refused_in_a_row: int  # up to the last step
@@ -76,6 +76,8 @@ class TrainStep:
         rank: this process among those that share a batch; decides its noise and dropout.
         after_backward: called with the batch between backward and clipping, e.g. to sum
             gradients over ranks and to give absent day layers a zero gradient.
+        on_every_rank: whether a bool scalar on the device is true on every rank, as one more such
+            scalar; by default there is one rank.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class TrainStep:
         *,
         rank: int = 0,
         after_backward: Callable[[TrainingBatch], None] | None = None,
+        on_every_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag,
     ) -> None:
         self.model = model
         self.augmentation = augmentation
@@ -100,6 +103,7 @@ class TrainStep:
         self.device = torch.device(device)
         self.rank = rank
         self.after_backward = after_backward
+        self.on_every_rank = on_every_rank
         self.amp_dtype = autocast_dtype(config, self.device)
         compile_part = compiler(config, self.device)
         if compile_part is not None:
@@ -154,7 +158,7 @@ class TrainStep:
         )
         apply_update(self.optimizer, divisor, ~finite)
         self.scheduler.step()
-        self._count_refusals(finite, step)
+        self._count_refusals(finite, terms.total.detach(), step)
         self._update_average(step)
         return StepResult(
             loss=terms.total.detach(),
@@ -271,14 +275,17 @@ class TrainStep:
     def _count(self, value: int) -> torch.Tensor:
         return torch.tensor(value, device=self.device)
 
-    def _count_refusals(self, finite: torch.Tensor, step: int) -> None:
+    def _count_refusals(self, finite: torch.Tensor, loss: torch.Tensor, step: int) -> None:
+        """Count a refused update, unless the loss scale alone is to blame; adapt the scale."""
         state, refused = self._state, ~finite
         overflow = torch.zeros_like(refused)
         if "scale" in state:
-            overflow = refused & (state["scale"] > 1)  # a smaller scale may cure it
+            # no scale makes a finite loss of one that is not: that is the batch's or the model's
+            too_large = refused & self.on_every_rank(torch.isfinite(loss))
+            overflow = too_large & (state["scale"] > 1)
             good = torch.where(finite, state["good_steps"] + 1, 0)
             grown = good == GROWTH_INTERVAL
-            factor = torch.where(refused, 0.5, torch.where(grown, 2.0, 1.0))
+            factor = torch.where(too_large, 0.5, torch.where(grown, 2.0, 1.0))
             state["scale"].mul_(factor).clamp_(min=2.0**-14)
             state["good_steps"].copy_(torch.where(grown, 0, good))
         counted = refused & ~overflow

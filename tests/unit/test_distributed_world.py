@@ -44,6 +44,7 @@ def test_a_process_alone_asks_nobody(monkeypatch):
     assert alone.from_main(lambda: 3) == alone.from_host_main(lambda: 3) == 3
     assert alone.gather(3) == [3]
     assert alone.any(True) and not alone.any(False)
+    assert alone.all_on_device(torch.tensor(True)) and not alone.all_on_device(torch.tensor(False))
     alone.meet()
     alone.announce_stop()
     alone.leave(ValueError("x"))

@@ -229,13 +229,23 @@ def test_schedules_go_on_by_global_step_when_a_step_is_refused() -> None:
     assert step.optimizer.param_groups[-1]["lr"] == pytest.approx(0.0005)
 
 
-def test_float16_scales_the_loss_backs_off_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule of torch's GradScaler, on the device; an overflow it can cure is no divergence."""
+def scaled_step(monkeypatch: pytest.MonkeyPatch, **options):
+    """float32 arithmetic with float16's scaled loss."""
     monkeypatch.setattr(train_step_module, "autocast_dtype", lambda *_: torch.float16)
+    step = build(small_config(), **options)
+    step.amp_dtype = None
+    return step
+
+
+def overflow(step):
+    """A hook after which a gradient is infinite while the loss is not."""
+    return lambda _batch: step.model.out.weight.grad.fill_(float("inf"))
+
+
+def test_float16_scales_the_loss_and_grows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of torch's GradScaler, on the device; the update is that of an unscaled loss."""
     monkeypatch.setattr(train_step_module, "GROWTH_INTERVAL", 3)
-    plain, scaled = build(small_config()), build(small_config())
-    plain.amp_dtype = scaled.amp_dtype = None  # float32 arithmetic, scaled loss: must be equal
-    del plain._state["scale"]
+    plain, scaled = build(small_config()), scaled_step(monkeypatch)
     batch = example_batch([30, 26], [0, 1])
     for k in range(3):
         a, b = plain(batch, k), scaled(batch, k)
@@ -244,14 +254,43 @@ def test_float16_scales_the_loss_backs_off_and_grows(monkeypatch: pytest.MonkeyP
     assert float(scaled._state["scale"]) == 2 * train_step_module.INITIAL_SCALE
     for a, b in zip(plain.parameters, scaled.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    before = weights(scaled)
-    scaled(spoil(example_batch([30, 26], [0, 1])), 3)
-    assert float(scaled._state["scale"]) == train_step_module.INITIAL_SCALE
-    assert_equal(before, weights(scaled))
-    assert scaled.health().refused_total == 0
-    for k in range(4, 24):
-        scaled(spoil(example_batch([30, 26], [0, 1])), k)
-    assert scaled.health().refused_in_a_row > 0, "below scale 1 it is the model that diverged"
+
+
+def test_an_overflow_that_a_smaller_scale_may_cure_is_no_divergence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = scaled_step(monkeypatch)
+    batch = example_batch([30, 26], [0, 1])
+    step(batch, 0)
+    before = weights(step)
+    step.after_backward = overflow(step)
+    for k in range(1, 17):  # from 2^16 down to 1
+        assert not bool(step(batch, k).finite)
+    assert_equal(before, weights(step))
+    assert float(step._state["scale"]) == 1 and step.health().refused_total == 0
+    step(batch, 17)
+    assert step.health().refused_steps == [17], "at scale 1 it is the model that diverged"
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_named_at_any_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = scaled_step(monkeypatch)
+    for k in (0, 1):
+        assert not bool(step(spoil(example_batch([30, 26], [0, 1])), k).finite)
+    health = step.health()
+    assert (health.refused_total, health.refused_in_a_row) == (2, 2)
+    assert health.refused_steps == [0, 1]
+    assert float(step._state["scale"]) == train_step_module.INITIAL_SCALE, "it is not to blame"
+
+
+def test_a_loss_that_is_not_finite_on_another_rank_counts_on_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = scaled_step(monkeypatch, on_every_rank=torch.zeros_like)
+    step.after_backward = overflow(step)  # what summing the other rank's gradient does
+    step(example_batch([30, 26], [0, 1]), 0)
+    assert step.health().refused_steps == [0]
 
 
 # --- averaging ------------------------------------------------------------------------------------
