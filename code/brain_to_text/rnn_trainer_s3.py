@@ -174,6 +174,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.log = RunLog(None, None)
         self.state = RunState()
         self.interruption = Interruption()
+        self._refused_said = 0
 
     def train(self) -> RunState:
         """Run to the last step, to early stopping, or to a stop signal; resume where one ended.
@@ -256,6 +257,7 @@ class BrainToTextDecoder_Trainer_S3:
         """Score the validation set; keep the model if it is the best so far."""
         state, config = self.state, self.config
         step = state.step - 1
+        self._check_refusals()
         self.log.info(f"Running test after training batch: {step}")
         with self.train_step.averaged_weights():
             result = evaluate(
@@ -303,6 +305,8 @@ class BrainToTextDecoder_Trainer_S3:
     def _finish(self) -> None:
         """The last words of a run that reached its end."""
         state, config = self.state, self.config
+        self._refused_said = 0  # the last words say it once more
+        self._check_refusals()
         if config.save_final_model:
             self._write_model(self.paths.model_dir / "checkpoint" / "final_checkpoint", None)
         state.finished = True
@@ -601,15 +605,24 @@ class BrainToTextDecoder_Trainer_S3:
         self.log.info(" ".join(said))
         self.log.metrics("train", **numbers)
         self.state.seconds += elapsed
+        self._check_refusals()
+        self._mark_interval(step + 1)
+
+    def _check_refusals(self) -> None:
+        """Say that updates were refused; stop where too many in a row were. Waits for the device.
+
+        Raises:
+            TrainingError: at any time since the last check, `non_finite_patience` in a row were.
+        """
         health = self.train_step.health()
-        if health.refused_total:
+        if health.refused_total > self._refused_said:
+            self._refused_said = health.refused_total
             self.log.warning(
                 f"{health.refused_total} updates were refused so far, last at step "
                 f"{health.last_refused_step}: loss or gradients were not finite"
             )
         if health.refused_in_a_row >= self.config.non_finite_patience:
             raise self._diverged(health)
-        self._mark_interval(step + 1)
 
     def _diverged(self, health: Health) -> TrainingError:
         """What happened, in which trials, with the batch saved and the way back."""
@@ -711,6 +724,7 @@ class BrainToTextDecoder_Trainer_S3:
     def _save_state(self, *, wait: bool = False) -> None:
         if not self.world.is_main:
             return
+        self._check_refusals()
         started = time.monotonic()
         self.checkpoints.save(self._state_dict(), self.state.step, wait=wait)
         blocked = time.monotonic() - started

@@ -57,7 +57,7 @@ class Health:
     """Updates refused because the loss or its gradient was not finite."""
 
     refused_total: int
-    refused_in_a_row: int  # up to the last step
+    refused_in_a_row: int  # the longest run of them since this was asked before
     refused_steps: list[int]  # the latest of them, ascending
 
     @property
@@ -113,6 +113,7 @@ class TrainStep:
         self._state: dict[str, torch.Tensor] = {
             "refused": self._count(0),
             "refused_in_a_row": self._count(0),
+            "longest_in_a_row": self._count(0),  # since `health` was asked
             "refused_steps": torch.full((NAMED_STEPS,), -1, device=self.device),
         }
         if self.amp_dtype == torch.float16:
@@ -178,13 +179,12 @@ class TrainStep:
         )
 
     def health(self) -> Health:
-        """Refused updates so far; waits for the device, so ask on logging steps only."""
-        steps = sorted(step for step in self._state["refused_steps"].tolist() if step >= 0)
-        return Health(
-            refused_total=int(self._state["refused"]),
-            refused_in_a_row=int(self._state["refused_in_a_row"]),
-            refused_steps=steps,
-        )
+        """Refused updates so far; waits for the device, so do not ask at every step."""
+        state = self._state
+        counts = torch.stack([state["refused"], state["longest_in_a_row"]])
+        total, longest, *steps = torch.cat([counts, state["refused_steps"]]).tolist()
+        state["longest_in_a_row"].zero_()
+        return Health(total, longest, sorted(step for step in steps if step >= 0))
 
     def try_batch(self, batch_size: int, n_bins: int, n_labels: int) -> int:
         """The largest batch of trials this long that fits the memory, found by trying.
@@ -293,7 +293,8 @@ class TrainStep:
         steps = state["refused_steps"]
         steps.scatter_(0, slot, torch.where(counted, step, steps.gather(0, slot)))
         state["refused"].add_(counted)
-        state["refused_in_a_row"].add_(1).mul_(counted)
+        in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
+        torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
 
     def _update_average(self, step: int) -> None:
         if self.average is None:

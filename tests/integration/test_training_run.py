@@ -12,6 +12,7 @@ import pytest
 import torch
 import train_model_sagemaker
 from brain_to_text.config import load_config
+from brain_to_text.losses import JointObjective
 from brain_to_text.train_step import TrainStep
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
@@ -160,6 +161,74 @@ def test_a_run_that_diverges_says_where_and_keeps_the_batch(data, train):
     assert "last good checkpoint is" in run.failure and "lower lr_max" in run.failure
     batch = torch.load(run.folder / "output/data/offending_batch.pt", weights_only=True)
     assert len(batch["trials"]) == 4 and batch["features"].shape[0] == 4
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """refuse(steps): the loss is infinite at these steps."""
+    real = JointObjective.__call__
+
+    def wrap(steps: set[int]) -> None:
+        def lossy(self, logits, batch, frame_lengths, step, *rest):
+            terms = real(self, logits, batch, frame_lengths, step, *rest)
+            if step in steps:
+                terms.total = terms.total * float("inf")
+            return terms
+
+        monkeypatch.setattr(JointObjective, "__call__", lossy)
+
+    return wrap
+
+
+def test_refusals_between_two_log_lines_stop_the_run(data, train, refuse):
+    refuse({6, 7, 8})
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        num_training_batches=30,
+        batches_per_train_log=5,
+        batches_per_val_step=100,
+        non_finite_patience=3,
+    )
+    assert run.code == 1
+    assert "3 updates in a row, last at step 8" in run.failure
+    assert "Train batch 10:" in run.said and "Train batch 15:" not in run.said
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_refusals_after_the_last_log_line_are_said_or_stop_the_run(data, train, refuse, patience):
+    refuse({10, 11})
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        num_training_batches=12,
+        batches_per_train_log=5,
+        batches_per_val_step=100,
+        non_finite_patience=patience,
+    )
+    if patience == 2:
+        assert run.code == 1 and "2 updates in a row, last at step 11" in run.failure
+        assert "Val batch 11" not in run.said
+    else:
+        assert run.code == 0
+        said = [line for line in run.said.splitlines() if "updates were refused" in line]
+        assert "2 updates were refused so far, last at step 11" in said[-1]
+        assert run.said.index(said[-1]) > run.said.index("Val batch 11"), "the last words say it"
+
+
+def test_a_run_of_refusals_leaves_no_state_to_resume_from(data, train, refuse):
+    refuse({1, 2, 3})
+    run = train(
+        "job",
+        *("--data-dir", str(data)),
+        num_training_batches=30,
+        batches_per_train_log=100,
+        batches_per_val_step=100,
+        batches_per_save=4,
+        non_finite_patience=3,
+    )
+    assert run.code == 1 and "3 updates in a row, last at step 3" in run.failure
+    assert run.last()["run"]["step"] == 1  # written with the validation after step 0
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,20 @@ def test_a_non_finite_step_is_refused_counted_and_named() -> None:
     assert not torch.equal(before["out.weight"], weights(step)["out.weight"])
 
 
+def test_the_longest_run_of_refusals_is_remembered_until_somebody_asks() -> None:
+    step = build(small_config())
+    good, bad = example_batch([30, 26], [0, 1]), spoil(example_batch([30, 26], [0, 1]))
+    for k, batch in enumerate((good, bad, bad, good, bad, good)):
+        step(batch, k)
+    assert step.health().refused_in_a_row == 2
+    step(good, 6)
+    assert step.health().refused_in_a_row == 0
+    step(bad, 7)
+    assert step.health().refused_in_a_row == 1
+    step(bad, 8)
+    assert step.health().refused_in_a_row == 2, "asking does not end a run"
+
+
 def test_an_infeasible_trial_is_refused_too() -> None:
     step = build(small_config())
     for bins in (8, 3):  # 3 frames, and none, for 11 labels
