@@ -570,7 +570,7 @@ class BrainToTextDecoder_Trainer_S3:
             "loss": loss,
             "grad_norm": norm,
             "seconds_per_step": seconds,
-            "learning_rate": self.optimizer.param_groups[-1]["lr"],
+            "learning_rate": result.learning_rate,
             "trials_per_second": trials / seconds,
             "frames_per_second": n_frames / seconds,
             "data_wait_share": traffic.wait_seconds / elapsed,

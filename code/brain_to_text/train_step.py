@@ -50,6 +50,7 @@ class StepResult:
     finite: torch.Tensor  # False: the update was refused
     alpha: float
     n_frames: int  # output frames in the batch
+    learning_rate: float  # of this update; day layers have their own
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class TrainStep:
             self.parameters, self.config.grad_norm_clip_value, 1.0 if scale is None else scale
         )
         apply_update(self.optimizer, divisor, ~finite)
+        learning_rate = self.optimizer.param_groups[-1]["lr"]
         self.scheduler.step()
         self._count_refusals(finite, terms.total.detach(), step)
         self._update_average(step)
@@ -170,6 +172,7 @@ class TrainStep:
             finite=finite,
             alpha=terms.alpha,
             n_frames=int(frame_lengths.sum()),
+            learning_rate=learning_rate,
         )
 
     def autocast(self) -> torch.autocast:

@@ -256,6 +256,16 @@ def overflow(step):
     return lambda _batch: step.model.out.weight.grad.fill_(float("inf"))
 
 
+def test_the_learning_rate_that_is_told_is_the_one_the_update_had() -> None:
+    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=5))
+    before = weights(step)
+    rates = [step(example_batch([30, 26], [0, 1]), k).learning_rate for k in range(2)]
+    assert rates == [0, pytest.approx(0.0005)]
+    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=5))
+    assert step(example_batch([30, 26], [0, 1]), 0).learning_rate == 0
+    assert_equal(before, weights(step))
+
+
 def test_float16_scales_the_loss_and_grows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule of torch's GradScaler, on the device; the update is that of an unscaled loss."""
     monkeypatch.setattr(train_step_module, "GROWTH_INTERVAL", 3)
