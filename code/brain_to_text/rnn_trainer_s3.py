@@ -43,7 +43,7 @@ from .object_store import open_store
 from .optimizer import build_optimizer, build_scheduler, restore
 from .rnn_model import GRUDecoder, load_public_state_dict
 from .stream_stats import StreamCounts
-from .telemetry import RunLog, process_seconds
+from .telemetry import RunLog, process_seconds, train_line
 from .throughput import flops_per_step, peak_flops
 from .train_step import Health, StepResult, TrainStep
 from .trial_manifest import load_or_build_manifest
@@ -559,50 +559,37 @@ class BrainToTextDecoder_Trainer_S3:
         step, trials = self.state.step, self.config.dataset.batch_size
         elapsed = time.perf_counter() - self._interval_start
         seconds = elapsed / (step + 1 - self._interval_step)
-        own = self.stream.stats.snapshot() - self._interval_stats
-        shares = self.world.gather((float(result.nats_per_frame), result.n_frames, own))
+        terms = {"loss": result.nats_per_frame}
+        if self.objective.is_joint:
+            terms |= {"diphone_loss": result.diphone, "phoneme_loss": result.phoneme}
+        own_terms = {name: float(value) for name, value in terms.items() if value is not None}
+        own_traffic = self.stream.stats.snapshot() - self._interval_stats
+        shares = self.world.gather((own_terms, result.n_frames, own_traffic))
         n_frames = sum(frames for _, frames, _ in shares)
-        loss = sum(value * frames for value, frames, _ in shares) / n_frames
         traffic = StreamCounts.total(counts for _, _, counts in shares)
-        norm = float(result.grad_norm)
         numbers: dict[str, Any] = {
             "step": step,
-            "loss": loss,
-            "grad_norm": norm,
+            **{
+                name: sum(share[name] * frames for share, frames, _ in shares) / n_frames
+                for name in own_terms
+            },
+            "grad_norm": float(result.grad_norm),
             "seconds_per_step": seconds,
             "learning_rate": result.learning_rate,
             "trials_per_second": trials / seconds,
             "frames_per_second": n_frames / seconds,
             "data_wait_share": traffic.wait_seconds / elapsed,
+            "cache_hit_rate": traffic.hit_rate,
             **dataclasses.asdict(traffic),
         }
-        said = [f"Train batch {step}: loss: {loss:.2f} grad norm: {norm:.2f} time: {seconds:.3f}"]
-        if result.diphone is not None and result.phoneme is not None:
-            numbers["diphone_loss"], numbers["phoneme_loss"] = (
-                float(result.diphone),
-                float(result.phoneme),
-            )
+        if self.objective.is_joint:
             numbers["phoneme_weight"] = result.alpha
-            said.append(
-                f"diphone: {numbers['diphone_loss']:.3f} phoneme: {numbers['phoneme_loss']:.3f} "
-                f"phoneme weight: {result.alpha:.2f}"
-            )
-        said.append(
-            f"lr: {numbers['learning_rate']:.2e} trials/s: {numbers['trials_per_second']:.1f} "
-            f"frames/s: {numbers['frames_per_second']:.0f}"
-        )
+        if self.device.type == "cuda":
+            numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         peak = peak_flops(self.device, self.config)
         if peak is not None:
-            flops = flops_per_step(self.config, batch.n_time_steps)
-            numbers["mfu"] = flops / seconds / peak
-            numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            said.append(f"MFU: {numbers['mfu']:.3f} GPU GB: {numbers['gpu_memory_gb']:.1f}")
-        said.append(
-            f"data wait: {100 * numbers['data_wait_share']:.1f}% GETs: {traffic.requests} "
-            f"MB: {traffic.bytes_fetched / 1e6:.1f} cache hits: {100 * traffic.hit_rate:.0f}% "
-            f"retries: {traffic.retries}"
-        )
-        self.log.info(" ".join(said))
+            numbers["mfu"] = flops_per_step(self.config, batch.n_time_steps) / seconds / peak
+        self.log.info(train_line(numbers))
         self.log.metrics("train", **numbers)
         self.state.seconds += elapsed
         self._check_refusals()

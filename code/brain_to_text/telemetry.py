@@ -21,6 +21,23 @@ from .errors import StorageError
 from .object_store import ObjectStore, open_store
 
 LOGGER = logging.getLogger("brain_to_text")
+# Fields of a training line after the contract's, in this order: number, text, factor. A number that
+# a run does not have (MFU on an unlisted device, terms of a joint loss elsewhere) is left out.
+_STEP_FIELDS = (
+    ("diphone_loss", "diphone: {:.3f}", 1),
+    ("phoneme_loss", "phoneme: {:.3f}", 1),
+    ("phoneme_weight", "phoneme weight: {:.2f}", 1),
+    ("learning_rate", "lr: {:.2e}", 1),
+    ("trials_per_second", "trials/s: {:.1f}", 1),
+    ("frames_per_second", "frames/s: {:.0f}", 1),
+    ("mfu", "MFU: {:.3f}", 1),
+    ("gpu_memory_gb", "GPU GB: {:.1f}", 1),
+    ("data_wait_share", "data wait: {:.1f}%", 100),
+    ("requests", "GETs: {}", 1),
+    ("bytes_fetched", "MB: {:.1f}", 1e-6),
+    ("cache_hit_rate", "cache hits: {:.0f}%", 100),
+    ("retries", "retries: {}", 1),
+)
 _SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -49,6 +66,18 @@ def process_seconds() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
+
+
+def train_line(numbers: Mapping[str, Any]) -> str:
+    """The log line of a training step from its entry in metrics.jsonl."""
+    said = [
+        f"Train batch {numbers['step']}: loss: {numbers['loss']:.2f} "
+        f"grad norm: {numbers['grad_norm']:.2f} time: {numbers['seconds_per_step']:.3f}"
+    ]
+    for name, text, factor in _STEP_FIELDS:
+        if name in numbers:
+            said.append(text.format(factor * numbers[name]))
+    return " ".join(said)
 
 
 class Follower(Protocol):

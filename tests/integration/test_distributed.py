@@ -1,5 +1,6 @@
 """Any number of processes computes the same run: torchrun, gloo, on the CPU."""
 
+import json
 import os
 import re
 import shutil
@@ -88,10 +89,19 @@ def assert_same_run(expected: dict, found: dict) -> None:
         assert one["ctc_loss"] == pytest.approx(other["ctc_loss"], rel=1e-6)
 
 
+def losses(state: dict) -> list[tuple[float, ...]]:
+    """Loss and its two terms on every log line."""
+    entries = [json.loads(line) for line in state["log"]["metrics"].splitlines()]
+    names = ("loss", "diphone_loss", "phoneme_loss")
+    return [tuple(entry[n] for n in names) for entry in entries if entry["kind"] == "train"]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_more_processes_compute_the_same_run(data, alone, tmp_path, processes):
     found = train(data, tmp_path, processes)
     assert_same_run(alone[0], found)
+    for one, other in zip(losses(alone[0]), losses(found), strict=True):
+        assert one == pytest.approx(other, rel=1e-4), "of the whole batch, not of rank 0's share"
     # A host holds each trial once: only trials that two ranks read at the same moment are read
     # twice. With a cache for each rank it would be nearly one read per rank.
     assert reads(tmp_path) < 1.5 * alone[1], (reads(tmp_path), alone[1])

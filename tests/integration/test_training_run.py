@@ -1,6 +1,7 @@
 """Whole runs of the front door in this process: what they leave, and what they say on failure."""
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -43,6 +44,14 @@ class Run:
     def files(self) -> set[str]:
         paths = (path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix() for path in paths}
+
+    def metrics(self, kind: str = "train") -> list[dict]:
+        """Entries of metrics.jsonl."""
+        lines = (self.folder / "output/data/metrics.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+    def train_lines(self) -> list[str]:
+        return [line for line in self.said.splitlines() if ": Train batch " in line]
 
     def best(self) -> dict:
         return torch.load(self.folder / "model/checkpoint/best_checkpoint", weights_only=True)
@@ -124,6 +133,49 @@ def finished_log(data, tmp_path_factory) -> str:
     finally:
         del os.environ["SAGEMAKER_BASE_DIR"]
     return (folder / "model" / "training_log").read_text()
+
+
+def test_every_field_of_a_training_line_is_said_and_kept(data, train):
+    run = train("job", "--data-dir", str(data), phoneme_weight=0.4)
+    for line, numbers in zip(run.train_lines(), run.metrics(), strict=True):
+        number = r"\d+(\.\d+)?"
+        assert re.search(
+            rf"time: {number} diphone: {number} phoneme: {number} phoneme weight: 0.40 "
+            rf"lr: {number}e[+-]\d+ trials/s: {number} frames/s: {number} data wait: {number}% "
+            rf"GETs: {number} MB: {number} cache hits: {number}% retries: 0$",
+            line,
+        ), line
+        assert numbers["loss"] == pytest.approx(
+            0.4 * numbers["phoneme_loss"] + 0.6 * numbers["diphone_loss"], rel=1e-5
+        )
+        assert numbers["phoneme_weight"] == 0.4
+        assert 0 <= numbers["data_wait_share"] <= 1
+        assert numbers["trials_per_second"] * numbers["seconds_per_step"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({}, [None] * 3),
+        ({"phoneme_weight": 1.0}, ["phoneme: # phoneme weight: 1.00"] * 3),
+        (
+            {"objective.schedule": "{start: 0, end: 1, step_size: 0.5, interval: 2}"},
+            [
+                "diphone: # phoneme weight: 0.00",
+                "diphone: # phoneme: # phoneme weight: 0.50",
+                "phoneme: # phoneme weight: 1.00",
+            ],
+        ),
+    ],
+    ids=["diphone", "phoneme", "schedule"],
+)
+def test_a_joint_loss_says_the_terms_it_has_and_their_weight(data, train, objective, said):
+    run = train("job", "--data-dir", str(data), **objective)
+    terms = [re.search(r"time: \S+ (.*)lr:", line)[1].strip() for line in run.train_lines()]
+    assert [re.sub(r"(diphone|phoneme): \d+\.\d+", r"\1: #", t) or None for t in terms] == said
+    for text, numbers in zip(said, run.metrics(), strict=True):
+        for name in ("diphone", "phoneme"):
+            assert (f"{name}_loss" in numbers) == (f"{name}: #" in (text or ""))
 
 
 def test_faults_of_the_network_do_not_change_the_run(
@@ -211,9 +263,8 @@ def test_refusals_after_the_last_log_line_are_said_or_stop_the_run(data, train, 
         assert "Val batch 11" not in run.said
     else:
         assert run.code == 0
-        said = [line for line in run.said.splitlines() if "updates were refused" in line]
-        assert "2 updates were refused so far, last at step 11" in said[-1]
-        assert run.said.index(said[-1]) > run.said.index("Val batch 11"), "the last words say it"
+        last = run.said.rindex("2 updates were refused so far, last at step 11")
+        assert last > run.said.index("Val batch 11"), "the last words say it"
 
 
 def test_a_run_of_refusals_leaves_no_state_to_resume_from(data, train, refuse):

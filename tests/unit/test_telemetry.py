@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from brain_to_text.errors import StorageError
-from brain_to_text.telemetry import LogUploader, RunLog, scalars, scrub
+from brain_to_text.telemetry import LogUploader, RunLog, scalars, scrub, train_line
 
 
 @contextmanager
@@ -76,6 +76,26 @@ def test_a_follower_sees_what_was_and_what_comes(tmp_path):
     assert all(entry["time"] > 1.7e9 for entry in seen)
     assert dict(scalars(seen[0])) == {"train/loss": 7.4}
     assert dict(scalars(seen[1])) == {"validation/per": 0.5, "sessions/t15/PER": 0.5}
+
+
+STEP = {"step": 200, "loss": 5.214, "grad_norm": 8.43, "seconds_per_step": 0.5384}
+
+
+def test_a_training_line_begins_with_the_contract_and_says_what_there_is():
+    contract = "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538"
+    assert train_line(STEP) == contract
+    joint = {"diphone_loss": 6.1, "phoneme_weight": 0.0, "learning_rate": 8e-4}
+    assert (
+        train_line({**STEP, **joint})
+        == f"{contract} diphone: 6.100 phoneme weight: 0.00 lr: 8.00e-04"
+    )
+
+
+def test_memory_is_said_for_a_gpu_whose_peak_nobody_knows():
+    assert train_line({**STEP, "gpu_memory_gb": 11.23}).endswith("time: 0.538 GPU GB: 11.2")
+    assert train_line({**STEP, "gpu_memory_gb": 11.23, "mfu": 0.4}).endswith(
+        "MFU: 0.400 GPU GB: 11.2"
+    )
 
 
 def test_the_copy_is_complete_when_the_log_is_closed(tmp_path):
