@@ -218,23 +218,25 @@ class TrialStream:
         kept = self.cache.get(index)  # another batch's read may have ended since `submit` looked
         if kept is not None:
             return kept
-        record = self.manifest.trials[index]
+        # One slot for all attempts at a trial: what others read cannot use up its budget, and a
+        # throttled prefix is asked less.
+        async with self._slots:
+            return await self._load_in_slot(index, self.manifest.trials[index])
+
+    async def _load_in_slot(self, index: int, record: TrialRecord) -> np.ndarray:
         self.stats.add(trials_read=1, bytes_needed=record.length)
-        attempts: Attempts | None = None
+        attempts = Attempts(self._retry)
         final: list[str] = []
         rejected = False
         while True:
             try:
-                async with self._slots:
-                    attempts = attempts or Attempts(self._retry)
-                    span = await self._attempt(record, attempts, rejected)
+                span = await self._attempt(record, attempts, rejected)
                 return await self._reader.loop.run_in_executor(
                     self._decoders, self._accept, index, record, span
                 )
             except ObjectReplacedError as fault:
                 raise self._replaced(record, str(fault)) from fault
             except ReadError as fault:
-                assert attempts is not None
                 attempts.last_cause = str(fault)
                 if isinstance(fault, (PersistentError, _WrongBytesError)):
                     final.append(str(fault))
@@ -261,6 +263,9 @@ class TrialStream:
                 self.stats.add(requests=1)
                 span = await self._reader.read(record.key, record.offset, record.length, etag)
         except TimeoutError as error:
+            if attempts.last_cause and limit < self._retry.attempt_seconds(record.length):
+                # it was the budget's end that cut this attempt short: that is no cause
+                raise ReadError(attempts.last_cause) from error
             raise ReadError(f"no complete answer within {limit:.1f} s") from error
         self.stats.add(bytes_fetched=len(span))
         if len(span) < record.length:

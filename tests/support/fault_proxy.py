@@ -32,7 +32,7 @@ CONTROL = "/_proxy/"
 CREDENTIALS = CONTROL + "credentials"
 PIECE = 128 << 10
 _RANGE = re.compile(rb"(?im)^range: *bytes=(\d+)-(\d+)\r?$")
-_FAULTS = ("slow_down", "reset", "truncate", "short_body", "flip", "stall")
+_FAULTS = ("slow_down", "reset", "truncate", "short_body", "flip", "stall", "trickle")
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Faults:
         short_body: body ends early and Content-Length agrees.
         flip: one byte of the body is another one.
         stall: nothing more after half of the body.
+        trickle: a byte now and then, never silent for long.
         latency_seconds: before the first byte of an answer.
         bytes_per_second: per connection; 0 for no limit.
         rejected_tokens: session tokens answered with ExpiredToken.
@@ -61,6 +62,7 @@ class Faults:
     short_body: float = 0.0
     flip: float = 0.0
     stall: float = 0.0
+    trickle: float = 0.0
     latency_seconds: float = 0.0
     bytes_per_second: float = 0.0
     rejected_tokens: tuple[str, ...] = ()
@@ -281,7 +283,8 @@ class FaultProxy:
                 if fault == "reset":
                     writer.transport.abort()
                 return False
-            piece = await up_reader.read(min(PIECE, length - sent, max(1, length // 2)))
+            most = 1 if fault == "trickle" else max(1, length // 2)
+            piece = await up_reader.read(min(PIECE, length - sent, most))
             if not piece:
                 return False
             if fault == "flip" and sent == 0:
@@ -290,6 +293,8 @@ class FaultProxy:
             writer.write(piece)
             sent += len(piece)
             self.counts.body_bytes += len(piece)
+            if fault == "trickle":
+                await asyncio.sleep(0.05)
             if rate:
                 await asyncio.sleep(started + sent / rate - time.monotonic())
             await writer.drain()
