@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from .augmentations import Augmentation
-from .batch import Batch
 from .checkpoints import (
     CheckpointFolder,
     copy_atomically,
@@ -44,7 +43,7 @@ from .optimizer import build_optimizer, build_scheduler, restore
 from .rnn_model import GRUDecoder, load_public_state_dict
 from .stream_stats import StreamCounts
 from .telemetry import RunLog, process_seconds, train_line
-from .throughput import flops_per_step, peak_flops
+from .throughput import peak_flops, training_flops
 from .train_step import Health, StepResult, TrainStep
 from .trial_manifest import load_or_build_manifest
 from .trial_selection import select_trials
@@ -141,6 +140,24 @@ class RunState:
     validations: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass
+class Interval:
+    """Steps since the last log line, which the next one's rates are means over.
+
+    Attributes:
+        first_step: the first of them.
+        traffic: what the stream had done before it.
+        started: clock before it, in seconds.
+        n_bins, n_frames: of this rank's trials so far; output frames.
+    """
+
+    first_step: int
+    traffic: StreamCounts
+    started: float = field(default_factory=time.perf_counter)
+    n_bins: int = 0
+    n_frames: int = 0
+
+
 class BrainToTextDecoder_Trainer_S3:
     """One training run: build, resume, train, validate, checkpoint, leave a model.
 
@@ -234,8 +251,10 @@ class BrainToTextDecoder_Trainer_S3:
                 if state.step == first_step:
                     self.log.info(f"First batch {process_seconds():.1f} s after the process began")
                 result = self.train_step(batch, state.step, config.dataset.batch_size)
+                self._interval.n_bins += int(batch.n_time_steps.sum())
+                self._interval.n_frames += result.n_frames
                 if state.step % config.batches_per_train_log == 0:
-                    self._log_step(result, batch)
+                    self._log_step(result)
                 state.step += 1
         except RunInterrupted:
             self._stop_on_signal()
@@ -550,34 +569,33 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _mark_interval(self, first_step: int) -> None:
         """Start counting time and traffic for the log line after the one just written."""
-        self._interval_start = time.perf_counter()
-        self._interval_step = first_step
-        self._interval_stats = self.stream.stats.snapshot()
+        self._interval = Interval(first_step, self.stream.stats.snapshot())
 
-    def _log_step(self, result: StepResult, batch: Batch) -> None:
+    def _log_step(self, result: StepResult) -> None:
         """The one place per interval that waits for the device."""
-        step, trials = self.state.step, self.config.dataset.batch_size
-        elapsed = time.perf_counter() - self._interval_start
-        seconds = elapsed / (step + 1 - self._interval_step)
+        step, interval = self.state.step, self._interval
         terms = {"loss": result.nats_per_frame}
         if self.objective.is_joint:
             terms |= {"diphone_loss": result.diphone, "phoneme_loss": result.phoneme}
+        # reading them first makes the time that of the work, not of handing it to the device
         own_terms = {name: float(value) for name, value in terms.items() if value is not None}
-        own_traffic = self.stream.stats.snapshot() - self._interval_stats
-        shares = self.world.gather((own_terms, result.n_frames, own_traffic))
-        n_frames = sum(frames for _, frames, _ in shares)
-        traffic = StreamCounts.total(counts for _, _, counts in shares)
+        elapsed = time.perf_counter() - interval.started
+        seconds = elapsed / (step + 1 - interval.first_step)
+        own_traffic = self.stream.stats.snapshot() - interval.traffic
+        shares = self.world.gather((own_terms, result.n_frames, interval.n_frames, own_traffic))
+        batch_frames = sum(frames for _, frames, _, _ in shares)
+        traffic = StreamCounts.total(counts for _, _, _, counts in shares)
         numbers: dict[str, Any] = {
             "step": step,
             **{
-                name: sum(share[name] * frames for share, frames, _ in shares) / n_frames
+                name: sum(own[name] * frames for own, frames, _, _ in shares) / batch_frames
                 for name in own_terms
             },
             "grad_norm": float(result.grad_norm),
             "seconds_per_step": seconds,
             "learning_rate": result.learning_rate,
-            "trials_per_second": trials / seconds,
-            "frames_per_second": n_frames / seconds,
+            "trials_per_second": self.config.dataset.batch_size / seconds,
+            "frames_per_second": sum(frames for _, _, frames, _ in shares) / elapsed,
             "data_wait_share": traffic.wait_seconds / elapsed,
             "cache_hit_rate": traffic.hit_rate,
             **dataclasses.asdict(traffic),
@@ -588,7 +606,8 @@ class BrainToTextDecoder_Trainer_S3:
             numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         peak = peak_flops(self.device, self.config)
         if peak is not None:
-            numbers["mfu"] = flops_per_step(self.config, batch.n_time_steps) / seconds / peak
+            flops = training_flops(self.config, interval.n_bins, interval.n_frames)
+            numbers["mfu"] = flops / elapsed / peak
         self.log.info(train_line(numbers))
         self.log.metrics("train", **numbers)
         self.state.seconds += elapsed

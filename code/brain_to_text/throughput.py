@@ -40,16 +40,21 @@ PEAKS = {
 
 
 def flops_per_step(config: TrainingConfig, n_time_steps: torch.Tensor) -> float:
-    """Floating-point operations of one training step on trials of these lengths (in bins).
+    """Floating-point operations of one training step on trials of these lengths (in bins)."""
+    model = config.model
+    bins = n_time_steps.double()
+    frames = ((bins - model.patch_size) / model.patch_stride).floor().add(1).clamp_min(0)
+    return training_flops(config, float(bins.sum()), float(frames.sum()))
+
+
+def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> float:
+    """Floating-point operations of training on trials with so many bins and output frames in all.
 
     Two per multiply-add of every matrix product over the trials' own bins and frames (padding is
     not work), and twice the forward pass for the backward pass, except that nothing flows back
     into the stored features. Elementwise work and CTC (under 1 %) are left out.
     """
     model = config.model
-    bins = n_time_steps.double()
-    frames = ((bins - model.patch_size) / model.patch_stride).floor().add(1).clamp_min(0)
-    n_bins, n_frames = float(bins.sum()), float(frames.sum())
     C, H = model.n_input_features, model.n_units
     directions = 2 if model.bidirectional else 1
     gates = 3 * H * directions

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,37 @@ def test_every_field_of_a_training_line_is_said_and_kept(data, train):
         assert numbers["phoneme_weight"] == 0.4
         assert 0 <= numbers["data_wait_share"] <= 1
         assert numbers["trials_per_second"] * numbers["seconds_per_step"] == pytest.approx(4)
+
+
+def test_rates_are_of_the_whole_interval_and_of_finished_work(data, train, monkeypatch):
+    """The device lags behind the host: a result takes 0.3 s until it can be read."""
+
+    class Late:
+        def __init__(self, value):
+            self.value = value
+
+        def __float__(self):
+            time.sleep(0.3)
+            return float(self.value)
+
+    frames = []
+    real = TrainStep.__call__
+
+    def late(self, *args):
+        result = real(self, *args)
+        frames.append(result.n_frames)
+        result.nats_per_frame = Late(result.nats_per_frame)
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", late)
+    run = train("job", "--data-dir", str(data), num_training_batches=4, batches_per_train_log=3)
+    first, second = run.metrics()
+    assert len(set(frames)) > 1
+    for numbers, steps in ((first, frames[:1]), (second, frames[1:])):
+        assert numbers["seconds_per_step"] * len(steps) > 0.3
+        assert numbers["frames_per_second"] == pytest.approx(
+            sum(steps) / len(steps) / numbers["seconds_per_step"]
+        )
 
 
 @pytest.mark.parametrize(
