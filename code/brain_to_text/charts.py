@@ -338,7 +338,7 @@ def _ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[f
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     if high <= low:
         spread = abs(low) * 0.1 or 1.0
-        return low - (spread if share else 0), high + spread
+        return low - (spread if share and low else 0), high + spread
     return low - (share * (high - low) if low else 0), high + share * (high - low)
 
 
