@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="decode sentences with this ARPA or KenLM file; 'training': 3-grams of the training "
         "sentences; 'none': the lexicon alone",
     )
-    words("--lexicon", type=Path, help="file of 'WORD PHONEME ...' lines beside the CMU dictionary")
-    words("--lm-weight", type=float, default=2.0)
-    words("--word-score", type=float, default=0.0)
-    words("--beam-size", type=int, default=200)
+    words("--lexicon", type=Path, help="file of 'WORD PHONEME ...' lines: adds words")
+    words("--lm-weight", type=float, default=2.0, help="of the model's log10 probabilities")
+    words("--word-score", type=float, default=0.0, help="added per word")
+    words("--beam-size", type=int, default=200, help="hypotheses kept per frame")
     words("--tune-words", action="store_true", help="choose both weights on the val split")
     return parser
 

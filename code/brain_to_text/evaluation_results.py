@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from .evaluation_summary import corpus_name, diphone_name
 from .model_artefact import ModelArtefact
 from .phonemes import BLANK, PHONEMES, SILENCE, phoneme_symbols
 from .report import write_report
-from .sentence_decoding import DecodedSentences
+from .sentence_decoding import DecodedSentences, write_submission
 from .trial_decoding import DecodedTrial
 from .trial_manifest import TrialManifest
 from .word_decoding import word_errors
@@ -43,6 +45,7 @@ class Evaluation:
         summary: rates with intervals, counts, groups, calibration; plain types.
         seconds: of the pass over the trials.
         sentences: the trials' text, when words were decoded.
+        remarks: one sentence for everything left out, and for every doubt about the numbers.
     """
 
     artefact: ModelArtefact
@@ -53,6 +56,7 @@ class Evaluation:
     summary: dict[str, Any]
     seconds: float
     sentences: DecodedSentences | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def all_numbers(self) -> dict[str, Any]:
@@ -66,6 +70,27 @@ class Evaluation:
         return numbers
 
 
+@contextmanager
+def complete_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder to write results into; they appear in `folder` when the block ends without an error.
+
+    Raises:
+        StorageError: `folder` cannot be written, which shows before the block begins.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with draft:
+        yield Path(draft.name)
+        try:
+            for file in sorted(Path(draft.name).iterdir()):
+                file.replace(folder / file.name)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
 def write_results(
     evaluation: Evaluation,
     folder: Path,
@@ -75,39 +100,44 @@ def write_results(
 ) -> None:
     """trials.csv, trials.jsonl, sessions.csv, summary.json, report.html; on request the logits.
 
+    submission.csv, too, where words were decoded.
+
     Raises:
         StorageError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         text = evaluation.sentences.text if evaluation.sentences else {}
         rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
         write_table(folder / "trials.csv", rows)
         with (folder / "trials.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        sessions = evaluation.summary.get("groups", {}).get("session", {})
-        write_table(
-            folder / "sessions.csv", [{"session": name, **row} for name, row in sessions.items()]
-        )
+        write_table(folder / "sessions.csv", session_rows(evaluation.summary.get("groups", {})))
         summary = {
             "model": evaluation.artefact.location,
             "step": evaluation.artefact.step,
             "data": evaluation.data,
             "split": evaluation.split,
             "fingerprint": evaluation.manifest.fingerprint(),
+            "remarks": evaluation.remarks,
             **evaluation.all_numbers,
             **({"comparison": comparison} if comparison else {}),
         }
         (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
         if logits:
             write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
+        if evaluation.sentences is not None:
+            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
     except OSError as error:
-        raise StorageError(
-            f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
-            "folder with --output-dir."
-        ) from error
+        raise _unwritable(folder, error) from error
     contents = report_contents(evaluation)
     write_report(folder / "report.html", {**contents, "comparison": comparison})
+
+
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
+        "folder with --output-dir."
+    )
 
 
 def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any]:
@@ -148,11 +178,29 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
     return row
 
 
+def session_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per session: of each error rate its value, interval, errors and labels."""
+    by_session: dict[str, dict[str, Any]] = {}
+    for rate, kinds in groups.items():
+        for session, row in kinds["session"].items():
+            own = by_session.setdefault(session, {"session": session, "trials": row["n_trials"]})
+            own |= {
+                rate: row["value"],
+                f"{rate} low": row["low"],
+                f"{rate} high": row["high"],
+                f"{rate} errors": row["errors"],
+                f"{rate} labels": row["tokens"],
+            }
+    return list(by_session.values())
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file with the first row's keys as header."""
+    """A CSV file; the fullest row's keys lead the header, and what a row lacks stays empty."""
+    fullest_first = sorted(rows, key=len, reverse=True)
+    columns = list(dict.fromkeys(name for row in fullest_first for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         if rows:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -201,6 +249,7 @@ def report_contents(evaluation: Evaluation) -> dict[str, Any]:
             "Features per bin": manifest.n_features,
             "Label form": manifest.label_form,
         },
+        "remarks": evaluation.remarks,
         "environment": environment_facts(artefact, evaluation.seconds, len(evaluation.trials)),
     }
 
@@ -212,6 +261,7 @@ def environment_facts(artefact: ModelArtefact, seconds: float, n_trials: int) ->
     return {
         "Parameters": f"{parameters:,}",
         "Training steps": artefact.step,
+        "Label form": artefact.label_form,
         "Decoding": f"{n_trials / max(seconds, 1e-9):.1f} trials/s",
         "Processor": gpu or platform.processor() or platform.machine(),
         "Python": platform.python_version(),

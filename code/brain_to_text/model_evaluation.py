@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +19,26 @@ from .augmentations import Augmentation
 from .config import TrainingConfig
 from .dataset_s3 import EvaluationDatasetS3
 from .device import autocast_dtype
-from .errors import DataError
-from .evaluation_results import Evaluation, write_results
-from .evaluation_summary import compare, describe, summarise
+from .errors import ConfigError, DataError
+from .evaluation_results import Evaluation, complete_or_nothing, write_results
+from .evaluation_summary import compare, describe, label_form_remark, summarise
 from .model_artefact import ModelArtefact, open_model
 from .object_store import open_store
 from .report import read_metrics
-from .sentence_decoding import WordOptions, decode_sentences, make_decoder, write_submission
+from .sentence_decoding import (
+    WordOptions,
+    check_words,
+    decode_sentences,
+    decodings,
+    empty_rows,
+    make_decoder,
+    submission_remark,
+)
 from .trial_decoding import decode_trials, example_trials
 from .trial_manifest import TrialManifest, load_or_build_manifest
+from .trial_selection import bad_trials
 from .trial_stream import TrialStream
+from .word_decoding import WordDecoder
 
 N_EXAMPLES = 4
 
@@ -63,11 +73,28 @@ class EvaluationOptions:
 def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = print) -> Evaluation:
     """Decode a split, score it, write tables and the report to `options.output_dir`.
 
+    What can be known to fail fails before anything is decoded, and results are written completely
+    or not at all.
+
     Raises:
         BrainToTextError: model, data or output cannot be read, used or written.
     """
-    device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size is {options.batch_size}: give at least 1 trial.")
+    device = _device(options.device)
     say(f"Using device: {device}")
+    if options.words is not None:
+        check_words(options.words)
+    with complete_or_nothing(options.output_dir) as folder:
+        evaluation = _evaluate(options, device, folder, say)
+    say(f"Tables and report.html are in {options.output_dir}")
+    return evaluation
+
+
+def _evaluate(
+    options: EvaluationOptions, device: torch.device, folder: Path, say: Callable[[str], None]
+) -> Evaluation:
+    """All of `evaluate_model` between the first checks and the results' final place."""
     artefact = open_model(options.model)
     other = open_model(options.compare_with) if options.compare_with else None
     store = open_store(options.data)
@@ -75,6 +102,12 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
     chosen = choose_trials(manifest, artefact.sessions, options.split, artefact.config)
     for sentence in chosen.remarks:
         say(sentence)
+    decoder: WordDecoder | None = None
+    facts: dict[str, str] = {}
+    if options.words is not None:
+        decoder, facts = make_decoder(options.words, manifest, folder)
+        for name, fact in facts.items():
+            say(f"{name}: {fact}")
     stream = TrialStream(store, manifest)
     try:
         run = partial(
@@ -92,35 +125,40 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
         comparison = None
         if other is not None:
             comparison = compare(evaluation.trials, run(other).trials, other.location)
-        if options.words is not None:
-            evaluation = _add_sentences(options, options.words, evaluation, run)
+        if options.words is not None and decoder is not None:
+            evaluation = _add_sentences(options.words, decoder, facts, evaluation, run)
     finally:
         stream.close()
+    for sentence in evaluation.remarks[len(chosen.remarks) :]:
+        say(sentence)
     for line in describe(evaluation.all_numbers, comparison):
         say(line)
-    write_results(
-        evaluation, options.output_dir, comparison=comparison, logits=options.export_logits
-    )
-    say(f"Tables and report.html are in {options.output_dir}")
+    write_results(evaluation, folder, comparison=comparison, logits=options.export_logits)
     return evaluation
 
 
 def _add_sentences(
-    options: EvaluationOptions,
     words: WordOptions,
+    decoder: WordDecoder,
+    facts: Mapping[str, str],
     evaluation: Evaluation,
     run: Callable[..., Evaluation],
 ) -> Evaluation:
-    """Decode sentences, tuning on the validation split, and write the submission file."""
-    decoder, facts = make_decoder(words, evaluation.manifest, options.output_dir)
+    """Decode sentences, with weights tuned on the validation split where asked."""
     tuning = None
-    if words.tune and options.split != "val":
+    if words.tune and evaluation.split != "val":
         tuning = run(evaluation.artefact, split="val").trials
-    with tqdm(unit="setting", disable=not words.tune, desc="Tuning") as bar:
+    total = decodings(words, evaluation.trials, tuning)
+    with tqdm(total=total, unit="sentence", desc="Sentences") as bar:
         sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning, bar.update)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    write_submission(options.output_dir / "submission.csv", evaluation.trials, sentences.text)
-    return dataclasses.replace(evaluation, sentences=sentences)
+    manifest, split = evaluation.manifest, evaluation.split
+    rows = len(manifest.select(split))
+    empty = empty_rows(manifest, split, sentences.text)
+    sentences.summary["submission"] = {"rows": rows, "empty": empty}
+    remark = submission_remark(rows, empty)
+    return dataclasses.replace(
+        evaluation, sentences=sentences, remarks=(*evaluation.remarks, remark)
+    )
 
 
 @dataclass(frozen=True)
@@ -138,23 +176,19 @@ def choose_trials(
 
     Raises:
         DataError: none at all, or features of another width.
+        ConfigError: dataset.bad_trials_dict lists something else than trials.
     """
     if manifest.n_features != config.dataset.neural_dim:
         raise DataError(
             f"The data has {manifest.n_features} features per bin and the model takes "
             f"{config.dataset.neural_dim}: give the dataset the model was trained on."
         )
-    listed = {
-        (session, int(block), int(trial))
-        for session, blocks in (config.dataset.bad_trials_dict or {}).items()
-        for block, trials in blocks.items()
-        for trial in (trials if isinstance(trials, list) else [trials])
-    }
     remarks, chosen = [], []
     too_short = []
     switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
     for session, switch in zip(sessions, switches, strict=True):
         kept: list[int] = []
+        bad = bad_trials(config, session)
         if split == "val" and switch == 0:
             if session in manifest.sessions and manifest.select(split, [session]):
                 remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
@@ -162,7 +196,7 @@ def choose_trials(
             continue
         for index in manifest.select(split, [session]) if session in manifest.sessions else []:
             trial = manifest.trials[index]
-            if (session, trial.block_num, trial.trial_num) in listed:
+            if (trial.block_num, trial.trial_num) in bad:
                 remarks.append(f"Left out: {trial.name}, listed in dataset.bad_trials_dict")
             elif trial.n_time_steps < config.model.patch_size:
                 too_short.append(trial.name)
@@ -217,10 +251,21 @@ def run_model(
             dataset,
             autocast=_autocast(config, device),
             keep_classes=examples,
+            label_form=artefact.label_form,
             progress=bar.update,
         )
     seconds = time.perf_counter() - started
-    return Evaluation(artefact, stream.url, split, manifest, trials, summarise(trials), seconds)
+    doubt = label_form_remark(trials, artefact.label_form, manifest.label_form)
+    return Evaluation(
+        artefact,
+        stream.url,
+        split,
+        manifest,
+        trials,
+        summarise(trials),
+        seconds,
+        remarks=(*chosen.remarks, *([doubt] if doubt else [])),
+    )
 
 
 def write_run_report(
@@ -247,8 +292,30 @@ def write_run_report(
     if metrics_file is not None:
         artefact = dataclasses.replace(artefact, metrics=read_metrics(metrics_file))
     evaluation = run_model(artefact, stream, "val", device, batch_size, progress=False)
-    write_results(evaluation, output_dir)
+    with complete_or_nothing(output_dir) as folder:
+        write_results(evaluation, folder)
     return evaluation
+
+
+def _device(name: str | None) -> torch.device:
+    """The named device, or the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda:0" if n_gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name} is no device: give cpu, or cuda:0 for the first GPU.")
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise ConfigError(
+            f"--device {name} is not there: torch {torch.__version__} sees {n_gpus} GPUs; give "
+            "cpu, or leave --device away."
+        )
+    return device
 
 
 def _autocast(

@@ -56,6 +56,15 @@ def pronunciations_of(word: str) -> list[Pronunciation]:
     return []
 
 
+def dictionary_words() -> Iterable[str]:
+    """Every word of the CMU dictionary.
+
+    Raises:
+        ConfigError: the dictionary's package is not installed.
+    """
+    return _cmu().keys()
+
+
 def lexicon_of(words: Iterable[str]) -> tuple[Lexicon, list[str]]:
     """Pronunciations of `words`, and the words nobody knows, which no decoder can then say."""
     lexicon: Lexicon = {}

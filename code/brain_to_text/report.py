@@ -181,14 +181,15 @@ def model_report(contents: Mapping[str, Any]) -> str:
             n_trials: scored trials.
             metrics: what `read_metrics` returns.
             counts: name → {substitutions, deletions, insertions, reference_labels}.
-            groups: "session" | "corpus" | "block" | "length" → name → {value, low, high, n_trials,
-                tokens} of `group_metric`.
+            groups: name of a rate → "session" | "corpus" | "block" | "length" → name → {value, low,
+                high, n_trials, tokens}; the charts show PER, the tables all.
             confusion: [41, 41] counts, row 0 insertions, column 0 deletions.
             worst_diphones: rows {diphone, rate, errors, tokens}.
             calibration: {confidence, accuracy, count, expected_error}.
             examples: rows {name, sentence, decoded, alignment, posteriors, labels,
                 seconds_per_frame}.
-            comparison: {other, metrics: name → fields of `PairedComparison`}.
+            comparison: {other, n_trials, left_out, metrics: name → fields of `PairedComparison`}.
+            remarks: sentences about what was left out or is in doubt.
             words: {settings, examples}.
             config: YAML text. data, environment: facts.
     """
@@ -199,7 +200,7 @@ def model_report(contents: Mapping[str, Any]) -> str:
     if contents.get("n_trials"):
         headline.append(("Trials", f"{contents['n_trials']:,}", contents.get("split", "")))
     sections = [
-        ("", tiles(headline) + _interval_note(rates)),
+        ("", tiles(headline) + _interval_note(rates) + _remarks(contents.get("remarks", ()))),
         ("Comparison", _comparison(contents.get("comparison"))),
         ("Training", _curves(contents.get("metrics", {}))),
         ("Where the errors are", _groups(contents)),
@@ -266,7 +267,7 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _groups(contents: Mapping[str, Any]) -> str:
-    metric = contents.get("group_metric", "PER")
+    rates: Mapping[str, Any] = contents.get("groups", {})
     headings = {
         "session": "by session",
         "corpus": "by corpus",
@@ -275,10 +276,13 @@ def _groups(contents: Mapping[str, Any]) -> str:
     }
     drawn, tables = [], []
     for kind, heading in headings.items():
-        groups = contents.get("groups", {}).get(kind, {})
-        if len(groups) < 2:
+        groups = {
+            name: kinds[kind] for name, kinds in rates.items() if len(kinds.get(kind, ())) > 1
+        }
+        if not groups:
             continue
-        rows = list(groups.items())
+        metric = "PER" if "PER" in groups else next(iter(groups))
+        rows = list(groups[metric].items())
         if kind == "block":
             rows = sorted(rows, key=lambda row: -row[1]["value"])[:20]
         bars = [
@@ -286,14 +290,27 @@ def _groups(contents: Mapping[str, Any]) -> str:
             for name, row in rows
         ]
         drawn.append(charts.bar_chart(f"{metric} {heading}", bars))
+        columns = [column for name in groups for column in (name, "95 % interval", "labels")]
         body = table(
-            [kind, metric, "95 % interval", "trials", "phonemes"],
+            [kind, "trials", *columns],
             [
-                (name, _percent(r["value"]), _between(r), r["n_trials"], f"{r['tokens']:,}")
-                for name, r in groups.items()
+                (
+                    name,
+                    row["n_trials"],
+                    *(
+                        cell
+                        for own in (rows_of.get(name) for rows_of in groups.values())
+                        for cell in (
+                            (_percent(own["value"]), _between(own), f"{own['tokens']:,}")
+                            if own
+                            else ("", "", "")
+                        )
+                    ),
+                )
+                for name, row in groups[metric].items()
             ],
         )
-        tables.append(details(f"{metric} {heading.split(',')[0]}: numbers", body))
+        tables.append(details(f"Error rates {heading.split(',')[0]}: numbers", body))
     return figures(drawn) + "".join(tables)
 
 
@@ -401,11 +418,15 @@ def _comparison(comparison: Mapping[str, Any] | None) -> str:
         for name, c in comparison["metrics"].items()
     ]
     headers = ["", "other", "this", "difference", "95 % interval", "p", "trials better / worse"]
+    left_out = "".join(
+        details(f"Left out, {reason} ({len(names):,})", table(["trial"], [(n,) for n in names]))
+        for reason, names in comparison.get("left_out", {}).items()
+    )
     return (
-        f"<p>This model against <b>{escape(str(comparison['other']))}</b> on the same "
-        f"{comparison['n_trials']:,} trials. Negative differences are improvements; p is of the "
-        "two-sided permutation test that swaps the models trial by trial.</p>"
-        + table(headers, rows)
+        f"<p>This model against <b>{escape(str(comparison['other']))}</b> on the "
+        f"{comparison['n_trials']:,} trials that both decoded. Negative differences are "
+        "improvements; p is of the two-sided permutation test that swaps the models trial by "
+        "trial.</p>" + table(headers, rows) + left_out
     )
 
 
@@ -418,6 +439,15 @@ def _words(words: Mapping[str, Any] | None) -> str:
 
 def _config(config: str | None) -> str:
     return details("args.yaml", f"<pre>{escape(config)}</pre>") if config else ""
+
+
+def _remarks(remarks: Sequence[str], most: int = 20) -> str:
+    """What was left out or is in doubt, worth reading before the numbers."""
+    lines = [*remarks[:most]]
+    if len(remarks) > most:
+        lines.append(f"And {len(remarks) - most:,} more: see summary.json.")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="soft">{items}</ul>' if items else ""
 
 
 def _interval_note(rates: Mapping[str, Any]) -> str:

@@ -31,11 +31,13 @@ class DecodedTrial:
         reference: phoneme ids; None without labels.
         hypothesis: phoneme ids decoded from (marginalised) phoneme probabilities.
         confidences: [len(hypothesis)] mean probability of each phoneme over its frames.
-        class_reference, class_hypothesis: diphone ids; None for a 41-class model.
+        class_reference, class_hypothesis: diphone ids; None for a 41-class model. No reference,
+            either, where the labels are in another form than the model's.
         path: phoneme ids that the decoded diphones stand for; None for a 41-class model.
         phoneme_log_probs: [T', 41] float32.
         class_log_probs: [T', n_classes] float32, for chosen trials only.
-        nats: CTC negative log-likelihood of the labels; None without labels of the model's classes.
+        nats: CTC negative log-likelihood of the labels; None without labels of the model's classes
+            and form.
     """
 
     index: int
@@ -59,6 +61,7 @@ def decode_trials(
     *,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     keep_classes: Collection[int] = (),
+    label_form: LabelForm | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[DecodedTrial]:
     """Decode every trial of `dataset` greedily.
@@ -69,6 +72,7 @@ def decode_trials(
         dataset: with or without labels.
         autocast: the precision of the forward pass.
         keep_classes: trials, by index, whose class log-probabilities are kept too.
+        label_form: of the model's diphones; None: that of the data.
         progress: told after each batch how many trials it had.
 
     Returns:
@@ -83,7 +87,7 @@ def decode_trials(
             for batch in batches:
                 for rows, logits in logits_of(batch):
                     decoded += _decode_rows(
-                        logits, rows, batch, model, dataset.manifest, keep_classes
+                        logits, rows, batch, model, dataset.manifest, keep_classes, label_form
                     )
                 if progress is not None:
                     progress(len(batch))
@@ -99,12 +103,18 @@ def _decode_rows(
     model: GRUDecoder,
     manifest: TrialManifest,
     keep_classes: Collection[int],
+    label_form: LabelForm | None,
 ) -> Iterator[DecodedTrial]:
     log_probs = logits.float().log_softmax(-1)
     diphones = logits.shape[-1] == N_DIPHONES
     frames = model.frame_lengths(batch.n_time_steps[rows])
     lengths = frames.numpy()
+    form = label_form
+    if form is None:
+        form = "transition" if manifest.label_form == "transition" else "self_loop"
     same_classes = manifest.n_classes == logits.shape[-1]
+    if diphones:
+        same_classes = same_classes and manifest.label_form == form
     nats: list[float | None] = [None] * len(logits)
     if batch.labels is not None and batch.label_lengths is not None and same_classes:
         targets, target_lengths = batch.labels[rows], batch.label_lengths[rows]
@@ -114,7 +124,6 @@ def _decode_rows(
     classes: list[list[int]] = []
     if diphones:
         classes = merge_frames(log_probs.argmax(-1).cpu().numpy(), lengths)
-    form: LabelForm | None = "transition" if manifest.label_form == "transition" else "self_loop"
     for row, index in enumerate(batch.trial_indices[rows].tolist()):
         record = manifest.trials[index]
         own = phonemes[row, : lengths[row]].copy()

@@ -94,6 +94,30 @@ def frames_of(n_time_steps: int, config: TrainingConfig) -> int:
     return (n_time_steps - cut - config.model.patch_size) // config.model.patch_stride + 1
 
 
+def bad_trials(config: TrainingConfig, session: str) -> set[tuple[int, int]]:
+    """(block, trial number) of every trial of a session that dataset.bad_trials_dict lists.
+
+    Raises:
+        ConfigError: what it lists is not blocks with trial numbers.
+    """
+    blocks = (config.dataset.bad_trials_dict or {}).get(session, {})
+    if not isinstance(blocks, dict):
+        raise ConfigError(
+            f"dataset.bad_trials_dict.{session} must map block numbers to lists of trial numbers."
+        )
+    pairs = set()
+    for block, trials in blocks.items():
+        listed_trials: Sequence = trials if isinstance(trials, list) else [trials]
+        try:
+            pairs |= {(int(block), int(trial)) for trial in listed_trials}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"dataset.bad_trials_dict.{session}.{block} must list trial numbers, "
+                f"not {trials!r}."
+            ) from error
+    return pairs
+
+
 def _usable(
     manifest: TrialManifest,
     config: TrainingConfig,
@@ -101,7 +125,7 @@ def _usable(
     split: str,
     excluded: list[str],
 ) -> np.ndarray:
-    bad = _bad_trials(config.dataset.bad_trials_dict or {}, session)
+    bad = bad_trials(config, session)
     kept = []
     for index in manifest.select(split, [session]):
         trial = manifest.trials[index]
@@ -136,25 +160,6 @@ def _infeasible(trial: TrialRecord, config: TrainingConfig) -> str | None:
             f"need {max(needed, 1)}"
         )
     return None
-
-
-def _bad_trials(listed: dict, session: str) -> set[tuple[int, int]]:
-    blocks = listed.get(session, {})
-    if not isinstance(blocks, dict):
-        raise ConfigError(
-            f"dataset.bad_trials_dict.{session} must map block numbers to lists of trial numbers."
-        )
-    pairs = set()
-    for block, trials in blocks.items():
-        listed_trials: Sequence = trials if isinstance(trials, list) else [trials]
-        try:
-            pairs |= {(int(block), int(trial)) for trial in listed_trials}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"dataset.bad_trials_dict.{session}.{block} must list trial numbers, "
-                f"not {trials!r}."
-            ) from error
-    return pairs
 
 
 def _check_shape(manifest: TrialManifest, config: TrainingConfig) -> None:

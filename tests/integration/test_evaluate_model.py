@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import sys
 
 import evaluate_model
 import h5py
@@ -11,11 +13,14 @@ import jiwer
 import numpy as np
 import pytest
 import torch
+import yaml
 from brain_to_text.augmentations import Augmentation
 from brain_to_text.dataset_s3 import EvaluationDatasetS3
+from brain_to_text.diphones import collapse_to_phonemes
+from brain_to_text.errors import StorageError
 from brain_to_text.evaluation import evaluate
 from brain_to_text.model_artefact import open_model
-from brain_to_text.model_evaluation import choose_trials, write_run_report
+from brain_to_text.model_evaluation import choose_trials, run_model, write_run_report
 from brain_to_text.object_store import open_store
 from brain_to_text.phonemes import PHONEMES
 from brain_to_text.trial_manifest import load_or_build_manifest
@@ -64,7 +69,8 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     assert summary["rates"]["PER (diphone path)"]["value"] == result.per_path
     assert summary["ctc_nats_per_frame"] == pytest.approx(result.ctc_loss, rel=1e-5)
     for session, rates in result.per_session.items():
-        assert summary["groups"]["session"][session]["value"] == rates["PER"]
+        for name, key in (("DER", "DER"), ("PER", "PER"), ("PER (diphone path)", "PER_path")):
+            assert summary["groups"][name]["session"][session]["value"] == rates[key]
 
 
 def test_s3_gives_the_same_tables_as_a_folder(
@@ -95,6 +101,25 @@ def test_a_rival_is_compared_trial_by_trial(model_folder, tiny_dataset, tmp_path
     assert comparison["n_trials"] == 9
     assert 0 < comparison["metrics"]["PER"]["p_value"] <= 1
     assert "phonemes" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_comparison_is_on_the_trials_of_both_models_and_names_the_others(
+    model_folder, tiny_dataset, tmp_path, capsys
+):
+    write_model(tmp_path / "rival", SESSIONS[1:], seed=3)
+    status = run(
+        *("--model", model_folder, "--compare-with", tmp_path / "rival"),
+        *("--data-dir", tiny_dataset.folder, "--output-dir", tmp_path / "out"),
+    )
+    assert status == 0
+    comparison = json.loads((tmp_path / "out" / "summary.json").read_text())["comparison"]
+    lost = [f"{SESSIONS[0]}/data_val.hdf5:trial_{n:04d}" for n in range(3)]
+    assert comparison["n_trials"] == 6
+    assert comparison["left_out"] == {"decoded by this model only": lost}
+    assert (
+        "Compared on the 6 trials that both models decoded; 3 left out" in capsys.readouterr().out
+    )
+    assert lost[2] in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
@@ -146,6 +171,61 @@ def test_sessions_switched_off_in_training_are_left_out_by_name(
     assert chosen.remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
 
 
+def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
+    write_dataset(tmp_path, SESSIONS[:1], {"train": 1, "val": 6})
+    path = tmp_path / SESSIONS[0] / "data_val.hdf5"
+    with h5py.File(path, "r+") as file:
+        trial = file["trial_0003"]
+        del trial["input_features"]
+        trial["input_features"] = np.zeros((5, 32), np.float32)  # a patch has 6 bins
+        trial.attrs["n_time_steps"] = 5
+    config = open_model(model_folder).config
+    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: 4}, SESSIONS[1]: {1: [0]}}
+    manifest = load_or_build_manifest(open_store(tmp_path), print)
+    chosen = choose_trials(manifest, SESSIONS, "val", config)
+    names = [manifest.trials[i].name for i in chosen.by_session[0]]
+    key = f"{SESSIONS[0]}/data_val.hdf5"
+    assert names == [f"{key}:trial_0000", f"{key}:trial_0005"]
+    assert chosen.remarks == (
+        *(f"Left out: {key}:trial_000{n}, listed in dataset.bad_trials_dict" for n in (1, 2, 4)),
+        f"Left out: {key}:trial_0003, shorter than one patch of 6 bins",
+    )
+
+
+def test_what_was_left_out_is_in_the_summary_and_the_report(tiny_dataset, tmp_path):
+    write_model(tmp_path / "model", SESSIONS[:2])
+    out = tmp_path / "out"
+    run("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder, "--output-dir", out)
+    (remark,) = json.loads((out / "summary.json").read_text())["remarks"]
+    assert remark.startswith("Left out: 3 trials of 1 sessions that the model has no day layer")
+    assert remark in (out / "report.html").read_text()
+
+
+def test_diphones_are_read_in_the_form_that_the_model_was_trained_on(
+    model_folder, tiny_dataset, tmp_path, capsys
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
+    torch.save({**torch.load(path), "label_form": "transition"}, path)
+    store = open_store(tiny_dataset.folder)
+    stream = TrialStream(store, load_or_build_manifest(store, print))
+    device = torch.device("cpu")
+    evaluation = run_model(open_model(tmp_path / "model"), stream, "val", device, progress=False)
+    same = run_model(open_model(model_folder), stream, "val", device, progress=False)
+    stream.close()
+    assert list(evaluation.summary["rates"]) == ["PER", "PER (diphone path)"], "and no DER"
+    assert "ctc_nats_per_frame" not in evaluation.summary
+    for trial, other in zip(evaluation.trials, same.trials, strict=True):
+        assert trial.class_hypothesis == other.class_hypothesis
+        assert trial.path == collapse_to_phonemes(trial.class_hypothesis, "transition")
+        assert other.path == collapse_to_phonemes(other.class_hypothesis, "self_loop")
+    (remark,) = evaluation.remarks
+    assert "trained on transition labels and the data has self_loop labels" in remark
+    arguments = ("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder)
+    assert run(*arguments, "--output-dir", tmp_path / "out") == 0
+    assert remark in capsys.readouterr().out
+
+
 def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys):
     assert run("--model", model_folder) == 1
     assert "give --s3-bucket" in capsys.readouterr().err
@@ -154,6 +234,72 @@ def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys)
     status = run("--model", model_folder, "--data-dir", tiny_dataset.folder, "--split", "test")
     assert status == 1
     assert "no test trials" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch-size", "0"], "--batch-size is 0: give at least 1"),
+        (["--batch-size", "-3"], "--batch-size is -3: give at least 1"),
+        (["--device", "banana"], "--device banana is no device: give cpu, or cuda:0"),
+        (["--device", "meta"], "--device meta is no device"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there: torch"),
+        (["--beam-size", "0", "--language-model", "none"], "--beam-size is 0: give at least 1"),
+        (["--lm-weight", "nan", "--language-model", "none"], "--lm-weight is nan: give a finite"),
+        (["--output-dir", __file__], "Results cannot be written to"),
+    ],
+)
+def test_bad_options_are_one_sentence_before_anything_is_read(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("brain_to_text.model_evaluation.open_model", _not_reached)
+    where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert run("--model", tmp_path / "model", *where, *arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"ERROR: {sentence}")
+    assert "\n" not in error
+
+
+def test_a_missing_package_for_words_shows_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("brain_to_text.model_evaluation.open_model", _not_reached)
+    monkeypatch.setitem(sys.modules, "kenlm", None)
+    where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert run("--model", tmp_path / "model", *where, "--language-model", "training") == 1
+    assert "pip install -r docker/requirements-words.txt" in capsys.readouterr().err
+
+
+def _not_reached(*_: object, **__: object) -> None:
+    raise AssertionError("this came too late to be a cheap check")
+
+
+def test_bad_trials_that_are_no_trials_are_one_sentence(
+    model_folder, tiny_dataset, tmp_path, capsys
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "checkpoint" / "args.yaml"
+    args = yaml.safe_load(path.read_text())
+    args["dataset"]["bad_trials_dict"] = {SESSIONS[0]: [3]}
+    path.write_text(yaml.safe_dump(args))
+    out = tmp_path / "out"
+    arguments = ("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder)
+    assert run(*arguments, "--output-dir", out) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"bad_trials_dict.{SESSIONS[0]} must map block numbers" in error
+    assert list(out.iterdir()) == [], "nothing half-written"
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(
+    model_folder, tiny_dataset, tmp_path, monkeypatch, capsys
+):
+    def full(*_: object) -> None:
+        raise StorageError("The volume is full.")
+
+    monkeypatch.setattr("brain_to_text.evaluation_results.write_report", full)
+    out = tmp_path / "out"
+    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
+    assert run(*arguments, "--output-dir", out) == 1
+    assert "ERROR: The volume is full." in capsys.readouterr().err
+    assert list(out.iterdir()) == []
 
 
 def test_the_real_time_decoder_is_exported_without_data(model_folder, tmp_path, monkeypatch):
@@ -170,10 +316,24 @@ def test_a_finished_run_leaves_its_report(model_folder, tiny_dataset, tmp_path):
     metrics.write_text(
         '{"kind": "train", "step": 0, "loss": 7.4}\n{"kind": "validation", "step": 0, "per": 1.0}\n'
     )
-    write_run_report(
+    evaluation = write_run_report(
         model_folder, tmp_path / "out", stream, torch.device("cpu"), metrics_file=metrics
     )
     stream.close()
     text = (tmp_path / "out" / "report.html").read_text()
     assert "Error rates on validation" in text
     assert "Phoneme confusions" in text
+    parameters = sum(w.numel() for w in evaluation.artefact.weights.values())
+    for section, shown in (
+        ("data", evaluation.manifest.fingerprint()),
+        ("data", "24 train, 9 val"),
+        ("environment", torch.__version__),
+        ("environment", np.__version__),
+        ("environment", f"{parameters:,}"),
+        ("configuration", "n_units: 16"),
+        ("configuration", "patch_stride: 2"),
+        ("examples", "Posteriors of the most probable diphones"),
+    ):
+        assert shown in text.split(f'<section id="{section}">')[1].split("</section>")[0]
+    drawn = text.split('<section id="examples">')[1].split("</section>")[0]
+    assert drawn.count('class="alignment"') == 3, "one trial of each session"

@@ -97,10 +97,14 @@ def long_contents() -> dict:
             for name in ("DER", "PER", "PER (diphone path)")
         },
         "groups": {
-            "session": {session: rate() for session in sessions},
-            "block": {f"{session} block 4": rate() for session in sessions},
-            "length": {f"{n:02d}–{n + 9:02d}": rate() for n in range(1, 90, 10)},
+            name: {
+                "session": {session: rate() for session in sessions},
+                "block": {f"{session} block 4": rate() for session in sessions},
+                "length": {f"{n:02d}–{n + 9:02d}": rate() for n in range(1, 90, 10)},
+            }
+            for name in ("DER", "PER", "PER (diphone path)")
         },
+        "remarks": [f"Left out: {session}/data_val.hdf5:trial_0001" for session in sessions],
         "confusion": confusion.tolist(),
         "worst_diphones": [{"diphone": "DH→AH", "rate": 0.5, "errors": 9, "tokens": 18}] * 20,
         "calibration": {
@@ -122,6 +126,7 @@ def long_contents() -> dict:
         "comparison": {
             "other": url,
             "n_trials": 1426,
+            "left_out": {"decoded by this model only": [f"{url}:trial_0001"]},
             "metrics": {
                 "PER": {
                     "rate_a": 0.2,

@@ -45,6 +45,7 @@ class Outline(HTMLParser):
 
 def contents() -> dict:
     group = {"value": 0.1, "low": 0.05, "high": 0.2, "n_trials": 3, "tokens": 60}
+    other = {"value": 0.4, "low": 0.3123, "high": 0.5, "n_trials": 3, "tokens": 121}
     confusion = np.eye(41, dtype=int) * 9
     confusion[3, 5] = 2
     return {
@@ -63,7 +64,10 @@ def contents() -> dict:
             "train": [{"step": s, "loss": 7.0 / (s + 1), "learning_rate": 0.1} for s in range(5)],
             "validation": [{"step": s, "per": 0.5, "der": 0.6, "per_path": 0.7} for s in (1, 4)],
         },
-        "groups": {"session": {"t15.2023.08.11": group, "t15.2023.08.13": group}},
+        "groups": {
+            "DER": {"session": {"t15.2023.08.11": other, "t15.2023.08.13": other}},
+            "PER": {"session": {"t15.2023.08.11": group, "t15.2023.08.13": group}},
+        },
         "confusion": confusion.tolist(),
         "calibration": {
             "confidence": [0.5, 0.9],
@@ -83,16 +87,75 @@ def contents() -> dict:
         ],
         "config": "model:\n  n_units: 16\n",
         "data": {"Fingerprint": "abc"},
+        "environment": {"torch": "2.13.0"},
+        "remarks": ["Left out: a <trial>"],
+        "worst_diphones": [{"diphone": "K→AE", "rate": 0.5, "errors": 4, "tokens": 8}],
     }
 
 
 def test_report_shows_what_it_was_given_and_escapes_it():
     html = model_report(contents())
     outline = Outline(html)
-    for shown in ("12.34 %", "job-1 <model>", "fish & chips", "t15.2023.08.13", "n_units: 16"):
+    for shown in (
+        *("12.34 %", "job-1 <model>", "fish & chips", "t15.2023.08.13", "n_units: 16"),
+        *("abc", "2.13.0", "Left out: a <trial>", "K→AE", "expected error 10.0 points"),
+    ):
         assert shown in outline.text
     assert "<model>" not in html
     assert outline.tags.count("svg") >= 6
+
+
+def test_groups_have_every_rate_in_their_table_and_per_in_their_chart():
+    html = model_report(contents())
+    assert "PER by session</figcaption>" in html
+    assert "DER by session</figcaption>" not in html
+    table_of_sessions = html.split("Error rates by session: numbers")[1].split("</table>")[0]
+    row = table_of_sessions.split("<td>t15.2023.08.13</td>")[1].split("</tr>")[0]
+    cells = re.findall("<td>(.*?)</td>", row)
+    assert cells == ["3", "40.00 %", "31.23 to 50.00 %", "121", "10.00 %", "5.00 to 20.00 %", "60"]
+
+
+def test_a_comparison_says_which_is_which_and_on_which_trials():
+    comparison = {
+        "other": "last <week>",
+        "n_trials": 46,
+        "left_out": {"decoded by this model only": ["t15.2023.08.11/data_val.hdf5:trial_0007"]},
+        "metrics": {
+            "PER": {
+                "rate_a": 0.2,
+                "rate_b": 0.15,
+                "difference": {"value": -0.05, "low": -0.08, "high": -0.02},
+                "p_value": 0.0123,
+                "trials_better": 30,
+                "trials_worse": 9,
+            }
+        },
+    }
+    html = model_report({**contents(), "comparison": comparison})
+    section = html.split('<section id="comparison">')[1].split("</section>")[0]
+    heads = re.findall('<th scope="col">(.*?)</th>', section)[:7]
+    cells = re.findall("<td>(.*?)</td>", section)[:7]
+    assert dict(zip(heads, cells, strict=True)) == {
+        "": "PER",
+        "other": "20.00 %",
+        "this": "15.00 %",
+        "difference": "-5.00 points",
+        "95 % interval": "-8.00 to -2.00",
+        "p": "0.012",
+        "trials better / worse": "30 / 9",
+    }
+    for shown in ("last &lt;week&gt;", "46 trials that both decoded", "trial_0007"):
+        assert shown in section
+    assert "Left out, decoded by this model only (1)" in section
+
+
+def test_no_waiting_is_drawn_on_an_axis_from_zero():
+    rows = [{"step": step, "data_wait_share": 0.0} for step in range(5)]
+    html = model_report({"metrics": {"train": rows}})
+    chart = html.split("Waiting for data</figcaption>")[1].split("</figure>")[0]
+    ticks = re.findall(r">(-?[\d.]+) %</text>", chart)
+    assert ticks[0] == "0" and ticks[-1] == "100"
+    assert not any(tick.startswith("-") for tick in ticks)
 
 
 def test_report_loads_nothing_from_anywhere():

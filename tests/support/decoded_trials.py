@@ -1,0 +1,69 @@
+"""Decoded trials made by hand, and the record of a trial that was never recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from brain_to_text.trial_decoding import DecodedTrial
+from brain_to_text.trial_manifest import FileRecord, TrialManifest
+from brain_to_text.trial_records import TrialRecord
+
+
+def record(
+    session: str = "t15.2023.08.11",
+    trial: int = 0,
+    *,
+    split: str = "val",
+    block: int = 1,
+    corpus: str | None = None,
+    sentence: str | None = None,
+) -> TrialRecord:
+    return TrialRecord(
+        session=session,
+        split=split,
+        key=f"{session}/data_{split}.hdf5",
+        trial=f"trial_{trial:04d}",
+        n_time_steps=100,
+        n_features=4,
+        dtype="<f4",
+        offset=0,
+        length=1600,
+        sentence_label=sentence,
+        block_num=block,
+        trial_num=trial,
+        corpus=corpus,
+    )
+
+
+def manifest_of(records: Sequence[TrialRecord], label_form: str = "self_loop") -> TrialManifest:
+    files = {own.key: FileRecord(1600, "etag") for own in records}
+    return TrialManifest(tuple(records), files, 4, 1681, label_form)
+
+
+def decoded(
+    index: int,
+    reference: list[int] | None,
+    hypothesis: list[int],
+    *,
+    own: TrialRecord | None = None,
+    confidences: Sequence[float] | None = None,
+    classes: tuple[list[int], list[int]] | None = None,
+    path: list[int] | None = None,
+    class_log_probs: np.ndarray | None = None,
+    nats: float | None = None,
+) -> DecodedTrial:
+    """A trial with what the model said about it; `classes` are diphones (reference, hypothesis)."""
+    return DecodedTrial(
+        index=index,
+        record=own or record(trial=index),
+        reference=reference,
+        hypothesis=hypothesis,
+        confidences=np.array([0.9] * len(hypothesis) if confidences is None else confidences),
+        class_reference=classes[0] if classes else None,
+        class_hypothesis=classes[1] if classes else None,
+        path=path,
+        phoneme_log_probs=np.log(np.full((5, 41), 1 / 41, np.float32)),
+        class_log_probs=class_log_probs,
+        nats=nats,
+    )

@@ -1,0 +1,172 @@
+"""Tables keep their columns, results appear whole, and every test trial keeps its row."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from brain_to_text.diphones import N_DIPHONES
+from brain_to_text.error_analysis import bootstrap_interval
+from brain_to_text.errors import StorageError
+from brain_to_text.evaluation_results import (
+    complete_or_nothing,
+    example,
+    session_rows,
+    trial_row,
+    write_table,
+)
+from brain_to_text.evaluation_summary import summarise
+from brain_to_text.phonemes import N_PHONEMES, phoneme_ids
+from brain_to_text.sentence_decoding import empty_rows, submission_remark, write_submission
+from brain_to_text.trial_decoding import token_confidences
+from support.decoded_trials import decoded, manifest_of, record
+
+FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_columns_do_not_depend_on_the_first_trial(tmp_path):
+    trials = [
+        decoded(0, [1], [1]),
+        decoded(1, [1, 2], [1], own=record(trial=1, sentence="hello world")),
+    ]
+    rows = [trial_row(trial, "hello") for trial in trials]
+    write_table(tmp_path / "table.csv", rows)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert list(first) == list(rows[1]), "in the fullest row's order"
+    assert (first["words"], first["word_errors"]) == ("", "")
+    assert (second["words"], second["word_errors"]) == ("2", "1")
+    assert (first["phonemes"], second["errors"]) == ("1", "1")
+
+
+def test_sessions_have_every_rate_with_its_interval():
+    trials = [
+        decoded(0, [1, 2], [1], own=record(FIRST, 0), classes=([5, 6], [5, 6]), path=[1, 2]),
+        decoded(1, [1, 2], [1, 2], own=record(FIRST, 1), classes=([5, 6], [6]), path=[9, 2]),
+        decoded(2, [1], [1], own=record(SECOND, 0), classes=([5], [5]), path=[1]),
+    ]
+    first, second = session_rows(summarise(trials)["groups"])
+    assert (first["session"], first["trials"], second["session"]) == (FIRST, 2, SECOND)
+    interval = bootstrap_interval([1, 0], [2, 2], resamples=2000)
+    found = (first["PER"], first["PER low"], first["PER high"])
+    assert found == (interval.value, interval.low, interval.high)
+    assert (first["DER errors"], first["DER labels"]) == (1, 4)
+    assert (first["PER (diphone path) errors"], first["PER (diphone path)"]) == (1, 0.25)
+
+
+# --- whole or not at all --------------------------------------------------------------------------
+
+
+def test_results_appear_when_all_are_written(tmp_path):
+    with complete_or_nothing(tmp_path / "new" / "out") as folder:
+        (folder / "a.csv").write_text("a")
+        assert not (tmp_path / "new" / "out" / "a.csv").exists()
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["a.csv"]
+
+
+def test_an_error_leaves_what_was_there_before(tmp_path):
+    (tmp_path / "a.csv").write_text("of an earlier run")
+    with pytest.raises(ValueError, match="half way"):
+        with complete_or_nothing(tmp_path) as folder:
+            (folder / "a.csv").write_text("half")
+            raise ValueError("half way")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_written_shows_before_the_work(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="--output-dir"):
+        with complete_or_nothing(tmp_path / place):
+            raise AssertionError("the work began")
+
+
+# --- the competition's file -----------------------------------------------------------------------
+
+
+def submitted() -> tuple:
+    """A manifest with test trials of two sessions among others, and text of some of them."""
+    records = [
+        record(FIRST, 0, split="train"),
+        record(FIRST, 0, split="test"),
+        record(FIRST, 3, split="test"),
+        record(SECOND, 0, split="val"),
+        record(SECOND, 0, split="test"),
+        record(SECOND, 1, split="test"),
+    ]
+    return manifest_of(records), {1: "one", 4: "", 5: "four"}
+
+
+def test_every_test_trial_keeps_its_row_in_the_public_order(tmp_path):
+    manifest, text = submitted()
+    write_submission(tmp_path / "submission.csv", manifest, "test", text)
+    # trial_0003 of the first session was not decoded, trial_0000 of the second gave no word
+    assert (tmp_path / "submission.csv").read_text() == "id,text\n0,one\n1,\n2,\n3,four\n"
+
+
+def test_rows_without_text_are_named():
+    manifest, text = submitted()
+    empty = empty_rows(manifest, "test", text)
+    assert empty == (f"{FIRST}/data_test.hdf5:trial_0003", f"{SECOND}/data_test.hdf5:trial_0000")
+    said = submission_remark(4, empty)
+    assert said.startswith("WARNING: submission.csv has 4 rows, 2 of them without text")
+    assert empty[0] in said
+    assert submission_remark(4, ()) == "submission.csv has 4 rows, each with text"
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def test_an_example_shows_the_probabilities_of_its_classes_in_order_of_time():
+    probabilities = np.full((6, N_DIPHONES), 1e-6)
+    k, ae = phoneme_ids(["K", "AE"]).tolist()
+    early, late = k, N_PHONEMES * k + ae  # #→K and K→AE
+    probabilities[1, early], probabilities[4, late] = 0.7, 0.9
+    probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
+    trial = decoded(0, [k, ae], [k], class_log_probs=np.log(probabilities).astype(np.float32))
+    shown = example(trial, 0.08, "a word")
+    assert shown["labels"] == ["#→K", "K→AE"]
+    assert shown["posteriors"].shape == (2, 6)
+    np.testing.assert_allclose(shown["posteriors"][0], probabilities[:, early], atol=1e-6)
+    np.testing.assert_allclose(shown["posteriors"][1], probabilities[:, late], atol=1e-6)
+    assert shown["alignment"] == [("K", "K"), ("AE", None)]
+    assert (shown["kind"], shown["decoded"], shown["seconds_per_frame"]) == (
+        "diphones",
+        "a word",
+        0.08,
+    )
+
+
+def test_a_phoneme_models_example_names_phonemes():
+    probabilities = np.full((3, N_PHONEMES), 0.01)
+    probabilities[1, 8] = 0.6
+    trial = decoded(0, None, [8], class_log_probs=np.log(probabilities))
+    shown = example(trial, 0.08)
+    assert (shown["labels"], shown["kind"]) == (["CH"], "phonemes")
+    assert shown["alignment"] == [("CH", "CH")], "without labels nothing is marked as wrong"
+
+
+# --- confidences ----------------------------------------------------------------------------------
+
+
+def test_a_confidence_is_the_mean_probability_over_the_frames_that_a_label_won():
+    frames = [(0, 0.9), (3, 0.5), (3, 0.7), (0, 0.8), (3, 0.6), (5, 0.4)]
+    probabilities = np.full((len(frames), N_PHONEMES), 0.001)
+    for row, (label, probability) in enumerate(frames):
+        probabilities[row, label] = probability
+    found = token_confidences(np.log(probabilities))
+    np.testing.assert_allclose(found, [0.6, 0.6, 0.4])
+    assert len(token_confidences(np.zeros((0, N_PHONEMES)))) == 0
+    assert len(token_confidences(np.log(probabilities[:1]))) == 0, "a blank is no label"
+
+
+def test_a_trials_row_has_its_mean_confidence():
+    row = trial_row(decoded(0, [1, 2], [1, 2], confidences=[0.5, 0.75]))
+    assert row["confidence"] == 0.625
+    assert json.loads(json.dumps(row))["reference"] == "AA AE"

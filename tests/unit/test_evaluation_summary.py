@@ -1,0 +1,237 @@
+"""What a summary says about trials made by hand is what one counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+from brain_to_text.diphones import encode_diphones
+from brain_to_text.error_analysis import bootstrap_interval
+from brain_to_text.errors import DataError
+from brain_to_text.evaluation_summary import (
+    apparent_label_form,
+    compare,
+    describe,
+    label_form_remark,
+    summarise,
+)
+from brain_to_text.phonemes import phoneme_ids
+from support.decoded_trials import decoded, record
+
+FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
+LONG = [1, 2] * 6  # 12 phonemes: another group of lengths
+
+
+def trials():
+    """Four trials. Errors: PER 1, 0, 2, 1 of 3, 2, 12, 2; DER 1, 0, 3, 0; path 0, 1, 0, 2."""
+    return [
+        decoded(
+            0,
+            [1, 2, 3],
+            [1, 9, 3],
+            own=record(FIRST, 0, block=2, corpus="one"),
+            confidences=[0.95, 0.55, 0.95],
+            classes=([5, 6, 7], [5, 6]),
+            path=[1, 2, 3],
+        ),
+        decoded(
+            1,
+            [1, 2],
+            [1, 2],
+            own=record(FIRST, 1, block=3, corpus="one"),
+            confidences=[0.95, 0.95],
+            classes=([5, 6], [5, 6]),
+            path=[1],
+        ),
+        decoded(
+            2,
+            LONG,
+            [9, 9, *LONG[2:]],
+            own=record(SECOND, 0, block=2, corpus="two"),
+            confidences=[0.55, 0.95, *[0.95] * 10],
+            classes=(LONG, [7, 7, 7, *LONG[3:]]),
+            path=LONG,
+        ),
+        decoded(
+            3,
+            [1, 2],
+            [1],
+            own=record(SECOND, 1, block=2, corpus="one"),
+            confidences=[0.95],
+            classes=([5], [5]),
+            path=[],
+        ),
+    ]
+
+
+def test_rates_counts_and_intervals():
+    summary = summarise(trials())
+    errors = {"DER": ([1, 0, 3, 0], [3, 2, 12, 1]), "PER": ([1, 0, 2, 1], [3, 2, 12, 2])}
+    errors["PER (diphone path)"] = ([0, 1, 0, 2], [3, 2, 12, 2])
+    assert list(summary["rates"]) == list(errors)
+    for name, (edits, labels) in errors.items():
+        assert summary["rates"][name] == bootstrap_interval(edits, labels).as_dict()
+        assert summary["rates"][name]["value"] == sum(edits) / sum(labels)
+        assert summary["rates"][name]["low"] < summary["rates"][name]["value"]
+        assert summary["rates"][name]["value"] < summary["rates"][name]["high"]
+    assert summary["counts"]["PER"] == {
+        "substitutions": 3,
+        "deletions": 1,
+        "insertions": 0,
+        "reference_labels": 19,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind", "expected"),
+    [
+        ("PER", "session", {FIRST: (1, 5, 2), SECOND: (3, 14, 2)}),
+        ("PER", "corpus", {"one": (2, 7, 3), "two": (2, 12, 1)}),
+        (
+            "PER",
+            "block",
+            {f"{FIRST} block 2": (1, 3, 1), f"{FIRST} block 3": (0, 2, 1)}
+            | {f"{SECOND} block 2": (3, 14, 2)},
+        ),
+        ("PER", "length", {"01–10": (2, 7, 3), "11–20": (2, 12, 1)}),
+        ("DER", "session", {FIRST: (1, 5, 2), SECOND: (3, 13, 2)}),
+        ("DER", "corpus", {"one": (1, 6, 3), "two": (3, 12, 1)}),
+        ("PER (diphone path)", "length", {"01–10": (3, 7, 3), "11–20": (0, 12, 1)}),
+    ],
+)
+def test_every_rate_is_grouped_with_intervals(rate, kind, expected):
+    groups = summarise(trials())["groups"][rate][kind]
+    found = {name: (r["errors"], r["tokens"], r["n_trials"]) for name, r in groups.items()}
+    assert found == expected
+    for row in groups.values():
+        assert row["value"] == row["errors"] / row["tokens"]
+        if row["n_trials"] > 1 and row["errors"]:
+            assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_calibration_counts_confidences_and_what_was_right():
+    known = summarise(trials())["calibration"]
+    assert known["count"] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 16]
+    # of the two at 0.55 none is right; of the sixteen at 0.95 all but one
+    assert known["accuracy"][5] == 0
+    assert known["accuracy"][9] == 15 / 16
+    assert known["confidence"][9] == pytest.approx(0.95)
+    expected = (2 * 0.55 + 16 * abs(15 / 16 - 0.95)) / 18
+    assert known["expected_error"] == pytest.approx(expected)
+
+
+def test_the_worst_diphones_come_first_by_name():
+    k, ae, t = phoneme_ids(["K", "AE", "T"]).tolist()
+    spoken = [decoded(i, [k, ae, t], [k, ae, t] if i else [k, t]) for i in range(6)]
+    rows = summarise(spoken)["worst_diphones"]
+    assert rows == [{"diphone": "K→AE", "rate": 1 / 6, "errors": 1, "tokens": 6}]
+
+
+def test_confusions_are_reference_by_hypothesis():
+    matrix = summarise(trials())["confusion"]
+    assert matrix[2][9] == 2 and matrix[1][9] == 1
+    assert matrix[2][0] == 1, "a deletion"
+    assert matrix[9][2] == 0
+
+
+def test_nats_are_averaged_over_frames():
+    some = [decoded(0, [1], [1], nats=10.0), decoded(1, [1], [1], nats=20.0)]
+    assert summarise(some)["ctc_nats_per_frame"] == 30.0 / 10  # five frames each
+
+
+def test_without_labels_there_are_only_trials():
+    assert summarise([decoded(0, None, [1])]) == {"n_trials": 1}
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def test_this_model_is_compared_against_the_other_and_not_the_reverse():
+    better = [decoded(i, [1, 2, 3, 4], [1, 2, 3, 4] if i else [1, 2, 3, 5]) for i in range(5)]
+    worse = [decoded(i, [1, 2, 3, 4], [1, 9, 9, 4] if i else [1, 2, 3, 4]) for i in range(5)]
+    comparison = compare(better, worse, "last week")
+    row = comparison["metrics"]["PER"]
+    assert comparison["other"] == "last week"
+    assert (row["rate_a"], row["rate_b"]) == (8 / 20, 1 / 20)
+    assert row["difference"]["value"] == pytest.approx(-7 / 20)
+    assert (row["trials_better"], row["trials_worse"]) == (4, 1)
+    said = describe(summarise(better), comparison)
+    assert said[-1].startswith("PER against last week: 0.0500 vs 0.4000, difference -0.3500 (")
+    assert said[-2] == "Compared on the 5 trials that both models decoded"
+
+
+def test_trials_that_only_one_model_decoded_are_named():
+    both = [decoded(0, [1, 2], [1, 2]), decoded(1, [1, 2], [1])]
+    mine = [*both, decoded(2, [1], [1]), decoded(5, None, [1])]
+    theirs = [*both, decoded(3, [1], [1]), decoded(4, [1], [1])]
+    comparison = compare(mine, theirs, "other")
+    assert comparison["n_trials"] == 2
+    assert comparison["left_out"] == {
+        "decoded by this model only": [record(trial=2).name],
+        "decoded by the other model only": [record(trial=3).name, record(trial=4).name],
+        "without labels": [record(trial=5).name],
+    }
+    said = "\n".join(describe(summarise(mine), comparison))
+    assert "Compared on the 2 trials that both models decoded; 1 left out" in said
+    assert record(trial=4).name in said
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(DataError, match="share no labelled trial"):
+        compare([decoded(0, [1], [1])], [decoded(1, [1], [1])], "other")
+
+
+# --- what a person reads on the terminal ----------------------------------------------------------
+
+
+def test_the_terminal_has_every_rate_with_its_interval_and_edits():
+    summary = summarise(trials())
+    lines = describe(summary, None)
+    per = summary["rates"]["PER"]
+    assert lines[1] == (
+        f"PER: 0.2105 (95 % interval {per['low']:.4f} to {per['high']:.4f}; 3 substitutions, "
+        "1 deletions, 0 insertions in 19 labels)"
+    )
+    assert [line.split(":")[0] for line in lines] == ["DER", "PER", "PER (diphone path)"]
+    wer = {"value": 0.25, "low": 0.1, "high": 0.4}
+    with_words = {**summary, "rates": {**summary["rates"], "WER": wer}}
+    assert describe(with_words, None)[3] == "WER: 0.2500 (95 % interval 0.1000 to 0.4000)"
+    only_words = {"n_trials": 3, "rates": {"WER": wer}}  # sentences, but no labels
+    assert describe(only_words, None) == ["WER: 0.2500 (95 % interval 0.1000 to 0.4000)"]
+    assert describe({"n_trials": 3}, None) == ["3 trials without labels: no error rates"]
+
+
+# --- label forms ----------------------------------------------------------------------------------
+
+SPOKEN = [[3, 7, 7, 12, 5, 9, 20, 31, 2, 40], [4, 8, 15, 16, 23, 1, 19, 33, 40]] * 4
+
+
+def said_in(form: str, *, right: bool = True):
+    return [
+        decoded(
+            i,
+            spoken,
+            spoken if right else [],
+            classes=([1], encode_diphones(spoken, form).tolist()),
+            path=[],
+        )
+        for i, spoken in enumerate(SPOKEN)
+    ]
+
+
+@pytest.mark.parametrize("form", ["self_loop", "transition"])
+def test_the_form_of_a_models_labels_shows_in_what_it_decodes(form):
+    assert apparent_label_form(said_in(form)) == form
+    assert apparent_label_form(said_in(form)[:1]) is None, "too little to tell"
+
+
+def test_a_poor_model_is_not_taken_for_one_of_the_transition_form():
+    assert apparent_label_form(said_in("transition", right=False)) is None
+
+
+def test_a_remark_names_both_forms_where_they_differ():
+    assert label_form_remark(said_in("self_loop"), None, "self_loop") is None
+    assert label_form_remark(said_in("self_loop"), None, "unlabelled") is None
+    guessed = label_form_remark(said_in("self_loop"), None, "transition")
+    assert guessed is not None and guessed.startswith("WARNING: the data has transition labels")
+    assert "look like self_loop labels" in guessed and "--form self_loop" in guessed
+    known = label_form_remark([], "transition", "self_loop")
+    assert known is not None and "trained on transition labels and the data has self_loop" in known
