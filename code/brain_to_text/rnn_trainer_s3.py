@@ -674,11 +674,14 @@ class BrainToTextDecoder_Trainer_S3:
     # --- keeping what happened --------------------------------------------------------------------
 
     def _write_model(self, path: Path, result: ValidationResult | None) -> None:
+        """The model as users take it away: with averaged weights, where weights are averaged."""
         if not self.world.is_main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        with self.train_step.averaged_weights():
+            weights = state_to_cpu(self.model.state_dict())
         content = {
-            "model_state_dict": state_to_cpu(self.model.state_dict()),
+            "model_state_dict": weights,
             "step": self.state.step,
             "val_DER": None if result is None else result.der,
             "val_PER": None if result is None else result.per,

@@ -120,9 +120,7 @@ class TrainStep:
         if self.amp_dtype == torch.float16:
             self._state["scale"] = torch.tensor(INITIAL_SCALE, device=self.device)
             self._state["good_steps"] = self._count(0)
-        self.average: list[torch.Tensor] | None = None
-        if config.ema_decay > 0:
-            self.average = [p.detach().clone() for p in self.parameters]
+        self.average: list[torch.Tensor] | None = None  # begins with the first step
 
     def __call__(
         self, batch: TrainingBatch, step: int, global_batch_size: int | None = None
@@ -136,6 +134,7 @@ class TrainStep:
         """
         if batch.features is None or batch.features.device != self.device:
             batch = batch.to(self.device)
+        self._begin_average()
         self.model.train()
         generator = step_generator(self.device, self.config.seed, step, self.rank)
         torch.manual_seed(generator.initial_seed())  # dropout
@@ -247,7 +246,7 @@ class TrainStep:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within it the model has the averaged weights (its own, where averaging is off)."""
+        """Within it the model has the averaged weights; its own where there are none."""
         if self.average is None:
             yield
             return
@@ -271,9 +270,11 @@ class TrainStep:
         for name, value in self._state.items():
             if name in state:
                 value.copy_(state[name])
-        if self.average is not None and "average" in state:
-            for value, saved in zip(self.average, state["average"], strict=True):
-                value.copy_(saved)
+        if self.config.ema_decay > 0 and "average" in state:
+            self.average = [
+                saved.to(parameter.device, copy=True)
+                for parameter, saved in zip(self.parameters, state["average"], strict=True)
+            ]
 
     def _count(self, value: int) -> torch.Tensor:
         return torch.tensor(value, device=self.device)
@@ -298,6 +299,11 @@ class TrainStep:
         state["refused"].add_(counted)
         in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
         torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
+
+    def _begin_average(self) -> None:
+        """From the weights of now: by the first step those of a checkpoint are loaded."""
+        if self.average is None and self.config.ema_decay > 0:
+            self.average = [p.detach().clone() for p in self.parameters]
 
     def _update_average(self, step: int) -> None:
         if self.average is None:

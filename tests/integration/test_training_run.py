@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
+from brain_to_text import rnn_trainer_s3
 from brain_to_text.config import load_config
+from brain_to_text.evaluation import evaluate
 from brain_to_text.losses import JointObjective
 from brain_to_text.train_step import TrainStep
 from support.fault_proxy import FaultProxy, Faults
@@ -334,6 +337,51 @@ def test_the_largest_batch_is_tried_and_changes_nothing(data, train):
     assert "The largest batch fits: 4 trials of" in tried.said
     for name, value in plain.last()["model"].items():
         assert torch.equal(value, tried.last()["model"][name]), name
+
+
+AVERAGING = {"ema_decay": 0.9, "lr_max": 0.1, "lr_min": 0.1, "epsilon": 1e-3}
+
+
+def assert_averaged(run: Run, model: dict[str, torch.Tensor]) -> None:
+    """`model` has the averaged weights of the run's last state, which differ from its own."""
+    last = run.last()
+    average = dict(zip(last["model"], last["train_step"]["average"], strict=True))
+    assert not torch.equal(last["model"]["out.weight"], average["out.weight"])
+    for name, value in average.items():
+        assert torch.equal(model[name], value), name
+
+
+def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
+    validated = []
+
+    def spy(model, *args, **options):
+        validated.append({name: value.clone() for name, value in model.state_dict().items()})
+        result = evaluate(model, *args, **options)
+        return dataclasses.replace(result, der=1 / len(validated))  # the last is the best
+
+    monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
+    run = train("job", "--data-dir", str(data), save_final_model=True, **AVERAGING)
+    assert run.code == 0, run.said
+    assert_averaged(run, validated[-1])
+    assert_averaged(run, run.best()["model_state_dict"])
+    final = run.folder / "model/checkpoint/final_checkpoint"
+    assert_averaged(run, torch.load(final, weights_only=True)["model_state_dict"])
+
+
+def test_a_stop_before_any_validation_leaves_the_averaged_model(data, train, monkeypatch):
+    real = TrainStep.__call__
+
+    def stopping(self, batch, step, *rest):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch, step, *rest)
+
+    monkeypatch.setattr(TrainStep, "__call__", stopping)
+    trainer = rnn_trainer_s3.BrainToTextDecoder_Trainer_S3
+    monkeypatch.setattr(trainer, "_validation_due", lambda self: False)
+    run = train("job", "--data-dir", str(data), **AVERAGING)
+    assert run.code == 0 and "Stopped by SIGTERM after 5 steps" in run.said
+    assert_averaged(run, run.best()["model_state_dict"])
 
 
 def test_early_stopping_ends_the_run(data, train):

@@ -336,6 +336,20 @@ def test_averaged_weights_follow_their_formula_and_are_off_by_default() -> None:
     assert build(small_config()).average is None
 
 
+def test_averaging_switched_on_late_begins_with_the_weights_of_then() -> None:
+    trained = build(small_config(lr_max=0.1))
+    for k in range(5):
+        trained(example_batch([30, 26], [0, 1], seed=k), k)
+    late = build(small_config(ema_decay=0.999))
+    late.model.load_state_dict(weights(trained))
+    late.load_state_dict(trained.state_dict())
+    own = weights(late)
+    late(example_batch([30, 26], [0, 1]), 50_000)
+    with late.averaged_weights():
+        for name, value in weights(late).items():
+            torch.testing.assert_close(value, own[name], rtol=0, atol=1e-4)
+
+
 # --- compiling ------------------------------------------------------------------------------------
 
 
