@@ -100,6 +100,12 @@ class JointObjective:
         grown = schedule.start + schedule.step_size * (step // schedule.interval)
         return min(grown, schedule.end)
 
+    def costliest_step(self, n_steps: int) -> int:
+        """A step of the first `n_steps` at which both terms are computed, where there is one."""
+        schedule = self.config.schedule
+        changes = range(0, n_steps, n_steps if schedule is None else schedule.interval)
+        return max(changes, key=lambda step: 0 < self.alpha(step) < 1)
+
     def __call__(
         self,
         logits: torch.Tensor,

@@ -191,7 +191,8 @@ class TrainStep:
     def try_batch(self, batch_size: int, n_bins: int, n_labels: int) -> int:
         """The largest batch of trials this long that fits the memory, found by trying.
 
-        Runs forward and backward on zeros, halving the batch while memory runs out; weights,
+        Runs forward and backward on zeros at the costliest step of the objective's schedule, beside
+        all that a real step finds in memory, halving the batch while memory runs out; weights,
         optimizer, counters and generators are left as they were.
 
         Returns:
@@ -224,7 +225,9 @@ class TrainStep:
 
         n_time_steps = torch.full((batch_size,), n_bins)
         n_labels = min(n_labels, max(int(self.model.frame_lengths(n_time_steps)[0]) // 2, 1))
+        self._begin_average()
         features = torch.zeros(batch_size, n_bins, self.model.neural_dim, device=self.device)
+        held = [*self._moments_to_come(), torch.empty_like(features)]  # the next batch travels
         days = torch.arange(batch_size) * self.model.n_days // batch_size
         batch = SimpleNamespace(
             labels=labels(n_labels),
@@ -242,7 +245,14 @@ class TrainStep:
         frame_lengths = self.model.frame_lengths(n_time_steps)
         with self.autocast():
             logits = self.model(features, days, n_time_steps=n_time_steps)
-        self.objective(logits, batch, frame_lengths, step=0).total.backward()
+        step = self.objective.costliest_step(self.config.num_training_batches)
+        self.objective(logits, batch, frame_lengths, step).total.backward()
+        del held
+
+    def _moments_to_come(self) -> list[torch.Tensor]:
+        """Room for AdamW's two moments of every parameter that has none yet."""
+        new = [p for p in self.parameters if p not in self.optimizer.state]
+        return [torch.empty_like(p) for p in new for _ in range(2)]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

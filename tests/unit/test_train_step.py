@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from brain_to_text import train_step as train_step_module
+from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.metrics import ValidationMeter
 from brain_to_text.throughput import flops_per_step, peak_of
 from support.training_examples import CPU, build, example_batch, small_config
@@ -139,6 +140,35 @@ def test_trying_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(step, "_forward_and_backward", limited)
     assert step.try_batch(12, 60, 7) == 3
+
+
+def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's moments and averaged weights, which no step has made yet, and both loss terms."""
+    step = build(small_config(ema_decay=0.9))
+    step.objective.config.schedule = PhonemeWeightSchedule(0.0, 1.0, 0.5, 10)
+    seen = []
+    objective = step.objective
+
+    def spy(*args):
+        seen.append(objective(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(step, "objective", spy)
+    spy.costliest_step = objective.costliest_step
+    assert step.try_batch(5, 60, 7) == 5
+    assert seen[0].diphone is not None and seen[0].phoneme is not None
+    assert step.average is not None
+    moments = sum(m.numel() for m in step._moments_to_come())
+    assert moments == 2 * sum(p.numel() for p in step.parameters)
+    monkeypatch.setattr(step, "_moments_to_come", out_of_memory)
+    assert step.try_batch(5, 60, 7) == 0
+    monkeypatch.undo()
+    step(example_batch([40, 31, 38], [0, 1, 2]), 0)
+    assert step._moments_to_come() == []
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("does not fit")
 
 
 # --- several ranks --------------------------------------------------------------------------------
