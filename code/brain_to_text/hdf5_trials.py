@@ -98,12 +98,30 @@ class ChannelSums:
         return ChannelSums(0, 0, a, b, c, d, np.zeros((width, width), np.float32))
 
 
+def sketch_of(features: np.ndarray) -> np.ndarray:
+    """What a trial [T, C] looks like from afar, by which copies of it are found: [n + 1] float64.
+
+    Means over up to 4 parts of its time × 8 parts of its channels, then the standard deviation.
+    They hardly feel how features are stored, rounded, or changed in their last digits; a digest
+    would feel all of that.
+    """
+    rows, columns = (
+        np.linspace(0, size, min(size, parts) + 1).astype(int)
+        for size, parts in zip(features.shape, (4, 8), strict=True)
+    )
+    sums = np.add.reduceat(features, rows[:-1], axis=0, dtype=np.float64)
+    sums = np.add.reduceat(sums, columns[:-1], axis=1)
+    means = sums / np.outer(np.diff(rows), np.diff(columns))
+    return np.append(means, features.std(dtype=np.float64))
+
+
 @dataclass
 class FileInspection:
     """What one data file holds.
 
     label_forms: per record "self_loop", "transition", "phoneme", or None without labels.
     channels: by number of channels, when statistics were asked for.
+    sketches: per record its `sketch_of`, when statistics were asked for.
     """
 
     key: str
@@ -113,6 +131,7 @@ class FileInspection:
     findings: list[Finding] = field(default_factory=list)
     statistics: ValueStatistics = field(default_factory=ValueStatistics)
     channels: dict[int, ChannelSums] = field(default_factory=dict)
+    sketches: list[np.ndarray] = field(default_factory=list)
 
 
 def inspect_file(
@@ -181,6 +200,7 @@ def inspect_file(
                 result.channels.setdefault(width, ChannelSums.none(width)).add(
                     ChannelSums.of(values)
                 )
+                result.sketches.append(sketch_of(values))
             result.records.append(record)
             result.label_forms.append(form)
     return result
