@@ -84,7 +84,8 @@ def _findings(findings: Sequence[Finding]) -> str:
 def _duplicates(findings: Sequence[Finding], shared_sentences: int) -> str:
     between = [f for f in findings if f.severity == "error"]
     lines = [
-        "Features are compared by checksum and length, block and trial numbers within a session. "
+        "Features are compared by their means over parts of the time and of the channels, so that "
+        "neither storage nor rounding hides a copy; block and trial numbers within a session. "
         + (
             f"{len(between):,} trials occur twice where they must not."
             if between

@@ -20,7 +20,7 @@ from .dataset_drift import (
     silent_channels,
     sums_by_session,
 )
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .hdf5_trials import DATA_FILE, FileInspection, ValueStatistics
 from .object_store import ObjectInfo, ObjectStore
 from .trial_manifest import (
@@ -37,6 +37,7 @@ PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
+_SAME_FEATURES = 1e-3  # standard deviations by which copies' means may differ
 _ENOUGH_TRIALS = 10  # in a session, before its drift deserves a warning
 _KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
 
@@ -159,7 +160,11 @@ def validate_dataset(
 
     Raises:
         StorageError: the place cannot be read. DataError: there are no data files.
+        ConfigError: patches of no bins.
     """
+    for option, bins in (("--patch-size", patch_size), ("--patch-stride", patch_stride)):
+        if bins < 1:
+            raise ConfigError(f"{option} is {bins}: give at least 1 bin.")
     listing = store.list()
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, statistics=True, progress=progress)
@@ -167,7 +172,8 @@ def validate_dataset(
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
     findings += _infeasible(manifest.trials, patch_size, patch_stride, random_cut)
-    findings += _repeated(manifest.trials)
+    findings += _repeated_features(manifest.trials, inspections)
+    findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
     findings += _unknown_files(listing)
     findings += _odd_values(inspections)
@@ -234,28 +240,51 @@ def _infeasible(
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 
-def _repeated(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
-    """Trials with the same features, and block and trial numbers used twice in a session."""
-    by_features: dict[tuple[Any, ...], TrialRecord] = {}
-    by_number: dict[tuple[Any, ...], TrialRecord] = {}
+def _repeated_features(
+    trials: Sequence[TrialRecord], inspections: Sequence[FileInspection]
+) -> Iterator[Finding]:
+    """Trials whose features are those of a trial before, however both are stored."""
+    sketches = {
+        record.name: sketch
+        for inspection in inspections
+        for record, sketch in zip(inspection.records, inspection.sketches, strict=True)
+    }
+    alike: dict[tuple[int, int], list[TrialRecord]] = defaultdict(list)
     for trial in trials:
-        content = (trial.crc32, trial.n_time_steps, trial.length)
-        first = by_features.setdefault(content, trial)
-        if first is not trial:
-            between = first.split != trial.split
+        alike[trial.n_time_steps, trial.n_features].append(trial)
+    for group in alike.values():
+        table = np.stack([sketches[trial.name] for trial in group])
+        for place, trial in enumerate(group):
+            near = _SAME_FEATURES * table[place, -1] + 1e-9
+            same = np.flatnonzero((np.abs(table[:place] - table[place]) <= near).all(axis=1))
+            if not same.size:
+                continue
+            first = group[int(same[0])]
+            stored_alike = (trial.crc32, trial.length) == (first.crc32, first.length)
             reason = f"has the same features as {first.name}"
+            if not stored_alike:
+                reason += " (stored otherwise, or the same within a thousandth)"
+            between = first.split != trial.split
             if between:
                 reason += f": {trial.split} is not independent of {first.split}"
             severity = "error" if between else "warning"
             yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+
+
+def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Block and trial numbers used twice in a session."""
+    by_number: dict[tuple[Any, ...], TrialRecord] = {}
+    for trial in trials:
         number = (trial.session, trial.block_num, trial.trial_num)
         first = by_number.setdefault(number, trial)
-        if first is not trial:
-            reason = (
-                f"is block {trial.block_num} trial {trial.trial_num} of its session, like "
-                f"{first.name}"
-            )
-            yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
+        if first is trial:
+            continue
+        reason = (
+            f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
+        )
+        if trial.class_ids is not None and np.array_equal(trial.class_ids, first.class_ids):
+            reason += ", with the same labels"
+        yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
 
 
 def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ without the trial where only a trial is damaged.
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
+from brain_to_text import dataset_encoding
 from brain_to_text.trial_files import MAX_SEQ_ELEMENTS
 from brain_to_text.trial_manifest import MANIFEST_NAME
 from support.small_data import SESSIONS, write_small_dataset
@@ -335,6 +337,28 @@ def copied_trial(folder: Path) -> None:
         source.copy(TRIAL, target, "trial_0099")
 
 
+def copied_otherwise(
+    name: str, change: Callable[[np.ndarray], np.ndarray], **layout: object
+) -> Callable[[Path], None]:
+    """`copied_trial`, with features that are stored in another way, rounded or a little changed."""
+
+    def damage(folder: Path) -> None:
+        copied_trial(folder)
+        with h5py.File(folder / SESSIONS[0] / "data_val.hdf5", "r+") as file:
+            trial = file["trial_0099"]
+            features = change(trial["input_features"][:])
+            del trial["input_features"]
+            trial.create_dataset("input_features", data=features, **layout)
+
+    damage.__name__ = name
+    return damage
+
+
+def noisy(features: np.ndarray) -> np.ndarray:
+    noise = np.random.default_rng(0).standard_normal(features.shape)
+    return (features + 1e-6 * noise).astype(np.float32)
+
+
 def repeated_trial(folder: Path) -> None:
     with h5py.File(folder / FILE, "r+") as file:
         file.copy(TRIAL, file, "trial_0099")
@@ -378,8 +402,25 @@ def odd_file(folder: Path) -> None:
     [
         (infeasible, 1, "16 bins give 1 frames|16 bins give 0 frames"),
         (copied_trial, 1, r"data_val.hdf5:trial_0099: has the same features as .*data_train.hdf5"),
+        *(
+            (
+                copied_otherwise(name, change, **layout),
+                1,
+                r"data_val.hdf5:trial_0099: has the same features as .*data_train.hdf5:trial_0001 "
+                r"\(stored otherwise.*\): val is not independent of train",
+            )
+            for name, change, layout in (
+                ("gzip", np.asarray, {"compression": "gzip", "chunks": (20, 6)}),
+                ("float16", np.float16, {}),
+                ("noise", noisy, {}),
+            )
+        ),
         (repeated_trial, 0, r"trial_0099: has the same features as .*trial_0001"),
-        (repeated_trial, 0, r"trial_0099: is block 2 trial 1 of its session, like"),
+        (
+            repeated_trial,
+            0,
+            r"trial_0099: is block 2 trial 1 of its session, like .*, with the same labels",
+        ),
         (no_training_file, 1, rf"{FILE}: is missing"),
         (no_validation_files, 1, "data_val.hdf5: no session has it"),
         (stale_manifest, 1, r"no longer fits the data files: 1 changed"),
@@ -397,6 +438,28 @@ def test_validate_names_it(damage, code, reason, dataset, capsys) -> None:
     capsys.readouterr()
     assert run("validate", dataset) == code
     assert re.search(reason, capsys.readouterr().out)
+
+
+def test_trials_that_are_no_copies_are_not_taken_for_copies(tmp_path, capsys) -> None:
+    """As many bins each, and features of one distribution."""
+    with_equal_lengths = ["--sessions", 1, "--train-trials", 40, "--electrodes", 4]
+    assert run("synthesize", tmp_path, *with_equal_lengths) == 0
+    for path in tmp_path.rglob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for trial in file.values():
+                features = trial["input_features"][:20]
+                del trial["input_features"]
+                trial["input_features"] = features
+                trial.attrs["n_time_steps"] = 20
+    run("validate", tmp_path)
+    assert "same features" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--patch-size", "--patch-stride"])
+@pytest.mark.parametrize("bins", [0, -4])
+def test_patches_of_no_bins_are_one_sentence(option, bins, dataset, capsys) -> None:
+    assert run("validate", dataset, option, bins) == 1
+    assert capsys.readouterr().err == f"ERROR: {option} is {bins}: give at least 1 bin.\n"
 
 
 # --- places without data --------------------------------------------------------------------------
@@ -450,6 +513,48 @@ def test_encode_refuses_damage_and_leaves_no_file(damage, reason, tmp_path, caps
     assert "\n" not in error and f"{FILE}:{TRIAL}" in error and reason in error
     assert not (tmp_path / "new" / FILE).exists()
     assert not (tmp_path / "new" / MANIFEST_NAME).exists()
+
+
+def other_features(trial: h5py.Group) -> None:
+    trial["input_features"][2, 1] += 0.01
+
+
+def other_phonemes(trial: h5py.Group) -> None:
+    """Sound labels, but of something else."""
+    from brain_to_text.diphones import encode_diphones
+
+    phonemes = trial["seq_class_ids_phoneme"]
+    phonemes[0] = phonemes[0] % 40 + 1
+    labels = encode_diphones(phonemes[: trial.attrs["seq_len_phoneme"]])
+    trial["seq_class_ids"][: len(labels)] = labels
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_features, "the encoded features differ from the source's"),
+        (other_phonemes, "the encoded labels do not decode to the source's"),
+    ],
+)
+def test_encode_proves_every_trial_before_it_writes_a_file(
+    change, reason, tmp_path, monkeypatch, capsys
+) -> None:
+    write_small_dataset(tmp_path / "old", form=None)
+    real = dataset_encoding.encode_file
+
+    def mistaken(key, data, options):
+        encoded, left_out = real(key, data, options)
+        if key != FILE:
+            return encoded, left_out
+        buffer = io.BytesIO(encoded)
+        with h5py.File(buffer, "r+") as file:
+            change(file[TRIAL])
+        return buffer.getvalue(), left_out
+
+    monkeypatch.setattr(dataset_encoding, "encode_file", mistaken)
+    assert run("encode", tmp_path / "old", tmp_path / "new") == 1
+    assert capsys.readouterr().err == f"ERROR: {FILE}:{TRIAL}: {reason}.\n"
+    assert not (tmp_path / "new" / FILE).exists()
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path, capsys) -> None:

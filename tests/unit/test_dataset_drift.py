@@ -131,6 +131,26 @@ def test_the_report_holds_drift_as_text_json_and_page(folder):
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_sentences_of_training_that_are_validated_too_are_counted(tmp_path):
+    synthesize(open_store(tmp_path), SyntheticDataset(sessions=1, electrodes=1, test_trials=0))
+    said = {"train": ["Hello you. ", "Good day."], "val": ["hello you.", "GOOD DAY.", "good day."]}
+    for split, sentences in said.items():
+        with h5py.File(next(tmp_path.rglob(f"data_{split}.hdf5")), "r+") as file:
+            for number, trial in enumerate(file.values()):
+                trial.attrs["sentence_label"] = (
+                    sentences[number] if number < len(sentences) else f"{split} {number}"
+                )
+            n_trials = len(file)
+    report = validate_dataset(open_store(tmp_path))
+    assert report.shared_sentences == 2
+    distinct = n_trials - 1
+    note = f"2 of {distinct} validation sentences also occur in training"
+    assert report.notes == [note]
+    assert f"Note: {note}" in report.to_text()
+    assert report.to_dict()["notes"] == [note] and report.to_dict()["shared_sentences"] == 2
+    assert "2 sentences were spoken for training and for validation, too" in dataset_page(report)
+
+
 def test_findings_reach_the_page_escaped(folder):
     report = validate_dataset(open_store(folder))
     odd = Finding("a/data_train.hdf5", "trial_0001", "<script>&", "duplicate trial")
