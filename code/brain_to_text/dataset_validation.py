@@ -282,7 +282,8 @@ def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
         reason = (
             f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
         )
-        if trial.class_ids is not None and np.array_equal(trial.class_ids, first.class_ids):
+        labels, earlier = trial.class_ids, first.class_ids
+        if labels is not None and earlier is not None and np.array_equal(labels, earlier):
             reason += ", with the same labels"
         yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
 
