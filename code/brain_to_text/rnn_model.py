@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import _VF, nn
 
 from .config import TrainingConfig
 from .device import send
@@ -177,8 +176,7 @@ class GRUDecoder(nn.Module):
         if frames.device.type == "cpu" and not self.bidirectional:
             hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
         else:
-            packed, states = self.gru(PackedSequence(frames, packing.batch_sizes), states)
-            hidden = packed.data
+            hidden, states = torch_gru(frames, packing.batch_sizes, states, self.gru)
         padded = hidden.new_zeros(B * packing.n_frames, hidden.shape[1])
         padded = padded.index_copy(0, packing.rows, hidden).view(B, packing.n_frames, -1)
         return (padded, states.index_select(1, packing.inverse)) if return_state else padded
@@ -224,6 +222,67 @@ class _GatherPatches(torch.autograd.Function):
         for position, part in enumerate(grads[0].split(step, dim=1)):
             gradient[:, : part.shape[1]].index_add_(0, starts + position, part)
         return gradient, None, None
+
+
+def torch_gru(
+    frames: torch.Tensor, batch_sizes: torch.Tensor, states: torch.Tensor, gru: nn.GRU
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `gru(PackedSequence(frames, batch_sizes), states)` gives, with torch's own dropout.
+
+    cuDNN's dropout has a state of its own. torch makes it anew after every `manual_seed`, waiting
+    for the device, and no checkpoint holds it; so where there is dropout, layers are called one by
+    one. Where there is none, all of them are one call, in which cuDNN can overlap layers.
+
+    Args:
+        frames: [N, inputs], sorted by time, then by trial, longest trial first.
+        batch_sizes: [T'] trials that have a frame at each time; on the CPU.
+        states: [layers * directions, B, H] initial states in packed order.
+        gru: whose weights, dropout and training mode to use.
+
+    Returns:
+        (outputs of the last layer [N, H * directions], last states [layers * directions, B, H]).
+    """
+    directions = 2 if gru.bidirectional else 1
+    dropout = gru.dropout if gru.training else 0.0
+    at_once = 1 if dropout > 0 else gru.num_layers
+    # autocast copies the weights itself
+    copied = frames.is_cuda and at_once < gru.num_layers and not torch.is_autocast_enabled("cuda")
+    last = []
+    for layer in range(0, gru.num_layers, at_once):
+        if layer:
+            frames = F.dropout(frames, dropout)
+        part = slice(layer * directions, (layer + at_once) * directions)
+        weights = [weight for one in gru.all_weights[part] for weight in one]
+        if copied:
+            weights = in_one_buffer(weights)
+        frames, state = _VF.gru(
+            frames,
+            batch_sizes,
+            states[part],
+            weights,
+            True,
+            at_once,
+            0.0,
+            gru.training,
+            gru.bidirectional,
+        )
+        last.append(state)
+    return frames, torch.cat(last)
+
+
+def in_one_buffer(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of GRU weights as cuDNN wants them in memory: one after another, matrices first.
+
+    torch compares their addresses with cuDNN's; what lies elsewhere (as one layer of
+    `flatten_parameters` does, whose biases come after all layers' matrices) it would copy itself
+    at every call, with a warning.
+    """
+    order = sorted(range(len(weights)), key=lambda i: -weights[i].dim())
+    flat = torch.cat([weights[i].flatten() for i in order])
+    copies = list(weights)
+    for i, copy in zip(order, flat.split([weights[i].numel() for i in order]), strict=True):
+        copies[i] = copy.view_as(weights[i])
+    return copies
 
 
 def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:

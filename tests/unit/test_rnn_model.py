@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from brain_to_text.device import allow_tf32
 from brain_to_text.errors import CheckpointError
-from brain_to_text.rnn_model import GRUDecoder, load_public_state_dict
-from support.training_examples import build, example_batch, small_config
+from brain_to_text.rnn_model import (
+    GRUDecoder,
+    in_one_buffer,
+    load_public_state_dict,
+    torch_gru,
+)
+from support.training_examples import CPU, build, example_batch, small_config
+from torch.nn.utils.rnn import PackedSequence
 
 
 def decoder(bidirectional: bool = False, **changes) -> GRUDecoder:
@@ -113,6 +120,117 @@ def test_a_session_scattered_over_the_batch_is_the_same_as_sorted() -> None:
     x, day = torch.randn(5, 20, 6), torch.tensor([1, 0, 1, 2, 0])
     order = torch.argsort(day)
     torch.testing.assert_close(model(x, day)[order], model(x[order], day[order]))
+
+
+# --- torch's GRU, layer by layer ------------------------------------------------------------------
+
+GPU = torch.device("cuda:0")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+on_gpu = pytest.mark.parametrize("device", [pytest.param(GPU, marks=needs_gpu)])
+
+
+def gru_case(bidirectional: bool, dropout: float = 0.0, device: torch.device = CPU, units: int = 8):
+    """A GRU of three layers, packed frames of 4 trials, their number by time, initial states."""
+    torch.manual_seed(0)
+    gru = torch.nn.GRU(6, units, 3, dropout=dropout, batch_first=True, bidirectional=bidirectional)
+    sizes = torch.tensor([4, 4, 4, 3, 3, 1])
+    states = torch.randn((6 if bidirectional else 3), 4, units, device=device)
+    return gru.to(device), torch.randn(int(sizes.sum()), 6, device=device), sizes, states
+
+
+def outputs_and_gradients(run, gru, frames, sizes, states) -> list[torch.Tensor]:
+    """Outputs, last states, and gradients of frames, states and weights."""
+    frames, states = frames.clone().requires_grad_(), states.clone().requires_grad_()
+    gru.zero_grad()
+    torch.manual_seed(7)
+    hidden, last = run(gru, frames, sizes, states)
+    (hidden.float().square().sum() + last.float().sum()).backward()
+    gradients = [t.grad for t in (frames, states, *gru.parameters())]
+    return [hidden.detach(), last.detach(), *gradients]
+
+
+def all_at_once(gru, frames, sizes, states):
+    packed, last = gru(PackedSequence(frames, sizes), states)
+    return packed.data, last
+
+
+def by_layers(gru, frames, sizes, states):
+    return torch_gru(frames, sizes, states, gru)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12, 0.4])
+def test_layer_by_layer_is_torchs_gru(bidirectional: bool, dropout: float) -> None:
+    """Exactly, dropout and gradients included: on a CPU torch draws it from the same generator.
+
+    At 1e-12 every layer is a call of its own, and nothing is dropped.
+    """
+    case = gru_case(bidirectional, dropout)
+    expected = outputs_and_gradients(all_at_once, *case)
+    for a, b in zip(outputs_and_gradients(by_layers, *case), expected, strict=True):
+        assert torch.equal(a, b)
+    if dropout == 1e-12:
+        case[0].dropout = 0.0
+        assert torch.equal(outputs_and_gradients(all_at_once, *case)[0], expected[0])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_between_layers_is_the_seeds_and_only_for_training(bidirectional: bool) -> None:
+    gru, *rest = gru_case(bidirectional, dropout=0.4)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(by_layers(gru, *rest)[0])
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    gru.eval()
+    assert torch.equal(by_layers(gru, *rest)[0], all_at_once(gru, *rest)[0])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_copies_in_one_buffer_keep_values_shapes_and_gradients(bidirectional: bool) -> None:
+    gru, *_ = gru_case(bidirectional)
+    weights = [weight for layer in gru.all_weights for weight in layer]
+    copies = in_one_buffer(weights)
+    end = 0
+    for copy in sorted(copies, key=lambda w: w.storage_offset()):
+        assert copy.storage_offset() == end and copy.is_contiguous()
+        end += copy.numel()
+    assert copies[0].untyped_storage().nbytes() == 4 * end
+    offsets = {dim: [c.storage_offset() for c in copies if c.dim() == dim] for dim in (1, 2)}
+    assert max(offsets[2]) < min(offsets[1]), "matrices before biases"
+    sum((k + 1) * copy.sum() for k, copy in enumerate(copies)).backward()
+    for k, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
+        assert torch.equal(weight, copy)
+        assert torch.equal(weight.grad, torch.full_like(weight, k + 1))
+
+
+@on_gpu
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_cudnn_layer_by_layer_agrees_and_finds_its_weights_in_one_piece(
+    device: torch.device, bidirectional: bool, dropout: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    allow_tf32(False)
+    case = gru_case(bidirectional, device=device, units=64)
+    expected = outputs_and_gradients(all_at_once, *case)
+    case[0].dropout = dropout
+    found = outputs_and_gradients(by_layers, *case)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
+
+
+@on_gpu
+def test_dropout_on_the_gpu_is_the_seeds(device: torch.device) -> None:
+    gru, *rest = gru_case(False, dropout=0.4, device=device)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(by_layers(gru, *rest)[0])
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
 # --- names, shapes and loading, both ways ---------------------------------------------------------
