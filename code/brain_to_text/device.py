@@ -34,6 +34,20 @@ def autocast_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype 
     return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float16
 
 
+def gru_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that torch's GRU must be given to compute in autocast's; None: autocast sees to it.
+
+    torch's autocast calls cuDNN's RNNs in float16 whatever type it was set to
+    (aten/src/ATen/cudnn/AutocastRNN.cpp): bfloat16 would get float16's range, without a loss scale.
+    Given bfloat16, torch calls cuDNN in it from cuDNN 9.13 and compute capability 8.0 on, and uses
+    kernels of its own, one frame at a time, elsewhere.
+    """
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return None
+    dtype = torch.get_autocast_dtype("cuda")
+    return dtype if dtype == torch.bfloat16 else None
+
+
 def compiler(config: TrainingConfig, device: torch.device) -> Callable[..., Any] | None:
     """What compiles the elementwise parts of a step; None to leave them eager.
 

@@ -7,6 +7,7 @@ Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import _VF, nn
 
 from .config import TrainingConfig
-from .device import send
+from .device import gru_dtype, send
 from .errors import CheckpointError
 from .packed_gru import packed_gru
 
@@ -176,7 +177,8 @@ class GRUDecoder(nn.Module):
         if frames.device.type == "cpu" and not self.bidirectional:
             hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
         else:
-            hidden, states = torch_gru(frames, packing.batch_sizes, states, self.gru)
+            dtype = gru_dtype(frames.device)
+            hidden, states = torch_gru(frames, packing.batch_sizes, states, self.gru, dtype)
         padded = hidden.new_zeros(B * packing.n_frames, hidden.shape[1])
         padded = padded.index_copy(0, packing.rows, hidden).view(B, packing.n_frames, -1)
         return (padded, states.index_select(1, packing.inverse)) if return_state else padded
@@ -225,7 +227,11 @@ class _GatherPatches(torch.autograd.Function):
 
 
 def torch_gru(
-    frames: torch.Tensor, batch_sizes: torch.Tensor, states: torch.Tensor, gru: nn.GRU
+    frames: torch.Tensor,
+    batch_sizes: torch.Tensor,
+    states: torch.Tensor,
+    gru: nn.GRU,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `gru(PackedSequence(frames, batch_sizes), states)` gives, with torch's own dropout.
 
@@ -238,6 +244,7 @@ def torch_gru(
         batch_sizes: [T'] trials that have a frame at each time; on the CPU.
         states: [layers * directions, B, H] initial states in packed order.
         gru: whose weights, dropout and training mode to use.
+        dtype: compute with copies in this type, autocast or not; None leaves that to autocast.
 
     Returns:
         (outputs of the last layer [N, H * directions], last states [layers * directions, B, H]).
@@ -245,32 +252,35 @@ def torch_gru(
     directions = 2 if gru.bidirectional else 1
     dropout = gru.dropout if gru.training else 0.0
     at_once = 1 if dropout > 0 else gru.num_layers
-    # autocast copies the weights itself
-    copied = frames.is_cuda and at_once < gru.num_layers and not torch.is_autocast_enabled("cuda")
+    autocast = torch.is_autocast_enabled(frames.device.type)  # copies the weights itself
+    copied = dtype is not None or (frames.is_cuda and at_once < gru.num_layers and not autocast)
+    if dtype is not None:
+        frames, states = frames.to(dtype), states.to(dtype)
     last = []
-    for layer in range(0, gru.num_layers, at_once):
-        if layer:
-            frames = F.dropout(frames, dropout)
-        part = slice(layer * directions, (layer + at_once) * directions)
-        weights = [weight for one in gru.all_weights[part] for weight in one]
-        if copied:
-            weights = in_one_buffer(weights)
-        frames, state = _VF.gru(
-            frames,
-            batch_sizes,
-            states[part],
-            weights,
-            True,
-            at_once,
-            0.0,
-            gru.training,
-            gru.bidirectional,
-        )
-        last.append(state)
-    return frames, torch.cat(last)
+    with torch.autocast(frames.device.type, enabled=False) if dtype else nullcontext():
+        for layer in range(0, gru.num_layers, at_once):
+            if layer:
+                frames = F.dropout(frames, dropout)
+            part = slice(layer * directions, (layer + at_once) * directions)
+            weights: list[torch.Tensor] = [w for one in gru.all_weights[part] for w in one]
+            frames, state = _VF.gru(
+                frames,
+                batch_sizes,
+                states[part],
+                in_one_buffer(weights, dtype) if copied else weights,
+                True,  # has biases
+                at_once,
+                0.0,  # dropout
+                gru.training,
+                gru.bidirectional,
+            )
+            last.append(state)
+        return frames, torch.cat(last)
 
 
-def in_one_buffer(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def in_one_buffer(
+    weights: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """Copies of GRU weights as cuDNN wants them in memory: one after another, matrices first.
 
     torch compares their addresses with cuDNN's; what lies elsewhere (as one layer of
@@ -278,7 +288,7 @@ def in_one_buffer(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     at every call, with a warning.
     """
     order = sorted(range(len(weights)), key=lambda i: -weights[i].dim())
-    flat = torch.cat([weights[i].flatten() for i in order])
+    flat = torch.cat([weights[i].flatten() for i in order]).to(dtype)
     copies = list(weights)
     for i, copy in zip(order, flat.split([weights[i].numel() for i in order]), strict=True):
         copies[i] = copy.view_as(weights[i])

@@ -77,6 +77,7 @@ COMPUTING_ROOMS = (
     "augmentations",
     "batch",
     "batch_plan",
+    "device",
     "diphones",
     "distributed",
     "evaluation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from brain_to_text.device import allow_tf32
@@ -221,6 +223,68 @@ def test_cudnn_layer_by_layer_agrees_and_finds_its_weights_in_one_piece(
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
+
+
+BFLOAT16_BOUND = 0.05  # of the norm; 8 bits of mantissa over 6 frames and 3 layers give 0.01
+
+
+def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert float((a.float() - b).norm()) < BFLOAT16_BOUND * float(b.norm())
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_a_gru_told_to_computes_in_bfloat16_and_its_gradients_reach_float32(
+    device: torch.device, bidirectional: bool, dropout: float
+) -> None:
+    allow_tf32(False)
+    case = gru_case(bidirectional, device=device, units=64)
+    expected = outputs_and_gradients(all_at_once, *case)
+    case[0].dropout = dropout
+
+    def under_autocast(asked: torch.dtype, gru, *rest):
+        with torch.autocast(device.type, dtype=asked):
+            return torch_gru(*rest, gru, torch.bfloat16)
+
+    for asked in (torch.bfloat16, torch.float16):  # whatever autocast would do
+        found = outputs_and_gradients(partial(under_autocast, asked), *case)
+        assert found[0].dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in found[2:])
+        assert_near(found, expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
+    device: torch.device, bidirectional: bool
+) -> None:
+    """torch's autocast alone makes it float16 in both; gradients are float32's, within bounds."""
+    allow_tf32(False)
+    options = {"model__n_units": 64, "model__bidirectional": bidirectional}
+    batch = example_batch([60, 75, 48], [0, 1, 1]).to(device)
+
+    def gradients(step, training: bool) -> list[torch.Tensor]:
+        step.model.train(training)
+        features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
+        with step.autocast(), torch.set_grad_enabled(training):
+            frames, packing = step.model.input_frames(features, batch.day_indices, n)
+            hidden = step.model.recurrent_frames(frames, packing)
+            logits = step.model.out(hidden)
+        assert hidden.dtype == (step.amp_dtype or torch.float32)
+        if not training:
+            return [logits]
+        terms = step.objective(logits, batch, step.model.frame_lengths(n), 0)
+        step.model.zero_grad()
+        terms.total.backward()
+        return [p.grad for p in step.model.parameters() if p.grad is not None]
+
+    exact = build(small_config(**options, use_amp=False), device=device)
+    for dtype in ("bfloat16", "float16"):
+        step = build(small_config(**options, amp_dtype=dtype), device=device)
+        for training in (True, False):
+            assert_near(gradients(step, training), gradients(exact, training))
 
 
 @on_gpu
