@@ -77,7 +77,7 @@ def _findings(findings: Sequence[Finding]) -> str:
         more = len(group) - len(rows)
         note = f"<p>And {more:,} more: see --json.</p>" if more else ""
         title = f"{severity.capitalize()}: {kind} ({len(group):,})"
-        parts.append(details(title, table(["file", "trial", "what"], rows) + note))
+        parts.append(details(title, table(["file", "trial", "what"], rows, text=(2,)) + note))
     return "".join(parts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ main{max-width:1120px;margin:0 auto;padding:1.2rem 1rem 4rem}
 h1,h3{overflow-wrap:anywhere;line-height:1.25}h1{font-size:1.6rem;margin:.4rem 0}
 h2{font-size:1.2rem;margin:2.2rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)}
 p,li{max-width:75ch;overflow-wrap:anywhere}.soft{color:var(--soft)}
-nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.95rem}a{color:var(--c0)}
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:1rem 0;font-size:.95rem}a{color:var(--c0)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.7rem}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.45rem;line-height:1.3}
@@ -56,6 +56,8 @@ stroke-dasharray:3 4}.whisker{stroke:var(--ink);stroke-width:1.4;fill:none}
 table{border-collapse:collapse;font-size:.9rem;width:100%}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+th.text,td.text{text-align:left}td.text{white-space:normal;overflow-wrap:anywhere;min-width:14rem}
+.warning{border-left:4px solid var(--bad);padding-left:.6rem}
 table.keys td{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}
 table.keys td:first-child{color:var(--soft);width:13rem}
 details{margin:.7rem 0}summary{cursor:pointer;font-weight:600}
@@ -67,7 +69,9 @@ font:13px/1.3 ui-monospace,monospace}
 border-radius:4px;background:var(--card)}.pair i{font-style:normal;padding:0 .25rem}
 .pair.wrong{border-color:var(--bad);border-width:2px}.pair.wrong i:last-child{color:var(--bad);
 font-weight:700}
-@media (max-width:520px){svg text{font-size:14px}}
+@media (max-width:520px){svg text{font-size:14px}
+table:has(td.text) td{white-space:normal;overflow-wrap:anywhere;vertical-align:top}
+td.text{min-width:9rem}}
 """
 
 
@@ -100,14 +104,27 @@ def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") ->
     )
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table in a container that scrolls by itself; empty without rows."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], text: Collection[int] = ()) -> str:
+    """An HTML table in a container that scrolls by itself; empty without rows.
+
+    Args:
+        text: columns of prose, which wrap, instead of numbers and names.
+    """
+    prose = [' class="text"' if column in text else "" for column in range(len(headers))]
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(
+            f"<td{style}>{escape(str(cell))}</td>" for cell, style in zip(row, prose, strict=True)
+        )
+        + "</tr>"
+        for row in rows
     )
     if not body:
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in headers)
+    head = "".join(
+        f'<th scope="col"{style}>{escape(name)}</th>'
+        for name, style in zip(headers, prose, strict=True)
+    )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
@@ -419,7 +436,9 @@ def _comparison(comparison: Mapping[str, Any] | None) -> str:
     ]
     headers = ["", "other", "this", "difference", "95 % interval", "p", "trials better / worse"]
     left_out = "".join(
-        details(f"Left out, {reason} ({len(names):,})", table(["trial"], [(n,) for n in names]))
+        details(
+            f"Left out, {reason} ({len(names):,})", table(["trial"], [(n,) for n in names], (0,))
+        )
         for reason, names in comparison.get("left_out", {}).items()
     )
     return (
@@ -434,20 +453,25 @@ def _words(words: Mapping[str, Any] | None) -> str:
     if not words:
         return ""
     rows = [(r["reference"], r["decoded"], r["errors"]) for r in words.get("examples", ())]
-    return key_values(words.get("settings", {})) + table(["sentence", "decoded", "errors"], rows)
+    return key_values(words.get("settings", {})) + table(
+        ["sentence", "decoded", "errors"], rows, text=(0, 1)
+    )
 
 
 def _config(config: str | None) -> str:
     return details("args.yaml", f"<pre>{escape(config)}</pre>") if config else ""
 
 
-def _remarks(remarks: Sequence[str], most: int = 20) -> str:
-    """What was left out or is in doubt, worth reading before the numbers."""
-    lines = [*remarks[:most]]
-    if len(remarks) > most:
-        lines.append(f"And {len(remarks) - most:,} more: see summary.json.")
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="soft">{items}</ul>' if items else ""
+def _remarks(remarks: Sequence[str], most: int = 200) -> str:
+    """What is in doubt, worth reading before the numbers, and what was left out, folded."""
+    doubts = [line for line in remarks if line.startswith("WARNING")]
+    others = [line for line in remarks if line not in doubts]
+    rows = [(line,) for line in others[:most]]
+    if len(others) > most:
+        rows.append((f"And {len(others) - most:,} more: see summary.json.",))
+    return "".join(f'<p class="warning">{escape(line)}</p>' for line in doubts) + details(
+        f"Remarks ({len(others):,})", table(["remark"], rows, text=(0,))
+    )
 
 
 def _interval_note(rates: Mapping[str, Any]) -> str:

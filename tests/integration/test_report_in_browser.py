@@ -104,7 +104,10 @@ def long_contents() -> dict:
             }
             for name in ("DER", "PER", "PER (diphone path)")
         },
-        "remarks": [f"Left out: {session}/data_val.hdf5:trial_0001" for session in sessions],
+        "remarks": [
+            *(f"Left out: {session}/data_val.hdf5:trial_0001" for session in sessions),
+            f"WARNING: {url} was trained on other labels",
+        ],
         "confusion": confusion.tolist(),
         "worst_diphones": [{"diphone": "DH→AH", "rate": 0.5, "errors": 9, "tokens": 18}] * 20,
         "calibration": {
