@@ -119,10 +119,13 @@ def test_calibration_counts_confidences_and_what_was_right():
 
 
 def test_the_worst_diphones_come_first_by_name():
-    k, ae, t = phoneme_ids(["K", "AE", "T"]).tolist()
-    spoken = [decoded(i, [k, ae, t], [k, ae, t] if i else [k, t]) for i in range(6)]
-    rows = summarise(spoken)["worst_diphones"]
-    assert rows == [{"diphone": "K→AE", "rate": 1 / 6, "errors": 1, "tokens": 6}]
+    k, ae, t, s = phoneme_ids(["K", "AE", "T", "S"]).tolist()
+    heard = [[k, t], [k, ae, s], [k, ae, s], *[[k, ae, t]] * 3]
+    rows = summarise([decoded(i, [k, ae, t], own) for i, own in enumerate(heard)])["worst_diphones"]
+    assert rows == [
+        {"diphone": "AE→T", "rate": 2 / 6, "errors": 2, "tokens": 6},
+        {"diphone": "K→AE", "rate": 1 / 6, "errors": 1, "tokens": 6},
+    ]
 
 
 def test_confusions_are_reference_by_hypothesis():
