@@ -193,6 +193,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.state = RunState()
         self.interruption = Interruption()
         self._refused_said = 0
+        self._traffic_of_others: list[StreamCounts] = []
 
     def train(self) -> RunState:
         """Run to the last step, to early stopping, or to a stop signal; resume where one ended.
@@ -241,6 +242,7 @@ class BrainToTextDecoder_Trainer_S3:
                 if self._validation_due():
                     self._validate()
                 if self.world.any(self.interruption.requested is not None):
+                    self._ask_for_traffic()
                     return self._stop_on_signal()
                 if state.stopped_early or state.step == config.num_training_batches:
                     return self._finish()
@@ -336,8 +338,7 @@ class BrainToTextDecoder_Trainer_S3:
             f"Finished at step {state.step}: best {metric} {state.best_value:.4f} "
             f"after training batch {state.best_step - 1}"
         )
-        traffic = StreamCounts.total(self.world.gather(self.stream.stats.snapshot()))
-        self.log.info(f"Streaming: {traffic.describe()}")
+        self._ask_for_traffic()
         if config.save_best_checkpoint and self.world.is_main:
             write_run_report(
                 self.paths.model_dir,
@@ -404,6 +405,7 @@ class BrainToTextDecoder_Trainer_S3:
         }
         self.stream = TrialStream.from_config(store, self.manifest, config.dataset, host=world)
         self.closing.callback(self.stream.close)
+        self.closing.callback(self._say_traffic)
         log.info(f"Cache: {self.stream.cache.describe()}")
         share: dict[str, Any] = {
             "device": self.device,
@@ -614,6 +616,17 @@ class BrainToTextDecoder_Trainer_S3:
         self.state.seconds += elapsed
         self._check_refusals()
         self._mark_interval(step + 1)
+
+    def _ask_for_traffic(self) -> None:
+        """Learn what the other ranks read, at a point that all of them reach."""
+        self._traffic_of_others = self.world.gather(self.stream.stats.snapshot())[1:]
+
+    def _say_traffic(self) -> None:
+        """The last words on the data, however the run ended, after everything was read."""
+        known = [self.stream.stats.snapshot(), *self._traffic_of_others]
+        whose = "Streaming" if len(known) == self.world.size else "Streaming by the first process"
+        priced = self.data_url.startswith("s3://")
+        self.log.info(f"{whose}: {StreamCounts.total(known).describe(priced)}")
 
     def _check_refusals(self) -> None:
         """Say that updates were refused; stop where too many in a row were. Waits for the device.

@@ -68,14 +68,14 @@ class StreamCounts:
         shares = {"cache_hit_rate": self.hit_rate, "request_cost_usd": self.request_cost_usd}
         return {**dataclasses.asdict(self), **shares}
 
-    def describe(self) -> str:
-        """One line for a log or a run's summary."""
-        return (
+    def describe(self, priced: bool = True) -> str:
+        """One line for a log or a run's summary; `priced` with what S3 bills for it."""
+        said = (
             f"{self.requests:,} GETs, {self.bytes_fetched / 1e6:,.1f} MB, "
             f"cache hits {100 * self.hit_rate:.1f} %, {self.retries:,} retries, "
-            f"waited {self.wait_seconds:.1f} s for {self.batches:,} batches, "
-            f"S3 requests ${self.request_cost_usd:.4f}"
+            f"waited {self.wait_seconds:.1f} s for {self.batches:,} batches"
         )
+        return f"{said}, S3 requests ${self.request_cost_usd:.4f}" if priced else said
 
 
 class StreamStats:

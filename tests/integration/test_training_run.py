@@ -16,6 +16,7 @@ import torch
 import train_model_sagemaker
 from brain_to_text import rnn_trainer_s3
 from brain_to_text.config import load_config
+from brain_to_text.errors import TrainingError
 from brain_to_text.evaluation import evaluate
 from brain_to_text.losses import JointObjective
 from brain_to_text.train_step import TrainStep
@@ -211,6 +212,48 @@ def test_a_joint_loss_says_the_terms_it_has_and_their_weight(data, train, object
     for text, numbers in zip(said, run.metrics(), strict=True):
         for name in ("diphone", "phoneme"):
             assert (f"{name}_loss" in numbers) == (f"{name}: #" in (text or ""))
+
+
+def streaming(run: Run) -> str:
+    """The one line about the whole run's data, and that it is the run's last."""
+    (line,) = [line for line in run.said.splitlines() if ": Streaming: " in line]
+    after = run.said[run.said.index(line) + len(line) :].strip()
+    assert not after or (run.code and after.startswith("ERROR: ")), after
+    return line
+
+
+def test_what_was_streamed_is_said_when_everything_was_read(data, train):
+    run = train("job", "--data-dir", str(data), cache_gb=0)
+    line = streaming(run)
+    assert run.said.index("Report: ") < run.said.index(line)
+    in_steps = sum(numbers["requests"] for numbers in run.metrics())
+    val_trials = 9  # read by three validations, and by the report
+    assert int(re.search(r"Streaming: ([\d,]+) GETs", line)[1]) >= in_steps + 4 * val_trials
+    assert "$" not in line, "a folder bills nothing"
+
+
+def test_what_was_streamed_has_a_price_on_s3(data, train, s3_prefix, upload):
+    upload(data, s3_prefix)
+    bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
+    run = train("job", "--s3-bucket", bucket, "--s3-data-prefix", prefix, num_training_batches=2)
+    assert re.search(r"GETs, .* S3 requests \$0\.\d{4}$", streaming(run))
+
+
+@pytest.mark.parametrize("end", ["stop", "failure"])
+def test_what_was_streamed_is_said_however_a_run_ends(data, train, monkeypatch, end):
+    real = TrainStep.__call__
+
+    def ending(self, batch, step, *rest):
+        if step == 4 and end == "failure":
+            raise TrainingError("The fifth step fails.")
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch, step, *rest)
+
+    monkeypatch.setattr(TrainStep, "__call__", ending)
+    run = train("job", "--data-dir", str(data))
+    assert run.code == (1 if end == "failure" else 0)
+    assert re.search(r"Streaming: \d+ GETs, .* waited", streaming(run))
 
 
 def test_faults_of_the_network_do_not_change_the_run(
