@@ -464,6 +464,46 @@ def test_a_new_run_starts_from_given_weights_by_session_name(data, train):
     assert torch.equal(old["gru.weight_hh_l1"], new["gru.weight_hh_l1"])
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_logits_are_kept_on_request_only(data, train, monkeypatch, kept):
+    results = []
+
+    def spy(*args, **options):
+        results.append(evaluate(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
+    run = train("job", "--data-dir", str(data), **({"save_val_logits": True} if kept else {}))
+    assert run.code == 0
+    assert ("output/data/val_logits.pt" in run.files) == kept
+    assert all((result.logits is not None) == kept for result in results)
+    if kept:
+        logits = torch.load(run.folder / "output/data/val_logits.pt", weights_only=True)
+        assert len(logits) == 9
+        for value in logits.values():
+            assert value.dtype == torch.float16 and value.shape[1] == 1681 and len(value) > 10
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_scores_of_sessions_are_said_unless_switched_off(data, train, said):
+    settings = {} if said else {"log_individual_day_val_PER": False}
+    run = train("job", "--data-dir", str(data), **settings)
+    rate = r"\d+\.\d{4}"
+    for session in ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18"):
+        line = rf"(?m):   {session} DER: {rate} PER: {rate} PER_path: {rate} CTC_loss: {rate}$"
+        assert len(re.findall(line, run.said)) == (3 if said else 0)
+    sessions = run.metrics("validation")[-1]["per_session"]
+    assert sum(rates["n_trials"] for rates in sessions.values()) == 9
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_run_decides_about_tf32(data, train, monkeypatch, allowed):
+    decided = []
+    monkeypatch.setattr(rnn_trainer_s3, "allow_tf32", decided.append)
+    train("job", "--data-dir", str(data), allow_tf32=allowed, num_training_batches=1)
+    assert decided == [allowed]
+
+
 def test_sessions_switched_off_are_not_validated(data, train):
     run = train(
         "job",

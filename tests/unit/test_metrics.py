@@ -113,13 +113,32 @@ def test_a_phoneme_model_has_one_error_rate() -> None:
     assert "DER" not in result.per_session["a"]
 
 
-def test_nothing_heavier_than_class_ids_waits_to_be_scored() -> None:
+def tensors_in(value) -> list[torch.Tensor]:
+    """Every tensor within nested containers and objects."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dict__"):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_heavier_than_class_ids_waits_to_be_scored(whole: bool) -> None:
     batch = example_batch([40, 28], [0, 1])
     meter = ValidationMeter(["a", "b"], 1681)
-    meter.add(torch.randn(2, 18, 1681), batch, torch.tensor([18, 12]))
-    (pending,) = meter._pending
-    tensors = [v for v in pending.values() if isinstance(v, torch.Tensor)]
-    assert sum(t.numel() * t.element_size() for t in tensors) < 18 * 2 * 8
-    assert "features" not in vars(pending["batch"])
+    logits, frames = torch.randn(2, 18, 1681), torch.tensor([18, 12])
+    if whole:
+        meter.add(logits, batch, frames)
+    else:
+        meter.add_parts([(slice(i, i + 1), logits[i : i + 1]) for i in (0, 1)], batch, frames)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(meter)}
+    ids = 2 * 18 * 2 * 2  # int16 diphones and phonemes
+    labels = 2 * (batch.labels.numel() + batch.phoneme_labels.numel())
+    per_trial = 2 * (4 + 4 * 8)  # a loss, two lengths, frames, day
+    assert sum(storage.nbytes() for storage in storages.values()) == ids + labels + per_trial
     meter.result()
     assert not meter._pending
