@@ -77,15 +77,23 @@ def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
 
 def peak_of(name: str, dtype: torch.dtype | None, tf32: bool = True) -> float | None:
     """Peak FLOP/s by device name, e.g. 'NVIDIA A10G'; None if it is not in the table."""
+    known = known_as(name)
+    if known is None:
+        return None
+    peak = PEAKS[known]
+    if dtype == torch.bfloat16:
+        value = peak.bfloat16
+    elif dtype == torch.float16:
+        value = peak.float16
+    else:
+        value = peak.tf32 if tf32 and peak.tf32 else peak.float32
+    return value * 1e12 if value else None
+
+
+def known_as(name: str) -> str | None:
+    """The name in `PEAKS` of a device that calls itself `name`, e.g. 'Tesla T4'."""
     words = name.replace("-", " ").split()
     for known in sorted(PEAKS, key=len, reverse=True):
         if all(word in words for word in known.split()):
-            peak = PEAKS[known]
-            if dtype == torch.bfloat16:
-                value = peak.bfloat16
-            elif dtype == torch.float16:
-                value = peak.float16
-            else:
-                value = peak.tf32 if tf32 and peak.tf32 else peak.float32
-            return value * 1e12 if value else None
+            return known
     return None

@@ -1,15 +1,19 @@
 """Time a training step: a plain eager rendering of the recipe against this library, in one run.
 
     python tests/benchmarks/bench_step.py                          # phases and whole step
+    python tests/benchmarks/bench_step.py --config code/rnn_args_diphone_sagemaker.yaml
     python tests/benchmarks/bench_step.py --device cuda --units 1024 --batch-size 48
+    python tests/benchmarks/bench_step.py --with-data              # trials streamed, GPU cache on
     python tests/benchmarks/bench_step.py --sweep                  # batch sizes x lengths
     python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
     python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
     python tests/benchmarks/bench_step.py --compile                # eager against torch.compile
     python tests/benchmarks/bench_step.py --project                # hours and cost per instance
 
-Contenders take turns; a figure is the median over rounds of the time with everything that was
-started also finished. Trials are noise: a step's time does not depend on what is in it.
+Options override the configuration's values; a schedule of the phoneme weight becomes its last
+value. Contenders take turns; a figure is the median over rounds of the time with everything that
+was started also finished. Trials are noise: a step's time does not depend on what is in it.
+float32 is float32 in both contenders unless --tf32 is given.
 """
 
 # ruff: noqa: E402  (the library's folder comes first on the path)
@@ -20,11 +24,13 @@ import argparse
 import copy
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +40,38 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).pare
 from brain_to_text.augmentations import Augmentation, step_generator
 from brain_to_text.batch import Batch
 from brain_to_text.config import TrainingConfig, load_config
-from brain_to_text.device import autocast_dtype
+from brain_to_text.dataset_s3 import BrainToTextDatasetS3
+from brain_to_text.device import allow_tf32, autocast_dtype
+from brain_to_text.diphones import encode_diphones
 from brain_to_text.evaluation import evaluate
 from brain_to_text.losses import JointObjective
+from brain_to_text.object_store import open_store
 from brain_to_text.optimizer import apply_update, build_optimizer, build_scheduler, clip_and_check
+from brain_to_text.pricing import table as instance_table
 from brain_to_text.rnn_model import GRUDecoder
-from brain_to_text.throughput import flops_per_step, peak_flops, peak_of
+from brain_to_text.throughput import flops_per_step, known_as, peak_flops, peak_of
 from brain_to_text.train_step import TrainStep
+from brain_to_text.trial_files import TrialContents, data_file_bytes
+from brain_to_text.trial_manifest import index_dataset
+from brain_to_text.trial_stream import TrialStream
 from plain_recipe import PlainDecoder, PlainStep
 
 STEPS_OF_A_RUN = 150_000
 MEAN_BINS, LABELS_PER_BIN = 850, 58 / 850  # mean trial of the public dataset, self-loop labels
 N_SESSIONS = 4
+OLDEST_CAPABILITY = 7.5  # compute capability that the image's cuDNN supports
 CLOCK = time.perf_counter  # --cpu-time: this process's CPU seconds, for machines that are shared
+
+
+def trial_lengths(
+    config: TrainingConfig, count: int, bins: int, lengths: str, random: np.random.Generator
+) -> np.ndarray:
+    """Bins of each trial: all equal, or lognormal around the mean `bins`."""
+    if lengths == "equal":
+        return np.full(count, bins)
+    sigma = 0.35  # 5th to 95th percentile: 0.53 to 1.67 of the mean
+    drawn = bins * random.lognormal(-(sigma**2) / 2, sigma, count)
+    return np.clip(drawn, config.model.patch_size * 4, None).astype(np.int64)
 
 
 def synthetic_batch(
@@ -55,12 +80,7 @@ def synthetic_batch(
     """Trials of `bins` bins each ('equal'), or lognormal with that mean ('spread')."""
     random = np.random.default_rng(seed)
     B, C = config.dataset.batch_size, config.model.n_input_features
-    n = np.full(B, bins)
-    if lengths == "spread":
-        sigma = 0.35  # 5th to 95th percentile: 0.53 to 1.67 of the mean
-        n = np.clip(
-            bins * random.lognormal(-(sigma**2) / 2, sigma, B), config.model.patch_size * 4, None
-        ).astype(np.int64)
+    n = trial_lengths(config, B, bins, lengths, random)
     n_labels = np.maximum(1, (n * LABELS_PER_BIN).astype(np.int64))
     features = torch.zeros(B, int(n.max()), C)
     labels = torch.zeros(B, int(n_labels.max()), dtype=torch.int64)
@@ -238,7 +258,8 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
         )
 
 
-def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
+def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> float:
+    """Both contenders' phases and whole step; returns the seconds of ours."""
     plain, ours = Plain(config, device), Ours(config, device)
     batches = [synthetic_batch(config, args.bins, args.lengths, seed, device) for seed in range(3)]
     whole = alternate(
@@ -269,6 +290,98 @@ def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch
     print(f", MFU {100 * flops / o / peak:.1f} %" if peak else "")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB (both)")
+    return o
+
+
+def write_sessions(folder: Path, config: TrainingConfig, args: argparse.Namespace) -> None:
+    """SESSION/data_train.hdf5 for `N_SESSIONS` sessions, two batches of trials in all."""
+    random = np.random.default_rng(0)
+    per_session = -(-2 * config.dataset.batch_size // N_SESSIONS)
+    for number in range(N_SESSIONS):
+        session = f"t15.2023.08.{10 + number}"
+        trials = []
+        for i, n in enumerate(trial_lengths(config, per_session, args.bins, args.lengths, random)):
+            phonemes = random.integers(1, 40, max(int(n * LABELS_PER_BIN) // 2, 1)).astype(np.int32)
+            diphones = config.dataset.n_classes == 1681
+            features = random.standard_normal((n, config.dataset.neural_dim), dtype=np.float32)
+            labels = encode_diphones(phonemes) if diphones else phonemes
+            trials.append(
+                TrialContents(
+                    f"trial_{i:04d}",
+                    session,
+                    1,
+                    i,
+                    features,
+                    labels,
+                    phonemes if diphones else None,
+                    "noise",
+                )
+            )
+        (folder / session).mkdir()
+        (folder / session / "data_train.hdf5").write_bytes(data_file_bytes(trials))
+
+
+def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> float:
+    """Steps as a run makes them, from `next` on the dataset to the update; returns their seconds.
+
+    Trials lie in a folder and, from the warm-up on, in the cache on the device. Nothing waits for
+    the device between two steps, so that preparing and copying batches may overlap computing.
+    """
+    config = copy.deepcopy(config)
+    config.dataset.days_per_batch = min(config.dataset.days_per_batch, N_SESSIONS)
+    config.dataset.must_include_days = None
+    ours, steps = Ours(config, device), args.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        write_sessions(Path(folder), config, args)
+        store = open_store(folder)
+        manifest = index_dataset(store)
+        everything = sum(trial.length for trial in manifest.trials)
+        config.dataset.gpu_cache_gb = 2 * everything / 1e9  # one of them for the batch under way
+        stream = TrialStream.from_config(store, manifest, config.dataset)
+        sessions = sorted({trial.session for trial in manifest.trials})
+        by_session = [
+            np.array([i for i, trial in enumerate(manifest.trials) if trial.session == session])
+            for session in sessions
+        ]
+        dataset = BrainToTextDatasetS3.from_config(stream, by_session, config, device=device)
+        warm_up = max(steps // 4, 8)  # most trials have come up by then
+
+        def loop(batches: Iterator[Batch], n: int) -> Callable[[], None]:
+            def run() -> None:
+                for k in range(n):
+                    ours.whole(next(batches), k)
+
+            return run
+
+        rows: list[list[str]] = []
+        seconds: list[float] = []
+        with dataset.batches() as batches:
+            loop(batches, warm_up)()
+            for _ in range(3):
+                before = stream.stats.snapshot()
+                seconds.append(timed(loop(batches, steps), device) / steps)
+                traffic = stream.stats.snapshot() - before
+                asked = traffic.device_hits + traffic.cache_hits + traffic.cache_misses
+                rows.append(
+                    [
+                        "streamed",
+                        f"{seconds[-1] * 1e3:.1f}",
+                        f"{config.dataset.batch_size / seconds[-1]:.1f}",
+                        f"{100 * traffic.wait_seconds / (seconds[-1] * steps):.1f}",
+                        f"{100 * traffic.device_hits / max(asked, 1):.0f}",
+                    ]
+                )
+            kept = [next(batches) for _ in range(3)]
+        alone = timed(loop(iter(kept * steps), steps), device) / steps
+        rows.append(["in memory", f"{alone * 1e3:.1f}", f"{config.dataset.batch_size / alone:.1f}"])
+        rows[-1] += ["-", "-"]
+        dataset.close()
+    table(
+        f"Steps with their data, means over {steps} steps after {warm_up}",
+        ["batches", "ms", "trials/s", "% waiting for data", "% of trials on the device"],
+        rows,
+    )
+    return statistics.median(seconds)
 
 
 def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) -> None:
@@ -277,7 +390,7 @@ def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) ->
         variant = copy.deepcopy(config)
         variant.dataset.n_classes = n_classes
         if n_classes != 1681:
-            variant.objective = type(config.objective)()
+            variant.objective.phoneme_weight = 0.0
         ours = Ours(variant, device)
         batch = synthetic_batch(variant, args.bins, args.lengths, 0, device)
         contenders[f"{n_classes} classes"] = lambda k, o=ours, b=batch: o.whole(b, k)
@@ -292,8 +405,8 @@ def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) ->
 
 def sweep(config: TrainingConfig, args: argparse.Namespace, device) -> None:
     rows = []
-    for batch_size in (8, 16, 32, 64):
-        for bins in (400, 850, 1800):
+    for batch_size in (args.batch_size,) if args.batch_size else (8, 16, 32, 64):
+        for bins in (args.bins,) if args.given_bins else (400, 850, 1800):
             variant = copy.deepcopy(config)
             variant.dataset.batch_size = batch_size
             batch = synthetic_batch(variant, bins, args.lengths, 0, device)
@@ -383,6 +496,11 @@ def compare_validation(config: TrainingConfig, args: argparse.Namespace, device)
     def all_together() -> None:
         ders["batched"] = batched()
 
+    everything_once = batches, trials  # compiling and choosing kernels is not scoring
+    batches, trials = batches[:1], trials[:3]
+    one()
+    all_together()
+    batches, trials = everything_once
     slow, fast = timed(one, device), timed(all_together, device)
     table(
         f"Validation of {n} trials",
@@ -421,37 +539,45 @@ def take(batch: Batch, rows: torch.Tensor, device: torch.device) -> Batch:
     ).to(device)
 
 
-# SageMaker training instances with one GPU: GPU name, price of the mission's table in $/h where it
-# gives one (EC2's on-demand list), else None: ask the pricing front door before quoting.
-INSTANCES = {
-    "ml.g4dn.xlarge": ("T4", torch.float16, 0.736),
-    "ml.g5.2xlarge": ("A10G", torch.bfloat16, 1.212),
-    "ml.g6.2xlarge": ("L4", torch.bfloat16, None),
-    "ml.p4d.24xlarge (one of 8)": ("A100", torch.bfloat16, None),
-    "ml.p5.48xlarge (one of 8)": ("H100", torch.bfloat16, None),
-    "ml.p5en.48xlarge (one of 8)": ("H200", torch.bfloat16, None),
-}
+def project(
+    config: TrainingConfig, args: argparse.Namespace, measured: tuple[str, float] | None
+) -> None:
+    """Hours and cost of 150,000 steps on one GPU of every instance type that the image supports.
 
-
-def project(config: TrainingConfig, args: argparse.Namespace) -> None:
-    """Hours and cost of 150,000 steps from arithmetic alone, at two utilisations."""
+    From arithmetic alone at two utilisations; where the step was `measured` (GPU, seconds) in this
+    run, from that too, on the types that have this GPU.
+    """
     n = torch.full((config.dataset.batch_size,), MEAN_BINS)
     flops = flops_per_step(config, n)
+    tables = instance_table()
     rows = []
-    for instance, (gpu, dtype, price) in INSTANCES.items():
+    for instance, row in tables["types"].items():
+        gpu, price = row["gpu"], row["usd_per_hour"]
+        if gpu is None or tables["gpus"][gpu]["capability"] < OLDEST_CAPABILITY:
+            continue
+        new = tables["gpus"][gpu]["capability"] >= 8
+        dtype = torch.bfloat16 if new else torch.float16
         peak = peak_of(gpu, dtype)
-        assert peak is not None
-        cells = [instance, gpu, str(dtype).removeprefix("torch.")]
-        for mfu in (0.5, 0.2):
-            seconds = max(flops / peak / mfu, args.floor_ms / 1e3)
+        assert peak is not None, f"{gpu} is not in throughput.PEAKS"
+        cells = [instance, f"1 of {row['gpus']} {gpu}", str(dtype).removeprefix("torch.")]
+        steps: list[float | None] = [max(flops / peak / u, args.floor_ms / 1e3) for u in (0.5, 0.2)]
+        if measured is not None:
+            steps.append(measured[1] if measured[0] == gpu else None)
+        for seconds in steps:
+            if seconds is None:
+                cells += ["-", "-", "-"]
+                continue
             hours = STEPS_OF_A_RUN * seconds / 3600
-            cost = f"{hours * price:.0f}" if price else "-"
+            cost = "-" if price is None else f"{hours * price:.0f}"
             cells += [f"{seconds * 1e3:.0f}", f"{hours:.1f}", cost]
         rows.append(cells)
+    columns = ["ms", "hours", "$"]
     table(
-        f"{STEPS_OF_A_RUN} steps of {flops / 1e12:.2f} TFLOP, at 50 % and at 20 % of peak, "
-        f"never below {args.floor_ms:g} ms (the serial recurrence); prices of the mission's table",
-        ["instance", "GPU", "type", "ms", "hours", "$", "ms", "hours", "$"],
+        f"{STEPS_OF_A_RUN} steps of {flops / 1e12:.2f} TFLOP, at 50 % and at 20 % of the data "
+        f"sheet's peak (never below {args.floor_ms:g} ms, the serial recurrence)"
+        + ("" if measured is None else f", and as measured in this run on {measured[0]}")
+        + f"; prices of whole instances from {tables['prices_collected']}, not verified",
+        ["instance", "GPU", "type", *columns, *columns, *(columns if measured else [])],
         rows,
     )
 
@@ -472,7 +598,50 @@ def compare_compile(config: TrainingConfig, args: argparse.Namespace, device) ->
         print(f"{name}: {seconds * 1e3:.1f} ms")
 
 
-def main() -> None:
+def configured(args: argparse.Namespace) -> TrainingConfig:
+    """The configuration file, or the recipe sized for a CPU, with what was given beside it."""
+    given: dict[str, Any] = {}
+    if args.config is None:
+        full = args.project
+        given = {
+            "dataset.n_classes": 1681,
+            "model.n_units": 1024 if full else 512,
+            "model.n_layers": 5 if full else 3,
+            "dataset.batch_size": 48 if full else 16,
+        }
+    options = {
+        "dataset.batch_size": args.batch_size,
+        "model.n_units": args.units,
+        "model.n_layers": args.layers,
+        "model.rnn_dropout": args.rnn_dropout,
+        "model.bidirectional": args.bidirectional,
+        "objective.ctc_kernel": args.ctc_kernel,
+        "objective.phoneme_weight": args.phoneme_weight,
+    }
+    if args.features:
+        options |= {
+            "model.n_input_features": args.features,
+            "dataset.neural_dim": args.features,
+            "model.input_network.input_layer_sizes": [args.features],
+        }
+    if args.batch_size and args.batch_size < N_SESSIONS:
+        options["dataset.days_per_batch"] = args.batch_size
+    if args.amp_dtype:
+        options["use_amp"] = args.amp_dtype != "off"
+        options["amp_dtype"] = args.amp_dtype if args.amp_dtype != "off" else "auto"
+    given |= {name: value for name, value in options.items() if value is not None}
+    if "objective.phoneme_weight" in given:
+        given["objective.schedule"] = None
+    config = load_config(args.config, given)
+    if config.objective.schedule is not None:  # contenders are to compute the same at every step
+        config.objective.phoneme_weight = config.objective.schedule.end
+        config.objective.schedule = None
+    if not config.use_amp:
+        config.allow_tf32 = args.tf32
+    return config
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", type=Path, help="YAML; default: the recipe, sized for a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -484,23 +653,36 @@ def main() -> None:
     parser.add_argument("--units", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--features", type=int)
-    parser.add_argument("--bins", type=int, default=MEAN_BINS)
+    parser.add_argument("--bins", type=int, help=f"mean trial length; default {MEAN_BINS}")
     parser.add_argument("--lengths", choices=["equal", "spread"], default="spread")
-    parser.add_argument("--bidirectional", action="store_true")
-    parser.add_argument("--ctc-kernel", choices=["torch", "triton"], default="torch")
-    parser.add_argument("--phoneme-weight", type=float, default=0.0)
+    parser.add_argument("--bidirectional", action=argparse.BooleanOptionalAction)
+    parser.add_argument(
+        "--rnn-dropout", type=float, help="0: the GRU's layers are one call on a GPU"
+    )
+    parser.add_argument("--ctc-kernel", choices=["torch", "triton"])
+    parser.add_argument("--phoneme-weight", type=float)
     parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
+    parser.add_argument("--tf32", action="store_true", help="TF32 where --amp-dtype is off")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--with-data", action="store_true", help="batches through the dataset")
     parser.add_argument("--classes", help="compare numbers of classes, e.g. 41,1681")
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="of what is not given")
     parser.add_argument(
         "--ours-only", action="store_true", help="leave the plain one out of --sweep"
     )
     parser.add_argument("--validation", type=int, metavar="TRIALS")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--project", action="store_true")
+    parser.add_argument(
+        "--project", action="store_true", help="on a GPU, or with --with-data, measured too"
+    )
     parser.add_argument("--floor-ms", type=float, default=5.0)
-    args = parser.parse_args()
+    return parser
+
+
+def main(words: list[str] | None = None) -> None:
+    args = build_parser().parse_args(words)
+    args.given_bins = args.bins is not None
+    args.bins = args.bins or MEAN_BINS
 
     global CLOCK
     if args.cpu_time:
@@ -508,34 +690,24 @@ def main() -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = load_config(args.config)
-    if args.config is None:
-        config.dataset.n_classes = 1681
-        if not args.project:
-            config.model.n_units, config.model.n_layers, config.dataset.batch_size = 512, 3, 16
-        else:
-            config.model.n_units, config.dataset.batch_size = 1024, 48
-    config.dataset.batch_size = args.batch_size or config.dataset.batch_size
-    config.model.n_units = args.units or config.model.n_units
-    config.model.n_layers = args.layers or config.model.n_layers
-    config.model.n_input_features = args.features or config.model.n_input_features
-    config.model.bidirectional = args.bidirectional
-    config.objective.ctc_kernel = args.ctc_kernel
-    config.objective.phoneme_weight = args.phoneme_weight
-    if args.amp_dtype:
-        config.use_amp = args.amp_dtype != "off"
-        config.amp_dtype = args.amp_dtype if config.use_amp else "auto"
+    config = configured(args)
+    allow_tf32(config.allow_tf32)
     torch.manual_seed(0)
+    on_gpu = device.type == "cuda"
     clock = "CPU" if args.cpu_time else "wall"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    precision = autocast_dtype(config, device) or (
+        "TF32" if on_gpu and config.allow_tf32 else torch.float32
+    )
     print(
         f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, "
-        f"{clock} time, precision {autocast_dtype(config, device) or torch.float32}; "
+        f"{clock} time, precision {precision}; "
         f"{config.model.n_layers} x {config.model.n_units} units, {config.dataset.n_classes} "
         f"classes, batch {config.dataset.batch_size}, {args.bins} bins ({args.lengths})"
     )
-    if args.project:
-        project(config, args)
+    seconds = None
+    if args.with_data:
+        seconds = with_data(config, args, device)
     elif args.classes:
         compare_classes(config, args, device)
     elif args.sweep:
@@ -544,8 +716,11 @@ def main() -> None:
         compare_validation(config, args, device)
     elif args.compile:
         compare_compile(config, args, device)
-    else:
-        compare_step(config, args, device)
+    elif on_gpu or not args.project:
+        seconds = compare_step(config, args, device)
+    if args.project:
+        gpu = known_as(name)
+        project(config, args, None if gpu is None or seconds is None else (gpu, seconds))
 
 
 if __name__ == "__main__":

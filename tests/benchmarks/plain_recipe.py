@@ -2,8 +2,9 @@
 
 Same mathematics and the same parameter names as `brain_to_text`, in plain PyTorch: day weights
 gathered to [B, C, C], depthwise convolution for smoothing, strided patches, torch's GRU over padded
-frames, torch's CTC on log-softmax, clip and AdamW one after the other, and a host read of loss and
-gradient norm at every step.
+frames, torch's CTC on log-softmax (of diphones, and of phonemes summed class by class where they
+have a weight), clip and AdamW one after the other, and a host read of loss and gradient norm at
+every step. Under autocast torch's GRU computes in float16 on GPUs, even if bfloat16 is asked for.
 """
 
 from __future__ import annotations
@@ -96,7 +97,19 @@ class PlainStep:
         nll = F.ctc_loss(
             log_probs, batch.labels, frames, batch.label_lengths, blank=0, reduction="none"
         )
-        return nll.mean()
+        weight = self.config.objective.phoneme_weight
+        if weight == 0:
+            return nll.mean()
+        marginal = torch.stack([log_probs[..., c::41].logsumexp(-1) for c in range(41)], -1)
+        phoneme_nll = F.ctc_loss(
+            marginal,
+            batch.phoneme_labels,
+            frames,
+            batch.phoneme_lengths,
+            blank=0,
+            reduction="none",
+        )
+        return (1 - weight) * nll.mean() + weight * phoneme_nll.mean()
 
     def update(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(
