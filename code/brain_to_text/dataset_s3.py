@@ -18,6 +18,7 @@ import torch
 
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
+from .cache_plan import plan_device
 from .config import TrainingConfig
 from .device_cache import DeviceCache, GatherPlan
 from .errors import ConfigError
@@ -240,7 +241,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             device=device,
             limits=_limits(config, TRAINING_SHARE),
             feature_subset=dataset.feature_subset,
-            device_cache=_device_cache(stream, trials_by_session, config, device, world_size),
+            device_cache=_device_cache(stream, config, device, world_size),
         )
 
     def __len__(self) -> int:
@@ -392,28 +393,18 @@ def _limits(config: TrainingConfig, share: float) -> PrefetchLimits:
 
 
 def _device_cache(
-    stream: TrialStream,
-    trials_by_session: Sequence[np.ndarray],
-    config: TrainingConfig,
-    device: torch.device | None,
-    world_size: int,
+    stream: TrialStream, config: TrainingConfig, device: torch.device | None, world_size: int
 ) -> DeviceCache | None:
     """The GPU tier of `dataset.gpu_cache_gb`, no larger than the training set."""
     dataset = config.dataset
     if dataset.gpu_cache_gb == 0:
         return None
-    trials = np.concatenate([np.asarray(t, np.int64) for t in trials_by_session])
-    lengths = np.array([stream.manifest.trials[i].n_time_steps for i in trials])
-    share = -(-dataset.batch_size // world_size)
-    scratch_rows = int(np.sort(lengths)[-share:].sum())
-    dtype = torch.float16 if stream.dtype == np.float16 else torch.float32
-    n_features = len(dataset.feature_subset or ()) or stream.manifest.n_features
-    row_bytes = n_features * dtype.itemsize
-    budget = int(min(dataset.gpu_cache_gb * 1e9, (lengths.sum() + scratch_rows + 2) * row_bytes))
-    smallest = DeviceCache.smallest_budget(n_features, dtype, scratch_rows)
-    if budget < smallest:
+    plan = plan_device(stream.manifest, dataset, world_size)
+    if dataset.gpu_cache_gb * 1e9 < plan.smallest_bytes:
         raise ConfigError(
             f"dataset.gpu_cache_gb is {dataset.gpu_cache_gb:g} but the largest batch alone needs "
-            f"{smallest / 1e9:.2f}: raise it, or write 0 to turn the GPU cache off."
+            f"{plan.smallest_bytes / 1e9:.2f}: raise it, or write 0 to turn the GPU cache off."
         )
-    return DeviceCache(device or torch.device("cpu"), budget, n_features, dtype, scratch_rows)
+    dtype = torch.float16 if plan.dtype == np.float16 else torch.float32
+    device = device or torch.device("cpu")
+    return DeviceCache(device, plan.n_time_steps, plan.n_features, dtype, plan.scratch_rows)

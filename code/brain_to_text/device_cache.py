@@ -1,8 +1,8 @@
 """Trials kept on the training device, so that a batch of them crosses no bus.
 
 One tensor holds the rows (time bins) of every trial kept; row 0 is zero and stands for padding. A
-batch is then a single gather of rows. What comes first stays, as in the RAM cache; trials for which
-there is no room pass through a scratch area of one batch's size.
+batch is then a single gather of rows. Each trial that is to be kept has its place from the start
+(see `cache_plan`); others pass through a scratch area of one batch's size.
 """
 
 from __future__ import annotations
@@ -16,50 +16,41 @@ import torch
 
 
 class DeviceCache:
-    """Rows of trials on a device under a byte budget.
+    """Rows of trials on a device.
 
     Args:
         device: any torch device; the CPU too.
-        budget_bytes: size of the whole tensor, scratch area included.
+        kept: bins of each trial to keep.
         n_features: C.
         dtype: float32 or float16: what the stream gives.
         scratch_rows: most rows that the distinct trials of one batch can have.
-
-    Raises:
-        ValueError: the budget does not even hold the scratch area (see `smallest_budget`).
     """
 
     def __init__(
         self,
         device: torch.device,
-        budget_bytes: int,
+        kept: Mapping[int, int],
         n_features: int,
         dtype: torch.dtype,
         scratch_rows: int,
     ) -> None:
-        rows = budget_bytes // (n_features * dtype.itemsize)
-        if rows <= scratch_rows + 1:
-            needed = self.smallest_budget(n_features, dtype, scratch_rows)
-            raise ValueError(f"{budget_bytes} bytes cannot hold one batch ({needed} bytes)")
         self.device = device
         self.dtype = dtype
-        self._rows = torch.empty((rows, n_features), dtype=dtype, device=device)
+        ends = np.cumsum([1, *kept.values()]).tolist()
+        self._places = dict(zip(kept, ends, strict=False))
+        self._scratch = ends[-1]
+        shape = (self._scratch + scratch_rows, n_features)
+        self._rows = torch.empty(shape, dtype=dtype, device=device)
         self._rows[0] = 0
-        self._scratch = rows - scratch_rows
-        self._next = 1
-        self._starts: dict[int, int] = {}
+        self._held: set[int] = set()
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    @staticmethod
-    def smallest_budget(n_features: int, dtype: torch.dtype, scratch_rows: int) -> int:
-        return (scratch_rows + 2) * n_features * dtype.itemsize
-
     def holds(self, index: int) -> bool:
         """True once the trial is on the device; it then stays there."""
-        return index in self._starts
+        return index in self._held
 
     def gather(
         self,
@@ -103,17 +94,15 @@ class DeviceCache:
         scratch = self._scratch
         starts = {}
         for index, length in lengths.items():
-            if index in self._starts:
-                starts[index] = self._starts[index]
+            keep = index in self._places
+            starts[index] = start = self._places[index] if keep else scratch
+            if index in self._held:
                 continue
             assert rows is not None
-            keep = self._next + length <= self._scratch
-            starts[index] = start = self._next if keep else scratch
             source = rows[places[index] : places[index] + length]
             self._rows[start : start + length].copy_(source, non_blocking=True)
             if keep:
-                self._starts[index] = start
-                self._next += length
+                self._held.add(index)
             else:
                 scratch += length
         return starts

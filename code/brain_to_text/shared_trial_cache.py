@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from .cache_plan import RamPlan, decoded_dtype, plan_ram
 from .config import DatasetConfig
 from .trial_cache import TrialCache, cache_budget_bytes
 from .trial_manifest import TrialManifest
@@ -51,12 +52,9 @@ class Slot:
 
 
 def layout(
-    manifest: TrialManifest, cache_dtype: str, budget_bytes: int
+    manifest: TrialManifest, plan: RamPlan, cache_dtype: str, budget_bytes: int
 ) -> tuple[dict[int, Slot], int]:
-    """A place for every trial that fits: the same on every process.
-
-    Training trials come first, because a validation reads each of its own only once; within a
-    split the order is scattered, so that a small budget holds some of every session.
+    """A place for every trial of the plan that fits, in its order: the same on every process.
 
     Returns:
         (slot by index into `manifest.trials`, bytes in all with the flags in front)
@@ -64,15 +62,13 @@ def layout(
     n = len(manifest.trials)
     used = -(-n // mmap.PAGESIZE) * mmap.PAGESIZE
     slots: dict[int, Slot] = {}
-    for split in ("train", "val"):
-        wanted = [i for i, trial in enumerate(manifest.trials) if trial.split == split]
-        for index in sorted(wanted, key=lambda i: (i * 2_654_435_761) % 2**32):
-            trial = manifest.trials[index]
-            dtype = np.dtype("<f2" if cache_dtype == "float16" else trial.dtype)
-            slot = Slot(used, (trial.n_time_steps, trial.n_features), dtype)
-            if used + slot.n_bytes <= budget_bytes:
-                slots[index] = slot
-                used = -(-(used + slot.n_bytes) // _ALIGNMENT) * _ALIGNMENT
+    for index in (*plan.first, *plan.rest):
+        trial = manifest.trials[index]
+        dtype = decoded_dtype(trial, cache_dtype)
+        slot = Slot(used, (trial.n_time_steps, trial.n_features), dtype)
+        if used + slot.n_bytes <= budget_bytes:
+            slots[index] = slot
+            used = -(-(used + slot.n_bytes) // _ALIGNMENT) * _ALIGNMENT
     return slots, used
 
 
@@ -136,19 +132,16 @@ def open_cache(
     Args:
         host: this process's world; every process of it must call this at the same point.
     """
-    processes = 1 if host is None else host.local_size
-    used = [trial for trial in manifest.trials if trial.split in ("train", "val")]
-    decoded = sum(trial.feature_bytes for trial in used)
-    if dataset.cache_dtype == "float16":
-        decoded = sum(trial.n_time_steps * trial.n_features * 2 for trial in used)
+    world_size, processes = (1, 1) if host is None else (host.size, host.local_size)
+    plan = plan_ram(manifest, dataset, world_size, shared=processes > 1)
 
     def budget() -> int:
         """For one process."""
         prefetch_bytes = int(dataset.prefetch_mb * 1e6)
-        return cache_budget_bytes(dataset.cache_gb, decoded, prefetch_bytes, processes)
+        return cache_budget_bytes(dataset.cache_gb, plan.n_bytes, prefetch_bytes, processes)
 
     if host is None or host.size == 1 or dataset.cache_gb == 0:
-        return TrialCache(budget())
+        return TrialCache(budget(), plan=plan)
     # all hosts take part, also those of one process: the question goes to every process at once
     own, descriptor = os.getpid(), -1
 
@@ -157,17 +150,17 @@ def open_cache(
         total = processes * budget()
         if processes > 1 and hasattr(os, "memfd_create"):
             descriptor = os.memfd_create("trial-cache")
-            os.ftruncate(descriptor, layout(manifest, dataset.cache_dtype, total)[1])
+            os.ftruncate(descriptor, layout(manifest, plan, dataset.cache_dtype, total)[1])
         return own, descriptor, total
 
     pid, shared, total = host.from_host_main(make)
-    slots, size = layout(manifest, dataset.cache_dtype, total)
+    slots, size = layout(manifest, plan, dataset.cache_dtype, total)
     memory = _opened(own, pid, shared, size)
     failed = host.any(processes > 1 and memory is None)  # and: everybody has opened it
     if descriptor >= 0:
         os.close(descriptor)
     if failed or memory is None:
-        return TrialCache(total // processes)
+        return TrialCache(total // processes, plan=plan)
     return SharedTrialCache(memory, slots, len(manifest.trials))
 
 

@@ -1,8 +1,9 @@
 """Trials kept in RAM under a byte budget.
 
 What comes first stays: nothing is ever evicted. Simulated on the plan's draws this hits a little
-more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory, hands out
-views that stay valid, and does not let a validation pass push training trials out.
+more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory and hands
+out views that stay valid. So that a validation pass does not fill it for good, a plan says which
+trials it is for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from . import memory
+from .cache_plan import RamPlan
 
 SEGMENT_BYTES = 256 << 20
 _ALIGNMENT = 64
@@ -31,11 +33,20 @@ class TrialCache:
     Args:
         budget_bytes: total size of all segments; 0 keeps nothing.
         segment_bytes: taken from the system at a time.
+        plan: which trials to keep; by default any. Its first ones have their bytes of the budget
+            for themselves, apart from what the ends of segments leave unused.
     """
 
-    def __init__(self, budget_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        segment_bytes: int = SEGMENT_BYTES,
+        plan: RamPlan | None = None,
+    ) -> None:
         self.budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
+        self._plan = plan
+        self._left_for_rest = 0 if plan is None else budget_bytes - sum(plan.first.values())
         self._trials: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._segment = np.empty(0, dtype=np.uint8)
@@ -54,12 +65,12 @@ class TrialCache:
         return self._trials.get(index)
 
     def put(self, index: int, features: np.ndarray) -> np.ndarray:
-        """Keep a copy of `features` if there is room.
+        """Keep a copy of `features` if there is room for this trial.
 
         Returns:
             The kept copy, or `features` itself where there was no room; read-only.
         """
-        place = self._reserve(features.nbytes)
+        place = self._reserve(index, features.nbytes)
         if place is None:
             features.flags.writeable = False
             return features
@@ -68,8 +79,12 @@ class TrialCache:
         kept.flags.writeable = False
         return self._trials.setdefault(index, kept)
 
-    def _reserve(self, n_bytes: int) -> np.ndarray | None:
+    def _reserve(self, index: int, n_bytes: int) -> np.ndarray | None:
+        plan = self._plan
         with self._lock:
+            rest = None if plan is None or index in plan.first else plan.rest
+            if rest is not None and (index not in rest or n_bytes > self._left_for_rest):
+                return None
             start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
             if start + n_bytes > len(self._segment):
                 size = min(self._segment_bytes, self.budget_bytes - self._taken)
@@ -79,6 +94,8 @@ class TrialCache:
                 self._taken += size
                 start = 0
             self._used = start + n_bytes
+            if rest is not None:
+                self._left_for_rest -= n_bytes
             return self._segment[start : start + n_bytes]
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from .cache_plan import features_dtype
 from .config import DatasetConfig
 from .errors import BrainToTextError, DataError, StorageError
 from .object_store import ObjectStore
@@ -76,11 +77,7 @@ class TrialStream:
         self.manifest = manifest
         self.cache = TrialCache(cache_bytes) if cache is None else cache
         self.cache_dtype = cache_dtype
-        stored = {trial.dtype for trial in manifest.trials}
-        # of the features handed out; files of both precisions are possible, then the wider
-        self.dtype = np.dtype(
-            np.float16 if cache_dtype == "float16" or stored == {"<f2"} else "<f4"
-        )
+        self.dtype = features_dtype(manifest, cache_dtype)
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
         self._reader = reader or open_reader(url, concurrency, self._retry.read_timeout_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from brain_to_text.batch import Batch, pad_features
+from brain_to_text.cache_plan import plan_ram
 from brain_to_text.config import TrainingConfig
 from brain_to_text.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from brain_to_text.device_cache import DeviceCache
 from brain_to_text.errors import ConfigError, DataError, StorageError
 from brain_to_text.object_store import open_store
 from brain_to_text.prefetch import PrefetchLimits
+from brain_to_text.shared_trial_cache import SharedTrialCache, layout
 from brain_to_text.trial_manifest import TrialManifest, index_dataset
 from brain_to_text.trial_stream import TrialStream
 from support.tiny_data import LAYOUTS, write_dataset
@@ -154,11 +157,16 @@ def test_the_union_over_ranks_is_the_same_batch_and_each_trial_is_read_once(
     assert read == sum(len(np.unique(batch.trial_indices)) for batch in expected)
 
 
+def device_cache(manifest: TrialManifest, kept: slice, n_features: int = 32) -> DeviceCache:
+    """Some of the training trials' places on the CPU, and room for a batch of others."""
+    lengths = {i: manifest.trials[i].n_time_steps for i in manifest.select("train")[kept]}
+    return DeviceCache(torch.device("cpu"), lengths, n_features, torch.float32, 12 * 160)
+
+
 def test_a_batch_gathered_on_the_device_is_the_same(
-    open_dataset: Open, expected: list[Batch]
+    manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
 ) -> None:
-    # room for about half of the trials: some stay, some pass through
-    cache = DeviceCache(torch.device("cpu"), 500_000, 32, torch.float32, scratch_rows=12 * 160)
+    cache = device_cache(manifest, slice(None, None, 2))  # some stay, some pass through
     dataset = open_dataset(device_cache=cache, device=torch.device("cpu"))
     assert_equal(list(dataset.batches()), expected)
     before = dataset.stats.snapshot()
@@ -168,14 +176,100 @@ def test_a_batch_gathered_on_the_device_is_the_same(
     assert_equal([dataset[step] for step in range(N_BATCHES)], expected)
 
 
-def test_everything_on_the_device_needs_no_reads(open_dataset: Open, expected: list[Batch]) -> None:
-    cache = DeviceCache(torch.device("cpu"), 10**7, 32, torch.float32, scratch_rows=12 * 160)
-    dataset = open_dataset(device_cache=cache)
+def test_everything_on_the_device_needs_no_reads(
+    manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
+) -> None:
+    dataset = open_dataset(device_cache=device_cache(manifest, slice(None)))
     list(dataset.batches())
     before = dataset.stats.snapshot()
     assert_equal(list(dataset.batches()), expected)
     counts = dataset.stats.snapshot() - before
     assert counts.requests == 0 and counts.cache_misses == 0 and counts.hit_rate == 1.0
+
+
+def tiered(manifest: TrialManifest, ram: float, gpu: float) -> TrainingConfig:
+    """A configuration whose caches hold these shares of the training trials."""
+    trials = [manifest.trials[i] for i in manifest.select("train")]
+    everything = sum(trial.feature_bytes for trial in trials)
+    config = TrainingConfig(num_training_batches=200)
+    config.dataset.batch_size, config.dataset.days_per_batch = 6, 2
+    scratch = sum(sorted(trial.feature_bytes for trial in trials)[-6:])
+    config.dataset.gpu_cache_gb = (gpu * everything + scratch + 128) / 1e9 if gpu else 0.0
+    config.dataset.cache_gb = ram * everything / 1e9
+    return config
+
+
+@pytest.mark.parametrize("start", [0, 100], ids=["from_the_start", "resumed"])
+def test_half_in_ram_and_half_on_the_device_is_everything(
+    start: int, tiny_dataset, manifest: TrialManifest
+) -> None:
+    config = tiered(manifest, ram=0.55, gpu=0.55)
+    store = open_store(tiny_dataset.folder)
+    stream = TrialStream.from_config(store, manifest, config.dataset)
+    validation = EvaluationDatasetS3.from_config(stream, by_session(manifest, "val"), config)
+    training = BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
+    with training.batches(start, start + 100) as batches:
+        next(batches)
+        list(validation.batches())  # as the trainer does: it must not take their places
+        list(batches)
+    before = stream.stats.snapshot()
+    list(training.batches(start + 50))
+    counts = stream.stats.snapshot() - before
+    training.close()
+    assert counts.device_hits > 0 and counts.cache_hits > 0
+    assert counts.cache_misses == 0 and counts.hit_rate == 1.0
+
+
+def test_ranks_share_ram_for_what_no_device_holds(tiny_dataset, manifest: TrialManifest) -> None:
+    config = tiered(manifest, ram=0.0, gpu=0.55)
+    plan = plan_ram(manifest, config.dataset, world_size=2, shared=True)
+    budget = mmap.PAGESIZE + sum(plan.first.values()) + 64 * len(plan.first)
+    slots, size = layout(manifest, plan, "stored", budget)
+    memory = bytearray(size)
+    store = open_store(tiny_dataset.folder)
+    ranks = []
+    for rank in range(2):
+        cache = SharedTrialCache(memory, slots, len(manifest.trials))
+        stream = TrialStream(store, manifest, cache=cache)
+        trials = by_session(manifest)
+        ranks.append(
+            BrainToTextDatasetS3.from_config(stream, trials, config, rank=rank, world_size=2)
+        )
+    for training in ranks:
+        list(training.batches(0, 150))
+    for training in ranks:
+        before = training.stats.snapshot()
+        list(training.batches(150))
+        counts = training.stats.snapshot() - before
+        assert counts.device_hits > 0 and counts.cache_hits > 0 and counts.cache_misses == 0
+        training.close()
+
+
+@pytest.mark.parametrize("ram", [0.5, 2.0], ids=["too_little", "enough"])
+def test_a_validation_pass_leaves_training_trials_their_cache(
+    ram: float, tiny_dataset, manifest: TrialManifest
+) -> None:
+    config = tiered(manifest, ram=ram, gpu=0)
+    store = open_store(tiny_dataset.folder)
+    hits = []
+    for validate_first in (True, False):
+        stream = TrialStream.from_config(store, manifest, config.dataset)
+        training = BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
+        val = manifest.select("val")
+        if validate_first:
+            stream.fetch(val)
+        list(training.batches(0, 100))
+        before = stream.stats.snapshot()
+        list(training.batches(100))
+        hits.append((stream.stats.snapshot() - before).hit_rate)
+        before = stream.stats.snapshot()
+        stream.fetch(val)
+        stream.fetch(val)
+        again = stream.stats.snapshot() - before
+        expected_hits = len(val) * (1 + validate_first) if ram > 1 else 0
+        assert again.cache_hits == expected_hits
+        training.close()
+    assert hits[0] == pytest.approx(hits[1], abs=0.1) and hits[0] > 0.4 * min(ram, 2)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 10**8])
@@ -249,9 +343,11 @@ def test_giving_up_one_batch_does_not_take_a_shared_read_from_another(
                 assert np.array_equal(features, tiny_dataset.features[name])
 
 
-def test_feature_subset_picks_columns_in_order(open_dataset: Open, expected: list[Batch]) -> None:
+def test_feature_subset_picks_columns_in_order(
+    manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
+) -> None:
     subset = [30, 2, 7]
-    cache = DeviceCache(torch.device("cpu"), 10**6, 3, torch.float32, scratch_rows=12 * 160)
+    cache = device_cache(manifest, slice(None), n_features=3)
     for options in ({}, {"device_cache": cache}):
         batches = open_dataset(feature_subset=subset, **options).batches()
         for batch, whole in zip(batches, expected, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from brain_to_text import shared_trial_cache
+from brain_to_text.cache_plan import RamPlan, plan_ram
 from brain_to_text.config import DatasetConfig
 from brain_to_text.shared_trial_cache import SharedTrialCache, layout, open_cache
 from brain_to_text.trial_cache import TrialCache
@@ -42,6 +43,10 @@ def manifest_of(lengths: list[int], splits: list[str] | None = None) -> TrialMan
     return TrialManifest(trials, {}, 4, 1681, "self_loop")
 
 
+def plan_of(manifest: TrialManifest, cache_dtype: str = "stored") -> RamPlan:
+    return plan_ram(manifest, DatasetConfig(cache_dtype=cache_dtype))  # type: ignore[arg-type]
+
+
 def features(index: int, n_bins: int) -> np.ndarray:
     return np.full((n_bins, 4), index, np.float32)
 
@@ -55,7 +60,7 @@ def test_places_do_not_overlap_and_stay_within_the_budget(
     trials: list[tuple[int, str]], budget: int, dtype: str
 ) -> None:
     manifest = manifest_of([n for n, _ in trials], [split for _, split in trials])
-    slots, size = layout(manifest, dtype, budget)
+    slots, size = layout(manifest, plan_of(manifest, dtype), dtype, budget)
     assert size <= max(budget, 0) + 64 or not slots
     ends = sorted((slot.start, slot.start + slot.n_bytes) for slot in slots.values())
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
@@ -68,14 +73,14 @@ def test_places_do_not_overlap_and_stay_within_the_budget(
 
 def test_validation_trials_get_what_training_leaves() -> None:
     manifest = manifest_of([100] * 20, ["val"] * 10 + ["train"] * 10)
-    slots, _ = layout(manifest, "stored", mmap.PAGESIZE + 12 * 1600)
+    slots, _ = layout(manifest, plan_of(manifest), "stored", mmap.PAGESIZE + 12 * 1600)
     assert {i for i in slots if i >= 10} == set(range(10, 20))
     assert len(slots) == 12
 
 
 def test_what_is_put_is_found_and_what_has_no_place_is_handed_back() -> None:
     manifest = manifest_of([50, 60, 70])
-    slots, size = layout(manifest, "stored", mmap.PAGESIZE + 2000)
+    slots, size = layout(manifest, plan_of(manifest), "stored", mmap.PAGESIZE + 2000)
     cache = SharedTrialCache(bytearray(size), slots, 3)
     kept = {i: cache.put(i, features(i, 50 + 10 * i)) for i in range(3)}
     assert len(cache) == len(slots) < 3
@@ -185,7 +190,8 @@ print(float(cache.get(1).sum()))
 
 
 def test_another_process_sees_what_this_one_keeps() -> None:
-    slots, size = layout(manifest_of([50, 50, 50]), "stored", 10**6)
+    manifest = manifest_of([50, 50, 50])
+    slots, size = layout(manifest, plan_of(manifest), "stored", 10**6)
     descriptor = os.memfd_create("test")
     os.ftruncate(descriptor, size)
     cache = SharedTrialCache(mmap.mmap(descriptor, size), slots, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from brain_to_text.cache_plan import RamPlan
 from brain_to_text.memory import available_bytes
 from brain_to_text.trial_cache import SEGMENT_BYTES, TrialCache, cache_budget_bytes
 from hypothesis import given
@@ -37,6 +38,27 @@ def test_what_came_first_stays() -> None:
     cache.put(1, np.ones((50, 4), np.float32))
     assert cache.get(1) is None and len(cache) == 1
     assert cache.get(0) is first
+
+
+@given(
+    st.permutations(range(12)),
+    st.integers(0, 14),
+    st.integers(1, 5),
+)
+def test_training_trials_find_their_room_whatever_was_read_before(
+    order: list[int], room: int, per_segment: int
+) -> None:
+    """Trials 0 to 7 are first, 8 to 10 the rest; 11 is not to be kept."""
+    trial = np.ones((16, 4), np.float32)  # a multiple of the alignment: no room is lost
+    size = trial.nbytes
+    plan = RamPlan(dict.fromkeys(range(8), size), dict.fromkeys(range(8, 11), size))
+    cache = TrialCache(room * size, segment_bytes=per_segment * size, plan=plan)
+    for index in order:
+        cache.put(index, trial)
+    kept = {i for i in range(12) if cache.get(i) is not None}
+    assert len(kept & set(range(8))) == min(room, 8)
+    assert len(kept & {8, 9, 10}) == min(max(room - 8, 0), 3)
+    assert 11 not in kept
 
 
 def test_a_budget_of_zero_keeps_nothing() -> None:
