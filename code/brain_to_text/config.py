@@ -160,7 +160,9 @@ class ObjectiveConfig:
         0.0, "fixed weight of the phoneme term (diphone sets)", minimum=0, maximum=1, added=True
     )
     ctc_kernel: Literal["torch", "triton"] = key(
-        "torch", "CTC on GPUs; triton never makes the host wait", added=True
+        "torch",
+        "CTC on GPUs: torch's makes the host wait at every step, triton is ours, written not to",
+        added=True,
     )
     schedule: PhonemeWeightSchedule | None = key(
         None, "start, end, step_size, interval: a weight that changes by step", added=True
@@ -181,7 +183,7 @@ class TrainingConfig:
     )
     allow_tf32: bool = key(True, "TF32 for float32 matrix products on GPUs", added=True)
     compile: Literal["auto", "true", "false"] = key(
-        "auto", "torch.compile; auto: where it was measured to pay", added=True
+        "auto", "torch.compile of elementwise parts; auto: on GPUs", added=True
     )
 
     gradient_compression: Literal["none", "bfloat16"] = key(

@@ -53,9 +53,9 @@ def compiler(config: TrainingConfig, device: torch.device) -> Callable[..., Any]
 
     `compile: auto` compiles on GPUs, where each eager operation is a pass over GPU memory, and
     falls back to eager with torch's warning where a part cannot be compiled; on CPUs it does not,
-    because compiling takes longer than it saves in runs that fit a CPU. The matrix products and
-    the GRU (cuDNN) gain nothing and are never compiled. Sizes are dynamic from the first call on,
-    so that no length of trials compiles again.
+    because compiling takes longer than it saves in runs that fit a CPU. What it saves on GPUs is
+    not measured yet. The matrix products and the GRU (cuDNN) are left as they are. Sizes are
+    dynamic from the first call on, so that no length of trials compiles again.
     """
     if config.compile == "false" or (config.compile == "auto" and device.type != "cuda"):
         return None

@@ -146,7 +146,7 @@ class ValidationResult:
 class ValidationMeter:
     """Collects batches on the device, scores them on the host in one go.
 
-    `add` starts work and waits for nothing; class ids (two bytes a frame) are all that is kept.
+    `add` reads no result back; class ids (two bytes a frame), losses and labels are all it keeps.
     """
 
     def __init__(

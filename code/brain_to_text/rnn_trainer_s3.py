@@ -575,7 +575,7 @@ class BrainToTextDecoder_Trainer_S3:
         self._interval = Interval(first_step, self.stream.stats.snapshot())
 
     def _log_step(self, result: StepResult) -> None:
-        """The one place per interval that waits for the device."""
+        """Say how the last step and the interval up to it went; reading results waits for them."""
         step, interval = self.state.step, self._interval
         terms = {"loss": result.nats_per_frame}
         if self.objective.is_joint:

@@ -1,4 +1,8 @@
-"""One training step: augment, forward, loss, backward, clip, update; the host never waits in it."""
+"""One training step: augment, forward, loss, backward, clip, update.
+
+No value that was computed is read back in it, so nothing here makes the host wait for the device;
+torch's CTC on a GPU does all the same (see `gpu_ctc`).
+"""
 
 from __future__ import annotations
 
