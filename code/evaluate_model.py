@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--split", choices=("val", "test", "train"), default="val")
     option("--output-dir", type=Path, default=Path(".local/evaluation"), help="for the results")
     option("--compare-with", help="another model: tested against it, trial by trial")
-    option("--batch-size", type=int, default=64, help="trials per forward pass")
+    option("--batch-size", type=int, default=128, help="trials per forward pass")
     option("--device", help="cpu, cuda:0, …; default: the first GPU, else the CPU")
     option(
         "--export-logits",

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import pickle
 import re
 import shutil
-import tarfile
 import threading
 import time
 import zipfile
@@ -228,36 +226,6 @@ def copy_atomically(source: Path, target: Path) -> None:
     except OSError as error:
         _remove_quietly(temporary)
         raise CheckpointError(_explain_write_error(target, error)) from error
-
-
-def read_best_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a `best_checkpoint`, given as file, model folder or `model.tar.gz`.
-
-    Nothing is unpacked to disk and no pickled code runs.
-
-    Raises:
-        CheckpointError: nothing like a checkpoint there, or it is damaged.
-    """
-    if path.is_dir():
-        for candidate in (path / "checkpoint" / "best_checkpoint", path / "best_checkpoint"):
-            if candidate.is_file():
-                return load_verified(candidate)
-        raise CheckpointError(
-            f"Folder {path} holds no checkpoint/best_checkpoint: give a model folder, a "
-            "best_checkpoint file or a model.tar.gz."
-        )
-    if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist: check the path.")
-    if not tarfile.is_tarfile(path):
-        return load_verified(path)
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and member.name.removeprefix("./") == "checkpoint/best_checkpoint":
-                with archive.extractfile(member) as file:  # type: ignore[union-attr]
-                    return load_verified(io.BytesIO(file.read()), f"{path}:{member.name}")
-    raise CheckpointError(
-        f"Archive {path} holds no checkpoint/best_checkpoint: not a model.tar.gz?"
-    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -64,7 +64,7 @@ class EvaluationOptions:
     split: str
     output_dir: Path
     compare_with: str | None = None
-    batch_size: int = 64
+    batch_size: int = 128
     device: str | None = None
     export_logits: bool = False
     words: WordOptions | None = None
@@ -227,7 +227,7 @@ def run_model(
     stream: TrialStream,
     split: str,
     device: torch.device,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: bool = True,
 ) -> Evaluation:
     """Decode one split with one model and score it."""
@@ -275,7 +275,7 @@ def write_run_report(
     device: torch.device,
     *,
     metrics_file: Path | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> Evaluation:
     """Evaluate the best model of a finished run and leave tables and report.html beside it.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import _VF, nn
 
 from .config import TrainingConfig
-from .device import gru_dtype, send
+from .device import gru_dtype, one_thread, send
 from .errors import CheckpointError
 from .packed_gru import packed_gru
 
@@ -82,7 +82,8 @@ class GRUDecoder(nn.Module):
         )
         for name, parameter in self.gru.named_parameters():
             if "weight_hh" in name:
-                nn.init.orthogonal_(parameter)
+                with one_thread():
+                    nn.init.orthogonal_(parameter)
             elif "weight_ih" in name:
                 nn.init.xavier_uniform_(parameter)
         self.out = nn.Linear(n_units * self.n_directions, n_classes)

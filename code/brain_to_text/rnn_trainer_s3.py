@@ -23,7 +23,6 @@ from .checkpoints import (
     CheckpointFolder,
     copy_atomically,
     load_verified,
-    read_best_checkpoint,
     save_atomically,
     state_to_cpu,
 )
@@ -37,6 +36,7 @@ from .experiment_tracking import announce, open_trackers
 from .interruption import Interruption, RunInterrupted
 from .losses import JointObjective
 from .metrics import ValidationResult
+from .model_artefact import initial_weights
 from .model_evaluation import write_run_report
 from .object_store import open_store
 from .optimizer import build_optimizer, build_scheduler, restore
@@ -527,18 +527,19 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _init_weights(self, path: str) -> None:
         """Start from the weights of an earlier run or of the public baseline."""
-        if path.startswith("s3://"):
-            folder, _, name = path.rpartition("/")
-            local = self.paths.checkpoint_dir / f"initial_checkpoint.{self.world.rank}"
-            local.parent.mkdir(parents=True, exist_ok=True)
-            local.write_bytes(open_store(folder).read(name))
-            content = read_best_checkpoint(local)
-            local.unlink()
+        weights, sessions = initial_weights(path)
+        if sessions is None:
+            self.log.warning(
+                f"{path} does not say whose its day layers are: they are taken in the order of "
+                "dataset.sessions."
+            )
         else:
-            content = read_best_checkpoint(Path(path))
-        weights = content.get("model_state_dict", content)
-        if "sessions" in content:
-            weights = match_day_layers(weights, content["sessions"], self.selection.sessions)
+            ours = self.selection.sessions
+            if fresh := [session for session in ours if session not in sessions]:
+                self.log.info(
+                    f"{path} has no day layer for {', '.join(fresh)}: these start as the identity."
+                )
+            weights = match_day_layers(weights, sessions, ours)
         for sentence in load_public_state_dict(self.model, weights):
             self.log.info(sentence)
         self.log.info(f"Initialized weights from {path}")
@@ -701,6 +702,7 @@ class BrainToTextDecoder_Trainer_S3:
             "val_PER": None if result is None else result.per,
             "val_loss": None if result is None else result.ctc_loss,
             "sessions": list(self.selection.sessions),
+            "label_form": self.manifest.label_form,
         }
         save_atomically(content, path)
 

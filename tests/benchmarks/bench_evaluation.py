@@ -188,7 +188,7 @@ def main() -> None:
     option = parser.add_argument
     option("--size", choices=SIZES, default="smoke")
     option("--trials", type=int, default=1426)
-    option("--batch-size", type=int, default=64)
+    option("--batch-size", type=int, default=128)
     option("--rounds", type=int, default=2)
     option("--threads", type=int, default=1)
     option("--device", default="cpu")

@@ -58,6 +58,7 @@ from support.tiny_data import write_dataset
 
 BUCKET_URL = "s3://bench/data"
 FULL_URL = "s3://bench/full"
+HALF_URL = "s3://bench/half"
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18", "t15.2023.08.20")
 TRIALS_PER_SESSION = 150
 BATCH_SIZE = 48
@@ -354,13 +355,16 @@ def stage() -> Iterator[Stage]:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         folder = root / "s3" / "bench" / "data"
         print(f"Writing {len(SESSIONS)} x {TRIALS_PER_SESSION} trials to {root}", flush=True)
-        write_dataset(
-            folder,
-            SESSIONS,
-            {"train": TRIALS_PER_SESSION, "val": 2},
-            n_features=512,
-            bins=(500, 1200),
-        )
+        half = folder.parent / "half"
+        for place, dtype in ((folder, "<f4"), (half, "<f2")):
+            write_dataset(
+                place,
+                SESSIONS,
+                {"train": TRIALS_PER_SESSION, "val": 2},
+                n_features=512,
+                bins=(500, 1200),
+                dtype=dtype,
+            )
         for session, split, _ in full_size_files():
             path = folder.parent / "full" / session / f"data_{split}.hdf5"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,12 +377,9 @@ def stage() -> Iterator[Stage]:
             "BENCH_MANIFEST": str(root / "manifest"),
         }
         os.environ.update(base)
-        listing = open_store(BUCKET_URL).list()
-        local = index_dataset(open_store(folder))
-        files = {k: FileRecord(listing[k].size, listing[k].etag) for k in local.files}
-        manifest = dataclasses.replace(local, files=files)
+        manifest = published(BUCKET_URL, folder)
+        published(HALF_URL, half)
         (root / "manifest").write_bytes(manifest.to_bytes())
-        write_manifest(open_store(BUCKET_URL), manifest)
         environments = {}
         for name, cert in (("http", None), ("tls", certificate)):
             url = stack.enter_context(
@@ -392,6 +393,16 @@ def stage() -> Iterator[Stage]:
                 **({"AWS_CA_BUNDLE": str(certificate[0])} if cert else {}),
             }
         yield Stage(folder, manifest, environments)
+
+
+def published(url: str, folder: Path) -> TrialManifest:
+    """The manifest of what lies in `folder` and is served as `url`, kept there."""
+    listing = open_store(url).list()
+    local = index_dataset(open_store(folder))
+    files = {k: FileRecord(listing[k].size, listing[k].etag) for k in local.files}
+    manifest = dataclasses.replace(local, files=files)
+    write_manifest(open_store(url), manifest)
+    return manifest
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -456,7 +467,7 @@ class ModelledReader:
 
 
 def run_trainer(
-    network: str, step_seconds: float, warm: bool, client: str, busy: bool
+    network: str, step_seconds: float, warm: bool, client: str, busy: bool, half: bool
 ) -> dict[str, float]:
     """The real trainer with a pause as its step; shares of the time after the first interval.
 
@@ -476,7 +487,8 @@ def run_trainer(
                 sum(range(50))
             time.sleep(0 if busy else step_seconds)
             zero = torch.zeros(())
-            return StepResult(zero, zero, None, None, zero, torch.ones((), dtype=torch.bool), 0, 1)
+            fine = torch.ones((), dtype=torch.bool)
+            return StepResult(zero, zero, None, None, zero, fine, 0, 1, 0.0)
 
     class PausingTrainer(BrainToTextDecoder_Trainer_S3):
         def _open_data(self) -> None:
@@ -515,7 +527,7 @@ def run_trainer(
         {name: json.dumps(value) for name, value in settings.items()},
     )
     root = Path(tempfile.mkdtemp(dir=Path(os.environ["BENCH_FOLDER"]).parents[2]))
-    url = BUCKET_URL
+    url = HALF_URL if half else BUCKET_URL
     PausingTrainer(config, url, RunPaths(root / "model", root / "output", root / "state")).train()
     lines = map(json.loads, (root / "output" / "metrics.jsonl").read_text().splitlines())
     rows = [line for line in lines if "data_wait_share" in line and line["step"] > log_every]
@@ -530,17 +542,20 @@ def run_trainer(
 def simulate_steps(on: Stage, networks: list[str]) -> None:
     """Table 2: share of the trainer's time that is waiting for data."""
     print("\n### The real trainer with a pause as its step\n")
-    print("| network | client | cache | step does | step s | waiting for data | MB/s read |")
-    print("|---|---|---|---|---|---|---|")
-    cases = [(n, "obstore", w, p, False) for n in networks for w in (0, 1) for p in (0.1, 0.5)]
-    if "http" in networks:
-        cases += [("http", client, 0, 0.1, True) for client in ("obstore", "s3fs") * 2]
-    for network, client, warm, pause, busy in cases:
+    print("| network | client | data | cache | step does | step s | waiting for data | MB/s read |")
+    print("|---|---|---|---|---|---|---|---|")
+    plain = ("obstore", False, False)
+    cases = [(n, w, p, *plain) for n in networks for w in (0, 1) for p in (0.1, 0.5)]
+    for network in [n for n in networks if n != "model"]:
+        cases += [(network, 0, 0.1, "obstore", False, True)]
+        cases += [(network, 0, 0.1, client, True, False) for client in ("obstore", "s3fs") * 2]
+    for network, warm, pause, client, busy, half in cases:
         environment = on.environments["tls" if network == "tls" else "http"]
-        arguments = [network, str(pause), str(warm), client, str(int(busy))]
+        arguments = [network, str(pause), str(warm), client, str(int(busy)), str(int(half))]
         result = in_subprocess(["--trainer", *arguments], environment)
         print(
-            f"| {network} | {'-' if network == 'model' else client} | {'warm' if warm else 'cold'} "
+            f"| {network} | {'-' if network == 'model' else client} "
+            f"| float{16 if half else 32} | {'warm' if warm else 'cold'} "
             f"| {pause} s {'of Python' if busy else 'pause'} | {result['step']:.3f} "
             f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
             flush=True,
@@ -726,7 +741,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--trainer", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--trainer", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     result: Any = None
@@ -734,8 +749,8 @@ def main() -> None:
         name, n_batches, first = options.contender
         result = run_contender(name, int(n_batches), int(first))
     elif options.trainer:
-        network, pause, warm, client, busy = options.trainer
-        result = run_trainer(network, float(pause), warm == "1", client, busy == "1")
+        network, pause, warm, client, busy, half = options.trainer
+        result = run_trainer(network, float(pause), warm == "1", client, busy == "1", half == "1")
     elif options.memory:
         result = run_memory()
     if result is not None:

@@ -199,3 +199,43 @@ def test_the_public_phoneme_model_is_fine_tuned_on_diphones(
     for name, weight in theirs.state_dict().items():
         if not name.startswith("out."):
             torch.testing.assert_close(tuned[name], weight)
+
+
+def test_the_public_day_layers_go_to_their_own_sessions(public_checkpoint, tiny_dataset, tmp_path):
+    folder, theirs = public_checkpoint
+    with torch.no_grad():
+        for day, weight in enumerate(theirs.day_weights):
+            weight.add_(day + 1)
+    weights = {f"module._orig_mod.{name}": w for name, w in theirs.state_dict().items()}
+    torch.save({"model_state_dict": weights}, folder / "checkpoint" / "best_checkpoint")
+    config = yaml.safe_load((folder / "checkpoint" / "args.yaml").read_text())
+    config["dataset"] |= {
+        "n_classes": 1681,
+        "batch_size": 4,
+        "days_per_batch": 2,
+        "dataset_probability_val": None,
+        "sessions": [SESSIONS[2], SESSIONS[1]],
+    }
+    config |= {
+        "init_from_checkpoint": True,
+        "init_checkpoint_path": str(folder / "checkpoint" / "best_checkpoint"),
+        "lr_warmup_steps": 1,
+        "lr_warmup_steps_day": 1,
+        "save_val_metrics": False,
+    }
+    (tmp_path / "fine_tune.yaml").write_text(yaml.safe_dump(config))
+    status = train_model_sagemaker.main(
+        [
+            *("--config-file", str(tmp_path / "fine_tune.yaml")),
+            *("--data-dir", str(tiny_dataset.folder), "--num-training-batches", "1"),
+            *("--model-dir", str(tmp_path / "model")),
+            *("--output-data-dir", str(tmp_path / "output")),
+            *("--checkpoint-dir", str(tmp_path / "checkpoints")),
+        ]
+    )
+    assert status == 0
+    tuned = open_model(tmp_path / "model")
+    assert tuned.label_form == "self_loop"
+    # the first update has learning rate 0
+    torch.testing.assert_close(tuned.weights["day_weights.0"], theirs.day_weights[2].detach())
+    torch.testing.assert_close(tuned.weights["day_weights.1"], theirs.day_weights[1].detach())

@@ -10,10 +10,9 @@ import torch
 from brain_to_text.checkpoints import (
     CheckpointFolder,
     load_verified,
-    read_best_checkpoint,
-    save_atomically,
 )
-from brain_to_text.errors import CheckpointError
+from brain_to_text.errors import BrainToTextError, CheckpointError
+from brain_to_text.model_artefact import initial_weights
 
 
 def state(value: int) -> dict:
@@ -110,24 +109,13 @@ def test_pickled_code_is_never_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model_state_dict": Malicious()}, tmp_path / "best_checkpoint")
     with pytest.raises(CheckpointError, match="more than tensors"):
-        read_best_checkpoint(tmp_path)
+        initial_weights(tmp_path)
     assert not (tmp_path / "executed-by-unpickling").exists()
 
 
 def test_numpy_scalars_of_the_public_baseline_are_data(tmp_path):
     torch.save({"val_PER": np.float64(0.101)}, tmp_path / "c")
     assert load_verified(tmp_path / "c")["val_PER"] == 0.101
-
-
-def test_best_checkpoint_is_found_in_file_folder_and_archive(tmp_path):
-    model = tmp_path / "model"
-    (model / "checkpoint").mkdir(parents=True)
-    save_atomically(state(5), model / "checkpoint" / "best_checkpoint")
-    archive = tmp_path / "model.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(model / "checkpoint", "checkpoint")
-    for source in (model, model / "checkpoint", model / "checkpoint" / "best_checkpoint", archive):
-        assert read_best_checkpoint(source)["step"] == 5
 
 
 def test_an_archive_that_climbs_out_is_not_followed(tmp_path):
@@ -139,12 +127,12 @@ def test_an_archive_that_climbs_out_is_not_followed(tmp_path):
         entry.size = len(buffer.getvalue())
         tar.addfile(entry, io.BytesIO(buffer.getvalue()))
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        read_best_checkpoint(archive)
+        initial_weights(archive)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty-folder"])
 def test_nothing_there_is_one_sentence(tmp_path, name):
     (tmp_path / "empty-folder").mkdir()
-    with pytest.raises(CheckpointError) as caught:
-        read_best_checkpoint(tmp_path / name)
+    with pytest.raises(BrainToTextError) as caught:
+        initial_weights(tmp_path / name)
     assert name in str(caught.value)
