@@ -578,7 +578,7 @@ class BrainToTextDecoder_Trainer_S3:
     def _log_step(self, result: StepResult) -> None:
         """Say how the last step and the interval up to it went; reading results waits for them."""
         step, interval = self.state.step, self._interval
-        terms = {"loss": result.nats_per_frame}
+        terms: dict[str, torch.Tensor | None] = {"loss": result.nats_per_frame}
         if self.objective.is_joint:
             terms |= {"diphone_loss": result.diphone, "phoneme_loss": result.phoneme}
         # reading them first makes the time that of the work, not of handing it to the device
