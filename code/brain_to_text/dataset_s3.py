@@ -18,14 +18,16 @@ import torch
 
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
-from .cache_plan import plan_device
+from .cache_plan import decoded_bytes, plan_device
 from .config import TrainingConfig
 from .device_cache import DeviceCache, GatherPlan
 from .errors import ConfigError
 from .prefetch import Prefetcher, PrefetchLimits
 from .trial_stream import TrialStream
 
-# Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs.
+# Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
+# the longest of its batches do not fit two at a time (on data like the real one, the first 6 of 23
+# at 64 trials): one is then read while the one before is scored, which is all that overlap needs.
 TRAINING_SHARE, EVALUATION_SHARE = 0.75, 0.25
 
 
@@ -63,7 +65,9 @@ class StreamedBatches(abc.ABC):
         on_gpu = device is not None and device.type == "cuda"
         self._pin = on_gpu if pin_memory is None else pin_memory
         self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
-        self._read_bytes = np.array([t.length for t in self.manifest.trials], np.int64)
+        # while a batch waits, each of its trials is there as it was read or as it was decoded
+        sizes = [max(t.length, decoded_bytes(t, stream.cache_dtype)) for t in self.manifest.trials]
+        self._trial_bytes = np.array(sizes, np.int64)
         self._day = np.full(len(self.manifest.trials), -1, np.int64)
         for day, trials in enumerate(trials_by_session):
             self._day[trials] = day
@@ -124,13 +128,13 @@ class StreamedBatches(abc.ABC):
         return self._device_cache.device
 
     def _batch_bytes(self, step: int) -> int:
-        """Memory that preparing batch `step` needs: the padded tensor, and the trials as read."""
+        """Memory that preparing batch `step` needs: the padded tensor, and its trials."""
         trials = self.trial_indices(step)
         if len(trials) == 0:
             return 0
         n_features = self.manifest.n_features if self._subset is None else len(self._subset)
         padded = len(trials) * int(self._n_time_steps[trials].max()) * n_features
-        return padded * self._dtype.itemsize + int(self._read_bytes[np.unique(trials)].sum())
+        return padded * self._dtype.itemsize + int(self._trial_bytes[np.unique(trials)].sum())
 
     def _begin(self, step: int) -> _BatchUnderWay:
         trials = self.trial_indices(step)

@@ -39,8 +39,12 @@ def write_dataset(
     layout: str = "contiguous",
     dtype: str = "<f4",
     seed: int = 0,
+    scale: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Write SESSION/data_{train,val}.hdf5 under `folder`.
+
+    Args:
+        scale: of the features; gzip makes next to nothing of zeros.
 
     Returns:
         Features by trial name ("SESSION/data_train.hdf5:trial_0000").
@@ -56,7 +60,7 @@ def write_dataset(
                 for number in range(count):
                     name = f"trial_{number:04d}"
                     n_bins = int(rng.integers(*bins))
-                    features = rng.standard_normal((n_bins, n_features)).astype(dtype)
+                    features = (scale * rng.standard_normal((n_bins, n_features))).astype(dtype)
                     _write_trial(file.create_group(name), features, session, number, layout, rng)
                     written[f"{key}:{name}"] = features
     return written

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from brain_to_text.batch import Batch, pad_features
 from brain_to_text.cache_plan import plan_ram
 from brain_to_text.config import TrainingConfig
-from brain_to_text.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
+from brain_to_text.dataset_s3 import (
+    BrainToTextDatasetS3,
+    EvaluationDatasetS3,
+    StreamedBatches,
+)
 from brain_to_text.device_cache import DeviceCache
 from brain_to_text.errors import ConfigError, DataError, StorageError
 from brain_to_text.object_store import open_store
@@ -286,8 +292,6 @@ def test_half_precision_does_not_depend_on_the_cache(
 def test_half_precision_refuses_values_beyond_it(tmp_path: Path) -> None:
     written = write_dataset(tmp_path, sessions=("t15.2023.08.11",), trials={"train": 1, "val": 1})
     manifest = index_dataset(open_store(tmp_path))
-    import h5py
-
     with h5py.File(tmp_path / manifest.trials[0].key, "r+") as file:
         file["trial_0000/input_features"][3, 4] = 1e6
     manifest = index_dataset(open_store(tmp_path))
@@ -353,6 +357,73 @@ def test_feature_subset_picks_columns_in_order(
         for batch, whole in zip(batches, expected, strict=True):
             assert batch.features is not None and whole.features is not None
             assert torch.equal(batch.features, whole.features[..., subset])
+
+
+def held_bytes(manifest: TrialManifest, batches: list[np.ndarray]) -> int:
+    """Memory of batches under way: padded to the longest trial, and each distinct trial decoded."""
+    held = 0
+    for trials in batches:
+        records = [manifest.trials[i] for i in trials]
+        distinct = {record.name: record.feature_bytes for record in records}
+        held += len(records) * max(distinct.values()) + sum(distinct.values())
+    return held
+
+
+def begun(dataset: StreamedBatches, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Trials of the batches that are under way before the first one is taken."""
+    submitted: list[np.ndarray] = []
+
+    def submit(indices: np.ndarray) -> concurrent.futures.Future[list[np.ndarray]]:
+        submitted.append(indices)
+        return concurrent.futures.Future()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.stream, "submit", submit)
+        dataset.batches().close()
+    return submitted
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "gzip"])
+def test_batches_ahead_stay_within_their_bytes_when_decoded(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, layout=layout, scale=0, n_features=128, bins=(200, 400))
+    manifest = index_dataset(open_store(tmp_path))
+    limit = 12_000_000
+    stream = TrialStream(open_store(tmp_path), manifest)
+    dataset = BrainToTextDatasetS3(
+        stream,
+        by_session(manifest),
+        batch_size=12,
+        days_per_batch=2,
+        n_batches=N_BATCHES,
+        seed=7,
+        limits=PrefetchLimits(batches=N_BATCHES, n_bytes=limit),
+    )
+    ahead = begun(dataset, monkeypatch)
+    assert 2 <= len(ahead) < N_BATCHES
+    following = dataset.trial_indices(len(ahead))
+    assert held_bytes(manifest, ahead) <= limit < held_bytes(manifest, [*ahead, following])
+    dataset.close()
+
+
+def test_training_and_validation_share_the_bytes_of_batches_ahead(
+    tiny_dataset, manifest: TrialManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(num_training_batches=100)
+    config.dataset.batch_size, config.dataset.days_per_batch = 2, 2
+    config.dataset.prefetch_batches, config.dataset.prefetch_mb = 100, 0.4
+    stream = TrialStream.from_config(open_store(tiny_dataset.folder), manifest, config.dataset)
+    datasets = {
+        0.75: BrainToTextDatasetS3.from_config(stream, by_session(manifest), config),
+        0.25: EvaluationDatasetS3.from_config(stream, by_session(manifest, "val"), config),
+    }
+    for share, dataset in datasets.items():
+        ahead = begun(dataset, monkeypatch)
+        following = dataset.trial_indices(len(ahead))
+        held = [held_bytes(manifest, batches) for batches in (ahead, [*ahead, following])]
+        assert held[0] <= share * 400_000 < held[1]
+    stream.close()
 
 
 def test_validation_holds_every_trial_once_on_any_number_of_ranks(
