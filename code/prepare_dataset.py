@@ -16,7 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset_encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset_report import dataset_page
-from brain_to_text.dataset_validation import PATCH_SIZE, PATCH_STRIDE, validate_dataset
+from brain_to_text.dataset_validation import (
+    PATCH_SIZE,
+    PATCH_STRIDE,
+    scattered_chunks,
+    validate_dataset,
+)
 from brain_to_text.diphones import LABEL_FORMS
 from brain_to_text.errors import BrainToTextError
 from brain_to_text.object_store import LocalStore, open_store
@@ -67,6 +72,8 @@ def run_index(options: argparse.Namespace) -> int:
         )
     for finding in manifest.damaged:
         print(f"Left out as damaged: {finding}")
+    for finding in scattered_chunks(manifest.trials):
+        print(f"Warning: {finding}")
     write_manifest(store, manifest)
     print(_summary(store.url, manifest))
     print(f"Wrote {store.url}/{MANIFEST_NAME} in {time.monotonic() - started:.1f} s")

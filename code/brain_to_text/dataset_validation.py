@@ -38,6 +38,7 @@ _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
 _SAME_FEATURES = 1e-3  # standard deviations by which copies' means may differ
+_SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
 _ENOUGH_TRIALS = 10  # in a session, before its drift deserves a warning
 _KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
 
@@ -176,6 +177,7 @@ def validate_dataset(
     findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
     findings += _unknown_files(listing)
+    findings += scattered_chunks(manifest.trials)
     findings += _odd_values(inspections)
     findings += _odd_pace(manifest.trials)
     sums = sums_by_session(inspections, manifest.n_features)
@@ -311,6 +313,26 @@ def _unknown_files(listing: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
         ):
             reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
             yield Finding(key, None, reason, "unknown file", "warning")
+
+
+def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Files whose trials lie between each other, so that the one GET of a trial reads others too.
+
+    Files come to be so when trials are appended to in turns, or when a dataset is rewritten in
+    place.
+    """
+    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        if trial.length > _SCATTERED * trial.stored_bytes:
+            by_file[trial.key].append(trial)
+    for key, scattered in by_file.items():
+        times = sum(t.length for t in scattered) / sum(t.stored_bytes for t in scattered)
+        reason = (
+            f"the chunks of {len(scattered)} trials lie apart, so that reading them takes "
+            f"{times:.1f} times their bytes: rewrite the files with "
+            "'python code/prepare_dataset.py encode'"
+        )
+        yield Finding(key, None, reason, "scattered chunks", "warning")
 
 
 def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:

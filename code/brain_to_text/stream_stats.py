@@ -19,8 +19,10 @@ class StreamCounts:
 
     Attributes:
         requests: GETs sent (attempts, so retries count); reads of a local file count too.
-        bytes_fetched: payload received, failed attempts included.
-        bytes_needed: bytes of the trials that had to be read.
+        bytes_fetched: payload of the answers that came to their end, also where they were too short
+            or wrong; what arrived before a connection broke is not known.
+        bytes_needed: bytes of the trials that had to be read, as stored; without what a file has
+            between the chunks of a trial, which its one GET reads too.
         trials_read: trials that had to be read.
         cache_hits, cache_misses: distinct trials of batches found in RAM, or not.
         device_hits: distinct trials of batches found in GPU memory.

@@ -67,6 +67,11 @@ class TrialRecord:
         """Bytes of the decoded features."""
         return self.n_time_steps * self.n_features * np.dtype(self.dtype).itemsize
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the features as stored: the span without what lies between its chunks."""
+        return self.length if self.chunks is None else int(self.chunks.table[:, 3].sum())
+
     def verify(self, span: bytes | memoryview) -> None:
         """Check that `span` is the recorded one.
 

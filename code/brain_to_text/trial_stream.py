@@ -221,7 +221,7 @@ class TrialStream:
             return await self._load_in_slot(index, self.manifest.trials[index])
 
     async def _load_in_slot(self, index: int, record: TrialRecord) -> np.ndarray:
-        self.stats.add(trials_read=1, bytes_needed=record.length)
+        self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
         attempts = Attempts(self._retry)
         final: list[str] = []
         rejected = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from brain_to_text.diphones import decode_diphones
 from brain_to_text.object_store import open_store
 from brain_to_text.trial_manifest import MANIFEST_NAME, index_dataset, load_manifest
 from support.small_data import SESSIONS, write_small_dataset
+from support.tiny_data import append_in_turns
 
 FRONT_DOOR = Path(prepare_dataset.__file__)
 
@@ -92,6 +94,23 @@ def test_validate_on_s3(s3_prefix: str, upload, tmp_path: Path, capsys) -> None:
     assert report["warnings"][0]["kind"] == "manifest"
     assert run("validate", s3_prefix, "--json") == 0
     assert json.loads(capsys.readouterr().out)["label_form"] == "self_loop"
+
+
+def test_trials_that_lie_apart_are_a_warning_until_they_are_encoded(tmp_path: Path, capsys) -> None:
+    scattered, encoded = tmp_path / "scattered", tmp_path / "encoded"
+    write_small_dataset(scattered)
+    append_in_turns(scattered / SESSIONS[0] / "data_train.hdf5")
+    warning = (
+        r"Warning.*: t15\.2023\.08\.11/data_train\.hdf5: the chunks of 3 trials lie apart, so that "
+        r"reading them takes \d+\.\d times their bytes: .*prepare_dataset\.py encode"
+    )
+    for command in ("index", "validate"):
+        assert run(command, scattered) == 0
+        assert len(re.findall(warning, capsys.readouterr().out)) == 1
+    assert run("encode", scattered, encoded) == 0
+    for command in ("index", "validate"):
+        assert run(command, encoded) == 0
+        assert "lie apart" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["index", "validate"])

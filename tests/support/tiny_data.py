@@ -89,3 +89,26 @@ def _write_trial(
     group.attrs["trial_num"] = number
     group.attrs["session"] = session
     group.attrs["sentence_label"] = "hello world"
+
+
+def append_in_turns(path: Path, rows: int = 32) -> None:
+    """Rewrite a data file as a recorder would that appends `rows` bins to each trial in turn."""
+    with h5py.File(path) as file:
+        features = {name: trial["input_features"][:] for name, trial in file.items()}
+    with h5py.File(path, "r+") as file:
+        for name, values in features.items():
+            del file[name]["input_features"]
+            file[name].create_dataset(
+                "input_features",
+                (0, values.shape[1]),
+                values.dtype,
+                maxshape=(None, values.shape[1]),
+                chunks=(rows, values.shape[1]),
+            )
+        for start in range(0, max(map(len, features.values())), rows):
+            for name, values in features.items():
+                part = values[start : start + rows]
+                dataset = file[name]["input_features"]
+                dataset.resize(len(dataset) + len(part), axis=0)
+                if len(part):
+                    dataset[-len(part) :] = part

@@ -28,7 +28,7 @@ from brain_to_text.prefetch import PrefetchLimits
 from brain_to_text.shared_trial_cache import SharedTrialCache, layout
 from brain_to_text.trial_manifest import TrialManifest, index_dataset
 from brain_to_text.trial_stream import TrialStream
-from support.tiny_data import LAYOUTS, write_dataset
+from support.tiny_data import LAYOUTS, append_in_turns, write_dataset
 
 N_BATCHES = 8
 Open = Callable[..., BrainToTextDatasetS3]
@@ -313,7 +313,25 @@ def test_every_layout_is_one_read_per_trial(layout: str, dtype: str, tmp_path: P
         assert np.array_equal(features, written[trial.name])
         assert features.dtype == np.dtype(dtype) and not features.flags.writeable
     assert counts.requests == len(manifest.trials)
-    assert counts.bytes_fetched == counts.bytes_needed
+    assert counts.bytes_fetched == sum(trial.length for trial in manifest.trials)
+
+
+def test_what_lies_between_a_trials_chunks_is_fetched_but_not_needed(tmp_path: Path) -> None:
+    written = write_dataset(tmp_path)
+    for path in tmp_path.rglob("*.hdf5"):
+        append_in_turns(path)
+    manifest = index_dataset(open_store(tmp_path))
+    with TrialStream(open_store(tmp_path), manifest) as stream:
+        arrays = stream.fetch(range(len(manifest.trials)))
+        counts = stream.stats.snapshot()
+    for trial, features in zip(manifest.trials, arrays, strict=True):
+        assert np.array_equal(features, written[trial.name])
+    stored = 0
+    for path in tmp_path.rglob("*.hdf5"):
+        with h5py.File(path) as file:
+            stored += sum(t["input_features"].id.get_storage_size() for t in file.values())
+    assert counts.bytes_needed == stored
+    assert counts.bytes_fetched == sum(trial.length for trial in manifest.trials) > 2 * stored
 
 
 def test_a_trial_drawn_twice_is_read_once(tiny_dataset, manifest: TrialManifest) -> None:
