@@ -90,8 +90,11 @@ class Prefetcher(Generic[T]):
         return batch
 
     def ready(self) -> bool:
-        """True when the next batch needs no waiting."""
-        return bool(self._queue) and self._queue[0][2].done()
+        """True when the next batch is there; not when there is only its error to raise."""
+        if not self._queue:
+            return False
+        future = self._queue[0][2]
+        return future.done() and not future.cancelled() and future.exception() is None
 
     def close(self) -> None:
         """Give up everything under way."""

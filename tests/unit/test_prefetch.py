@@ -83,6 +83,18 @@ def test_an_error_is_raised_when_its_turn_comes() -> None:
         next(ahead)
 
 
+def test_a_failed_batch_is_not_ready() -> None:
+    """Who looks ahead only at what is ready keeps the batch in hand."""
+    work = Work()
+    work.allow(12, 13)
+    with Prefetcher(work.begin, lambda _: 1, 12, 20, PrefetchLimits()) as ahead:
+        assert next(ahead) == 12
+        concurrent.futures.wait([ahead._queue[0][2]], timeout=30)
+        assert not ahead.ready()
+        with pytest.raises(ValueError, match="thirteen"):
+            next(ahead)
+
+
 def test_closing_gives_up_everything_under_way() -> None:
     before = threading.active_count()
     work = Work()
