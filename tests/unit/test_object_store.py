@@ -90,6 +90,16 @@ def test_s3_urls_lose_trailing_slashes(url, normal):
     assert S3Store(url).url == normal
 
 
+def test_a_listing_goes_on_beyond_its_first_page(s3_prefix, s3_environment):
+    """S3 lists a thousand keys at a time."""
+    folder = s3_environment.root / s3_prefix.removeprefix("s3://")
+    folder.mkdir()
+    for number in range(1005):
+        (folder / f"{number:04d}").touch()
+    listing = S3Store(s3_prefix).list()
+    assert sorted(listing) == [f"{number:04d}" for number in range(1005)]
+
+
 class LateStore:
     """Lists a write only the third time it is asked."""
 
