@@ -50,7 +50,8 @@ class TrialStream:
     Args:
         store: the data's prefix or folder; only its URL is used.
         manifest: where each trial's bytes lie, and their CRC-32.
-        concurrency: ranged GETs in flight, over all batches being prepared.
+        concurrency: trials read and decoded at once, over all batches being prepared; each has at
+            most one ranged GET in flight.
         cache_bytes: budget of the RAM cache of decoded trials; 0 turns it off.
         cache: a cache of decoded trials that exists already, instead.
         cache_dtype: "float16" rounds every trial to half precision when it is read, so that a batch
