@@ -15,12 +15,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brain_to_text.aws_account import AwsAccount
-from brain_to_text.config import resolve_key
-from brain_to_text.errors import BrainToTextError, ConfigError
-from brain_to_text.job_control import job_state, list_jobs, stop_job
-from brain_to_text.job_results import fetch
-from brain_to_text.job_tuning import (
+from brain_to_text.cloud.aws_account import AwsAccount
+from brain_to_text.cloud.job_control import job_state, list_jobs, stop_job
+from brain_to_text.cloud.job_results import fetch
+from brain_to_text.cloud.job_tuning import (
     Sweep,
     read_sweep,
     submit_sweep,
@@ -29,12 +27,19 @@ from brain_to_text.job_tuning import (
     sweep_table,
     tuning_request,
 )
-from brain_to_text.job_watch import goodbye, watch
-from brain_to_text.launch import completed, launch_training_job, placeholders, submit_training_job
-from brain_to_text.local_sweep import local_table, run_sweep
-from brain_to_text.preflight import preflight
-from brain_to_text.pricing import estimate
-from brain_to_text.sagemaker_job import JobSettings, resolve_config
+from brain_to_text.cloud.job_watch import goodbye, watch
+from brain_to_text.cloud.launch import (
+    completed,
+    launch_training_job,
+    placeholders,
+    submit_training_job,
+)
+from brain_to_text.cloud.local_sweep import local_table, run_sweep
+from brain_to_text.cloud.preflight import preflight
+from brain_to_text.cloud.pricing import estimate
+from brain_to_text.cloud.sagemaker_job import JobSettings, resolve_config
+from brain_to_text.vocabulary.config import resolve_key
+from brain_to_text.vocabulary.errors import BrainToTextError, ConfigError
 
 __all__ = ["launch_training_job", "main"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from brain_to_text.config import load_config  # noqa: E402
-from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
-from brain_to_text.sagemaker_environment import SageMakerEnvironment  # noqa: E402
+from brain_to_text.cloud.sagemaker_environment import SageMakerEnvironment  # noqa: E402
+from brain_to_text.vocabulary.config import load_config  # noqa: E402
+from brain_to_text.vocabulary.errors import BrainToTextError, ConfigError  # noqa: E402
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -94,7 +94,7 @@ def train(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # After the cheap checks: importing torch takes seconds, a tenth of it looking for garbage.
     gc.disable()
-    from brain_to_text.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
+    from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
     gc.enable()
     trainer = BrainToTextDecoder_Trainer_S3(

@@ -32,9 +32,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 
-from brain_to_text.batch_plan import BatchPlan, shard
-from brain_to_text.config import TrainingConfig, load_config
-from brain_to_text.pricing import (
+from brain_to_text.cloud.pricing import (
     ASSUMED_UTILISATION,
     STEP_OVERHEAD_SECONDS,
     Gpu,
@@ -43,6 +41,8 @@ from brain_to_text.pricing import (
     instance_type,
     step_tflop,
 )
+from brain_to_text.streaming.batch_plan import BatchPlan, shard
+from brain_to_text.vocabulary.config import TrainingConfig, load_config
 
 CONFIG = HERE.parents[1] / "code" / "rnn_args_diphone_sagemaker.yaml"
 
@@ -292,7 +292,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from bench_step import Ours, finish, synthetic_batch
-    from brain_to_text.distributed import GradientSum, World
+    from brain_to_text.training.distributed import GradientSum, World
 
     torch.set_num_threads(1)
     device = torch.device(args.device)

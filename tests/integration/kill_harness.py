@@ -111,7 +111,7 @@ class Job:
         # children are forked from a process that has imported torch and done nothing else
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["brain_to_text.rnn_trainer_s3", "torch._dynamo"])
+        context.set_forkserver_preload(["brain_to_text.training.rnn_trainer_s3", "torch._dynamo"])
         self.process = context.Process(
             target=train, args=(self.data, self.run, self.settings, dict(os.environ))
         )

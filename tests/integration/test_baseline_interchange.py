@@ -14,8 +14,8 @@ import pytest
 import torch
 import train_model_sagemaker
 import yaml
-from brain_to_text.augmentations import Augmentation
-from brain_to_text.model_artefact import open_model
+from brain_to_text.model.augmentations import Augmentation
+from brain_to_text.results.model_artefact import open_model
 from support.tiny_models import write_model
 from torch import nn
 

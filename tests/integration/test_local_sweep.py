@@ -4,7 +4,7 @@ import json
 
 import launch_sagemaker_job as front_door
 import pytest
-from brain_to_text import local_process, local_sweep
+from brain_to_text.cloud import local_process, local_sweep
 from integration.kill_harness import SETTINGS
 from support.tiny_data import write_dataset
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brain_to_text import s3_reads
-from brain_to_text.dataset_s3 import BrainToTextDatasetS3
-from brain_to_text.errors import StorageError
-from brain_to_text.object_store import open_store
-from brain_to_text.trial_manifest import (
+from brain_to_text.data.object_store import open_store
+from brain_to_text.data.trial_manifest import (
     TrialManifest,
     index_dataset,
     load_or_build_manifest,
     write_manifest,
 )
-from brain_to_text.trial_stream import TrialStream
+from brain_to_text.streaming import s3_reads
+from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
+from brain_to_text.streaming.trial_stream import TrialStream
+from brain_to_text.vocabulary.errors import StorageError
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 
@@ -189,7 +189,7 @@ def test_gzipped_half_precision_is_still_one_get_per_trial(
 
 
 def test_counts_of_an_interval_are_a_difference() -> None:
-    from brain_to_text.stream_stats import StreamStats
+    from brain_to_text.streaming.stream_stats import StreamStats
 
     stats = StreamStats()
     stats.add(requests=3, cache_hits=1)

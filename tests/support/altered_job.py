@@ -39,7 +39,7 @@ class AlteredJob(Job):
         (self.run / "output").mkdir(parents=True)
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["brain_to_text.rnn_trainer_s3", "torch._dynamo"])
+        context.set_forkserver_preload(["brain_to_text.training.rnn_trainer_s3", "torch._dynamo"])
         environment = {**os.environ, **self.variables}
         job = (self.data, self.run, self.settings, environment)
         self.process = context.Process(

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 from botocore.loaders import create_loader
-from brain_to_text.aws_account import AwsAccount
-from brain_to_text.trial_manifest import FileRecord, TrialManifest
-from brain_to_text.trial_records import TrialRecord
+from brain_to_text.cloud.aws_account import AwsAccount
+from brain_to_text.data.trial_manifest import FileRecord, TrialManifest
+from brain_to_text.data.trial_records import TrialRecord
 from moto import mock_aws
 
 ACCOUNT = "123456789012"

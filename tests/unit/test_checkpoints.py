@@ -7,12 +7,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from brain_to_text.checkpoints import (
+from brain_to_text.results.checkpoints import (
     CheckpointFolder,
     load_verified,
 )
-from brain_to_text.errors import BrainToTextError, CheckpointError
-from brain_to_text.model_artefact import initial_weights
+from brain_to_text.results.model_artefact import initial_weights
+from brain_to_text.vocabulary.errors import BrainToTextError, CheckpointError
 
 
 def state(value: int) -> dict:

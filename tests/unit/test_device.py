@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from brain_to_text.device import allow_tf32, autocast_dtype, compiler, gru_dtype
+from brain_to_text.model.device import allow_tf32, autocast_dtype, compiler, gru_dtype
 from support.training_examples import CPU, small_config
 
 CUDA = torch.device("cuda")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import launch_sagemaker_job
 import pytest
-from brain_to_text.config import TrainingConfig, load_config
-from brain_to_text.sagemaker_job import CODE_FOLDER, METRIC_DEFINITIONS
+from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, METRIC_DEFINITIONS
+from brain_to_text.vocabulary.config import TrainingConfig, load_config
 from support.doc_tables import GUIDE, filled, value_of
 
 TOP = CODE_FOLDER.parent
@@ -67,7 +67,7 @@ def test_every_metric_is_named_in_the_guide():
 
 
 def test_what_the_troubleshooting_table_quotes_is_printed_by_the_code():
-    sources = [*(CODE_FOLDER / "brain_to_text").glob("*.py"), *CODE_FOLDER.glob("*.py")]
+    sources = CODE_FOLDER.rglob("*.py")
     joined = "\n".join(text_of(path) for path in sources)
     joined = re.sub(r'"\s*\n\s*f?"', "", joined)  # text split over lines
     section = text_of(GUIDE).split("## Troubleshooting")[1]
@@ -81,25 +81,34 @@ def test_what_the_troubleshooting_table_quotes_is_printed_by_the_code():
 
 
 def floors():
-    """Floor by room, from the README's table."""
-    rows = re.findall(r"^\| ([1-6]) [\w ]+ \| (.+) \|$", text_of(TOP / "README.md"), re.M)
-    return {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    """(floor, rooms) by folder of the library, from the README's table."""
+    rows = re.findall(r"^\| ([1-7]) `(\w+)`, [\w ]+ \| (.+) \|$", text_of(TOP / "README.md"), re.M)
+    return {folder: (int(floor), re.findall(r"`(\w+)`", rooms)) for floor, folder, rooms in rows}
+
+
+def rooms_of_the_library():
+    """Files by folder."""
+    library = CODE_FOLDER / "brain_to_text"
+    paths = [path for path in sorted(library.glob("*/*.py")) if path.stem != "__init__"]
+    assert [path.name for path in library.glob("*.py")] == ["__init__.py"]
+    return paths
 
 
 def test_readme_names_every_room():
-    rooms = {path.stem for path in (CODE_FOLDER / "brain_to_text").glob("*.py")} - {"__init__"}
-    assert sorted(rooms) == sorted(floors()), "README's table of rooms"
+    found: dict[str, list[str]] = {}
+    for path in rooms_of_the_library():
+        found.setdefault(path.parent.name, []).append(path.stem)
+    assert found == {folder: sorted(rooms) for folder, (_, rooms) in floors().items()}
 
 
 def test_no_import_runs_upward():
-    floor = floors()
+    floor = {folder: number for folder, (number, _) in floors().items()}
     upward = []
-    for path in sorted((CODE_FOLDER / "brain_to_text").glob("*.py")):
-        if path.stem == "__init__":
-            continue
-        for name in re.findall(r"^\s*from \.(\w+) import", text_of(path), re.M):
-            if floor[name] > floor[path.stem]:
-                upward.append(f"{path.stem} (floor {floor[path.stem]}) imports {name}")
+    for path in rooms_of_the_library():
+        own = path.parent.name
+        for folder in re.findall(r"^\s*from \.\.(\w+)", text_of(path), re.M):
+            if floor[folder] >= floor[own]:
+                upward.append(f"{own}/{path.name} (floor {floor[own]}) imports from {folder}")
     assert upward == []
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from brain_to_text import gpu_ctc
+from brain_to_text.model import gpu_ctc
 from support import reference_float64 as reference
 
 INTERPRETED = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from brain_to_text import gpu_ctc
+from brain_to_text.model import gpu_ctc
 sys.exit(0 if gpu_ctc.works_on(torch.device("cpu")) else 1)
 """
 
@@ -105,7 +105,7 @@ def test_torchs_own_agrees_in_float32(plain: None) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernel_agrees_in_tritons_interpreter() -> None:
-    code = str(Path(gpu_ctc.__file__).parents[1])
+    code = str(Path(gpu_ctc.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([code, *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED],

@@ -8,9 +8,9 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from brain_to_text.config import ObjectiveConfig, PhonemeWeightSchedule
-from brain_to_text.diphones import marginalise_log_probs
-from brain_to_text.losses import JointObjective, ctc_nll, min_frames
+from brain_to_text.model.losses import JointObjective, ctc_nll, min_frames
+from brain_to_text.vocabulary.config import ObjectiveConfig, PhonemeWeightSchedule
+from brain_to_text.vocabulary.diphones import marginalise_log_probs
 from support.training_examples import example_batch
 
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
 
 
 def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import brain_to_text.losses as losses
+    import brain_to_text.model.losses as losses
 
     seen: list[int] = []
     original = losses.ctc_nll

@@ -6,8 +6,8 @@ import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from brain_to_text import mlflow_run
-from brain_to_text.mlflow_run import MlflowRun, MlflowSettings
+from brain_to_text.training import mlflow_run
+from brain_to_text.training.mlflow_run import MlflowRun, MlflowSettings
 
 
 class MlflowException(Exception):  # noqa: N818 -- MLflow's name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brain_to_text.optimizer import (
+from brain_to_text.model.optimizer import (
     apply_update,
     build_optimizer,
     build_scheduler,
@@ -12,7 +12,7 @@ from brain_to_text.optimizer import (
     learning_rate_multiplier,
     restore,
 )
-from brain_to_text.rnn_model import GRUDecoder
+from brain_to_text.model.rnn_model import GRUDecoder
 from support.training_examples import CPU, small_config
 
 

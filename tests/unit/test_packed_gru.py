@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brain_to_text.packed_gru import packed_gru
+from brain_to_text.model.packed_gru import packed_gru
 from torch.nn.utils.rnn import PackedSequence
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from brain_to_text.prefetch import Prefetcher, PrefetchLimits
+from brain_to_text.streaming.prefetch import Prefetcher, PrefetchLimits
 
 
 class Work:

@@ -3,10 +3,17 @@
 import dataclasses
 
 import pytest
-from brain_to_text import pricing
-from brain_to_text.config import load_config
-from brain_to_text.pricing import estimate, gpu_of, hourly_price, instance_type, step_tflop, table
-from brain_to_text.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG
+from brain_to_text.cloud import pricing
+from brain_to_text.cloud.pricing import (
+    estimate,
+    gpu_of,
+    hourly_price,
+    instance_type,
+    step_tflop,
+    table,
+)
+from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG
+from brain_to_text.vocabulary.config import load_config
 from support.aws_emulation import emulated_aws
 
 
@@ -30,7 +37,7 @@ def test_the_reference_step_is_3_2_tflop(config):
 )
 def test_arithmetic_equals_the_trainers_own(overrides):
     torch = pytest.importorskip("torch")
-    from brain_to_text.throughput import flops_per_step
+    from brain_to_text.model.throughput import flops_per_step
 
     config = load_config(CODE_FOLDER / DEFAULT_CONFIG, overrides)
     lengths = torch.full((config.dataset.batch_size,), 850)

@@ -9,10 +9,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from brain_to_text import charts
-from brain_to_text.charts import Bar, Series
-from brain_to_text.errors import StorageError
-from brain_to_text.report import STYLE, model_report, page, read_metrics, table, write_report
+from brain_to_text.results import charts
+from brain_to_text.results.charts import Bar, Series
+from brain_to_text.results.report import (
+    STYLE,
+    model_report,
+    page,
+    read_metrics,
+    table,
+    write_report,
+)
+from brain_to_text.vocabulary.errors import StorageError
 
 
 class Outline(HTMLParser):

@@ -6,7 +6,7 @@ import asyncio
 
 import fsspec.asyn
 import pytest
-from brain_to_text.s3_reads import S3RangedReader
+from brain_to_text.streaming.s3_reads import S3RangedReader
 
 
 class Client:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from brain_to_text import shared_trial_cache
-from brain_to_text.cache_plan import RamPlan, plan_ram
-from brain_to_text.config import DatasetConfig
-from brain_to_text.shared_trial_cache import SharedTrialCache, layout, open_cache
-from brain_to_text.trial_cache import TrialCache
-from brain_to_text.trial_manifest import TrialManifest
-from brain_to_text.trial_records import TrialRecord
+from brain_to_text.data.trial_manifest import TrialManifest
+from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.streaming import shared_trial_cache
+from brain_to_text.streaming.cache_plan import RamPlan, plan_ram
+from brain_to_text.streaming.shared_trial_cache import SharedTrialCache, layout, open_cache
+from brain_to_text.streaming.trial_cache import TrialCache
+from brain_to_text.vocabulary.config import DatasetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,7 +180,7 @@ def test_where_sharing_is_not_allowed_each_process_keeps_its_own(monkeypatch) ->
 READER = """
 import sys
 from pathlib import Path
-from brain_to_text.shared_trial_cache import SharedTrialCache, Slot, _opened
+from brain_to_text.streaming.shared_trial_cache import SharedTrialCache, Slot, _opened
 import numpy as np
 pid, descriptor, size, start = map(int, sys.argv[1:])
 memory = _opened(0, pid, descriptor, size)
@@ -199,7 +199,7 @@ def test_another_process_sees_what_this_one_keeps() -> None:
     done = subprocess.run(
         [sys.executable, "-c", READER]
         + [str(word) for word in (os.getpid(), descriptor, size, slots[1].start)],
-        env={**os.environ, "PYTHONPATH": str(Path(shared_trial_cache.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(shared_trial_cache.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

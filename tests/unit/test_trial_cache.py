@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.cache_plan import RamPlan
-from brain_to_text.memory import available_bytes
-from brain_to_text.trial_cache import SEGMENT_BYTES, TrialCache, cache_budget_bytes
+from brain_to_text.streaming.cache_plan import RamPlan
+from brain_to_text.streaming.memory import available_bytes
+from brain_to_text.streaming.trial_cache import SEGMENT_BYTES, TrialCache, cache_budget_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 

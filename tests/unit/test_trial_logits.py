@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brain_to_text.augmentations import Augmentation
-from brain_to_text.patch_projection import OUTPUTS, PatchProjection, minimal_filter
-from brain_to_text.rnn_model import GRUDecoder
-from brain_to_text.trial_logits import TrialLogits
+from brain_to_text.model.augmentations import Augmentation
+from brain_to_text.model.patch_projection import OUTPUTS, PatchProjection, minimal_filter
+from brain_to_text.model.rnn_model import GRUDecoder
+from brain_to_text.model.trial_logits import TrialLogits
 from support.training_examples import example_batch, small_config
 
 

@@ -1,0 +1,1 @@
+"""Floor 7, the cloud: SageMaker's container contract, jobs, accounts, prices."""

@@ -1,0 +1,206 @@
+"""Neural features as the model sees them: noise and cuts in training, smoothing always.
+
+Order and constants are the public baseline's; three things differ on purpose. The cut is drawn per
+trial, not per batch; padding stays exactly zero, so that no noise leaks from it through the
+smoothing; and everything random is a function of (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..vocabulary.config import DataTransformsConfig
+from .device import send
+
+KEPT_TAPS = 0.01  # the public baseline drops taps of the Gaussian below this weight
+TRUNCATION = 4.0  # standard deviations beyond which scipy's Gaussian filter stops
+
+
+def step_generator(
+    device: torch.device | str, seed: int, step: int, rank: int = 0
+) -> torch.Generator:
+    """A generator on `device` whose numbers depend on (seed, step, rank) alone."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device=device)
+    return generator.manual_seed(int(mixed) >> 1)  # seeds are signed 64-bit
+
+
+def gaussian_kernel(std: float, size: int) -> torch.Tensor:
+    """Taps of the smoothing filter, float32, summing to 1: 9 of them for std 2 and size 100.
+
+    A Gaussian on `size` bins, cut where a tap is at most 0.01, renormalised (the filter of the
+    public baseline's `gauss_smooth`).
+    """
+    reach = min(int(TRUNCATION * std + 0.5), (size - 1) // 2)
+    offsets = np.arange(-reach, reach + 1)
+    taps = np.exp(-0.5 * (offsets / std) ** 2)
+    taps /= taps.sum()
+    kept = taps > KEPT_TAPS
+    if not kept.any():  # a Gaussian wider than 40 bins has no tap above the threshold
+        kept[:] = True
+    return torch.tensor(taps[kept] / taps[kept].sum(), dtype=torch.float32)
+
+
+def valid_bins(n_time_steps: torch.Tensor, n_bins: int) -> torch.Tensor:
+    """[B, n_bins] bool: True where a bin belongs to its trial."""
+    return torch.arange(n_bins) < n_time_steps.unsqueeze(1)
+
+
+class Augmentation:
+    """Turns stored features into model input, on the device the features are on.
+
+    Args:
+        config: `dataset.data_transforms`.
+    """
+
+    def __init__(self, config: DataTransformsConfig) -> None:
+        self.config = config
+        self.taps: list[float] = []
+        if config.smooth_data:
+            taps = gaussian_kernel(config.smooth_kernel_std, config.smooth_kernel_size)
+            self.taps = taps.tolist()
+        self._perturb, self._smooth = _perturb, _smooth
+
+    def compile_with(self, compiler: Callable[..., Any]) -> None:
+        """Compile the tensor parts, e.g. with `torch.compile`."""
+        self._perturb, self._smooth = compiler(_perturb), compiler(_smooth)
+
+    def __call__(
+        self,
+        features: torch.Tensor,
+        n_time_steps: torch.Tensor,
+        *,
+        training: bool,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise, offset and cut (training only), smoothing, time masks (training only).
+
+        Args:
+            features: [B, T, C] float32 or float16, zero beyond n_time_steps; not modified.
+            n_time_steps: [B] int64 on the CPU, in 20 ms bins.
+            training: False applies the smoothing alone.
+            generator: on the features' device, from `step_generator`; needed for training.
+
+        Returns:
+            (features [B, T, C] float32, zero beyond the new lengths; the new lengths [B], CPU).
+        """
+        if not training:
+            return self._smoothed(features.float(), n_time_steps), n_time_steps
+        if generator is None:
+            raise ValueError("training augmentation needs a generator")
+        config, device = self.config, features.device
+        host = np.random.default_rng(generator.initial_seed())
+        B, T, C = features.shape
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        x = features.float()
+        if config.static_gain_std > 0:
+            x = torch.baddbmm(x, x, normal(B, C, C), alpha=config.static_gain_std)
+        cut = torch.from_numpy(host.integers(0, max(config.random_cut, 1), size=B))
+        cut = torch.minimum(cut, (n_time_steps - 1).clamp_min(0))
+        n_time_steps = n_time_steps - cut
+        x = self._perturb(
+            x,
+            normal(B, T, C) if config.white_noise_std > 0 else None,
+            normal(B, 1, C) if config.constant_offset_std > 0 else None,
+            config.white_noise_std,
+            config.constant_offset_std,
+            send(_rows_after_cut(cut, T), device) if config.random_cut > 1 else None,
+            send(valid_bins(n_time_steps, T), device),
+        )
+        masked = None
+        if config.time_mask_share > 0:
+            masked = time_mask(
+                n_time_steps, T, config.time_mask_share, config.time_mask_max_bins, host
+            )
+        return self._smoothed(x, n_time_steps, masked), n_time_steps
+
+    def _smoothed(
+        self,
+        x: torch.Tensor,
+        n_time_steps: torch.Tensor,
+        masked: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.taps and masked is None:
+            return x
+        kept = valid_bins(n_time_steps, x.shape[1])
+        if masked is not None:
+            kept &= ~masked
+        keep = send(kept, x.device)
+        if x.device.type == "cuda":
+            return self._smooth(x, keep, self.taps)
+        # one trial at a time stays in the cache: 5 x faster than the whole batch at once
+        out = torch.empty_like(x)
+        for one, kept_one, target in zip(x.split(1), keep.split(1), out.split(1), strict=True):
+            target.copy_(self._smooth(one, kept_one, self.taps))
+        return out
+
+
+def time_mask(
+    n_time_steps: torch.Tensor,
+    n_bins: int,
+    share: float,
+    max_bins: int,
+    random: np.random.Generator,
+) -> torch.Tensor:
+    """[B, n_bins] bool, True in contiguous spans that cover round(share * length) bins per trial.
+
+    Span lengths are uniform on 1 … max_bins, the last one shortened to fit; the bins between them
+    are split uniformly, so that spans never overlap (they may touch).
+    """
+    mask = torch.zeros(len(n_time_steps), n_bins, dtype=torch.bool)
+    for trial, length in enumerate(n_time_steps.tolist()):
+        target = round(share * length)
+        spans: list[int] = []
+        while (covered := sum(spans)) < target:
+            spans.append(min(int(random.integers(1, max_bins + 1)), target - covered))
+        if not spans:
+            continue
+        gaps = np.sort(random.integers(0, length - target + 1, size=len(spans)))
+        start = gaps + np.concatenate([[0], np.cumsum(spans)[:-1]])
+        for begin, span in zip(start.tolist(), spans, strict=True):
+            mask[trial, begin : begin + span] = True
+    return mask
+
+
+def _rows_after_cut(cut: torch.Tensor, n_bins: int) -> torch.Tensor:
+    """[B * n_bins] row of the flattened batch that moves to each row when leading bins go."""
+    bins = (torch.arange(n_bins) + cut.unsqueeze(1)).clamp_max(n_bins - 1)
+    return (bins + n_bins * torch.arange(len(cut)).unsqueeze(1)).flatten()
+
+
+def _perturb(
+    x: torch.Tensor,
+    noise: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    noise_std: float,
+    offset_std: float,
+    rows: torch.Tensor | None,
+    keep: torch.Tensor,
+) -> torch.Tensor:
+    """x + noise + offset, moved by the cut, zero outside `keep`; consumes `noise`."""
+    if noise is not None:
+        x = noise.mul_(noise_std).add_(x)
+    if offset is not None:
+        x = x + offset_std * offset if noise is None else x.add_(offset, alpha=offset_std)
+    if rows is not None:
+        x = x.flatten(0, 1).index_select(0, rows).view(x.shape)
+    return x * keep.unsqueeze(2)
+
+
+def _smooth(x: torch.Tensor, keep: torch.Tensor, taps: list[float]) -> torch.Tensor:
+    """'same' convolution over time with `taps`, zero outside `keep`; a sum of shifted copies."""
+    if taps:
+        before = (len(taps) - 1) // 2
+        T = x.shape[1]
+        padded = torch.nn.functional.pad(x, (0, 0, before, len(taps) - 1 - before))
+        x = padded[:, :T] * taps[0]
+        for k in range(1, len(taps)):
+            x = x.add_(padded[:, k : k + T], alpha=taps[k])
+    return x * keep.unsqueeze(2)

@@ -1,0 +1,149 @@
+"""AdamW as the recipe wants it: three groups, two schedules, updates that refuse themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..vocabulary.config import TrainingConfig
+from ..vocabulary.errors import ConfigError
+
+CLIP_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> AdamW:
+    """Fused AdamW over a model that is already on `device`.
+
+    Groups, in this order: GRU and classifier biases (no decay), day layers (own rate and decay),
+    everything else. A parameter without a gradient, such as the day layer of a session that is not
+    in the batch, is not touched by a step: neither decayed nor moved by its momentum.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"bias": [], "day_layer": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("day_"):
+            groups["day_layer"].append(parameter)
+        elif name.startswith("gru.bias") or name == "out.bias":
+            groups["bias"].append(parameter)
+        else:
+            groups["other"].append(parameter)
+    stray = {p.device.type for p in model.parameters()} - {torch.device(device).type}
+    if stray:
+        raise ValueError(f"move the model to {device} before building its optimizer")
+    settings = {
+        "bias": {"lr": config.lr_max, "weight_decay": 0.0},
+        "day_layer": {"lr": config.lr_max_day, "weight_decay": config.weight_decay_day},
+        "other": {"lr": config.lr_max, "weight_decay": config.weight_decay},
+    }
+    return AdamW(
+        [
+            {"params": parameters, "group_type": name, **settings[name]}
+            for name, parameters in groups.items()
+            if parameters
+        ],
+        betas=(config.beta0, config.beta1),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate_multiplier(
+    step: int, min_ratio: float, decay_steps: int, warmup_steps: int, shape: str = "cosine"
+) -> float:
+    """step / warmup_steps, then from 1 to min_ratio at decay_steps, constant after.
+
+    The first update therefore has rate 0 whenever there is a warm-up, as in the public baseline.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step >= decay_steps:
+        return min_ratio
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
+    remaining = 1 - progress if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_ratio + (1 - min_ratio) * remaining
+
+
+def build_scheduler(optimizer: AdamW, config: TrainingConfig) -> LambdaLR:
+    """The rate of every group as a function of the global step; step it once per training step."""
+
+    def schedule(suffix: str):
+        peak = getattr(config, f"lr_max{suffix}")
+        least = getattr(config, f"lr_min{suffix}")
+        decay = getattr(config, f"lr_decay_steps{suffix}") or config.num_training_batches
+        warmup = getattr(config, f"lr_warmup_steps{suffix}")
+        if peak == 0 and least > 0:
+            raise ConfigError(f"lr_max{suffix} is 0 while lr_min{suffix} is {least}.")
+        ratio = least / peak if peak else 0.0
+        return lambda step: learning_rate_multiplier(
+            step, ratio, decay, warmup, config.lr_scheduler_type
+        )
+
+    return LambdaLR(
+        optimizer,
+        [
+            schedule("_day" if group["group_type"] == "day_layer" else "")
+            for group in optimizer.param_groups
+        ],
+    )
+
+
+def restore(
+    optimizer: AdamW, scheduler: LambdaLR, moments: dict[str, Any], schedule: dict[str, Any]
+) -> None:
+    """Continue from saved states of both, with the rates and decays that these were built with.
+
+    torch's own `load_state_dict` would bring back the saved ones: a setting that was changed on
+    purpose would have no effect.
+    """
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(moments)
+    peaks = scheduler.base_lrs
+    scheduler.load_state_dict(schedule)
+    scheduler.base_lrs = peaks
+    scheduler._last_lr = [
+        peak * multiplier(scheduler.last_epoch)
+        for peak, multiplier in zip(peaks, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, settings, rate in zip(optimizer.param_groups, own, scheduler._last_lr, strict=True):
+        group.update(settings, lr=rate)
+
+
+def clip_and_check(
+    parameters: Iterable[torch.Tensor], max_norm: float, scale: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What to do with the gradients, decided on their device without waiting for it.
+
+    Args:
+        parameters: those whose `grad` takes part; None gradients are left out.
+        max_norm: largest allowed norm of all gradients together; 0 does not clip.
+        scale: factor that the gradients were multiplied by (float16 loss scaling).
+
+    Returns:
+        (norm before clipping, whether it is finite, divisor): float32, bool and float32 scalars;
+        gradients divided by `divisor` are unscaled and clipped.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True) / scale
+    divisor = torch.ones_like(norm) * scale
+    if max_norm > 0:
+        divisor = divisor * ((norm + CLIP_EPSILON) / max_norm).clamp_min(1)
+    return norm, torch.isfinite(norm), divisor
+
+
+def apply_update(optimizer: AdamW, divisor: torch.Tensor, refused: torch.Tensor) -> None:
+    """One AdamW step with gradients / divisor; where `refused` is true it changes nothing.
+
+    Both reach the fused kernel as tensors (the contract that torch's GradScaler uses), so clipping
+    costs no pass over the gradients and refusing needs no answer from the device.
+    """
+    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

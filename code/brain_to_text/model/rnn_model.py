@@ -1,0 +1,394 @@
+"""The decoder: a day layer per session, patches of bins, a GRU, a linear classifier.
+
+Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `day_biases.0`
+[1, C], `gru.weight_ih_l0`, …, `out.weight`, `h0` [1, 1, H]), so weights load both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import _VF, nn
+
+from ..vocabulary.config import TrainingConfig
+from ..vocabulary.errors import CheckpointError
+from .device import gru_dtype, one_thread, send
+from .packed_gru import packed_gru
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+
+
+class GRUDecoder(nn.Module):
+    """Logits of CTC classes per output frame from smoothed neural features.
+
+    Args:
+        neural_dim: features per bin, C.
+        n_units: units per GRU layer (and direction), H.
+        n_days: sessions, each with its own day layer.
+        n_classes: CTC classes, blank included.
+        rnn_dropout: dropout between GRU layers.
+        input_dropout: dropout after the day layer.
+        n_layers: GRU layers.
+        patch_size: bins concatenated into one GRU input; 0 feeds every bin alone.
+        patch_stride: bins between two GRU inputs.
+        bidirectional: read each trial both ways; h0 is shared by layers and directions.
+    """
+
+    def __init__(
+        self,
+        neural_dim: int,
+        n_units: int,
+        n_days: int,
+        n_classes: int,
+        rnn_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        n_layers: int = 5,
+        patch_size: int = 0,
+        patch_stride: int = 0,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        self.neural_dim = neural_dim
+        self.n_units = n_units
+        self.n_days = n_days
+        self.n_classes = n_classes
+        self.n_layers = n_layers
+        self.rnn_dropout = rnn_dropout
+        self.input_dropout = input_dropout
+        self.patch_size = patch_size
+        self.patch_stride = patch_stride
+        self.bidirectional = bidirectional
+
+        self.day_weights = nn.ParameterList(
+            nn.Parameter(torch.eye(neural_dim)) for _ in range(n_days)
+        )
+        self.day_biases = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, neural_dim)) for _ in range(n_days)
+        )
+        self.gru = nn.GRU(
+            input_size=neural_dim * max(patch_size, 1),
+            hidden_size=n_units,
+            num_layers=n_layers,
+            dropout=rnn_dropout if n_layers > 1 else 0.0,
+            batch_first=True,
+            bidirectional=bidirectional,
+        )
+        for name, parameter in self.gru.named_parameters():
+            if "weight_hh" in name:
+                with one_thread():
+                    nn.init.orthogonal_(parameter)
+            elif "weight_ih" in name:
+                nn.init.xavier_uniform_(parameter)
+        self.out = nn.Linear(n_units * self.n_directions, n_classes)
+        nn.init.xavier_uniform_(self.out.weight)
+        self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
+        self._activate = _activate
+
+    def compile_with(self, compiler: Callable[..., Any]) -> None:
+        """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
+        self._activate = compiler(_activate)
+
+    @classmethod
+    def from_config(cls, config: TrainingConfig, n_days: int) -> GRUDecoder:
+        model = config.model
+        return cls(
+            neural_dim=model.n_input_features,
+            n_units=model.n_units,
+            n_days=n_days,
+            n_classes=config.dataset.n_classes,
+            rnn_dropout=model.rnn_dropout,
+            input_dropout=model.input_network.input_layer_dropout,
+            n_layers=model.n_layers,
+            patch_size=model.patch_size,
+            patch_stride=model.patch_stride,
+            bidirectional=model.bidirectional,
+        )
+
+    @property
+    def n_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def frame_lengths(self, n_time_steps: torch.Tensor) -> torch.Tensor:
+        """Output frames per trial: ⌊(T − patch_size) / patch_stride⌋ + 1, at least 0."""
+        if self.patch_size == 0:
+            return n_time_steps
+        whole = torch.div(n_time_steps - self.patch_size, self.patch_stride, rounding_mode="floor")
+        return (whole + 1).clamp_min(0)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        day_idx: torch.Tensor,
+        states: torch.Tensor | None = None,
+        return_state: bool = False,
+        n_time_steps: torch.Tensor | None = None,
+    ) -> Any:
+        """Logits [B, T', n_classes]; with `return_state`, also the GRU's last states.
+
+        The first four arguments are those of the public baseline's model.
+
+        Args:
+            x: [B, T, C] float, augmented and smoothed.
+            day_idx: [B] session of each trial; on the CPU, so that nothing waits for the GPU.
+            states: [layers * directions, B, H] to continue from; None starts at h0.
+            return_state: also return the states after the last frame.
+            n_time_steps: [B] on the CPU: only these bins are computed, and frames beyond a
+                trial's own hold the classifier's bias. None: every bin counts.
+        """
+        frames, packing = self.input_frames(x, day_idx, n_time_steps)
+        if not return_state:
+            return self.out(self.recurrent_frames(frames, packing, states))
+        hidden, states = self.recurrent_frames(frames, packing, states, return_state=True)
+        return self.out(hidden), states
+
+    def input_frames(
+        self, x: torch.Tensor, day_idx: torch.Tensor, n_time_steps: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Packing]:
+        """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
+        B, T = x.shape[0], x.shape[1]
+        dropout = self.input_dropout if self.training else 0.0
+        x = self._activate(self._day_layer(x, day_idx.tolist()), dropout)
+        if n_time_steps is None:
+            n_time_steps = torch.full((B,), T)
+        n_frames = int(self.frame_lengths(torch.tensor(T)))
+        packing = Packing.of(self.frame_lengths(n_time_steps), n_frames, x.device)
+        return self._patches(x, packing), packing
+
+    def recurrent_frames(
+        self,
+        frames: torch.Tensor,
+        packing: Packing,
+        states: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Hidden states [B, T', H * directions], zero where a trial has no frame."""
+        B = len(packing.order)
+        if states is None:
+            states = self.h0.expand(self.n_layers * self.n_directions, B, self.n_units)
+            states = states.contiguous()
+        else:
+            states = states.index_select(1, packing.order)
+        if frames.device.type == "cpu" and not self.bidirectional:
+            hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
+        else:
+            dtype = gru_dtype(frames.device)
+            hidden, states = torch_gru(frames, packing.batch_sizes, states, self.gru, dtype)
+        padded = hidden.new_zeros(B * packing.n_frames, hidden.shape[1])
+        padded = padded.index_copy(0, packing.rows, hidden).view(B, packing.n_frames, -1)
+        return (padded, states.index_select(1, packing.inverse)) if return_state else padded
+
+    def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
+        """x W + b with each trial's session's weights: one product per run of trials."""
+        outputs, start = [], 0
+        for day, run in groupby(days):
+            trials = x[start : start + (n := len(list(run)))]
+            weight, bias = self.day_weights[day], self.day_biases[day]
+            outputs.append(F.linear(trials, weight.t(), bias.squeeze(0)))
+            start += n
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _patches(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """[N, patch_size * C]: the bins of every real frame, bin-major, in packed order."""
+        T, C = x.shape[1:]
+        if self.patch_size == 0:
+            return x.flatten(0, 1).index_select(0, packing.rows)
+        stride = self.patch_stride
+        x = F.pad(x, (0, 0, 0, -T % stride)).view(-1, stride * C)
+        starts = packing.frame_rows(blocks_per_trial=-(-T // stride))
+        return _GatherPatches.apply(x, starts, self.patch_size * C)
+
+
+class _GatherPatches(torch.autograd.Function):
+    """Windows that begin at given blocks of bins, in one copy; overlaps add up on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
+        """[N, width] from blocks [M, values], of which a window may span several."""
+        step = blocks.shape[1]
+        count = max((blocks.numel() - width) // step + 1, 0)
+        ctx.save_for_backward(starts)
+        ctx.shape = blocks.shape
+        return blocks.as_strided((count, width), (step, 1)).index_select(0, starts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (starts,) = ctx.saved_tensors
+        gradient = grads[0].new_zeros(ctx.shape)
+        step = ctx.shape[1]
+        for position, part in enumerate(grads[0].split(step, dim=1)):
+            gradient[:, : part.shape[1]].index_add_(0, starts + position, part)
+        return gradient, None, None
+
+
+def torch_gru(
+    frames: torch.Tensor,
+    batch_sizes: torch.Tensor,
+    states: torch.Tensor,
+    gru: nn.GRU,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `gru(PackedSequence(frames, batch_sizes), states)` gives, with torch's own dropout.
+
+    cuDNN's dropout has a state of its own. torch makes it anew after every `manual_seed`, waiting
+    for the device, and no checkpoint holds it; so where there is dropout, layers are called one by
+    one. Where there is none, all of them are one call, in which cuDNN can overlap layers.
+
+    Args:
+        frames: [N, inputs], sorted by time, then by trial, longest trial first.
+        batch_sizes: [T'] trials that have a frame at each time; on the CPU.
+        states: [layers * directions, B, H] initial states in packed order.
+        gru: whose weights, dropout and training mode to use.
+        dtype: compute with copies in this type, autocast or not; None leaves that to autocast.
+
+    Returns:
+        (outputs of the last layer [N, H * directions], last states [layers * directions, B, H]).
+    """
+    directions = 2 if gru.bidirectional else 1
+    dropout = gru.dropout if gru.training else 0.0
+    at_once = 1 if dropout > 0 else gru.num_layers
+    autocast = torch.is_autocast_enabled(frames.device.type)  # copies the weights itself
+    copied = dtype is not None or (frames.is_cuda and at_once < gru.num_layers and not autocast)
+    if dtype is not None:
+        frames, states = frames.to(dtype), states.to(dtype)
+    last = []
+    with torch.autocast(frames.device.type, enabled=False) if dtype else nullcontext():
+        for layer in range(0, gru.num_layers, at_once):
+            if layer:
+                frames = F.dropout(frames, dropout)
+            part = slice(layer * directions, (layer + at_once) * directions)
+            weights: list[torch.Tensor] = [w for one in gru.all_weights[part] for w in one]
+            frames, state = _VF.gru(
+                frames,
+                batch_sizes,
+                states[part],
+                in_one_buffer(weights, dtype) if copied else weights,
+                True,  # has biases
+                at_once,
+                0.0,  # dropout
+                gru.training,
+                gru.bidirectional,
+            )
+            last.append(state)
+        return frames, torch.cat(last)
+
+
+def in_one_buffer(
+    weights: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Copies of GRU weights as cuDNN wants them in memory: one after another, matrices first.
+
+    torch compares their addresses with cuDNN's; what lies elsewhere (as one layer of
+    `flatten_parameters` does, whose biases come after all layers' matrices) it would copy itself
+    at every call, with a warning.
+    """
+    order = sorted(range(len(weights)), key=lambda i: -weights[i].dim())
+    flat = torch.cat([weights[i].flatten() for i in order]).to(dtype)
+    copies = list(weights)
+    for i, copy in zip(order, flat.split([weights[i].numel() for i in order]), strict=True):
+        copies[i] = copy.view_as(weights[i])
+    return copies
+
+
+def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    return F.dropout(F.softsign(x), dropout, training=dropout > 0)
+
+
+@dataclass
+class Packing:
+    """The order in which the GRU sees the real frames of a padded batch: no padding is computed.
+
+    Frames are sorted by time, then by trial, longest trial first (torch's packed sequences).
+    """
+
+    n_frames: int  # T' of the padded batch
+    batch_sizes: torch.Tensor  # [T'] CPU int64: trials that have a frame at each time
+    order: torch.Tensor  # [B] trial at each packed position, on the device
+    inverse: torch.Tensor  # [B] packed position of each trial, on the device
+    rows: torch.Tensor  # [N] b * T' + t of each packed frame, on the device
+    trial: torch.Tensor  # [N] b of each packed frame, on the device
+    time: torch.Tensor  # [N] t of each packed frame, on the device
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, n_frames: int, device: torch.device) -> Packing:
+        """Packing of trials with `lengths` [B] frames each; computed on the host.
+
+        A trial too short for a frame gets one all the same, so that the rest of its batch can be
+        computed; its frame length stays 0 and its loss infinite.
+        """
+        lengths_np = lengths.cpu().numpy().clip(min=1)
+        order = np.argsort(-lengths_np, kind="stable")
+        present = np.arange(lengths_np.max())[:, None] < lengths_np[order][None, :]
+        time, position = np.nonzero(present)
+        trial = order[position]
+        where = torch.from_numpy(np.stack([trial * n_frames + time, trial, time]))
+        orders = torch.from_numpy(np.stack([order, np.argsort(order)]))
+        rows, trial_, time_ = send(where, device)
+        order_, inverse = send(orders, device)
+        batch_sizes = torch.from_numpy(present.sum(1))
+        return cls(n_frames, batch_sizes, order_, inverse, rows, trial_, time_)
+
+    def frame_rows(self, blocks_per_trial: int) -> torch.Tensor:
+        """[N] index of each frame's first block, with blocks counted over the whole batch."""
+        return self.trial * blocks_per_trial + self.time
+
+
+def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Load weights of this library or of the public baseline into `model`.
+
+    Prefixes left by wrappers are stripped. A classifier for another number of classes, or day
+    layers beyond those the file has, keep their fresh initialisation.
+
+    Returns:
+        One sentence for each thing that was not taken from `state_dict`.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or has another shape.
+    """
+    given: dict[str, torch.Tensor] = {}
+    for name, value in state_dict.items():
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
+        given[name] = value
+    expected, said = model.state_dict(), []
+    if "out.weight" in given and len(given["out.weight"]) != model.n_classes:
+        said.append(
+            f"The classifier has {len(given['out.weight'])} classes in the checkpoint and "
+            f"{model.n_classes} here: it starts from fresh weights."
+        )
+        given["out.weight"], given["out.bias"] = expected["out.weight"], expected["out.bias"]
+    n_days = sum(name.startswith("day_weights.") for name in given)
+    if n_days != model.n_days:
+        kept = min(n_days, model.n_days)
+        said.append(
+            f"The checkpoint has day layers for {n_days} sessions and this run has {model.n_days}: "
+            f"the first {kept} are loaded in order"
+            f"{', the others start as the identity' if kept < model.n_days else ''}."
+        )
+        for name in [n for n in given if n.startswith("day_") and int(n.split(".")[1]) >= kept]:
+            del given[name]
+        given |= {n: v for n, v in expected.items() if n.startswith("day_") and n not in given}
+    for problem, names in (
+        ("lacks", expected.keys() - given.keys()),
+        ("has an unknown weight", given.keys() - expected.keys()),
+        (
+            "has another shape for",
+            {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape},
+        ),
+    ):
+        if names:
+            name = min(names)
+            shapes = f" ({tuple(given[name].shape)})" if name in given else ""
+            raise CheckpointError(
+                f"The checkpoint {problem} {name}{shapes}: it was made by another architecture; "
+                "set the config's model section (n_units, n_layers, bidirectional, "
+                "n_input_features, patch_size) to the checkpoint's."
+            )
+    model.load_state_dict(given)
+    return said

@@ -1,0 +1,327 @@
+"""One training step: augment, forward, loss, backward, clip, update.
+
+No value that was computed is read back in it, so nothing here makes the host wait for the device;
+torch's CTC on a GPU does all the same (see `gpu_ctc`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..vocabulary.config import TrainingConfig
+from .augmentations import Augmentation, step_generator
+from .device import autocast_dtype, compiler
+from .losses import JointObjective, LabelledBatch
+from .optimizer import apply_update, clip_and_check
+from .rnn_model import GRUDecoder
+
+# Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+NAMED_STEPS = 16  # refused steps remembered by number
+
+
+class TrainingBatch(LabelledBatch, Protocol):
+    """A labelled batch with its features; lengths and days on the CPU."""
+
+    @property
+    def features(self) -> Any: ...
+    @property
+    def n_time_steps(self) -> torch.Tensor: ...
+    @property
+    def day_indices(self) -> torch.Tensor: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@dataclass
+class StepResult:
+    """One step in numbers; tensors are scalars on the device: reading one waits for it."""
+
+    loss: torch.Tensor  # nats per trial, what was differentiated
+    nats_per_frame: torch.Tensor
+    diphone: torch.Tensor | None  # nats per output frame
+    phoneme: torch.Tensor | None
+    grad_norm: torch.Tensor  # before clipping
+    finite: torch.Tensor  # False: the update was refused
+    alpha: float
+    n_frames: int  # output frames in the batch
+    learning_rate: float  # of this update; day layers have their own
+
+
+@dataclass(frozen=True)
+class Health:
+    """Updates refused because the loss or its gradient was not finite."""
+
+    refused_total: int
+    refused_in_a_row: int  # the longest run of them since this was asked before
+    refused_steps: list[int]  # the latest of them, ascending
+
+    @property
+    def last_refused_step(self) -> int:
+        return self.refused_steps[-1] if self.refused_steps else -1
+
+
+class TrainStep:
+    """Everything that changes the weights, and what must survive a restart besides them.
+
+    Args:
+        model: on `device`.
+        augmentation, objective, optimizer, scheduler: as built from `config`.
+        config: seeds, precision, clipping, averaging, patience.
+        device: where the model is.
+        rank: this process among those that share a batch; decides its noise and dropout.
+        after_backward: called with the batch between backward and clipping, e.g. to sum
+            gradients over ranks and to give absent day layers a zero gradient.
+        on_every_rank: whether a bool scalar on the device is true on every rank, as one more such
+            scalar; by default there is one rank.
+    """
+
+    def __init__(
+        self,
+        model: GRUDecoder,
+        augmentation: Augmentation,
+        objective: JointObjective,
+        optimizer: AdamW,
+        scheduler: LambdaLR,
+        config: TrainingConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        after_backward: Callable[[TrainingBatch], None] | None = None,
+        on_every_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag,
+    ) -> None:
+        self.model = model
+        self.augmentation = augmentation
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.config = config
+        self.device = torch.device(device)
+        self.rank = rank
+        self.after_backward = after_backward
+        self.on_every_rank = on_every_rank
+        self.amp_dtype = autocast_dtype(config, self.device)
+        compile_part = compiler(config, self.device)
+        if compile_part is not None:
+            augmentation.compile_with(compile_part)
+            model.compile_with(compile_part)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._state: dict[str, torch.Tensor] = {
+            "refused": self._count(0),
+            "refused_in_a_row": self._count(0),
+            "longest_in_a_row": self._count(0),  # since `health` was asked
+            "refused_steps": torch.full((NAMED_STEPS,), -1, device=self.device),
+        }
+        if self.amp_dtype == torch.float16:
+            self._state["scale"] = torch.tensor(INITIAL_SCALE, device=self.device)
+            self._state["good_steps"] = self._count(0)
+        self.average: list[torch.Tensor] | None = None  # begins with the first step
+
+    def __call__(
+        self, batch: TrainingBatch, step: int, global_batch_size: int | None = None
+    ) -> StepResult:
+        """Train on `batch` (features and labels on the device, lengths and days on the CPU).
+
+        Args:
+            batch: this rank's share of the batch.
+            step: global step; with the seed and rank it decides noise, cuts and dropout.
+            global_batch_size: trials in the batch over all ranks, if there are several.
+        """
+        if batch.features is None or batch.features.device != self.device:
+            batch = batch.to(self.device)
+        self._begin_average()
+        self.model.train()
+        generator = step_generator(self.device, self.config.seed, step, self.rank)
+        torch.manual_seed(generator.initial_seed())  # dropout
+        features, n_time_steps = self.augmentation(
+            batch.features, batch.n_time_steps, training=True, generator=generator
+        )
+        frame_lengths = self.model.frame_lengths(n_time_steps)
+        with self.autocast():
+            logits = self.model(features, batch.day_indices, n_time_steps=n_time_steps)
+        terms = self.objective(logits, batch, frame_lengths, step, global_batch_size)
+        scale = self._state.get("scale")
+        self.optimizer.zero_grad(set_to_none=True)
+        (terms.total if scale is None else terms.total * scale).backward()
+        # An infinite loss can have a finite gradient (a trial without frames): let it show there,
+        # before gradients are summed over ranks, so that every rank refuses the same steps.
+        if self.model.out.bias.grad is not None:
+            self.model.out.bias.grad.add_(terms.total.detach() * 0)
+        if self.after_backward is not None:
+            self.after_backward(batch)
+        norm, finite, divisor = clip_and_check(
+            self.parameters, self.config.grad_norm_clip_value, 1.0 if scale is None else scale
+        )
+        apply_update(self.optimizer, divisor, ~finite)
+        learning_rate = self.optimizer.param_groups[-1]["lr"]
+        self.scheduler.step()
+        self._count_refusals(finite, terms.total.detach(), step)
+        self._update_average(step)
+        return StepResult(
+            loss=terms.total.detach(),
+            nats_per_frame=terms.nats_per_frame,
+            diphone=terms.diphone,
+            phoneme=terms.phoneme,
+            grad_norm=norm,
+            finite=finite,
+            alpha=terms.alpha,
+            n_frames=int(frame_lengths.sum()),
+            learning_rate=learning_rate,
+        )
+
+    def autocast(self) -> torch.autocast:
+        """The forward pass's precision, for training and validation alike."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        )
+
+    def health(self) -> Health:
+        """Refused updates so far; waits for the device, so do not ask at every step."""
+        state = self._state
+        counts = torch.stack([state["refused"], state["longest_in_a_row"]])
+        total, longest, *steps = torch.cat([counts, state["refused_steps"]]).tolist()
+        state["longest_in_a_row"].zero_()
+        return Health(total, longest, sorted(step for step in steps if step >= 0))
+
+    def try_batch(self, batch_size: int, n_bins: int, n_labels: int) -> int:
+        """The largest batch of trials this long that fits the memory, found by trying.
+
+        Runs forward and backward on zeros at the costliest step of the objective's schedule, beside
+        all that a real step finds in memory, halving the batch while memory runs out; weights,
+        optimizer, counters and generators are left as they were.
+
+        Returns:
+            `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
+        """
+        cpu_state = torch.get_rng_state()
+        device_state = torch.cuda.get_rng_state(self.device) if self._on_gpu else None
+        fits = batch_size
+        while fits > 0:
+            try:
+                self._forward_and_backward(fits, n_bins, n_labels)
+                break
+            except torch.OutOfMemoryError:
+                fits //= 2
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(cpu_state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, self.device)
+            torch.cuda.empty_cache()
+        return fits
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _forward_and_backward(self, batch_size: int, n_bins: int, n_labels: int) -> None:
+        def labels(length: int) -> torch.Tensor:
+            return torch.ones(batch_size, length, dtype=torch.int64, device=self.device)
+
+        n_time_steps = torch.full((batch_size,), n_bins)
+        n_labels = min(n_labels, max(int(self.model.frame_lengths(n_time_steps)[0]) // 2, 1))
+        self._begin_average()
+        features = torch.zeros(batch_size, n_bins, self.model.neural_dim, device=self.device)
+        held = [*self._moments_to_come(), torch.empty_like(features)]  # the next batch travels
+        days = torch.arange(batch_size) * self.model.n_days // batch_size
+        batch = SimpleNamespace(
+            labels=labels(n_labels),
+            label_lengths=torch.full((batch_size,), n_labels),
+            phoneme_labels=labels(n_labels),
+            phoneme_lengths=torch.full((batch_size,), n_labels),
+        )
+        self.model.train()
+        features, n_time_steps = self.augmentation(
+            features,
+            n_time_steps,
+            training=True,
+            generator=step_generator(self.device, self.config.seed, 0, self.rank),
+        )
+        frame_lengths = self.model.frame_lengths(n_time_steps)
+        with self.autocast():
+            logits = self.model(features, days, n_time_steps=n_time_steps)
+        step = self.objective.costliest_step(self.config.num_training_batches)
+        self.objective(logits, batch, frame_lengths, step).total.backward()
+        del held
+
+    def _moments_to_come(self) -> list[torch.Tensor]:
+        """Room for AdamW's two moments of every parameter that has none yet."""
+        new = [p for p in self.parameters if p not in self.optimizer.state]
+        return [torch.empty_like(p) for p in new for _ in range(2)]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights; its own where there are none."""
+        if self.average is None:
+            yield
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        values = [p.data for p in self.parameters]
+        torch._foreach_copy_(values, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(values, own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, loss scale and averaged weights; model, optimiser and schedule have theirs."""
+        state: dict[str, Any] = {name: value.clone() for name, value in self._state.items()}
+        if self.average is not None:
+            state["average"] = [value.clone() for value in self.average]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; what this configuration does not use is left out."""
+        for name, value in self._state.items():
+            if name in state:
+                value.copy_(state[name])
+        if self.config.ema_decay > 0 and "average" in state:
+            self.average = [
+                saved.to(parameter.device, copy=True)
+                for parameter, saved in zip(self.parameters, state["average"], strict=True)
+            ]
+
+    def _count(self, value: int) -> torch.Tensor:
+        return torch.tensor(value, device=self.device)
+
+    def _count_refusals(self, finite: torch.Tensor, loss: torch.Tensor, step: int) -> None:
+        """Count a refused update, unless the loss scale alone is to blame; adapt the scale."""
+        state, refused = self._state, ~finite
+        overflow = torch.zeros_like(refused)
+        if "scale" in state:
+            # no scale makes a finite loss of one that is not: that is the batch's or the model's
+            too_large = refused & self.on_every_rank(torch.isfinite(loss))
+            overflow = too_large & (state["scale"] > 1)
+            good = torch.where(finite, state["good_steps"] + 1, 0)
+            grown = good == GROWTH_INTERVAL
+            factor = torch.where(too_large, 0.5, torch.where(grown, 2.0, 1.0))
+            state["scale"].mul_(factor).clamp_(min=2.0**-14)
+            state["good_steps"].copy_(torch.where(grown, 0, good))
+        counted = refused & ~overflow
+        slot = torch.remainder(state["refused"], NAMED_STEPS).view(1)
+        steps = state["refused_steps"]
+        steps.scatter_(0, slot, torch.where(counted, step, steps.gather(0, slot)))
+        state["refused"].add_(counted)
+        in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
+        torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
+
+    def _begin_average(self) -> None:
+        """From the weights of now: by the first step those of a checkpoint are loaded."""
+        if self.average is None and self.config.ema_decay > 0:
+            self.average = [p.detach().clone() for p in self.parameters]
+
+    def _update_average(self, step: int) -> None:
+        if self.average is None:
+            return
+        # a young average follows faster, so that it does not remember the initial weights
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)

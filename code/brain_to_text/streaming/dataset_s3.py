@@ -1,0 +1,414 @@
+"""Batches of trials as tensors, streamed from S3 (or a folder) ahead of the training loop.
+
+`BrainToTextDatasetS3` gives training batches: the batch at a step is a pure function of (seed,
+step), whatever the number of threads, ranks, restarts or the state of any cache.
+`EvaluationDatasetS3` gives every trial of a split once.
+"""
+
+from __future__ import annotations
+
+import abc
+import concurrent.futures
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..vocabulary.config import TrainingConfig
+from ..vocabulary.errors import ConfigError
+from .batch import Batch, collate, pad_features
+from .batch_plan import BatchPlan, evaluation_batches, shard
+from .cache_plan import decoded_bytes, plan_device
+from .device_cache import DeviceCache, GatherPlan
+from .prefetch import Prefetcher, PrefetchLimits
+from .trial_stream import TrialStream
+
+# Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
+# the longest of its batches do not fit two at a time (on data like the real one, the first 6 of 23
+# at 64 trials): one is then read while the one before is scored, which is all that overlap needs.
+TRAINING_SHARE, EVALUATION_SHARE = 0.75, 0.25
+
+
+class StreamedBatches(abc.ABC):
+    """What both datasets share: from trial indices to a `Batch`.
+
+    Args:
+        stream: where features come from.
+        trials_by_session: trial indices of each session; the position is the day index.
+        device: where iterated batches end up; None leaves them on the CPU.
+        limits: how far batches are prepared ahead.
+        feature_subset: feature columns to use, in order.
+        device_cache: trials kept on the device.
+        pin_memory: page-locked batches; by default when the device is a GPU.
+    """
+
+    def __init__(
+        self,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        *,
+        device: torch.device | None = None,
+        limits: PrefetchLimits | None = None,
+        feature_subset: Sequence[int] | None = None,
+        device_cache: DeviceCache | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        self.stream = stream
+        self.manifest = stream.manifest
+        self.stats = stream.stats
+        self.device = device
+        self._limits = limits or PrefetchLimits()
+        self._subset = None if feature_subset is None else np.array(feature_subset, dtype=np.int64)
+        self._device_cache = device_cache
+        on_gpu = device is not None and device.type == "cuda"
+        self._pin = on_gpu if pin_memory is None else pin_memory
+        self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
+        # while a batch waits, each of its trials is there as it was read or as it was decoded
+        sizes = [max(t.length, decoded_bytes(t, stream.cache_dtype)) for t in self.manifest.trials]
+        self._trial_bytes = np.array(sizes, np.int64)
+        self._day = np.full(len(self.manifest.trials), -1, np.int64)
+        for day, trials in enumerate(trials_by_session):
+            self._day[trials] = day
+        # Half precision crosses the bus as it is and becomes float32 on the device.
+        half = stream.dtype == np.float16
+        self._dtype = torch.float16 if half and on_gpu else torch.float32
+        self._open: list[DeviceFeeder] = []
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of batches."""
+
+    @abc.abstractmethod
+    def trial_indices(self, step: int) -> np.ndarray:
+        """This rank's trials of batch `step`: [B] int64 into `manifest.trials`."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch at `step`, read now, on the CPU (or gathered on the caching device).
+
+        Raises:
+            IndexError: no such batch.
+            StorageError, DataError: see `TrialStream.fetch`.
+        """
+        if not 0 <= step < len(self):
+            raise IndexError(f"batch {step} of {len(self)}")
+        batch = self._begin(step).finish()
+        return batch if batch.gather is None else batch.to(self._gathering_device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, start: int = 0, stop: int | None = None) -> DeviceFeeder:
+        """Iterate over batches start … stop-1, prepared ahead and moved to the device.
+
+        Close the iterator (or use it in `with`) when leaving early.
+        """
+        prefetcher = Prefetcher(
+            self._begin,
+            self._batch_bytes,
+            start,
+            len(self) if stop is None else min(stop, len(self)),
+            self._limits,
+        )
+        feeder = DeviceFeeder(prefetcher, self.device, self.stats)
+        self._open = [f for f in self._open if not f.closed]
+        self._open.append(feeder)
+        return feeder
+
+    def close(self) -> None:
+        """Close the iterators of this dataset, then the stream that feeds it."""
+        for feeder in self._open:
+            feeder.close()
+        self.stream.close()
+
+    @property
+    def _gathering_device(self) -> torch.device:
+        assert self._device_cache is not None
+        return self._device_cache.device
+
+    def _batch_bytes(self, step: int) -> int:
+        """Memory that preparing batch `step` needs: the padded tensor, and its trials."""
+        trials = self.trial_indices(step)
+        if len(trials) == 0:
+            return 0
+        n_features = self.manifest.n_features if self._subset is None else len(self._subset)
+        padded = len(trials) * int(self._n_time_steps[trials].max()) * n_features
+        return padded * self._dtype.itemsize + int(self._trial_bytes[np.unique(trials)].sum())
+
+    def _begin(self, step: int) -> _BatchUnderWay:
+        trials = self.trial_indices(step)
+        cache = self._device_cache
+        if cache is None:
+            return _BatchUnderWay(self, step, trials, trials, self.stream.submit(trials))
+        distinct = np.unique(trials)
+        absent = np.array([i for i in distinct if not cache.holds(int(i))], dtype=np.int64)
+        self.stats.add(device_hits=len(distinct) - len(absent))
+        return _BatchUnderWay(self, step, trials, absent, self.stream.submit(absent))
+
+    def _assemble(
+        self, step: int, trials: np.ndarray, fetched: np.ndarray, arrays: list[np.ndarray]
+    ) -> Batch:
+        """Pad on the CPU, or leave a plan for the device that holds the trials."""
+        features, gather = None, None
+        if self._device_cache is None:
+            features = pad_features(arrays, self._dtype, self._subset, self._pin)
+        else:
+            lengths = [len(a) for a in arrays]
+            starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+            gather = GatherPlan(
+                cache=self._device_cache,
+                indices=tuple(trials.tolist()),
+                n_time_steps=tuple(self._n_time_steps[trials].tolist()),
+                rows=self._stack(arrays) if arrays else None,
+                places=dict(zip(fetched.tolist(), starts.tolist(), strict=True)),
+            )
+        records = [self.manifest.trials[i] for i in trials]
+        return collate(step, trials, records, self._day[trials], features, gather, self._pin)
+
+    def _stack(self, arrays: list[np.ndarray]) -> torch.Tensor:
+        assert self._device_cache is not None
+        n_features = arrays[0].shape[1] if self._subset is None else len(self._subset)
+        shape = (sum(len(a) for a in arrays), n_features)
+        rows = torch.empty(shape, dtype=self._device_cache.dtype, pin_memory=self._pin)
+        columns = slice(None) if self._subset is None else self._subset
+        np.concatenate([a[:, columns] for a in arrays], out=rows.numpy(), casting="same_kind")
+        return rows
+
+
+class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
+    """Training batches: `dataset[step]` is the batch of that step, `batches()` iterates over them.
+
+    Read it through `batches()`, not through a DataLoader with worker processes: after a fork the
+    stream refuses to work, and a thread hands a batch over without copying it.
+
+    Args:
+        stream: where features come from.
+        trials_by_session: trial indices to draw from, one array per session in day-layer order.
+        batch_size: trials per step over all ranks.
+        days_per_batch: sessions per batch.
+        n_batches: length of the dataset: training steps.
+        seed: of the batch plan.
+        must_include_days: sessions (by position) that every batch contains.
+        rank, world_size: which share of each batch this process reads.
+        options: see `StreamedBatches`.
+    """
+
+    def __init__(
+        self,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        *,
+        batch_size: int,
+        days_per_batch: int,
+        n_batches: int,
+        seed: int,
+        must_include_days: Sequence[int] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(stream, trials_by_session, **options)
+        self.plan = BatchPlan(
+            trials_by_session, batch_size, days_per_batch, seed, must_include_days
+        )
+        self._n_batches = n_batches
+        self._rank, self._world_size = rank, world_size
+
+    @classmethod
+    def from_config(
+        cls,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        config: TrainingConfig,
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> BrainToTextDatasetS3:
+        """The dataset that a configuration describes.
+
+        Raises:
+            ConfigError: `dataset.gpu_cache_gb` does not even hold one batch.
+        """
+        dataset = config.dataset
+        return cls(
+            stream,
+            trials_by_session,
+            batch_size=dataset.batch_size,
+            days_per_batch=dataset.days_per_batch,
+            n_batches=config.num_training_batches,
+            seed=dataset.seed,
+            must_include_days=dataset.must_include_days or (),
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            limits=_limits(config, TRAINING_SHARE),
+            feature_subset=dataset.feature_subset,
+            device_cache=_device_cache(stream, config, device, world_size),
+        )
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def trial_indices(self, step: int) -> np.ndarray:
+        trials = self.plan.trials(step)
+        return shard(trials, self._n_time_steps[trials], self._rank, self._world_size)
+
+
+class EvaluationDatasetS3(StreamedBatches):
+    """Every trial once, in batches of similar length and fixed order, dealt out to the ranks.
+
+    Args:
+        stream: where features come from.
+        trials_by_session: the trials to score, one array per session in day-layer order.
+        batch_size: trials per batch.
+        rank, world_size: which batches this process reads; the batches themselves do not depend on
+            the number of ranks.
+        options: see `StreamedBatches`.
+    """
+
+    def __init__(
+        self,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(stream, trials_by_session, **options)
+        trials = np.concatenate([np.asarray(t, np.int64) for t in trials_by_session])
+        everything = evaluation_batches(trials, self._n_time_steps[trials], batch_size)
+        self._batches = everything[rank::world_size]
+
+    @classmethod
+    def from_config(
+        cls,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        config: TrainingConfig,
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> EvaluationDatasetS3:
+        """The dataset that a configuration describes."""
+        return cls(
+            stream,
+            trials_by_session,
+            batch_size=config.dataset.batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            limits=_limits(config, EVALUATION_SHARE),
+            feature_subset=config.dataset.feature_subset,
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def trial_indices(self, step: int) -> np.ndarray:
+        return self._batches[step]
+
+
+@dataclass(frozen=True)
+class _BatchUnderWay:
+    """A batch whose reads have started (a `prefetch.Preparation`)."""
+
+    dataset: StreamedBatches
+    step: int
+    trials: np.ndarray
+    fetched: np.ndarray
+    reads: concurrent.futures.Future[list[np.ndarray]]
+
+    def finish(self) -> Batch:
+        try:
+            arrays = self.reads.result()
+        finally:
+            self.reads.cancel()  # when waiting was interrupted; without effect once it is done
+        return self.dataset._assemble(self.step, self.trials, self.fetched, arrays)
+
+    def cancel(self) -> None:
+        self.reads.cancel()
+
+
+class DeviceFeeder(Iterator[Batch]):
+    """Batches on their device; on a GPU the next one is copied while the current one computes.
+
+    Attributes:
+        last_wait_seconds: how long the last `next` waited for data.
+    """
+
+    def __init__(self, batches: Prefetcher[Batch], device: torch.device | None, stats: Any) -> None:
+        self._batches = batches
+        self._device = device
+        self._stats = stats
+        on_gpu = device is not None and device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self._ahead: Batch | None = None
+        self.last_wait_seconds = 0.0
+        self.closed = False
+
+    def __next__(self) -> Batch:
+        self.last_wait_seconds = 0.0
+        batch, self._ahead = self._ahead, None
+        if batch is None:
+            batch = self._moved(next(self._batches))
+            self.last_wait_seconds = self._batches.last_wait_seconds
+        self._stats.add(batches=1, wait_seconds=self.last_wait_seconds)
+        if self._copy_stream is not None:
+            consumer = torch.cuda.current_stream(self._device)
+            consumer.wait_stream(self._copy_stream)
+            for tensor in (batch.features, batch.labels, batch.phoneme_labels):
+                if tensor is not None:
+                    tensor.record_stream(consumer)
+            if self._batches.ready():
+                self._ahead = self._moved(next(self._batches))
+        return batch
+
+    def _moved(self, batch: Batch) -> Batch:
+        if self._device is None and batch.gather is None:
+            return batch
+        with torch.cuda.stream(self._copy_stream):
+            return batch.to(self._device or "cpu")
+
+    def close(self) -> None:
+        """Give up batches under way."""
+        self.closed = True
+        self._ahead = None
+        self._batches.close()
+
+    def __enter__(self) -> DeviceFeeder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _limits(config: TrainingConfig, share: float) -> PrefetchLimits:
+    dataset = config.dataset
+    return PrefetchLimits(
+        batches=dataset.prefetch_batches,
+        n_bytes=int(share * dataset.prefetch_mb * 1e6),
+        threads=dataset.num_dataloader_workers,
+    )
+
+
+def _device_cache(
+    stream: TrialStream, config: TrainingConfig, device: torch.device | None, world_size: int
+) -> DeviceCache | None:
+    """The GPU tier of `dataset.gpu_cache_gb`, no larger than the training set."""
+    dataset = config.dataset
+    if dataset.gpu_cache_gb == 0:
+        return None
+    plan = plan_device(stream.manifest, dataset, world_size)
+    if dataset.gpu_cache_gb * 1e9 < plan.smallest_bytes:
+        raise ConfigError(
+            f"dataset.gpu_cache_gb is {dataset.gpu_cache_gb:g} but the largest batch alone needs "
+            f"{plan.smallest_bytes / 1e9:.2f}: raise it, or write 0 to turn the GPU cache off."
+        )
+    dtype = torch.float16 if plan.dtype == np.float16 else torch.float32
+    device = device or torch.device("cpu")
+    return DeviceCache(device, plan.n_time_steps, plan.n_features, dtype, plan.scratch_rows)

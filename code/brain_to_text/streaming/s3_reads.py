@@ -1,0 +1,375 @@
+"""Ranged GETs from S3: by obstore where it can, else by s3fs's client.
+
+obstore's transport needs neither the interpreter nor its lock: while the training thread is busy in
+Python, cold steps are 1.2 to 1.4 times as fast as through s3fs (tests/benchmarks/RESULTS.md). s3fs
+remains for what only botocore knows: redirects to another region, access points, endpoints of a
+profile, FIPS and dual stack; and for servers that answer a range with status 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.credentials
+import botocore.exceptions
+import botocore.session
+import fsspec.asyn
+import s3fs
+from fsspec.exceptions import FSTimeoutError
+
+try:
+    import obstore
+    from obstore.store import S3Store
+except ImportError:
+    obstore = None  # type: ignore[assignment]
+
+from ..vocabulary.errors import StorageError
+from .ranged_reads import (
+    S3_ETAG,
+    CredentialsRejectedError,
+    ObjectReplacedError,
+    PersistentError,
+    ReadError,
+)
+
+log = logging.getLogger("brain_to_text")
+
+# Answers after which the credentials in use are worth renewing at once: a token that the provider
+# still believed in, a key that was rotated, a clock that is off.
+_EXPIRED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestExpired",
+    "RequestTimeTooSkewed",
+    "TokenRefreshRequired",
+}
+_FINAL = {"AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey", "403", "404"}
+_SWITCHES = (
+    "use_fips_endpoint",
+    "use_dualstack_endpoint",
+    "ignore_configured_endpoint_urls",
+)
+_REDIRECTS = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
+_OTHER_REGION = "the bucket is in another region than AWS_REGION"
+_RENEWAL_INTERVAL_SECONDS = 2.0
+# What providers of credentials raise: botocore's own, STS's answers, files that are not there,
+# answers without a key, credentials that come expired.
+_PROVIDER_ERRORS = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    OSError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+)
+
+
+class _UnsuitableClientError(Exception):
+    """The server asks for something that this client cannot do."""
+
+
+class S3RangedReader:
+    """Ranged GETs; the clients' own retries are turned off.
+
+    Credentials come from botocore's provider chain and are renewed by the provider; they are never
+    kept elsewhere. The endpoint is AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where set.
+
+    Args:
+        url: s3://bucket/prefix.
+        concurrency: connections kept.
+        read_timeout_seconds: silence after which an attempt fails.
+
+    Raises:
+        StorageError: no credentials, or profile, region or endpoint make no sense.
+    """
+
+    def __init__(self, url: str, concurrency: int, read_timeout_seconds: float) -> None:
+        self.loop = fsspec.asyn.get_loop()
+        self._seen: dict[str, str] = {}  # first ETag of files whose own one is not S3's
+        self._proven = False
+        self._first_read = asyncio.Lock()
+        self._renewal = _Renewal(lambda: self._client.renew_credentials())
+        self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds, self.loop)
+        self._client: _S3fsClient | _ObstoreClient = self._s3fs
+        try:
+            if _obstore_will_do(self._s3fs.bucket):
+                self._client = _ObstoreClient(url, read_timeout_seconds)
+            else:
+                # making this client takes a good part of a second: not at the first read's expense
+                fsspec.asyn.sync(self.loop, self._s3fs.connect)
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise StorageError(
+                f"No S3 client for {url}: {error}; check AWS_PROFILE, AWS_REGION and "
+                "AWS_ENDPOINT_URL_S3, or run 'aws configure'."
+            ) from error
+
+    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray | memoryview:
+        expected = etag if S3_ETAG.fullmatch(etag) else self._seen.get(key)
+        answer = None
+        if not self._proven:  # alone: the first answer may show that this client is the wrong one
+            async with self._first_read:
+                if not self._proven:
+                    answer = await self._get(key, offset, length, expected)
+                    self._proven = True
+        found, span = answer or await self._get(key, offset, length, expected)
+        if found and found != (expected or self._seen.setdefault(key, found)):
+            raise ObjectReplacedError(f"its ETag is {found}, no longer {expected}")
+        return span
+
+    async def _get(
+        self, key: str, offset: int, length: int, etag: str | None
+    ) -> tuple[str, bytearray | memoryview]:
+        client = self._client
+        try:
+            return await client.get(key, offset, length, etag)
+        except _UnsuitableClientError as error:
+            if self._client is client:  # the first of several reads to find out
+                log.info("Reading through s3fs: %s", error)
+                self._client = self._s3fs
+            raise ReadError(str(error)) from error
+
+    async def renew_credentials(self) -> None:
+        await self._renewal.run()
+
+    async def close(self) -> None:
+        await self._s3fs.close()
+
+
+class _Renewal:
+    """Asks the credential provider for all reads together, at most once in a few seconds.
+
+    In between, its last answer stands, whether it gave credentials or failed.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self._ask = ask
+        self._one_at_a_time = asyncio.Lock()
+        self._asked = -_RENEWAL_INTERVAL_SECONDS
+        self._fault = ""
+
+    async def run(self) -> None:
+        async with self._one_at_a_time:
+            if time.monotonic() - self._asked > _RENEWAL_INTERVAL_SECONDS:
+                try:
+                    await self._ask()
+                    self._fault = ""
+                except _PROVIDER_ERRORS as error:
+                    self._fault = f"credentials cannot be renewed ({_one_line(error)})"
+                self._asked = time.monotonic()
+            if self._fault:
+                raise CredentialsRejectedError(self._fault)
+
+
+def _obstore_will_do(bucket: str) -> bool:
+    """obstore knows plain buckets at plain endpoints; what else a profile can ask is botocore's."""
+    if obstore is None or bucket.startswith("arn:") or bucket.endswith("--x-s3"):
+        return False
+    profile = botocore.session.Session().get_scoped_config()
+    switches = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in _SWITCHES}
+    asked = any(value.lower() == "true" for value in switches.values())
+    return not (asked or profile.keys() & {"endpoint_url", "services", "s3", *_SWITCHES})
+
+
+class _ObstoreClient:
+    def __init__(self, url: str, read_timeout_seconds: float) -> None:
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._session = botocore.session.Session()
+        self._credentials = self._find_credentials()
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        silence = datetime.timedelta(seconds=read_timeout_seconds)
+        options: dict[str, Any] = {
+            "connect_timeout": silence,
+            "read_timeout": silence,
+            "timeout": datetime.timedelta(days=1),  # the budget is our business
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+        }
+        bundle = self._session.get_config_variable("ca_bundle")
+        if bundle:
+            options["root_certificate"] = Path(bundle).read_bytes()
+        self._store = S3Store(
+            bucket,
+            prefix=prefix.strip("/") or None,
+            region=self._session.get_config_variable("region") or "us-east-1",
+            virtual_hosted_style_request=False,
+            client_options=options,  # type: ignore[arg-type]
+            retry_config={"max_retries": 0},
+            credential_provider=self._frozen_credentials,
+            **({"endpoint": endpoint} if endpoint else {}),  # type: ignore[arg-type]
+        )
+
+    def _find_credentials(self) -> botocore.credentials.Credentials:
+        credentials = self._session.get_credentials()
+        if credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        return credentials
+
+    def _frozen_credentials(self) -> Any:
+        """What obstore signs with now; it asks again for nearly every request."""
+        frozen = self._credentials.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30),
+        }
+
+    async def get(
+        self, key: str, offset: int, length: int, etag: str | None
+    ) -> tuple[str, memoryview]:
+        options: Any = {"range": (offset, offset + length)}
+        if etag:
+            options["if_match"] = f'"{etag}"'
+        try:
+            answer = await obstore.get_async(self._store, key, options=options)
+            body = await answer.bytes_async()
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise _obstore_fault(error) from error
+        return (answer.meta.get("e_tag") or "").strip('"'), memoryview(body)
+
+    async def renew_credentials(self) -> None:
+        self._session = botocore.session.Session()
+        self._credentials = await asyncio.to_thread(self._find_credentials)
+
+
+def _obstore_fault(error: Exception) -> Exception:
+    """What a failed attempt means, in words; obstore has one error type and much text."""
+    text = str(error)
+    if "non-partial response" in text:
+        return _UnsuitableClientError("the server answers a byte range with status 200")
+    if "InvalidCertificate" in text:
+        return _UnsuitableClientError("the server's certificate is not one for obstore")
+    if "ETag Header missing" in text:
+        return _UnsuitableClientError("the server sends no ETag")
+    if "redirect without LOCATION" in text:  # how S3 answers for a bucket of another region
+        return _UnsuitableClientError(_OTHER_REGION)
+    status = re.search(r"status code: (\d{3})", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    if status:
+        name = code[1] if code else status[1]
+        if name in _REDIRECTS or status[1] in ("301", "307"):
+            return _UnsuitableClientError(_OTHER_REGION)
+        return _answer_fault(status[1], name)
+    summary = " ".join(text.split("Debug source")[0].split())
+    detail = re.search(r"TimedOut|ConnectionRefused|ConnectionReset|UnexpectedEof|dns error", text)
+    return ReadError(summary[:250] + (f" ({detail[0]})" if detail else ""))
+
+
+def _answer_fault(status: str, code: str) -> ReadError | ObjectReplacedError:
+    """What an error answer of the server means."""
+    text = f"HTTP {status} {code}" if status != code else f"HTTP {status}"
+    if "412" in (status, code) or code == "PreconditionFailed":
+        return ObjectReplacedError("the server says that its ETag is another one")
+    if code in _EXPIRED:
+        return CredentialsRejectedError(text)
+    return PersistentError(text) if code in _FINAL else ReadError(text)
+
+
+class _S3fsClient:
+    def __init__(
+        self,
+        url: str,
+        concurrency: int,
+        read_timeout_seconds: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._file_system = s3fs.S3FileSystem(
+            asynchronous=True,
+            loop=loop,
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "retries": {"mode": "standard", "total_max_attempts": 1},
+                "max_pool_connections": concurrency,
+                "connect_timeout": read_timeout_seconds,
+                "read_timeout": read_timeout_seconds,
+                "parameter_validation": False,
+                # S3 has no checksum of a part of an object; ours is the manifest's CRC.
+                "response_checksum_validation": "when_required",
+            },
+        )
+        self._previous_client: Any = None  # requests in flight may still be using it
+
+    async def connect(self) -> Any:
+        return await self._file_system.set_session()
+
+    async def get(
+        self, key: str, offset: int, length: int, etag: str | None
+    ) -> tuple[str, bytearray]:
+        conditions = {"IfMatch": f'"{etag}"'} if etag else {}
+        try:
+            client = await self.connect()
+            answer = await client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={offset}-{offset + length - 1}",
+                **conditions,
+            )
+            body = answer["Body"]
+            try:
+                return answer.get("ETag", "").strip('"'), await _read_at_most(body, length)
+            finally:
+                body.close()
+        except (
+            botocore.exceptions.BotoCoreError,
+            botocore.exceptions.ClientError,
+            aiohttp.ClientError,
+            FSTimeoutError,
+            OSError,
+            RuntimeError,  # of a provider whose credentials come expired
+        ) as error:
+            raise _botocore_fault(error) from error
+
+    async def renew_credentials(self) -> None:
+        outdated = self._file_system._s3
+        await self._file_system.set_session(refresh=True)
+        if self._previous_client is not None:
+            await self._previous_client.close()
+        self._previous_client = outdated
+
+    async def close(self) -> None:
+        for client in (self._previous_client, self._file_system._s3):
+            if client is not None:
+                await client.close()
+
+
+async def _read_at_most(body: Any, length: int) -> bytearray:
+    """The body, cut off one byte after `length`: a server that ignores the range sends it all."""
+    span = bytearray(length)
+    view = memoryview(span)
+    filled = 0
+    while chunk := await body.read(length - filled or 1):
+        if filled == length:
+            return span + chunk
+        view[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    view.release()
+    del span[filled:]
+    return span
+
+
+def _botocore_fault(error: Exception) -> ReadError | ObjectReplacedError:
+    if isinstance(error, botocore.exceptions.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        return _answer_fault(status, code)
+    if isinstance(error, botocore.exceptions.NoCredentialsError):
+        return PersistentError("no credentials found by the AWS provider chain")
+    return ReadError(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {reason}"[:300]

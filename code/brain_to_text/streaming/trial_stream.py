@@ -1,0 +1,339 @@
+"""Verified neural features of any trials, by index, from S3 or a folder.
+
+Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight.
+Bytes that are too few, too many or different from the manifest's CRC are read again; nobody sees
+them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ..data.object_store import ObjectStore
+from ..data.trial_manifest import TrialManifest
+from ..data.trial_records import TrialRecord
+from ..vocabulary.config import DatasetConfig
+from ..vocabulary.errors import BrainToTextError, DataError, StorageError
+from .cache_plan import features_dtype
+from .ranged_reads import (
+    CredentialsRejectedError,
+    ObjectReplacedError,
+    PersistentError,
+    RangedReader,
+    ReadError,
+    open_reader,
+)
+from .retry import Attempts, RetryPolicy
+from .shared_trial_cache import Host, SharedTrialCache, open_cache
+from .stream_stats import StreamStats
+from .trial_cache import TrialCache
+
+CacheDtype = Literal["stored", "float16"]
+
+# An answer like "access denied", or the same wrong bytes, is final when it comes this often.
+_PATIENCE = 3
+
+
+class TrialStream:
+    """Reads trials by index into `manifest.trials`.
+
+    Use it in the process and thread family that made it: after a fork it refuses to work.
+
+    Args:
+        store: the data's prefix or folder; only its URL is used.
+        manifest: where each trial's bytes lie, and their CRC-32.
+        concurrency: trials read and decoded at once, over all batches being prepared; each has at
+            most one ranged GET in flight.
+        cache_bytes: budget of the RAM cache of decoded trials; 0 turns it off.
+        cache: a cache of decoded trials that exists already, instead.
+        cache_dtype: "float16" rounds every trial to half precision when it is read, so that a batch
+            does not depend on whether it came from the cache.
+        retry: time limits of one read.
+        threads: verify and inflate this many trials at once.
+        reader: for tests and benchmarks, instead of the one for the store's URL.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: TrialManifest,
+        *,
+        concurrency: int = 16,
+        cache_bytes: int = 0,
+        cache: TrialCache | SharedTrialCache | None = None,
+        cache_dtype: CacheDtype = "stored",
+        retry: RetryPolicy | None = None,
+        threads: int = 4,
+        reader: RangedReader | None = None,
+    ) -> None:
+        self.url = url = store.url
+        self.manifest = manifest
+        self.cache = TrialCache(cache_bytes) if cache is None else cache
+        self.cache_dtype = cache_dtype
+        self.dtype = features_dtype(manifest, cache_dtype)
+        self.stats = StreamStats()
+        self._retry = retry or RetryPolicy()
+        self._reader = reader or open_reader(url, concurrency, self._retry.read_timeout_seconds)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._reads: dict[int, _SharedRead] = {}
+        self._first_crc: dict[int, int] = {}
+        self._decoders = concurrent.futures.ThreadPoolExecutor(threads, "trial-decode")
+        self._process = os.getpid()
+        self._closed = False
+
+    @classmethod
+    def from_config(
+        cls,
+        store: ObjectStore,
+        manifest: TrialManifest,
+        dataset: DatasetConfig,
+        host: Host | None = None,
+    ) -> TrialStream:
+        """The stream that a configuration describes, shared by training and validation.
+
+        Args:
+            host: the world of training processes; those of one host share one cache. All of them
+                must call this at the same point.
+        """
+        return cls(
+            store,
+            manifest,
+            concurrency=dataset.max_concurrent_reads,
+            cache=open_cache(manifest, dataset, host),
+            cache_dtype=dataset.cache_dtype,
+            retry=RetryPolicy(
+                budget_seconds=dataset.retry_budget_seconds,
+                read_timeout_seconds=dataset.read_timeout_seconds,
+            ),
+            threads=dataset.num_dataloader_workers,
+        )
+
+    def summary(self) -> str:
+        """One sentence about everything this stream did."""
+        return f"Streamed from {self.url}: {self.stats.snapshot().describe()}"
+
+    def fetch(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Features of each trial, in the order asked for.
+
+        Returns:
+            Read-only arrays [T, C] in the stored dtype (float16 with `cache_dtype="float16"`); a
+            trial asked for twice is the same array twice.
+
+        Raises:
+            StorageError: a trial could not be read within the retry budget.
+            DataError: a file is not the one in the manifest.
+        """
+        reads = self.submit(indices)
+        try:
+            return reads.result()
+        finally:
+            reads.cancel()  # when waiting was interrupted; without effect once it is done
+
+    def submit(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> concurrent.futures.Future[list[np.ndarray]]:
+        """Start `fetch` and return at once; cancelling the future gives up its reads."""
+        if os.getpid() != self._process:
+            raise StorageError(
+                f"The stream of {self.url} was opened before this process was forked and cannot be "
+                "used in it: use threads (dataset.num_dataloader_workers) or spawned processes."
+            )
+        if self._closed:
+            raise StorageError(f"The stream of {self.url} is closed: open a new TrialStream.")
+        wanted = [int(i) for i in indices]
+        found = {i: features for i in set(wanted) if (features := self.cache.get(i)) is not None}
+        missing = [i for i in dict.fromkeys(wanted) if i not in found]
+        self.stats.add(cache_hits=len(found), cache_misses=len(missing))
+        if missing:
+            return asyncio.run_coroutine_threadsafe(
+                self._gather(wanted, found, missing), self._reader.loop
+            )
+        ready: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
+        ready.set_result([found[i] for i in wanted])
+        return ready
+
+    def close(self) -> None:
+        """Give up reads in flight, close connections, stop threads."""
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() == self._process:
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._reader.loop).result()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> TrialStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _shut_down(self) -> None:
+        tasks = [read.task for read in self._reads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._reader.close()
+
+    async def _gather(
+        self, wanted: list[int], found: dict[int, np.ndarray], missing: list[int]
+    ) -> list[np.ndarray]:
+        """Wait for every missing trial; reads that other batches wait for too are shared."""
+        reads = []
+        for index in missing:
+            read = self._reads.get(index)
+            if read is None:
+                read = self._reads[index] = _SharedRead(asyncio.create_task(self._load(index)))
+                read.task.add_done_callback(functools.partial(self._forget, index, read))
+            read.waiters += 1
+            reads.append(read)
+        try:
+            arrays = await asyncio.gather(*(asyncio.shield(read.task) for read in reads))
+        finally:
+            for index, read in zip(missing, reads, strict=True):
+                read.waiters -= 1
+                if read.waiters == 0 and not read.task.done():
+                    self._forget(index, read, read.task)
+                    read.task.cancel()
+        found.update(zip(missing, arrays, strict=True))
+        return [found[i] for i in wanted]
+
+    def _forget(self, index: int, read: _SharedRead, task: asyncio.Task[np.ndarray]) -> None:
+        if self._reads.get(index) is read:
+            del self._reads[index]
+        if task.done() and not task.cancelled():
+            task.exception()  # seen here, so that asyncio does not report it a second time
+
+    async def _load(self, index: int) -> np.ndarray:
+        """One trial: read until verified, the budget is spent, or the answer is final."""
+        kept = self.cache.get(index)  # another batch's read may have ended since `submit` looked
+        if kept is not None:
+            return kept
+        # One slot for all attempts at a trial: what others read cannot use up its budget, and a
+        # throttled prefix is asked less.
+        async with self._slots:
+            return await self._load_in_slot(index, self.manifest.trials[index])
+
+    async def _load_in_slot(self, index: int, record: TrialRecord) -> np.ndarray:
+        self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
+        attempts = Attempts(self._retry)
+        final: list[str] = []
+        rejected = False
+        while True:
+            try:
+                span = await self._attempt(record, attempts, rejected)
+                return await self._reader.loop.run_in_executor(
+                    self._decoders, self._accept, index, record, span
+                )
+            except ObjectReplacedError as fault:
+                raise self._replaced(record, str(fault)) from fault
+            except ReadError as fault:
+                attempts.last_cause = str(fault)
+                if isinstance(fault, (PersistentError, _WrongBytesError)):
+                    final.append(str(fault))
+                    if final.count(str(fault)) >= _PATIENCE:
+                        raise self._gave_up(record, attempts, fault) from fault
+                pause = attempts.pause_seconds()
+                if pause is None:
+                    raise self._gave_up(record, attempts, fault) from fault
+                rejected = isinstance(fault, CredentialsRejectedError)
+                self.stats.add(retries=1)
+                await asyncio.sleep(pause)
+
+    async def _attempt(
+        self, record: TrialRecord, attempts: Attempts, renew: bool
+    ) -> bytearray | memoryview:
+        """One GET, with new credentials where the last ones were rejected."""
+        attempts.count += 1
+        limit = attempts.timeout_seconds(record.length)
+        etag = self.manifest.files[record.key].etag
+        try:
+            async with asyncio.timeout(limit):
+                if renew:
+                    await self._reader.renew_credentials()
+                self.stats.add(requests=1)
+                span = await self._reader.read(record.key, record.offset, record.length, etag)
+        except TimeoutError as error:
+            if attempts.last_cause and limit < self._retry.attempt_seconds(record.length):
+                # it was the budget's end that cut this attempt short: that is no cause
+                raise ReadError(attempts.last_cause) from error
+            raise ReadError(f"no complete answer within {limit:.1f} s") from error
+        self.stats.add(bytes_fetched=len(span))
+        if len(span) < record.length:
+            raise ReadError(f"got {len(span)} of {record.length} bytes")
+        if len(span) > record.length:
+            raise ReadError(f"got more than the {record.length} bytes asked for")
+        return span
+
+    def _accept(self, index: int, record: TrialRecord, span: bytearray | memoryview) -> np.ndarray:
+        """Check the bytes, decode them, keep them. Runs on a decoder thread."""
+        crc = zlib.crc32(span)
+        expected = record.crc32
+        if expected is None:
+            expected = self._first_crc.setdefault(index, crc)
+        if crc != expected:
+            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {expected:08x}")
+        features = record.decode(memoryview(span))
+        if self.cache_dtype == "float16" and features.dtype != np.float16:
+            features = _halved(features, record)
+        return self.cache.put(index, features)
+
+    def _replaced(self, record: TrialRecord, reason: str) -> DataError:
+        return DataError(
+            f"File {record.key} under {self.url} was replaced while the run was reading it: "
+            f"{reason}; run `python code/prepare_dataset.py index {self.url}` and start again."
+        )
+
+    def _gave_up(
+        self, record: TrialRecord, attempts: Attempts, fault: ReadError
+    ) -> BrainToTextError:
+        place = (
+            f"trial {record.trial} of {record.key} under {self.url} "
+            f"(bytes {record.offset}-{record.offset + record.length - 1})"
+        )
+        if isinstance(fault, _WrongBytesError):
+            return DataError(
+                f"The bytes of {place} are not those in the manifest, {attempts.count} reads in: "
+                f"{fault}; run `python code/prepare_dataset.py index {self.url}` if the file was "
+                "replaced, or upload it again if it is damaged."
+            )
+        elapsed = self._retry.budget_seconds - attempts.remaining_seconds()
+        advice = (
+            "check the role's s3:GetObject permission and that the object exists"
+            if isinstance(fault, PersistentError)
+            else "start the job again to resume, or raise dataset.retry_budget_seconds"
+        )
+        return StorageError(
+            f"Reading {place} failed after {attempts.count} attempts in {elapsed:.1f} s of the "
+            f"{self._retry.budget_seconds:g} s budget, last cause: {attempts.last_cause}; {advice}."
+        )
+
+
+class _SharedRead:
+    """A read in flight and how many batches wait for it; the last to leave cancels it."""
+
+    def __init__(self, task: asyncio.Task[np.ndarray]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class _WrongBytesError(ReadError):
+    """As many bytes as asked for, but not the ones in the manifest."""
+
+
+def _halved(features: np.ndarray, record: TrialRecord) -> np.ndarray:
+    with np.errstate(over="raise"):
+        try:
+            return features.astype(np.float16)
+        except FloatingPointError as error:
+            raise DataError(
+                f"Trial {record.name} holds values beyond half precision (65504): set "
+                "dataset.cache_dtype to stored."
+            ) from error

@@ -1,0 +1,1 @@
+"""Floor 6, training: the run, its log, its interruptions."""

@@ -1,0 +1,324 @@
+"""Several processes that train one model: who they are, and what they must agree on.
+
+torchrun starts one process per GPU and says through its variables who is who; a process started
+alone is a world of one, for which everything here is free. Gradients travel by the device's engine
+(NCCL on GPUs, gloo on CPUs), decisions by gloo, so that asking for them never waits for a GPU.
+
+A rank that fails pins its reason to a board (torchrun's key-value store, on the first host) before
+it hangs up; the others, who only see a closed connection, read it there and fail with that reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..vocabulary.errors import BrainToTextError, TrainingError
+from .interruption import RunInterrupted
+
+T = TypeVar("T")
+Compression = Literal["none", "bfloat16"]
+
+# One rank works while the others wait: indexing a dataset without a manifest, the final report.
+PATIENCE = timedelta(hours=2)
+# Within a step nobody is later than the slowest read may be (dataset.retry_budget_seconds).
+STEP_TIMEOUT = timedelta(minutes=30)
+BOARD_TIMEOUT = timedelta(seconds=30)
+REASON_KEY = "brain_to_text/reason"
+REASON_SECONDS = 3.0  # for the failing rank's reason to arrive after its connection has closed
+STOPPED = "stopped"  # on the board: no failure, a stop signal
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the `size` processes of a run.
+
+    Attributes:
+        rank: 0 writes logs, checkpoints and results.
+        size: processes over all hosts.
+        local_rank: position on this host; also its GPU.
+        local_size: processes on this host; their ranks follow each other.
+        hosts: (name, address) of each rank's host, by rank.
+        decisions, setup: gloo groups of everybody; the second waits as long as PATIENCE.
+        board: where a failing rank leaves its reason.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    hosts: Sequence[tuple[str, str]] = ()
+    decisions: dist.ProcessGroup | None = None
+    setup: dist.ProcessGroup | None = None
+    board: dist.Store | None = None
+
+    @classmethod
+    def join(cls) -> World:
+        """The world that torchrun's variables describe; one process without them.
+
+        Raises:
+            TrainingError: the other processes cannot be reached.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_rank)
+                dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+            else:
+                dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+            decisions = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+            setup = dist.new_group(backend="gloo", timeout=PATIENCE)
+            board = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=BOARD_TIMEOUT
+            )
+            hosts: list[Any] = [None] * size
+            dist.all_gather_object(hosts, _own_host(), group=decisions)
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"Rank {os.environ.get('RANK')} of {size} could not join the other processes: "
+                "check that the hosts reach each other (security group, network interface)."
+            ) from error
+        return cls(
+            rank=dist.get_rank(),
+            size=size,
+            local_rank=local_rank,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            hosts=hosts,
+            decisions=decisions,
+            setup=setup,
+            board=board,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """`make()` on rank 0, its result on every rank; an error on rank 0 is raised on all."""
+        if self.size == 1:
+            return make()
+        message: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                message[0] = make()
+            except Exception as error:  # noqa: BLE001 - raised on every rank, below
+                message[1] = failure = error
+        with self.in_contact():
+            dist.broadcast_object_list(message, src=0, group=self.setup)
+        if failure is not None or message[1] is not None:
+            raise failure or message[1]
+        return message[0]
+
+    def from_host_main(self, make: Callable[[], T]) -> T:
+        """`make()` on the first rank of each host, its result on every rank of that host."""
+        made = make() if self.local_rank == 0 else None
+        return self.gather(made)[self.rank - self.local_rank]  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is on one; all ranks must ask at the same point."""
+        if self.size == 1:
+            return flag
+        asked = torch.tensor([int(flag)])
+        with self.in_contact():
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.decisions)
+        return bool(asked.item())
+
+    def all_on_device(self, flag: torch.Tensor) -> torch.Tensor:
+        """Whether a bool scalar is true on every rank; stays on the device, and nothing waits."""
+        if self.size == 1:
+            return flag
+        agreed = flag.int()
+        with self.in_contact():
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        return agreed.bool()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.in_contact():
+            dist.all_gather_object(values, value, group=self.decisions)
+        return values
+
+    def meet(self) -> None:
+        """Return when every rank has come here: nobody leaves while another still writes."""
+        if self.size > 1:
+            with suppress(RunInterrupted), self.in_contact():
+                dist.barrier(group=self.setup)
+
+    def announce_stop(self) -> None:
+        """Tell the others, who will lose contact, that a stop signal is why we leave."""
+        self._pin(STOPPED)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Let go of the other processes; with an `error`, after pinning it to the board."""
+        if self.size == 1 or not dist.is_initialized():
+            return
+        if error is not None:
+            self._pin(f"Rank {self.rank} on {self.hosts[self.rank][0]} failed: {_reason(error)}")
+            if dist.get_backend() == "nccl":
+                return  # taking the group apart would wait for collectives that never end
+        dist.destroy_process_group()
+
+    @contextmanager
+    def in_contact(self) -> Iterator[None]:
+        """Around whatever needs the other ranks.
+
+        Raises:
+            TrainingError: one of them is gone; says which and why, as far as that is known.
+            RunInterrupted: one of them is gone because it was told to stop.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # all that torch says when a connection closes
+            reason = self._pinned_reason()
+            if reason == STOPPED:
+                raise RunInterrupted("another process") from error
+            raise TrainingError(reason or self._silence(str(error))) from error
+
+    def _pin(self, reason: str) -> None:
+        """The first reason stays: later ranks fail because of it."""
+        if self.board is not None:
+            try:
+                self.board.compare_set(REASON_KEY, "", reason)
+            except RuntimeError:
+                return  # the first host is gone, and the board with it
+
+    def _pinned_reason(self) -> str | None:
+        deadline = time.monotonic() + REASON_SECONDS
+        try:
+            while self.board is not None and time.monotonic() < deadline:
+                if self.board.check([REASON_KEY]):
+                    return self.board.get(REASON_KEY).decode()
+                time.sleep(0.05)
+        except RuntimeError:
+            return None
+        return None
+
+    def _silence(self, said: str) -> str:
+        """One sentence for a rank that went without a word; `said` is torch's message."""
+        address = re.search(r"\[([0-9a-f.:]+)\]:\d+", said)
+        own = self.hosts[self.rank] if self.hosts else None
+        gone = {host for host in self.hosts if address and host[1] == address[1] and host != own}
+        where = f"host {min(gone)[0]}" if gone else "another process of this job"
+        return (
+            f"Lost contact with {where}, which gave no reason: it was killed, ran out of memory, "
+            "or its instance is gone; look at that host's log, and start the job again with the "
+            "same checkpoint location to resume."
+        )
+
+
+def _own_host() -> tuple[str, str]:
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, ""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BrainToTextError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class GradientSum:
+    """Sums gradients over ranks while the backward pass still runs.
+
+    Two groups of parameters travel: those of every step (classifier, GRU, h0) start as soon as the
+    last of them is known, while the day layers are still being differentiated; then the day layers
+    of the sessions that occur anywhere in the batch. A session that occurs nowhere keeps its
+    gradient absent, so that its layer is left alone on every rank alike.
+
+    Args:
+        model: its day layers are `day_weights` and `day_biases`.
+        world: at least two processes.
+        compression: "bfloat16" halves what travels.
+    """
+
+    def __init__(self, model: nn.Module, world: World, compression: Compression = "none") -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._always = [p for name, p in named if not name.startswith("day_")]
+        self._days: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in named:
+            if name.startswith("day_"):
+                self._days.setdefault(int(name.split(".")[1]), []).append(parameter)
+        self._compression = compression
+        self._world = world
+        self._known = 0
+        self._travelling: _Sum | None = None
+        for parameter in self._always:
+            parameter.register_post_accumulate_grad_hook(self._one_more)
+
+    def finish(self, days: Iterable[int]) -> None:
+        """Replace every gradient by its sum over ranks; call after `backward`.
+
+        Args:
+            days: sessions of the whole batch, the same on every rank.
+        """
+        if self._travelling is None:  # this rank's share left a parameter without a gradient
+            self._start()
+        parameters = [p for day in sorted(set(days)) for p in self._days.get(day, ())]
+        assert self._travelling is not None
+        with self._world.in_contact():
+            day_sum = _Sum(parameters, self._compression) if parameters else None
+            self._travelling.finish()
+            if day_sum is not None:
+                day_sum.finish()
+        self._travelling, self._known = None, 0
+
+    def _one_more(self, parameter: torch.Tensor) -> None:
+        self._known += 1
+        if self._known == len(self._always):
+            self._start()
+
+    def _start(self) -> None:
+        self._travelling = _Sum(self._always, self._compression)
+
+
+class _Sum:
+    """One all-reduce of many gradients under way; an absent gradient counts as zero."""
+
+    def __init__(self, parameters: list[nn.Parameter], compression: Compression) -> None:
+        self._parameters = parameters
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in self._gradients])
+        self._flat = flat.bfloat16() if compression == "bfloat16" else flat
+        self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def finish(self) -> None:
+        self._work.wait()
+        parts = self._flat.to(self._gradients[0].dtype).split(
+            [gradient.numel() for gradient in self._gradients]
+        )
+        torch._foreach_copy_(
+            self._gradients,
+            [part.view_as(g) for part, g in zip(parts, self._gradients, strict=True)],
+        )
