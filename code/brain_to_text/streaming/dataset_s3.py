@@ -351,6 +351,11 @@ class DeviceFeeder(Iterator[Batch]):
         self.last_wait_seconds = 0.0
         self.closed = False
 
+    @property
+    def first_ready(self) -> float:
+        """When the first batch was read (`time.perf_counter`), inf before."""
+        return self._batches.first_ready
+
     def __next__(self) -> Batch:
         self.last_wait_seconds = 0.0
         batch, self._ahead = self._ahead, None

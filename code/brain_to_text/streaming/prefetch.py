@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -49,6 +50,9 @@ class Prefetcher(Generic[T]):
         n_bytes: memory one step's batch needs, known before it is read.
         start, stop: the steps.
         limits: how far ahead.
+
+    Attributes:
+        last_wait_seconds: how long the last `next` waited.
     """
 
     def __init__(
@@ -69,6 +73,15 @@ class Prefetcher(Generic[T]):
         self._threads = concurrent.futures.ThreadPoolExecutor(limits.threads, "prepare-batch")
         self.last_wait_seconds = 0.0
         self._fill()
+        # a list, not self: a future must not keep alive what closes when nobody holds it any more
+        ready = self._first_ready = list[float]()
+        if self._queue:
+            self._queue[0][2].add_done_callback(lambda _: ready.append(time.perf_counter()))
+
+    @property
+    def first_ready(self) -> float:
+        """When the first preparation was finished (`time.perf_counter`), inf before."""
+        return self._first_ready[0] if self._first_ready else math.inf
 
     def __iter__(self) -> Prefetcher[T]:
         return self

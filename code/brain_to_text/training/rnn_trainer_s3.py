@@ -252,7 +252,9 @@ class BrainToTextDecoder_Trainer_S3:
                 with self._waiting():
                     batch = next(batches)
                 if state.step == first_step:
-                    self.log.info(f"First batch {process_seconds():.1f} s after the process began")
+                    age = process_seconds()
+                    read = age - (time.perf_counter() - batches.first_ready)
+                    self.log.info(f"First batch after {age:.2f} s, read after {read:.2f} s")
                 result = self.train_step(batch, state.step, config.dataset.batch_size)
                 self._interval.n_bins += int(batch.n_time_steps.sum())
                 self._interval.n_frames += result.n_frames
