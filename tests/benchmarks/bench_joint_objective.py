@@ -74,6 +74,7 @@ def data_folder(options: argparse.Namespace, seed: int, phonemes: bool) -> Path:
             electrodes=ELECTRODES,
             gain=options.gain,
             coarticulation=options.coarticulation,
+            bins_per_phoneme=options.bins_per_phoneme,
             seed=seed,
             phoneme_set=phonemes,
         )
@@ -178,6 +179,7 @@ def main() -> None:
     option("--steps", type=int, default=300)
     option("--gain", type=float, default=0.15, help="signal strength of the synthetic data")
     option("--coarticulation", type=float, default=1.0)
+    option("--bins-per-phoneme", type=float, default=12.0, help="recordings have about 29")
     option("--train-trials", type=int, default=150, help="per session, of 2")
     option("--val-trials", type=int, default=75, help="per session, of 2")
     option("--at-most", type=int, help="end after this many trainings")
@@ -193,7 +195,8 @@ def main() -> None:
         train_and_decode(arm, options, seed, results[seed, arm])
     missing = [key for key, path in results.items() if not path.exists()]
     print(
-        f"{options.steps} steps, gain {options.gain}, coarticulation {options.coarticulation}; "
+        f"{options.steps} steps, gain {options.gain}, coarticulation {options.coarticulation}, "
+        f"{options.bins_per_phoneme:g} bins per phoneme; "
         f"{len(missing)} trainings are still to do"
     )
     report(options, results)
