@@ -115,6 +115,7 @@ def test_a_run_leaves_exactly_what_is_promised(data, train):
         r": Model has \d{1,3}(,\d{3})* parameters",
         r": Loading data from: ",
         r": Successfully initialized S3-backed datasets",
+        r": First batch after \d+\.\d\d s, read after \d+\.\d\d s",
         r": Train batches: 6",
         r": Train batch 2: loss: \d+\.\d\d grad norm: \d+\.\d\d time: \d+\.\d{3}",
         r": Running test after training batch: 3",
