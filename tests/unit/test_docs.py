@@ -1,5 +1,6 @@
 """The guides say what the code says."""
 
+import graphlib
 import re
 import subprocess
 import sys
@@ -110,6 +111,14 @@ def test_no_import_runs_upward():
             if floor[folder] >= floor[own]:
                 upward.append(f"{own}/{path.name} (floor {floor[own]}) imports from {folder}")
     assert upward == []
+
+
+def test_no_imports_run_in_a_circle():
+    graph = {
+        path.stem: set(re.findall(r"^\s*from \.(?:\.\w+\.)?(\w+) import", text_of(path), re.M))
+        for path in rooms_of_the_library()
+    }
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
 def test_guides_are_where_the_readme_says():

@@ -64,19 +64,6 @@ class RangedReader(Protocol):
         """Close connections."""
 
 
-def open_reader(url: str, concurrency: int, read_timeout_seconds: float) -> RangedReader:
-    """The reader for a store's URL: `s3://bucket/prefix`, or a local folder.
-
-    Raises:
-        StorageError: see `s3_reads.S3RangedReader`.
-    """
-    if url.startswith("s3://"):
-        from .s3_reads import S3RangedReader  # local folders need no S3 client
-
-        return S3RangedReader(url, concurrency, read_timeout_seconds)
-    return LocalRangedReader(Path(url), concurrency)
-
-
 class LocalRangedReader:
     """Ranged reads of files in a folder, on threads: the same path as S3 without a network."""
 

@@ -13,6 +13,7 @@ import functools
 import os
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,11 +26,11 @@ from ..vocabulary.errors import BrainToTextError, DataError, StorageError
 from .cache_plan import features_dtype
 from .ranged_reads import (
     CredentialsRejectedError,
+    LocalRangedReader,
     ObjectReplacedError,
     PersistentError,
     RangedReader,
     ReadError,
-    open_reader,
 )
 from .retry import Attempts, RetryPolicy
 from .shared_trial_cache import Host, SharedTrialCache, open_cache
@@ -81,7 +82,7 @@ class TrialStream:
         self.dtype = features_dtype(manifest, cache_dtype)
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
-        self._reader = reader or open_reader(url, concurrency, self._retry.read_timeout_seconds)
+        self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
         self._slots = asyncio.Semaphore(concurrency)
         self._reads: dict[int, _SharedRead] = {}
         self._first_crc: dict[int, int] = {}
@@ -314,6 +315,19 @@ class TrialStream:
             f"Reading {place} failed after {attempts.count} attempts in {elapsed:.1f} s of the "
             f"{self._retry.budget_seconds:g} s budget, last cause: {attempts.last_cause}; {advice}."
         )
+
+
+def _open_reader(url: str, concurrency: int, read_timeout_seconds: float) -> RangedReader:
+    """The reader for a store's URL: `s3://bucket/prefix`, or a local folder.
+
+    Raises:
+        StorageError: see `s3_reads.S3RangedReader`.
+    """
+    if url.startswith("s3://"):
+        from .s3_reads import S3RangedReader  # local folders need no S3 client
+
+        return S3RangedReader(url, concurrency, read_timeout_seconds)
+    return LocalRangedReader(Path(url), concurrency)
 
 
 class _SharedRead:
