@@ -167,7 +167,7 @@ def test_corpora_are_known_by_block():
     [
         ({"sessions": 0}, "from 1 to 45"),
         ({"sessions": 46}, "from 1 to 45"),
-        ({"electrodes": 0}, ""),
+        ({"electrodes": 0}, "must be positive"),
     ],
 )
 def test_impossible_descriptions_are_refused(tmp_path, changes, message):
