@@ -339,6 +339,16 @@ class Packing:
         return self.trial * blocks_per_trial + self.time
 
 
+def without_wrappers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by their own names, without the prefixes that wrappers leave."""
+    weights = {}
+    for name, value in state_dict.items():
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
+        weights[name] = value
+    return weights
+
+
 def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     """Load weights of this library or of the public baseline into `model`.
 
@@ -351,11 +361,7 @@ def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Ten
     Raises:
         CheckpointError: a weight is missing, unexpected, or has another shape.
     """
-    given: dict[str, torch.Tensor] = {}
-    for name, value in state_dict.items():
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
-        given[name] = value
+    given = without_wrappers(state_dict)
     expected, said = model.state_dict(), []
     if "out.weight" in given and len(given["out.weight"]) != model.n_classes:
         said.append(

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from ..data.object_store import ObjectStore, open_store
-from ..model.rnn_model import WRAPPER_PREFIXES, GRUDecoder, load_public_state_dict
+from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from ..vocabulary.config import TrainingConfig, config_from_dict
 from ..vocabulary.diphones import LABEL_FORMS, LabelForm
 from ..vocabulary.errors import CheckpointError, StorageError
@@ -133,11 +133,7 @@ def initial_weights(
     """
     files = _open_files(str(location))
     content = _checkpoint(files, location)
-    weights = {}
-    for name, value in _weights(content, location).items():
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
-        weights[name] = value
+    weights = without_wrappers(_weights(content, location))
     listed = content.get("sessions")
     if not listed:
         dataset = (_args(files, location) or {}).get("dataset")
