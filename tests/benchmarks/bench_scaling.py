@@ -35,12 +35,12 @@ sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 from brain_to_text.cloud.pricing import (
     ASSUMED_UTILISATION,
     STEP_OVERHEAD_SECONDS,
-    Gpu,
     gpu_of,
     hourly_price,
     instance_type,
     step_tflop,
 )
+from brain_to_text.gpus import Gpu
 from brain_to_text.streaming.batch_plan import BatchPlan, shard
 from brain_to_text.vocabulary.config import TrainingConfig, load_config
 
@@ -107,7 +107,7 @@ def compute_seconds(
 ) -> float:
     """The launcher's estimate for one GPU and `trials` of the batch (not measured)."""
     tflop = step_tflop(config) * trials / config.dataset.batch_size
-    return tflop / (ASSUMED_UTILISATION * gpu.tflops) + overhead
+    return tflop / (ASSUMED_UTILISATION * gpu.half * gpu.sustained) + overhead
 
 
 def exchange_seconds(config: TrainingConfig, name: str, gpus: int, half: bool, efa: bool) -> float:

@@ -38,6 +38,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
 
 from brain_to_text.cloud.pricing import table as instance_table
+from brain_to_text.gpus import GPUS, known_as
 from brain_to_text.data.object_store import open_store
 from brain_to_text.data.trial_files import TrialContents, data_file_bytes
 from brain_to_text.data.trial_manifest import index_dataset
@@ -51,7 +52,7 @@ from brain_to_text.model.optimizer import (
     clip_and_check,
 )
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.model.throughput import flops_per_step, known_as, peak_flops, peak_of
+from brain_to_text.model.throughput import flops_per_step, peak_flops, peak_of
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
@@ -558,12 +559,12 @@ def project(
     rows = []
     for instance, row in tables["types"].items():
         gpu, price = row["gpu"], row["usd_per_hour"]
-        if gpu is None or tables["gpus"][gpu]["capability"] < OLDEST_CAPABILITY:
+        if gpu is None or GPUS[gpu].capability < OLDEST_CAPABILITY:
             continue
-        new = tables["gpus"][gpu]["capability"] >= 8
+        new = GPUS[gpu].capability >= 8
         dtype = torch.bfloat16 if new else torch.float16
         peak = peak_of(gpu, dtype)
-        assert peak is not None, f"{gpu} is not in throughput.PEAKS"
+        assert peak is not None, f"{gpu} is not in gpus.GPUS"
         cells = [instance, f"1 of {row['gpus']} {gpu}", str(dtype).removeprefix("torch.")]
         steps: list[float | None] = [max(flops / peak / u, args.floor_ms / 1e3) for u in (0.5, 0.2)]
         if measured is not None:
@@ -725,7 +726,7 @@ def main(words: list[str] | None = None) -> None:
         seconds = compare_step(config, args, device)
     if args.project:
         gpu = known_as(name)
-        project(config, args, None if gpu is None or seconds is None else (gpu, seconds))
+        project(config, args, None if gpu is None or seconds is None else (gpu.name, seconds))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from brain_to_text.cloud.pricing import (
     table,
 )
 from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG
+from brain_to_text.gpus import GPUS, known_as
 from brain_to_text.vocabulary.config import load_config
 from support.aws_emulation import emulated_aws
 
@@ -27,21 +28,14 @@ def test_the_reference_step_is_3_2_tflop(config):
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"model.bidirectional": True},
-        {"dataset.batch_size": 7, "model.n_units": 96, "model.n_layers": 2},
-        {"model.patch_size": 4, "model.patch_stride": 2},
-    ],
+    "device, name",
+    [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA H100 PCIe", "H100 PCIe")]
+    + [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100 80GB")]
+    + [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA GeForce GTX 1080", None)],
 )
-def test_arithmetic_equals_the_trainers_own(overrides):
-    torch = pytest.importorskip("torch")
-    from brain_to_text.model.throughput import flops_per_step
-
-    config = load_config(CODE_FOLDER / DEFAULT_CONFIG, overrides)
-    lengths = torch.full((config.dataset.batch_size,), 850)
-    assert step_tflop(config) == pytest.approx(flops_per_step(config, lengths) / 1e12)
+def test_a_gpu_is_known_by_what_it_calls_itself(device, name):
+    gpu = known_as(device)
+    assert (gpu and gpu.name) == name
 
 
 @pytest.mark.parametrize("name", table()["types"])
@@ -57,9 +51,8 @@ def test_what_was_not_measured_is_said_to_be_estimated(config):
 
 
 def test_a_measurement_replaces_the_estimate(config, monkeypatch):
-    measured = {**table()["gpus"], "A10G": {**table()["gpus"]["A10G"], "seconds_per_step": 0.36}}
-    changed = {**table(), "gpus": measured}
-    monkeypatch.setattr(pricing, "table", lambda: changed)
+    measured = dataclasses.replace(GPUS["A10G"], seconds_per_step=0.36)
+    monkeypatch.setitem(GPUS, "A10G", measured)
     made = estimate(config, "ml.g5.2xlarge")
     assert made.measured
     assert made.hours == pytest.approx(150_000 * 0.36 / 3600 + pricing.START_HOURS, rel=0.02)

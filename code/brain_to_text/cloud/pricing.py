@@ -1,6 +1,6 @@
 """What a job will take and cost: hours from the model's arithmetic, dollars from AWS's price list.
 
-Every figure says where it comes from; `instance_types.yaml` holds the tables.
+Every figure says where it comes from; `instance_types.yaml` and `gpus` hold the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..gpus import GPUS, Gpu, frames_of, training_flops
 from ..vocabulary.config import TrainingConfig
 from .aws_account import AwsAccount
 
@@ -39,17 +40,6 @@ class InstanceType:
     ram_gib: float
     nvme_gb: float
     usd_per_hour: float | None
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One row of the GPU table."""
-
-    name: str
-    capability: float
-    memory_gib: float
-    tflops: float
-    seconds_per_step: float | None
 
 
 @dataclass(frozen=True)
@@ -123,26 +113,14 @@ def instance_type(name: str) -> InstanceType | None:
 def gpu_of(name: str) -> Gpu | None:
     """The GPU of an instance type; None for CPU types and unknown ones."""
     row = instance_type(name)
-    if row is None or row.gpu is None:
-        return None
-    return Gpu(name=row.gpu, **table()["gpus"][row.gpu])
+    return None if row is None or row.gpu is None else GPUS[row.gpu]
 
 
 def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
-    """Floating point operations of one training step on the global batch, in 10^12.
-
-    Two per multiply-add of every matrix product, backward counted as twice forward, as in
-    `throughput.flops_per_step`, which needs torch. The reference configuration gives 3.2.
-    """
-    model = config.model
-    width, units, directions = model.n_input_features, model.n_units, 1 + model.bidirectional
-    frames = max((mean_bins - model.patch_size) // model.patch_stride + 1, 0)
-    inputs = width * model.patch_size + (model.n_layers - 1) * units * directions
-    gates = 3 * units * directions * (inputs + units * model.n_layers)
-    classifier = units * directions * config.dataset.n_classes
-    # nothing flows back into the stored features: the day layer's backward costs one forward
-    operations = 6 * frames * (gates + classifier) + 4 * mean_bins * width * width
-    return operations * config.dataset.batch_size / 1e12
+    """Floating point operations of one training step on the global batch, in 10^12."""
+    trials = config.dataset.batch_size
+    frames = trials * frames_of(config, mean_bins)
+    return training_flops(config, trials * mean_bins, frames) / 1e12
 
 
 def step_seconds(
@@ -155,7 +133,8 @@ def step_seconds(
     tflop = step_tflop(config) / (row.gpus * instances)
     if gpu.seconds_per_step is not None:
         return gpu.seconds_per_step * tflop / REFERENCE_TFLOP, True
-    return tflop / (ASSUMED_UTILISATION * gpu.tflops) + STEP_OVERHEAD_SECONDS, False
+    peak = gpu.half * gpu.sustained
+    return tflop / (ASSUMED_UTILISATION * peak) + STEP_OVERHEAD_SECONDS, False
 
 
 def estimate(

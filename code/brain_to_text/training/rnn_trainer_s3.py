@@ -26,7 +26,7 @@ from ..model.losses import JointObjective
 from ..model.metrics import ValidationResult
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
-from ..model.throughput import peak_flops, training_flops
+from ..model.throughput import peak_flops
 from ..model.train_step import Health, StepResult, TrainStep
 from ..results.checkpoints import (
     CheckpointFolder,
@@ -41,6 +41,7 @@ from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_selection import select_trials
 from ..streaming.trial_stream import TrialStream
+from ..gpus import training_flops
 from ..vocabulary.config import TrainingConfig, config_from_dict, differences
 from ..vocabulary.errors import CheckpointError, TrainingError
 from .distributed import GradientSum, World
