@@ -46,7 +46,7 @@ class AwsAccount:
             from botocore.exceptions import ProfileNotFound
         except ImportError as error:
             raise JobError(
-                "Talking to AWS needs boto3: run `pip install 'sagemaker<3' boto3 pyyaml`."
+                "Talking to AWS needs boto3: run `pip install boto3 pyyaml`."
             ) from error
         chosen = region or os.environ.get("AWS_REGION") or None
         try:
@@ -84,6 +84,8 @@ def sentence(error: Exception, doing: str) -> str:
     if code:
         said = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
         remedy = _REMEDIES.get(code, "")
+        if "service control policy" in said:
+            remedy = "your organisation forbids it: ask which types, regions and networks it allows"
         return f"AWS refused while {doing} ({code}: {said.rstrip('.')})" + (
             f": {remedy}." if remedy else "."
         )
