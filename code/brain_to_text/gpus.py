@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .vocabulary.config import TrainingConfig
+from .config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 
-from brain_to_text.cloud.pricing import (
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.gpus import Gpu
+from brain_to_text.launch.pricing import (
     ASSUMED_UTILISATION,
     STEP_OVERHEAD_SECONDS,
     gpu_of,
@@ -40,9 +42,7 @@ from brain_to_text.cloud.pricing import (
     instance_type,
     step_tflop,
 )
-from brain_to_text.gpus import Gpu
 from brain_to_text.streaming.batch_plan import BatchPlan, shard
-from brain_to_text.vocabulary.config import TrainingConfig, load_config
 
 CONFIG = HERE.parents[1] / "code" / "rnn_args_diphone_sagemaker.yaml"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..config import TrainingConfig
 from ..gpus import known_as, training_flops
-from ..vocabulary.config import TrainingConfig
 from .device import autocast_dtype
 
 
