@@ -5,10 +5,10 @@ from pathlib import Path
 
 import brain_to_text
 import pytest
+from brain_to_text.config import config_keys
+from brain_to_text.errors import CheckpointError
 from brain_to_text.training import rnn_trainer_s3
 from brain_to_text.training.rnn_trainer_s3 import code_fingerprint
-from brain_to_text.vocabulary.config import config_keys
-from brain_to_text.vocabulary.errors import CheckpointError
 
 LIBRARY = Path(brain_to_text.__file__).parent
 

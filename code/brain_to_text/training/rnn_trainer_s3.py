@@ -18,39 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.object_store import open_store
-from ..data.trial_manifest import load_or_build_manifest
+from ..config import TrainingConfig, config_from_dict, config_keys, differences
+from ..dataset.manifest import load_or_build_manifest
+from ..dataset.selection import select_trials
+from ..dataset.store import open_store
+from ..errors import CheckpointError, TrainingError
 from ..model.augmentations import Augmentation
 from ..model.device import allow_tf32
 from ..model.losses import JointObjective
-from ..model.metrics import ValidationResult
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..model.throughput import peak_flops, training_flops
 from ..model.train_step import Health, StepResult, TrainStep
-from ..results.checkpoints import (
+from ..model.weights_file import (
     CheckpointFolder,
     copy_atomically,
     load_verified,
     save_atomically,
     state_to_cpu,
 )
-from ..results.model_artefact import initial_weights
-from ..results.model_evaluation import write_run_report
+from ..scoring.decoding import ValidationResult
+from ..scoring.evaluate import write_run_report
+from ..scoring.evaluation import evaluate
+from ..scoring.trained_model import initial_weights
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
-from ..streaming.trial_selection import select_trials
 from ..streaming.trial_stream import TrialStream
-from ..vocabulary.config import TrainingConfig, config_from_dict, config_keys, differences
-from ..vocabulary.errors import CheckpointError, TrainingError
 from .distributed import GradientSum, World
-from .evaluation import evaluate
-from .experiment_tracking import announce, open_trackers
 from .interruption import Interruption, RunInterrupted
-from .telemetry import RunLog, process_seconds, train_line
+from .run_log import RunLog, process_seconds, train_line
+from .trackers import announce, open_trackers
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
-COMPUTING_FOLDERS = ("vocabulary", "data", "streaming", "model", "training")
+COMPUTING_FOLDERS = ("labels", "dataset", "streaming", "model", "scoring", "training")
 CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
 
 
