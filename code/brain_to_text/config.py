@@ -45,6 +45,7 @@ def key(
     minimum: float | None = None,
     maximum: float | None = None,
     added: bool = False,
+    free_on_resume: bool = False,
 ) -> Any:
     """A dataclass field that carries what users may write there, and why they would.
 
@@ -53,8 +54,16 @@ def key(
         help: one line for the configuration table of the guide.
         minimum, maximum: inclusive limits for numbers.
         added: True for keys that the public baseline does not have.
+        free_on_resume: True for keys that change how fast or how talkative a run is, never what it
+            computes: they may differ between the job that stopped and the one that resumes.
     """
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "added": added}
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "added": added,
+        "free_on_resume": free_on_resume,
+    }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -110,7 +119,9 @@ class DatasetConfig:
     max_seq_elements: int = key(500, "longest label sequence", minimum=1)
     days_per_batch: int = key(4, "sessions drawn per batch", minimum=1)
     seed: int = key(1, "seed of the batch plan", minimum=0)
-    num_dataloader_workers: int = key(4, "threads that prepare batches", minimum=1, maximum=64)
+    num_dataloader_workers: int = key(
+        4, "threads that prepare batches", minimum=1, maximum=64, free_on_resume=True
+    )
     must_include_days: list[int] | None = key(None, "session indices that every batch contains")
     feature_subset: list[int] | None = key(None, "features to use, by index")
     bad_trials_dict: dict[str, Any] | None = key(
@@ -123,21 +134,37 @@ class DatasetConfig:
     on_damaged_trial: Literal["stop", "exclude"] = key(
         "stop", "what to do about trials found damaged at start", added=True
     )
-    max_concurrent_reads: int = key(48, "S3 requests in flight", minimum=1, maximum=256, added=True)
+    max_concurrent_reads: int = key(
+        48, "S3 requests in flight", minimum=1, maximum=256, added=True, free_on_resume=True
+    )
     cache_gb: float | Literal["auto"] = key(
-        "auto", "RAM for trials already read, GB; 0 turns it off", minimum=0, added=True
+        "auto",
+        "RAM for trials already read, GB; 0 turns it off",
+        minimum=0,
+        added=True,
+        free_on_resume=True,
     )
     cache_dtype: Literal["stored", "float16"] = key(
         "stored", "precision of cached trials", added=True
     )
-    gpu_cache_gb: float = key(0.0, "GPU memory for trials already read, GB", minimum=0, added=True)
-    prefetch_batches: int = key(4, "batches prepared ahead", minimum=1, added=True)
-    prefetch_mb: float = key(2048.0, "RAM for batches prepared ahead, MB", minimum=1, added=True)
+    gpu_cache_gb: float = key(
+        0.0, "GPU memory for trials already read, GB", minimum=0, added=True, free_on_resume=True
+    )
+    prefetch_batches: int = key(
+        4, "batches prepared ahead", minimum=1, added=True, free_on_resume=True
+    )
+    prefetch_mb: float = key(
+        2048.0, "RAM for batches prepared ahead, MB", minimum=1, added=True, free_on_resume=True
+    )
     read_timeout_seconds: float = key(
-        10.0, "silence before a read is retried", minimum=0.1, added=True
+        10.0, "silence before a read is retried", minimum=0.1, added=True, free_on_resume=True
     )
     retry_budget_seconds: float = key(
-        120.0, "time spent on one trial before the run stops", minimum=0, added=True
+        120.0,
+        "time spent on one trial before the run stops",
+        minimum=0,
+        added=True,
+        free_on_resume=True,
     )
     data_transforms: DataTransformsConfig = field(default_factory=DataTransformsConfig)
 
@@ -193,10 +220,12 @@ class TrainingConfig:
     init_from_checkpoint: bool = key(False, "start from init_checkpoint_path's weights")
     init_checkpoint_path: str | None = key(None, "file, folder, model.tar.gz or s3:// URL")
     save_best_checkpoint: bool = key(True, "keep the best model by validation error rate")
-    save_all_val_steps: bool = key(False, "keep a model at every validation")
-    save_final_model: bool = key(False, "keep the last model too")
-    save_val_metrics: bool = key(True, "write val_metrics.pkl")
-    save_val_logits: bool = key(False, "write the best validation's logits to the output folder")
+    save_all_val_steps: bool = key(False, "keep a model at every validation", free_on_resume=True)
+    save_final_model: bool = key(False, "keep the last model too", free_on_resume=True)
+    save_val_metrics: bool = key(True, "write val_metrics.pkl", free_on_resume=True)
+    save_val_logits: bool = key(
+        False, "write the best validation's logits to the output folder", free_on_resume=True
+    )
     early_stopping: bool = key(False, "stop when validation no longer improves")
     early_stopping_val_steps: int = key(20, "validations without improvement", minimum=1)
 
@@ -225,20 +254,31 @@ class TrainingConfig:
         added=True,
     )
 
-    batches_per_train_log: int = key(200, "steps between two log lines", minimum=1)
-    batches_per_val_step: int = key(2000, "steps between two validations", minimum=1)
-    batches_per_save: int = key(0, "steps between two checkpoints; 0: by time only", minimum=0)
-    log_individual_day_val_PER: bool = key(True, "log validation per session")  # noqa: N815
-    log_val_skip_logs: bool = key(False, "log the sessions left out of validation")
-    checkpoint_interval_seconds: float = key(
-        600.0, "time between two checkpoints", minimum=0, added=True
+    batches_per_train_log: int = key(
+        200, "steps between two log lines", minimum=1, free_on_resume=True
     )
-    keep_checkpoints: int = key(2, "resume checkpoints kept", minimum=1, added=True)
+    batches_per_val_step: int = key(2000, "steps between two validations", minimum=1)
+    batches_per_save: int = key(
+        0, "steps between two checkpoints; 0: by time only", minimum=0, free_on_resume=True
+    )
+    log_individual_day_val_PER: bool = key(True, "log validation per session", free_on_resume=True)  # noqa: N815
+    log_val_skip_logs: bool = key(
+        False, "log the sessions left out of validation", free_on_resume=True
+    )
+    checkpoint_interval_seconds: float = key(
+        600.0, "time between two checkpoints", minimum=0, added=True, free_on_resume=True
+    )
+    keep_checkpoints: int = key(
+        2, "resume checkpoints kept", minimum=1, added=True, free_on_resume=True
+    )
     non_finite_patience: int = key(
         10, "refused non-finite updates in a row before the run stops", minimum=1, added=True
     )
     try_largest_batches_first: Literal["auto", "true", "false"] = key(
-        "auto", "find out-of-memory at once; auto: for runs of an hour or more on a GPU", added=True
+        "auto",
+        "find out-of-memory at once; auto: for runs of an hour or more on a GPU",
+        added=True,
+        free_on_resume=True,
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Gpu:
         return self.bfloat16 or self.float16
 
 
-# NVIDIA's data sheets; figures quoted with sparsity are halved. A10G: AWS's figure for the G5 family
-# (about half of the A10's tensor rate). T4 and L4 have 70 W, which do not sustain the peak.
+# NVIDIA's data sheets; figures quoted with sparsity are halved. A10G: AWS's figure for the G5
+# family (about half of the A10's tensor rate). T4 and L4 have 70 W, which do not sustain the peak.
 GPUS = {
     gpu.name: gpu
     for gpu in (

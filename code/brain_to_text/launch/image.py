@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..launch.account import AwsAccount
+from .account import AwsAccount
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 REPOSITORY = CODE_FOLDER.parent

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cloud.image import look_at
 from ..errors import JobError
 from .account import AwsAccount, error_code, explained
+from .image import look_at
 from .request import CODE_FOLDER, JobSettings, new_job_name, training_request
 
 ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cloud.image import unchanged_in_image
-from ..cloud.service_model import Breach, breaches
 from ..config import TrainingConfig, config_keys, load_config, resolve_key
 from ..errors import JobError
+from .image import unchanged_in_image
+from .service_model import Breach, breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -180,7 +180,7 @@ def resolve_config(
     """What the job trains with.
 
     A file that the image holds unchanged travels by name. Any other one, edited since the image was
-    pushed or of your own, travels as its differences from the nearest file that the image does hold.
+    pushed or of your own, travels as its differences from the nearest file that the image holds.
 
     Args:
         image: fingerprints of the code in the image (`image.code_in`); None: taken to be that here.

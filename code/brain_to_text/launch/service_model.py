@@ -1,5 +1,5 @@
-"""Hold a request against the service's own model: required fields, types, lengths, ranges, patterns,
-choices, as botocore ships them. botocore itself checks only the first two before it sends.
+"""Hold a request against the service's own model, as botocore ships it: required fields, types,
+lengths, ranges, patterns, choices. botocore itself checks only the first two before it sends.
 """
 
 from __future__ import annotations

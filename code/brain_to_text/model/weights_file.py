@@ -249,7 +249,7 @@ def _explain_write_error(path: Path, error: BaseException) -> str:
     if code == errno.ENOSPC or _free_bytes(folder) == 0:
         return (
             f"The volume of {folder} is full, so {path.name} was not written; the last good "
-            "checkpoint is untouched: free space or raise --volume-size, then start again."
+            "checkpoint is untouched: free space there, then start again."
         )
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (
