@@ -15,7 +15,7 @@ from brain_to_text.launch.pricing import (
     table,
 )
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
-from support.aws_emulation import emulated_aws
+from support.aws_emulation import emulated_aws, launcher_policy, log_in
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_is_not_known_is_said(config, name):
 @pytest.mark.aws
 def test_the_price_list_is_asked_first_and_training_prices_are_taken(monkeypatch):
     with emulated_aws(monkeypatch) as aws:
-        aws.prices["ml.g5.2xlarge"] = 1.234
+        aws.prices = {"ml.g5.2xlarge": 1.234, "ml.g5.xlarge": 0.5}
         assert hourly_price("ml.g5.2xlarge", aws.account) == (1.234, "AWS Price List, us-east-1")
 
 
@@ -96,9 +96,10 @@ def test_the_price_list_is_asked_first_and_training_prices_are_taken(monkeypatch
 @pytest.mark.parametrize("refused", [True, False])
 def test_the_dated_table_steps_in(monkeypatch, refused):
     with emulated_aws(monkeypatch) as aws:
-        aws.prices.clear()
         if refused:
-            aws.refused.add("pricing")
+            log_in(aws, monkeypatch, launcher_policy(without="pricing:GetProducts"))
+        else:
+            aws.prices.clear()
         price, source = hourly_price("ml.g5.2xlarge", aws.account)
         assert price == 1.515
         assert "not verified" in source and str(table()["prices_collected"]) in source

@@ -17,10 +17,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .account import AwsAccount
+from .account import AwsAccount, no_answer
 
-CODE_FOLDER = Path(__file__).resolve().parents[2]
-REPOSITORY = CODE_FOLDER.parent
+REPOSITORY = Path(__file__).resolve().parents[3]
 LABEL = "brain-to-text.code-fingerprints"
 _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache")
 # what only the desk uses, and a job's result cannot depend on
@@ -60,27 +59,27 @@ class Image:
             return None
 
 
-def fingerprints(repository: Path = REPOSITORY) -> dict[str, str]:
+def fingerprints() -> dict[str, str]:
     """First 16 digits of SHA-256 by path, of what build_and_push.sh would put into the image."""
     paths = [
         path
-        for path in (repository / "code").rglob("*")
+        for path in (REPOSITORY / "code").rglob("*")
         if path.is_file() and path.suffix != ".pyc" and not set(_CACHES) & set(path.parts)
     ]
-    paths += (repository / "docker").glob("requirements_sagemaker*.txt")
+    paths += (REPOSITORY / "docker").glob("requirements_sagemaker*.txt")
     return {
-        path.relative_to(repository).as_posix(): _fingerprint(path)
-        for path in sorted(paths, key=lambda path: path.relative_to(repository).as_posix())
+        path.relative_to(REPOSITORY).as_posix(): _fingerprint(path)
+        for path in sorted(paths, key=lambda path: path.relative_to(REPOSITORY).as_posix())
     }
 
 
-def code_differences(image: Mapping[str, str], repository: Path = REPOSITORY) -> list[str]:
+def code_differences(image: Mapping[str, str]) -> list[str]:
     """Files whose difference a job would feel: changed, new here, or only in the image.
 
     Configurations are left out, since they travel; so is what only the desk uses, and locks that
     this kind of image was not made of.
     """
-    here = fingerprints(repository)
+    here = fingerprints()
     return [
         path
         for path in sorted(here.keys() | image.keys())
@@ -133,8 +132,6 @@ def _configuration(
     ecr: Any, place: re.Match[str], manifest: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The image's configuration object; None when ECR does not let us look."""
-    from botocore.exceptions import ClientError
-
     digest = manifest.get("config", {}).get("digest")
     if not digest:
         return None
@@ -144,7 +141,7 @@ def _configuration(
         )["downloadUrl"]
         with urllib.request.urlopen(url, timeout=10) as answer:
             return dict(json.load(answer))
-    except (ClientError, urllib.error.URLError, ValueError):
+    except no_answer() + (urllib.error.URLError, ValueError):
         return None
 
 

@@ -1,18 +1,22 @@
-"""Launch a training job: fill in what the settings leave open, then send the request."""
+"""Launch a training job: fill in what the settings leave open, check it, send the request."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import JobError
-from .account import AwsAccount, error_code, explained
+from ..errors import BrainToTextError, JobError
+from .account import AwsAccount, error_code, explained, no_answer, sentence
+from .account_checks import check_account
+from .checks import Finding, check_data, check_image, check_machine, error, warning
 from .image import look_at
-from .request import CODE_FOLDER, JobSettings, new_job_name, training_request
+from .pricing import Estimate, estimate
+from .request import CODE_FOLDER, JobSettings, new_job_name, resolve_config, training_request
 
 ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")
 IMAGE_VARIABLE = "BRAIN_TO_TEXT_IMAGE_URI"
@@ -80,12 +84,69 @@ def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
 
 def code_in_image(job: JobSettings, account: AwsAccount) -> dict[str, str] | None:
     """Fingerprints of the files in the job's image; None where ECR does not let us look."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
     try:
         return look_at(str(job.image_uri), account).code
-    except (BotoCoreError, ClientError, LookupError):
+    except no_answer() + (LookupError,):
         return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the checks found, and what the job will take."""
+
+    findings: tuple[Finding, ...]
+    estimate: Estimate | None
+
+    def of(self, severity: str) -> list[Finding]:
+        """The findings of one severity, in the order of the checks."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    def lines(self) -> list[str]:
+        """The report for people: errors, warnings, notes, then time and price."""
+        said = [
+            f"{severity}: {finding.text}"
+            for severity in ("error", "warning", "note")
+            for finding in self.of(severity)
+        ]
+        if self.estimate is not None:
+            said += self.estimate.lines()
+        errors, warnings = len(self.of("error")), len(self.of("warning"))
+        return [*said, f"Checked: {errors} errors, {warnings} warnings"]
+
+
+def preflight(job: JobSettings, account: AwsAccount) -> Report:
+    """Check what can stop `job`, without starting or changing anything.
+
+    Args:
+        job: settings with role, image and name filled in (`completed`).
+        account: where the job would run.
+    """
+    try:
+        _, _, config = resolve_config(job)
+    except BrainToTextError as problem:
+        return Report((error("config", str(problem)),), None)
+    try:
+        _ = account.identity
+    except JobError as problem:
+        return Report((error("credentials", str(problem)),), estimate(config, job.instance_type))
+    groups = {
+        "machine": lambda: check_machine(job, config),
+        "account": lambda: check_account(job, account),
+        "image": lambda: check_image(job, account),
+        "data": lambda: check_data(job, config, account),
+    }
+    findings = tuple(finding for what, check in groups.items() for finding in _of(what, check))
+    return Report(findings, estimate(config, job.instance_type, job.instance_count, account))
+
+
+def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """One group's findings; AWS falling silent in the middle is a finding, too."""
+    try:
+        yield from check()
+    except no_answer() as problem:
+        yield warning(f"{what}-unchecked", sentence(problem, f"checking the {what}"))
+    except JobError as problem:
+        yield error(what, str(problem))
 
 
 def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:

@@ -15,7 +15,7 @@ import yaml
 
 from ..config import TrainingConfig
 from ..gpus import GPUS, Gpu, frames_of, training_flops
-from .account import AwsAccount
+from .account import AwsAccount, no_answer
 
 TABLE = Path(__file__).with_name("instance_types.yaml")
 MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
@@ -180,9 +180,6 @@ def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | 
 
 def _listed_price(name: str, account: AwsAccount) -> float | None:
     """The Price List API's answer; None when it may not be asked or knows no such product."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-
     filters = [
         {"Type": "TERM_MATCH", "Field": field, "Value": value}
         for field, value in (("regionCode", account.region), ("instanceName", name))
@@ -192,7 +189,7 @@ def _listed_price(name: str, account: AwsAccount) -> float | None:
         answer = account.client("pricing", "us-east-1").get_products(
             ServiceCode="AmazonSageMaker", Filters=filters
         )
-    except (BotoCoreError, ClientError, ResponseParserError):
+    except no_answer():
         return None
     for text in answer.get("PriceList", []):
         product = json.loads(text) if isinstance(text, str) else text

@@ -7,7 +7,6 @@ is checked by hand are rules between settings, which no model holds.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import secrets
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from ..config import TrainingConfig, config_keys, load_config, resolve_key
 from ..errors import JobError
 from .image import unchanged_in_image
-from .service_model import Breach, breaches
+from .service_model import breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -53,32 +52,6 @@ MLFLOW_ARN = re.compile(
     r"(?P<kind>mlflow-tracking-server|mlflow-app)/(?P<name>[\w.-]+)$"
 )
 PROJECT_TAG = {"project": "brain-to-text"}  # by which `jobs.list_jobs` finds what we launched
-# Which option a field of the request comes from, longest path first.
-_OPTIONS = {
-    "AlgorithmSpecification.TrainingImage": "--image-uri",
-    "CheckpointConfig.S3Uri": "--checkpoint-s3-uri",
-    "Environment.MLFLOW_EXPERIMENT_NAME": "--mlflow-experiment",
-    "Environment.MLFLOW_TRACKING_URI": "--mlflow-tracking-uri",
-    "Environment": "--env",
-    "HyperParameters": "configuration value",
-    "InputDataConfig": "--s3-data-prefix",
-    "OutputDataConfig.KmsKeyId": "--output-kms-key",
-    "OutputDataConfig": "--output-prefix",
-    "ResourceConfig.InstanceCount": "--instance-count",
-    "ResourceConfig.InstanceType": "--instance-type",
-    "ResourceConfig.KeepAlivePeriodInSeconds": "--keep-alive-minutes",
-    "ResourceConfig.VolumeKmsKeyId": "--volume-kms-key",
-    "ResourceConfig.VolumeSizeInGB": "--volume-gb",
-    "RetryStrategy": "--retries",
-    "RoleArn": "--role",
-    "StoppingCondition.MaxWaitTimeInSeconds": "--max-wait-hours",
-    "StoppingCondition": "--max-run-hours",
-    "Tags": "--tag",
-    "TensorBoardOutputConfig": "--output-prefix",
-    "TrainingJobName": "--job-name",
-    "VpcConfig.SecurityGroupIds": "--security-group-ids",
-    "VpcConfig.Subnets": "--subnets",
-}
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@")
 
@@ -297,30 +270,8 @@ def training_request(
         request["Environment"] = environment
     for breach in breaches("sagemaker", "CreateTrainingJob", request):
         if not str(breach.value).startswith("<"):  # a reminder of a dry run (`launch.MISSING`)
-            raise JobError(_sentence(breach))
+            raise JobError(breach.sentence())
     return request
-
-
-def _sentence(breach: Breach) -> str:
-    """What a value breaks, in terms of the option that gave it."""
-    place = ".".join(str(part) for part in breach.path if isinstance(part, str))
-    option = next(
-        (flag for name, flag in _OPTIONS.items() if f"{place}.".startswith(f"{name}.")), place
-    )
-    if option in ("--env", "configuration value") and len(breach.path) > 1:
-        option = f"{option} {breach.path[1]}"
-    value, rule = breach.value, breach.rule
-    if isinstance(value, (str, int)):
-        text = " ".join(str(value).split())
-        shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
-    else:
-        shown = "not given" if value is None else f"{len(value)} entries long"
-    if place.endswith("InSeconds"):
-        shown, rule = f"{value:,} seconds", f"{rule} seconds"
-    if rule.startswith("one of ") and len(rule) > 200:
-        near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=1, cutoff=0.5)
-        rule = "one that this boto3 knows" + (f" (nearest: {near[0]})" if near else "")
-    return f"{option} is {shown} and SageMaker wants it to be {rule}."
 
 
 def hyperparameter_text(value: Any) -> str:

@@ -4,6 +4,7 @@ lengths, ranges, patterns, choices. botocore itself checks only the first two be
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,34 @@ _TYPES: dict[str, Any] = {
 }
 
 
+# Which option a field of the request comes from, longest path first.
+_OPTIONS = {
+    "AlgorithmSpecification.TrainingImage": "--image-uri",
+    "CheckpointConfig.S3Uri": "--checkpoint-s3-uri",
+    "Environment.MLFLOW_EXPERIMENT_NAME": "--mlflow-experiment",
+    "Environment.MLFLOW_TRACKING_URI": "--mlflow-tracking-uri",
+    "Environment": "--env",
+    "HyperParameters": "configuration value",
+    "InputDataConfig": "--s3-data-prefix",
+    "OutputDataConfig.KmsKeyId": "--output-kms-key",
+    "OutputDataConfig": "--output-prefix",
+    "ResourceConfig.InstanceCount": "--instance-count",
+    "ResourceConfig.InstanceType": "--instance-type",
+    "ResourceConfig.KeepAlivePeriodInSeconds": "--keep-alive-minutes",
+    "ResourceConfig.VolumeKmsKeyId": "--volume-kms-key",
+    "ResourceConfig.VolumeSizeInGB": "--volume-gb",
+    "RetryStrategy": "--retries",
+    "RoleArn": "--role",
+    "StoppingCondition.MaxWaitTimeInSeconds": "--max-wait-hours",
+    "StoppingCondition": "--max-run-hours",
+    "Tags": "--tag",
+    "TensorBoardOutputConfig": "--output-prefix",
+    "TrainingJobName": "--job-name",
+    "VpcConfig.SecurityGroupIds": "--security-group-ids",
+    "VpcConfig.Subnets": "--subnets",
+}
+
+
 @dataclass(frozen=True)
 class Breach:
     """One rule of the model that a value breaks.
@@ -42,6 +71,27 @@ class Breach:
     path: tuple[str | int, ...]
     value: Any
     rule: str
+
+    def sentence(self) -> str:
+        """What is wrong, in terms of the option that gave the value."""
+        place = ".".join(str(part) for part in self.path if isinstance(part, str))
+        option = next(
+            (flag for name, flag in _OPTIONS.items() if f"{place}.".startswith(f"{name}.")), place
+        )
+        if option in ("--env", "configuration value") and len(self.path) > 1:
+            option = f"{option} {self.path[1]}"
+        value, rule = self.value, self.rule
+        if isinstance(value, (str, int)):
+            text = " ".join(str(value).split())
+            shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
+        else:
+            shown = "not given" if value is None else f"{len(value)} entries long"
+        if place.endswith("InSeconds"):
+            shown, rule = f"{value:,} seconds", f"{rule} seconds"
+        if rule.startswith("one of ") and len(rule) > 200:
+            near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=1, cutoff=0.5)
+            rule = "one that this boto3 knows" + (f" (nearest: {near[0]})" if near else "")
+        return f"{option} is {shown} and SageMaker wants it to be {rule}."
 
 
 def breaches(service: str, operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
