@@ -186,9 +186,10 @@ class ObjectiveConfig:
     phoneme_weight: float = key(
         0.0, "fixed weight of the phoneme term (diphone sets)", minimum=0, maximum=1, added=True
     )
-    ctc_kernel: Literal["torch", "triton"] = key(
-        "torch",
-        "CTC on GPUs: torch's makes the host wait at every step, triton is ours, written not to",
+    ctc_kernel: Literal["auto", "torch", "triton"] = key(
+        "auto",
+        "CTC on GPUs; auto: ours in Triton, which never makes the host wait, where it agrees with "
+        "torch's on that GPU; triton: the same, and an error where it does not",
         added=True,
     )
     schedule: PhonemeWeightSchedule | None = key(

@@ -132,7 +132,7 @@ def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
     """Floating point operations of one training step on the global batch, in 10^12.
 
     Two per multiply-add of every matrix product, backward counted as twice forward, as in
-    `throughput.flops_per_step`, which needs torch. The reference configuration gives 3.2.
+    `gpus.flops_per_step`. The reference configuration gives 3.2.
     """
     model = config.model
     width, units, directions = model.n_input_features, model.n_units, 1 + model.bidirectional

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..config import ObjectiveConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from .device import send
-from .gpu_ctc import ctc_nll_without_waiting, works_on
+from .gpu_ctc import ctc_nll_without_waiting, usable
 
 
 class LabelledBatch(Protocol):
@@ -59,10 +59,10 @@ def ctc_nll(
         log_probs: [B, T', C] float32, normalised over C (the gradient assumes it), blank 0.
         labels: [B, L] int64, zero-padded.
         frame_lengths, label_lengths: [B] int64 on the CPU.
-        kernel: "triton" runs our own on GPUs where it agrees with torch's (see gpu_ctc).
+        kernel: "auto" runs our own on GPUs where it agrees with torch's (see gpu_ctc).
     """
     device = log_probs.device
-    if kernel == "triton" and device.type == "cuda" and works_on(device):
+    if device.type == "cuda" and usable(kernel, device):
         return ctc_nll_without_waiting(
             log_probs, labels, send(frame_lengths, device), send(label_lengths, device)
         )

@@ -1,7 +1,7 @@
 """torch's GRU over packed frames: one call for all layers, whose dropout is a function of a seed.
 
-`torch.nn.GRU` with dropout on a GPU makes cuDNN's dropout state anew after every `manual_seed` and
-waits for the device to do so. Here the state is made from a seed of ours, without a wait, and handed
+`torch.nn.GRU` with dropout on a GPU makes cuDNN's dropout state anew after every `manual_seed`, and
+waits for the device to do so. Here the state is made from a seed of ours, without a wait, and given
 to the same call (`torch._cudnn_rnn`), so that cuDNN has all layers at once and can overlap them
 (arXiv 1604.01946). Where cuDNN does not compute, torch's own GRU does, dropout included.
 """
@@ -143,4 +143,4 @@ def cudnn_offsets(
             False,  # batch first
             bidirectional,
         )
-    return tuple(weight.storage_offset() for weight in like)
+    return tuple(int(weight.storage_offset()) for weight in like)

@@ -88,11 +88,11 @@ class GRUDecoder(nn.Module):
         self.out = nn.Linear(n_units * self.n_directions, n_classes)
         nn.init.xavier_uniform_(self.out.weight)
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
-        self._activate = _activate
+        self._activate = activate
 
     def compile_with(self, compiler: Callable[..., Any]) -> None:
         """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
-        self._activate = compiler(_activate)
+        self._activate = compiler(activate)
 
     @classmethod
     def from_config(cls, config: TrainingConfig, n_days: int) -> GRUDecoder:
@@ -221,8 +221,9 @@ class _GatherPatches(torch.autograd.Function):
         return gradient, None, None
 
 
-def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    return F.dropout(F.softsign(x), dropout, training=True)  # a constant: nothing to branch on
+def activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Softsign, then dropout; always as in training, so that a compiler has nothing to decide."""
+    return F.dropout(F.softsign(x), dropout, training=True)
 
 
 @dataclass

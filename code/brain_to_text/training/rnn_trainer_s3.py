@@ -23,12 +23,12 @@ from ..dataset.manifest import load_or_build_manifest
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
+from ..gpus import training_flops
 from ..model.augmentations import Augmentation
-from ..model.device import allow_tf32
+from ..model.device import allow_tf32, peak_flops
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
-from ..model.throughput import peak_flops, training_flops
 from ..model.train_step import Health, StepResult, TrainStep
 from ..model.weights_file import (
     CheckpointFolder,
