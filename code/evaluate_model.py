@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from brain_to_text.vocabulary.errors import BrainToTextError, ConfigError
+from brain_to_text.errors import BrainToTextError, ConfigError
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         if options.export_streaming is not None:
-            from brain_to_text.results.model_artefact import open_model
-            from brain_to_text.results.streaming_decoder import export_streaming
+            from brain_to_text.scoring.realtime import export_streaming
+            from brain_to_text.scoring.trained_model import open_model
 
             export_streaming(open_model(options.model), options.export_streaming)
             print(f"The real-time decoder is in {options.export_streaming}")
@@ -82,9 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
 
         # After the cheap checks: importing torch takes seconds.
-        from brain_to_text.results.model_evaluation import EvaluationOptions, evaluate_model
-        from brain_to_text.results.sentence_decoding import WordOptions
-        from brain_to_text.results.word_decoding import WordSettings
+        from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model
+        from brain_to_text.scoring.sentence_decoding import WordOptions
+        from brain_to_text.scoring.words import WordSettings
 
         words = None
         if options.language_model is not None:

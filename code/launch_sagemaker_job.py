@@ -15,10 +15,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brain_to_text.cloud.aws_account import AwsAccount
-from brain_to_text.cloud.job_control import job_state, list_jobs, stop_job
-from brain_to_text.cloud.job_results import fetch
-from brain_to_text.cloud.job_tuning import (
+from brain_to_text.config import resolve_key
+from brain_to_text.errors import BrainToTextError, ConfigError
+from brain_to_text.launch.account import AwsAccount
+from brain_to_text.launch.fetch import fetch
+from brain_to_text.launch.job_tuning import (
     Sweep,
     read_sweep,
     submit_sweep,
@@ -27,19 +28,18 @@ from brain_to_text.cloud.job_tuning import (
     sweep_table,
     tuning_request,
 )
-from brain_to_text.cloud.job_watch import goodbye, watch
-from brain_to_text.cloud.launch import (
+from brain_to_text.launch.jobs import job_state, list_jobs, stop_job
+from brain_to_text.launch.launch import (
     completed,
     launch_training_job,
     placeholders,
     submit_training_job,
 )
-from brain_to_text.cloud.local_sweep import local_table, run_sweep
-from brain_to_text.cloud.preflight import preflight
-from brain_to_text.cloud.pricing import estimate
-from brain_to_text.cloud.sagemaker_job import JobSettings, resolve_config
-from brain_to_text.vocabulary.config import resolve_key
-from brain_to_text.vocabulary.errors import BrainToTextError, ConfigError
+from brain_to_text.launch.local_sweep import local_table, run_sweep
+from brain_to_text.launch.preflight import preflight
+from brain_to_text.launch.pricing import estimate
+from brain_to_text.launch.request import JobSettings, resolve_config
+from brain_to_text.launch.watch import goodbye, watch
 
 __all__ = ["launch_training_job", "main"]
 

@@ -14,25 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from brain_to_text.data.dataset_encoding import EncodingOptions, encode_dataset
-from brain_to_text.data.dataset_validation import (
-    PATCH_SIZE,
-    PATCH_STRIDE,
-    scattered_chunks,
-    validate_dataset,
-)
-from brain_to_text.data.object_store import LocalStore, open_store
-from brain_to_text.data.synthetic import SyntheticDataset, synthesize
-from brain_to_text.data.trial_files import FEATURE_TYPES, LAYOUTS
-from brain_to_text.data.trial_manifest import (
+from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
+from brain_to_text.dataset.manifest import (
     MANIFEST_NAME,
     TrialManifest,
     index_dataset,
     write_manifest,
 )
-from brain_to_text.results.dataset_report import dataset_page
-from brain_to_text.vocabulary.diphones import LABEL_FORMS
-from brain_to_text.vocabulary.errors import BrainToTextError
+from brain_to_text.dataset.store import LocalStore, open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.dataset.validation import (
+    PATCH_SIZE,
+    PATCH_STRIDE,
+    scattered_chunks,
+    validate_dataset,
+)
+from brain_to_text.errors import BrainToTextError
+from brain_to_text.labels.diphones import LABEL_FORMS
+from brain_to_text.scoring.dataset_report import dataset_page
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from brain_to_text.cloud.sagemaker_environment import SageMakerEnvironment  # noqa: E402
-from brain_to_text.vocabulary.config import load_config  # noqa: E402
-from brain_to_text.vocabulary.errors import BrainToTextError, ConfigError  # noqa: E402
+from brain_to_text.config import load_config  # noqa: E402
+from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
+from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"

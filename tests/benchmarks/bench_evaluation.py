@@ -21,17 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import numpy as np
 import torch
-from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
-from brain_to_text.model.metrics import merge_frames
 from brain_to_text.model.packed_gru import linear
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.trial_logits import TrialLogits
-from brain_to_text.results.model_artefact import ModelArtefact
-from brain_to_text.results.streaming_decoder import export_streaming
+from brain_to_text.scoring.decoding import merge_frames
+from brain_to_text.scoring.realtime import export_streaming
+from brain_to_text.scoring.trained_model import ModelArtefact
 from brain_to_text.streaming.batch import collate, pad_features
 from brain_to_text.streaming.batch_plan import evaluation_batches
-from brain_to_text.vocabulary.config import TrainingConfig, config_from_dict
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
 SIZES = {  # units, layers, features, mean bins and their deviation

@@ -21,19 +21,19 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.synthetic import SyntheticDataset, synthesize
-from brain_to_text.data.trial_manifest import (
+from brain_to_text.dataset.manifest import (
     FileRecord,
     TrialManifest,
     index_dataset,
     load_manifest,
     load_or_build_manifest,
 )
-from brain_to_text.data.trial_records import ChunkLayout, TrialRecord
-from brain_to_text.vocabulary.diphones import encode_diphones
-from brain_to_text.vocabulary.recording_blocks import recording_blocks
-from brain_to_text.vocabulary.sentences import random_sentences, sentence_phonemes
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.dataset.trial_record import ChunkLayout, TrialRecord
+from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.labels.recording_blocks import recording_blocks
+from brain_to_text.labels.sentences import random_sentences, sentence_phonemes
 from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
 

@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import numpy as np
 import torch
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.synthetic import SyntheticDataset, synthesize
-from brain_to_text.data.trial_manifest import load_or_build_manifest
-from brain_to_text.model.error_analysis import PairedComparison, bootstrap_interval, compare_paired
-from brain_to_text.results.evaluation_results import trial_row
-from brain_to_text.results.model_artefact import open_model
-from brain_to_text.results.model_evaluation import run_model
+from brain_to_text.config import load_config
+from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.scoring.evaluate import run_model
+from brain_to_text.scoring.statistics import PairedComparison, bootstrap_interval, compare_paired
+from brain_to_text.scoring.tables import trial_row
+from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.streaming.trial_stream import TrialStream
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
-from brain_to_text.vocabulary.config import load_config
 
 CODE = Path(__file__).resolve().parents[2] / "code"
 PHONEMES, DIPHONES, JOINT = "phonemes", "diphones", "joint"

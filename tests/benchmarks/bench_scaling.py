@@ -32,7 +32,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 
-from brain_to_text.cloud.pricing import (
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.launch.pricing import (
     ASSUMED_UTILISATION,
     STEP_OVERHEAD_SECONDS,
     Gpu,
@@ -42,7 +43,6 @@ from brain_to_text.cloud.pricing import (
     step_tflop,
 )
 from brain_to_text.streaming.batch_plan import BatchPlan, shard
-from brain_to_text.vocabulary.config import TrainingConfig, load_config
 
 CONFIG = HERE.parents[1] / "code" / "rnn_args_diphone_sagemaker.yaml"
 

@@ -37,10 +37,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
 
-from brain_to_text.cloud.pricing import table as instance_table
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_files import TrialContents, data_file_bytes
-from brain_to_text.data.trial_manifest import index_dataset
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
+from brain_to_text.dataset.manifest import index_dataset
+from brain_to_text.dataset.store import open_store
+from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.launch.pricing import table as instance_table
 from brain_to_text.model.augmentations import Augmentation, step_generator
 from brain_to_text.model.device import allow_tf32, autocast_dtype
 from brain_to_text.model.losses import JointObjective
@@ -53,12 +55,10 @@ from brain_to_text.model.optimizer import (
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.throughput import flops_per_step, known_as, peak_flops, peak_of
 from brain_to_text.model.train_step import TrainStep
+from brain_to_text.scoring.evaluation import evaluate
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.training.evaluation import evaluate
-from brain_to_text.vocabulary.config import TrainingConfig, load_config
-from brain_to_text.vocabulary.diphones import encode_diphones
 from plain_recipe import PlainDecoder, PlainStep
 
 STEPS_OF_A_RUN = 150_000

@@ -39,20 +39,20 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
 import torch
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import (
+from brain_to_text.dataset.manifest import (
     FileRecord,
     TrialManifest,
     index_dataset,
     write_manifest,
 )
-from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.trial_record import TrialRecord
+from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.streaming.batch import pad_features
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.vocabulary.diphones import encode_diphones
 from support.local_s3 import make_certificate, serve_s3
 from support.tiny_data import write_dataset
 
@@ -473,10 +473,10 @@ def run_trainer(
 
     With `busy` the step computes in Python instead of sleeping, as one that launches kernels does.
     """
+    from brain_to_text.config import load_config
     from brain_to_text.model.train_step import StepResult, TrainStep
     from brain_to_text.streaming import s3_reads
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
-    from brain_to_text.vocabulary.config import load_config
 
     class PausingStep(TrainStep):
         def __call__(

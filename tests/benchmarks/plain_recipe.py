@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from brain_to_text.config import TrainingConfig
 from brain_to_text.model.augmentations import gaussian_kernel
-from brain_to_text.vocabulary.config import TrainingConfig
 from torch import nn
 
 

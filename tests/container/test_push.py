@@ -13,7 +13,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from brain_to_text.results.model_artefact import open_model
+from brain_to_text.scoring.trained_model import open_model
 from moto.server import ThreadedMotoServer
 from support.container_job import BUCKET, TINY_JOB
 from support.ecr_emulation import missing_part, serve_registry

@@ -8,14 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from brain_to_text.cloud.aws_account import AwsAccount
-from brain_to_text.cloud.launch import launch_training_job
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import load_manifest
+from brain_to_text.config import load_config
+from brain_to_text.dataset.manifest import load_manifest
+from brain_to_text.dataset.selection import select_trials
+from brain_to_text.dataset.store import open_store
+from brain_to_text.launch.account import AwsAccount
+from brain_to_text.launch.launch import launch_training_job
+from brain_to_text.launch.request import CODE_FOLDER
 from brain_to_text.streaming.batch_plan import BatchPlan
-from brain_to_text.streaming.trial_selection import select_trials
-from brain_to_text.vocabulary.config import load_config
 from support.container_job import BUCKET, PREFIX, TINY_JOB, Cluster, Job
 from support.engine import docker
 

@@ -11,9 +11,9 @@ import boto3
 import pytest
 import yaml
 from botocore.exceptions import ClientError
-from brain_to_text.cloud.account_checks import _trusts_sagemaker, needed_permissions
-from brain_to_text.cloud.launch import STACK_ROLE
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, OUTPUT_PREFIX, JobSettings
+from brain_to_text.launch.account_checks import _trusts_sagemaker, needed_permissions
+from brain_to_text.launch.launch import STACK_ROLE
+from brain_to_text.launch.request import CODE_FOLDER, OUTPUT_PREFIX, JobSettings
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 from support.aws_emulation import ACCOUNT, BUCKET, CREDENTIALS, REGION

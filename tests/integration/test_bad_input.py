@@ -17,9 +17,9 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.data import dataset_encoding
-from brain_to_text.data.trial_files import MAX_SEQ_ELEMENTS
-from brain_to_text.data.trial_manifest import MANIFEST_NAME
+from brain_to_text.dataset import encoding as dataset_encoding
+from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
+from brain_to_text.dataset.manifest import MANIFEST_NAME
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -95,7 +95,7 @@ def replaced(name: str, new: object) -> Callable[[Path], None]:
 
 def other_form(trial: h5py.Group) -> None:
     """This trial's labels in the transition form, in a self-loop dataset."""
-    from brain_to_text.vocabulary.diphones import encode_diphones
+    from brain_to_text.labels.diphones import encode_diphones
 
     phonemes = trial["seq_class_ids_phoneme"][: trial.attrs["seq_len_phoneme"]]
     labels = encode_diphones(phonemes, "transition")
@@ -483,9 +483,9 @@ def test_other_things(tmp_path, capsys) -> None:
 
 
 def test_a_damaged_manifest_stops_a_job(dataset) -> None:
-    from brain_to_text.data.object_store import open_store
-    from brain_to_text.data.trial_manifest import load_or_build_manifest
-    from brain_to_text.vocabulary.errors import DataError
+    from brain_to_text.dataset.manifest import load_or_build_manifest
+    from brain_to_text.dataset.store import open_store
+    from brain_to_text.errors import DataError
 
     damaged_manifest(dataset)
     with pytest.raises(DataError, match=r"is damaged .*prepare_dataset.py index"):
@@ -521,7 +521,7 @@ def other_features(trial: h5py.Group) -> None:
 
 def other_phonemes(trial: h5py.Group) -> None:
     """Sound labels, but of something else."""
-    from brain_to_text.vocabulary.diphones import encode_diphones
+    from brain_to_text.labels.diphones import encode_diphones
 
     phonemes = trial["seq_class_ids_phoneme"]
     phonemes[0] = phonemes[0] % 40 + 1

@@ -15,7 +15,7 @@ import torch
 import train_model_sagemaker
 import yaml
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.results.model_artefact import open_model
+from brain_to_text.scoring.trained_model import open_model
 from support.tiny_models import write_model
 from torch import nn
 

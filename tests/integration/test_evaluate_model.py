@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import load_or_build_manifest
+from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import StorageError
+from brain_to_text.labels.diphones import collapse_to_phonemes
+from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.results.model_artefact import open_model
-from brain_to_text.results.model_evaluation import choose_trials, run_model, write_run_report
+from brain_to_text.scoring.evaluate import choose_trials, run_model, write_run_report
+from brain_to_text.scoring.evaluation import evaluate
+from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.training.evaluation import evaluate
-from brain_to_text.vocabulary.diphones import collapse_to_phonemes
-from brain_to_text.vocabulary.errors import StorageError
-from brain_to_text.vocabulary.phonemes import PHONEMES
 from support.tiny_data import write_dataset
 from support.tiny_models import write_model
 
@@ -252,7 +252,7 @@ def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys)
 def test_bad_options_are_one_sentence_before_anything_is_read(
     arguments, sentence, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("brain_to_text.results.model_evaluation.open_model", _not_reached)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.open_model", _not_reached)
     where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     assert run("--model", tmp_path / "model", *where, *arguments) == 1
     error = capsys.readouterr().err.strip()
@@ -261,7 +261,7 @@ def test_bad_options_are_one_sentence_before_anything_is_read(
 
 
 def test_a_missing_package_for_words_shows_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("brain_to_text.results.model_evaluation.open_model", _not_reached)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.open_model", _not_reached)
     monkeypatch.setitem(sys.modules, "kenlm", None)
     where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     assert run("--model", tmp_path / "model", *where, "--language-model", "training") == 1
@@ -294,7 +294,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(
     def full(*_: object) -> None:
         raise StorageError("The volume is full.")
 
-    monkeypatch.setattr("brain_to_text.results.evaluation_results.write_report", full)
+    monkeypatch.setattr("brain_to_text.scoring.tables.write_report", full)
     out = tmp_path / "out"
     arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
     assert run(*arguments, "--output-dir", out) == 1

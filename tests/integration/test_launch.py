@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import launch_sagemaker_job as front_door
 import pytest
-from brain_to_text.cloud.job_control import job_state
-from brain_to_text.cloud.job_submission import _compose_for_the_sdk, _no_telemetry
-from brain_to_text.cloud.job_watch import LOG_GROUP, watch
-from brain_to_text.cloud.launch import launch_training_job
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER
-from brain_to_text.vocabulary.errors import JobError
+from brain_to_text.errors import JobError
+from brain_to_text.launch.job_submission import _compose_for_the_sdk, _no_telemetry
+from brain_to_text.launch.jobs import job_state
+from brain_to_text.launch.launch import launch_training_job
+from brain_to_text.launch.request import CODE_FOLDER
+from brain_to_text.launch.watch import LOG_GROUP, watch
 from support.aws_emulation import BUCKET, ROLE, emulated_aws, ready_to_train
 
 pytestmark = pytest.mark.aws
@@ -272,7 +272,7 @@ def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
 ):
     pushed = tmp_path / "image_uri"
     pushed.write_text(f"{aws.image_uri}\n")
-    monkeypatch.setattr("brain_to_text.cloud.launch.LAST_IMAGE", pushed)
+    monkeypatch.setattr("brain_to_text.launch.launch.LAST_IMAGE", pushed)
     assert run("--s3-bucket", BUCKET) == 0
     assert aws.sent[0]["RoleArn"] == ROLE
     assert aws.sent[0]["AlgorithmSpecification"]["TrainingImage"] == aws.image_uri
@@ -292,7 +292,7 @@ def test_a_role_may_be_given_by_name(aws):
 
 
 def test_dry_run_asks_aws_nothing_and_says_what_is_missing(aws, capsys, monkeypatch):
-    monkeypatch.setattr("brain_to_text.cloud.launch.LAST_IMAGE", "/nowhere")
+    monkeypatch.setattr("brain_to_text.launch.launch.LAST_IMAGE", "/nowhere")
     monkeypatch.setattr(front_door, "AwsAccount", None)
     assert run("--s3-bucket", BUCKET, "--dry-run") == 0
     said = capsys.readouterr()
@@ -560,8 +560,8 @@ def test_fetching_a_local_job_needs_only_its_bucket(aws, tmp_path):
 
 
 def test_fetching_a_job_of_this_machine_needs_only_its_name(aws, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("brain_to_text.cloud.job_results.LOCAL_JOBS", tmp_path / "notes")
-    monkeypatch.setattr("brain_to_text.cloud.launch.run_locally", lambda request, _: "b2t-here")
+    monkeypatch.setattr("brain_to_text.launch.fetch.LOCAL_JOBS", tmp_path / "notes")
+    monkeypatch.setattr("brain_to_text.launch.launch.run_locally", lambda request, _: "b2t-here")
     here = ("--instance-type", "local", "--job-name", "b2t-here", "--image-uri", "image:1")
     assert run("--s3-bucket", BUCKET, *here, "--skip-checks") == 0
     assert "--fetch b2t-here" in capsys.readouterr().out

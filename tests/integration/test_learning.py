@@ -14,10 +14,10 @@ from pathlib import Path
 import evaluate_model
 import prepare_dataset
 import pytest
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import load_manifest
+from brain_to_text.config import load_config
+from brain_to_text.dataset.manifest import load_manifest
+from brain_to_text.dataset.store import open_store
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
-from brain_to_text.vocabulary.config import load_config
 
 CONFIG = Path(prepare_dataset.__file__).with_name("rnn_args_smoke.yaml")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

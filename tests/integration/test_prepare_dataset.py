@@ -16,11 +16,11 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.data import dataset_encoding
-from brain_to_text.data.dataset_encoding import PROGRESS_NAME
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import MANIFEST_NAME, index_dataset, load_manifest
-from brain_to_text.vocabulary.diphones import decode_diphones
+from brain_to_text.dataset import encoding as dataset_encoding
+from brain_to_text.dataset.encoding import PROGRESS_NAME
+from brain_to_text.dataset.manifest import MANIFEST_NAME, index_dataset, load_manifest
+from brain_to_text.dataset.store import open_store
+from brain_to_text.labels.diphones import decode_diphones
 from support.small_data import SESSIONS, write_small_dataset
 from support.tiny_data import append_in_turns
 

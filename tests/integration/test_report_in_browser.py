@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.data.dataset_drift import SessionDrift
-from brain_to_text.data.dataset_validation import SplitSummary, ValidationReport
-from brain_to_text.data.trial_manifest import FileRecord, TrialManifest
-from brain_to_text.data.trial_records import Finding, TrialRecord
-from brain_to_text.results.dataset_report import dataset_page
-from brain_to_text.results.report import model_report
-from brain_to_text.vocabulary.phonemes import PHONEMES
+from brain_to_text.dataset.drift import SessionDrift
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.trial_record import Finding, TrialRecord
+from brain_to_text.dataset.validation import SplitSummary, ValidationReport
+from brain_to_text.labels.phonemes import PHONEMES
+from brain_to_text.scoring.dataset_report import dataset_page
+from brain_to_text.scoring.report import model_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

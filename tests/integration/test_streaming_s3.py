@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import (
+from brain_to_text.dataset.manifest import (
     TrialManifest,
     index_dataset,
     load_or_build_manifest,
     write_manifest,
 )
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import StorageError
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.vocabulary.errors import StorageError
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
+from brain_to_text.config import load_config
+from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
+from brain_to_text.scoring.evaluation import evaluate
 from brain_to_text.training import rnn_trainer_s3
-from brain_to_text.training.evaluation import evaluate
-from brain_to_text.vocabulary.config import load_config
-from brain_to_text.vocabulary.errors import TrainingError
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
 

@@ -20,26 +20,26 @@ pytest.importorskip(
     "kenlm", reason="optional: pip install -r docker/requirements_sagemaker_words.txt"
 )
 
-from brain_to_text.data.trial_manifest import TrialManifest
-from brain_to_text.model.metrics import ErrorCounts
-from brain_to_text.results.ngram import START, estimate_ngrams
-from brain_to_text.results.sentence_decoding import (
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.errors import DataError, StorageError
+from brain_to_text.labels.phonemes import N_PHONEMES
+from brain_to_text.labels.pronunciation import lexicon_of
+from brain_to_text.labels.sentences import random_sentences, sentence_phonemes, vocabulary
+from brain_to_text.scoring.decoding import ErrorCounts
+from brain_to_text.scoring.ngram import START, estimate_ngrams
+from brain_to_text.scoring.sentence_decoding import (
     WordOptions,
     decode_sentences,
     decodings,
     make_decoder,
 )
-from brain_to_text.results.word_decoding import (
+from brain_to_text.scoring.words import (
     WordDecoder,
     WordSettings,
     word_errors,
     words_of_arpa,
     words_of_model,
 )
-from brain_to_text.vocabulary.errors import DataError, StorageError
-from brain_to_text.vocabulary.phonemes import N_PHONEMES
-from brain_to_text.vocabulary.pronunciation import lexicon_of
-from brain_to_text.vocabulary.sentences import random_sentences, sentence_phonemes, vocabulary
 from support.decoded_trials import manifest_of, record
 from support.tiny_data import write_dataset
 from support.tiny_models import write_model
@@ -101,8 +101,8 @@ def test_a_language_model_lowers_the_word_error_rate_on_held_out_sentences(decod
 
 
 def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.results.word_decoding.LM_WEIGHTS", (0.0, 2.0))
-    monkeypatch.setattr("brain_to_text.results.word_decoding.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (0.0, 2.0))
+    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
     decoder, trials = decoders[1], decoders[2][:8]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
     calls: list[int] = []
@@ -117,8 +117,8 @@ def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
 
 
 def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.results.word_decoding.LM_WEIGHTS", (2.0,))
-    monkeypatch.setattr("brain_to_text.results.word_decoding.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (2.0,))
+    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
     known = decoders[2][:3]
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
@@ -284,7 +284,7 @@ def test_files_that_do_not_serve_are_found_before_anything_is_decoded(
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("decoded first")
 
-    monkeypatch.setattr("brain_to_text.results.model_evaluation.decode_trials", too_late)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode_trials", too_late)
     monkeypatch.chdir(tmp_path)
     estimate_ngrams(SENTENCES, 1).write_arpa(tmp_path / "uni.arpa")
     (tmp_path / "bad.txt").write_text("cat K QQ T\n")

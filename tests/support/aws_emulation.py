@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 from botocore.loaders import create_loader
-from brain_to_text.cloud.aws_account import AwsAccount
-from brain_to_text.data.trial_manifest import FileRecord, TrialManifest
-from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.trial_record import TrialRecord
+from brain_to_text.launch.account import AwsAccount
 from moto import mock_aws
 
 ACCOUNT = "123456789012"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from brain_to_text.data.trial_manifest import FileRecord, TrialManifest
-from brain_to_text.data.trial_records import TrialRecord
-from brain_to_text.results.trial_decoding import DecodedTrial
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.trial_record import TrialRecord
+from brain_to_text.scoring.trial_decoding import DecodedTrial
 
 
 def record(

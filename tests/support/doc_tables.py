@@ -12,9 +12,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from brain_to_text.cloud.pricing import estimate, gpu_of, table
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
-from brain_to_text.vocabulary.config import LEGACY_KEYS, TrainingConfig, config_keys, load_config
+from brain_to_text.config import LEGACY_KEYS, TrainingConfig, config_keys, load_config
+from brain_to_text.launch.pricing import estimate, gpu_of, table
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
 
 GUIDE = CODE_FOLDER / "README_SAGEMAKER.md"
 

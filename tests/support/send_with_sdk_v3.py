@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from brain_to_text.cloud.job_submission import installed_sdk, submit
+from brain_to_text.launch.job_submission import installed_sdk, submit
 from pytest import MonkeyPatch
 
 from support.aws_emulation import emulated_aws

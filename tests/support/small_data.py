@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from brain_to_text.data.trial_files import TrialContents, data_file_bytes
-from brain_to_text.vocabulary.diphones import encode_diphones
+from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
+from brain_to_text.labels.diphones import encode_diphones
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
 N_FEATURES = 6

@@ -7,7 +7,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from brain_to_text.vocabulary.diphones import encode_diphones
+from brain_to_text.labels.diphones import encode_diphones
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "contiguous": {},

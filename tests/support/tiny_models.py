@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from brain_to_text.config import TrainingConfig, config_from_dict
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.vocabulary.config import TrainingConfig, config_from_dict
 
 
 def tiny_config(

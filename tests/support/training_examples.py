@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from brain_to_text.config import TrainingConfig
+from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.optimizer import build_optimizer, build_scheduler
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
-from brain_to_text.vocabulary.config import TrainingConfig
-from brain_to_text.vocabulary.diphones import encode_diphones
 
 CPU = torch.device("cpu")
 

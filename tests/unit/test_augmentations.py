@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from brain_to_text.config import DataTransformsConfig
 from brain_to_text.model.augmentations import (
     Augmentation,
     gaussian_kernel,
     step_generator,
     time_mask,
 )
-from brain_to_text.vocabulary.config import DataTransformsConfig
 from scipy.ndimage import gaussian_filter1d
 from support.training_examples import example_batch
 

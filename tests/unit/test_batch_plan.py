@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from brain_to_text.errors import DataError
 from brain_to_text.streaming.batch_plan import BatchPlan, evaluation_batches, shard
-from brain_to_text.vocabulary.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 from benchmarks import bench_step
-from brain_to_text.cloud.pricing import table
-from brain_to_text.vocabulary.config import TrainingConfig
+from brain_to_text.config import TrainingConfig
+from brain_to_text.launch.pricing import table
 
 SMALL = ["--units", "8", "--layers", "2", "--features", "6", "--bins", "90", "--batch-size", "4"]
 SMALL += ["--rounds", "1", "--device", "cpu"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from brain_to_text.data.trial_manifest import TrialManifest
-from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.config import DatasetConfig
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.streaming.cache_plan import plan_device, plan_ram
-from brain_to_text.vocabulary.config import DatasetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 

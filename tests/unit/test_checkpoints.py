@@ -7,12 +7,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from brain_to_text.results.checkpoints import (
+from brain_to_text.errors import BrainToTextError, CheckpointError
+from brain_to_text.model.weights_file import (
     CheckpointFolder,
     load_verified,
 )
-from brain_to_text.results.model_artefact import initial_weights
-from brain_to_text.vocabulary.errors import BrainToTextError, CheckpointError
+from brain_to_text.scoring.trained_model import initial_weights
 
 
 def state(value: int) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from brain_to_text.vocabulary.config import (
+from brain_to_text.config import (
     LEGACY_KEYS,
     TrainingConfig,
     config_from_dict,
@@ -14,7 +14,7 @@ from brain_to_text.vocabulary.config import (
     load_config,
     resolve_key,
 )
-from brain_to_text.vocabulary.errors import ConfigError
+from brain_to_text.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
 

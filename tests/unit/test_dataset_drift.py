@@ -8,13 +8,13 @@ import json
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.data.dataset_drift import drift_between, silent_channels, sums_by_session
-from brain_to_text.data.dataset_validation import validate_dataset
-from brain_to_text.data.hdf5_trials import ChannelSums, FileInspection
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.synthetic import SyntheticDataset, synthesize
-from brain_to_text.data.trial_records import Finding
-from brain_to_text.results.dataset_report import dataset_page
+from brain_to_text.dataset.drift import drift_between, silent_channels, sums_by_session
+from brain_to_text.dataset.hdf5_reader import ChannelSums, FileInspection
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.dataset.trial_record import Finding
+from brain_to_text.dataset.validation import validate_dataset
+from brain_to_text.scoring.dataset_report import dataset_page
 
 C = 40
 

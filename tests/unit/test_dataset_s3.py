@@ -13,8 +13,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import TrialManifest, index_dataset
+from brain_to_text.config import TrainingConfig
+from brain_to_text.dataset.manifest import TrialManifest, index_dataset
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import ConfigError, DataError, StorageError
 from brain_to_text.streaming.batch import Batch, pad_features
 from brain_to_text.streaming.cache_plan import plan_ram
 from brain_to_text.streaming.dataset_s3 import (
@@ -26,8 +28,6 @@ from brain_to_text.streaming.device_cache import DeviceCache
 from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.shared_trial_cache import SharedTrialCache, layout
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.vocabulary.config import TrainingConfig
-from brain_to_text.vocabulary.errors import ConfigError, DataError, StorageError
 from support.tiny_data import LAYOUTS, append_in_turns, write_dataset
 
 N_BATCHES = 8

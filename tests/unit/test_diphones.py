@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from brain_to_text.vocabulary.diphones import (
+from brain_to_text.errors import DataError
+from brain_to_text.labels.diphones import (
     LABEL_FORMS,
     N_DIPHONES,
     collapse_to_phonemes,
@@ -14,7 +15,6 @@ from brain_to_text.vocabulary.diphones import (
     encode_diphones,
     marginalise_log_probs,
 )
-from brain_to_text.vocabulary.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import launch_sagemaker_job
 import pytest
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, METRIC_DEFINITIONS
-from brain_to_text.vocabulary.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.launch.request import CODE_FOLDER, METRIC_DEFINITIONS
 from support.doc_tables import GUIDE, filled, value_of
 
 TOP = CODE_FOLDER.parent
@@ -81,43 +81,50 @@ def test_what_the_troubleshooting_table_quotes_is_printed_by_the_code():
         assert re.search(pattern, joined), text
 
 
-def floors():
-    """(floor, rooms) by folder of the library, from the README's table."""
-    rows = re.findall(r"^\| ([1-7]) `(\w+)`, [\w ]+ \| (.+) \|$", text_of(TOP / "README.md"), re.M)
-    return {folder: (int(floor), re.findall(r"`(\w+)`", rooms)) for floor, folder, rooms in rows}
+# The folders in the order in which data moves; "" is the top, which every folder may know.
+FOLDERS = ("", "labels", "dataset", "streaming", "model", "scoring", "training")
+KNOWN_TO_LAUNCH = {"", "labels", "dataset", "launch"}
+LIBRARY = CODE_FOLDER / "brain_to_text"
 
 
 def rooms_of_the_library():
-    """Files by folder."""
-    library = CODE_FOLDER / "brain_to_text"
-    paths = [path for path in sorted(library.glob("*/*.py")) if path.stem != "__init__"]
-    assert [path.name for path in library.glob("*.py")] == ["__init__.py"]
-    return paths
+    """(folder, file) of every room; the folder of the top is ""."""
+    paths = [path for path in sorted(LIBRARY.rglob("*.py")) if path.stem != "__init__"]
+    return [(path.relative_to(LIBRARY).parent.as_posix().strip("."), path) for path in paths]
 
 
-def test_readme_names_every_room():
-    found: dict[str, list[str]] = {}
-    for path in rooms_of_the_library():
-        found.setdefault(path.parent.name, []).append(path.stem)
-    assert found == {folder: sorted(rooms) for folder, (_, rooms) in floors().items()}
+def folders_imported_by(folder, path):
+    """The folders of ours that a room imports from."""
+    for dots, module in re.findall(r"^\s*from (\.+)([\w.]*) import", text_of(path), re.M):
+        if folder and dots == ".":
+            yield folder
+        else:
+            yield module.split(".")[0] if (LIBRARY / module.split(".")[0]).is_dir() else ""
+
+
+def test_every_folder_of_the_library_has_its_place():
+    assert {folder for folder, _ in rooms_of_the_library()} == {*FOLDERS, "launch"}
 
 
 def test_no_import_runs_upward():
-    floor = {folder: number for folder, (number, _) in floors().items()}
-    upward = []
-    for path in rooms_of_the_library():
-        own = path.parent.name
-        for folder in re.findall(r"^\s*from \.\.(\w+)", text_of(path), re.M):
-            if floor[folder] >= floor[own]:
-                upward.append(f"{own}/{path.name} (floor {floor[own]}) imports from {folder}")
-    assert upward == []
+    wrong = []
+    for folder, path in rooms_of_the_library():
+        own = KNOWN_TO_LAUNCH if folder == "launch" else FOLDERS[: FOLDERS.index(folder) + 1]
+        wrong += [
+            f"{folder}/{path.name} imports from {other or 'the top'}"
+            for other in folders_imported_by(folder, path)
+            if other not in own
+        ]
+    assert wrong == []
 
 
 def test_no_imports_run_in_a_circle():
-    graph = {
-        path.stem: set(re.findall(r"^\s*from \.(?:\.\w+\.)?(\w+) import", text_of(path), re.M))
-        for path in rooms_of_the_library()
-    }
+    graph: dict[str, set[str]] = {}
+    for folder, path in rooms_of_the_library():
+        known = graph[f"{folder}.{path.stem}"] = set()
+        for dots, module in re.findall(r"^\s*from (\.+)([\w.]+) import", text_of(path), re.M):
+            inside = folder if dots == "." else ""
+            known.add(module if "." in module else f"{inside}.{module}")
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 

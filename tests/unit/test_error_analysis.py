@@ -7,7 +7,9 @@ import itertools
 import jiwer
 import numpy as np
 import pytest
-from brain_to_text.model.error_analysis import (
+from brain_to_text.errors import DataError
+from brain_to_text.scoring.decoding import ErrorCounts
+from brain_to_text.scoring.statistics import (
     align,
     bootstrap_interval,
     calibration,
@@ -20,8 +22,6 @@ from brain_to_text.model.error_analysis import (
     token_correctness,
     worst_diphones,
 )
-from brain_to_text.model.metrics import ErrorCounts
-from brain_to_text.vocabulary.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from brain_to_text.model.error_analysis import bootstrap_interval
-from brain_to_text.results.evaluation_summary import (
+from brain_to_text.errors import DataError
+from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.labels.phonemes import phoneme_ids
+from brain_to_text.scoring.statistics import bootstrap_interval
+from brain_to_text.scoring.summary import (
     apparent_label_form,
     compare,
     describe,
     label_form_remark,
     summarise,
 )
-from brain_to_text.vocabulary.diphones import encode_diphones
-from brain_to_text.vocabulary.errors import DataError
-from brain_to_text.vocabulary.phonemes import phoneme_ids
 from support.decoded_trials import decoded, record
 
 FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"

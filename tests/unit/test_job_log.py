@@ -1,7 +1,7 @@
 """What the log lines tell about a run's progress."""
 
 import pytest
-from brain_to_text.cloud.job_log import Progress, duration
+from brain_to_text.log_lines import Progress, duration
 
 LOG = """\
 15 10:30:15: Successfully initialized S3-backed datasets

@@ -4,9 +4,9 @@ import io
 import tarfile
 
 import pytest
-from brain_to_text.cloud.job_log import Progress
-from brain_to_text.cloud.job_results import result_table, unpack
-from brain_to_text.vocabulary.errors import JobError
+from brain_to_text.errors import JobError
+from brain_to_text.launch.fetch import result_table, unpack
+from brain_to_text.log_lines import Progress
 
 
 def archive(path, *members):
@@ -71,7 +71,7 @@ def test_a_dangerous_archive_writes_nothing_at_all(tmp_path, member):
 
 
 def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("brain_to_text.cloud.job_results.MAX_BYTES", 10)
+    monkeypatch.setattr("brain_to_text.launch.fetch.MAX_BYTES", 10)
     path = archive(tmp_path / "m.tar.gz", ("a", b"123456", {}), ("b", b"123456", {}))
     with pytest.raises(JobError, match="beyond the limit"):
         unpack(path, tmp_path / "model")

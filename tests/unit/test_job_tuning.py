@@ -4,15 +4,15 @@ import re
 from dataclasses import replace
 
 import pytest
-from brain_to_text.cloud.job_tuning import (
+from brain_to_text.errors import ConfigError, JobError
+from brain_to_text.launch.job_tuning import (
     read_sweep,
     submit_sweep,
     sweep_price,
     sweep_table,
     tuning_request,
 )
-from brain_to_text.cloud.sagemaker_job import METRIC_DEFINITIONS, JobSettings, training_request
-from brain_to_text.vocabulary.errors import ConfigError, JobError
+from brain_to_text.launch.request import METRIC_DEFINITIONS, JobSettings, training_request
 from support.aws_emulation import BUCKET, ROLE, emulated_aws
 
 JOB = JobSettings(s3_bucket=BUCKET, role=ROLE, image_uri="i", job_name="b2t-sweep-1")

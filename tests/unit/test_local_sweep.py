@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from brain_to_text.cloud import local_sweep
-from brain_to_text.cloud.job_tuning import Sweep, SweptParameter
-from brain_to_text.cloud.local_sweep import draw, last_value, local_table, run_sweep, value_at
-from brain_to_text.cloud.sagemaker_job import JobSettings
-from brain_to_text.vocabulary.errors import JobError
+from brain_to_text.errors import JobError
+from brain_to_text.launch import local_sweep
+from brain_to_text.launch.job_tuning import Sweep, SweptParameter
+from brain_to_text.launch.local_sweep import draw, last_value, local_table, run_sweep, value_at
+from brain_to_text.launch.request import JobSettings
 from hypothesis import given
 from hypothesis import strategies as st
 

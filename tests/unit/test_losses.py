@@ -8,9 +8,9 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from brain_to_text.config import ObjectiveConfig, PhonemeWeightSchedule
+from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll, min_frames
-from brain_to_text.vocabulary.config import ObjectiveConfig, PhonemeWeightSchedule
-from brain_to_text.vocabulary.diphones import marginalise_log_probs
 from support.training_examples import example_batch
 
 

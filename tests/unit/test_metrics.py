@@ -7,9 +7,9 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from brain_to_text.labels.diphones import collapse_to_phonemes, marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
-from brain_to_text.model.metrics import ValidationMeter, edit_counts, greedy_decode
-from brain_to_text.vocabulary.diphones import collapse_to_phonemes, marginalise_log_probs
+from brain_to_text.scoring.decoding import ValidationMeter, edit_counts, greedy_decode
 from hypothesis import given
 from hypothesis import strategies as st
 from support.training_examples import example_batch

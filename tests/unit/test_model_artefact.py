@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from brain_to_text.results.model_artefact import initial_weights, metrics_of_log, open_model
-from brain_to_text.vocabulary.errors import BrainToTextError, CheckpointError
+from brain_to_text.errors import BrainToTextError, CheckpointError
+from brain_to_text.scoring.trained_model import initial_weights, metrics_of_log, open_model
 from support.tiny_models import write_model
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")

@@ -3,14 +3,14 @@
 import os
 
 import pytest
-from brain_to_text.data.object_store import (
+from brain_to_text.dataset.store import (
     LocalStore,
     ObjectInfo,
     S3Store,
     listing_after_writing,
     open_store,
 )
-from brain_to_text.vocabulary.errors import StorageError
+from brain_to_text.errors import StorageError
 
 
 def test_what_was_written_is_read_and_listed(tmp_path):

@@ -1,8 +1,8 @@
 """The alphabet is the public dataset's, and names and numbers convert into each other."""
 
 import pytest
-from brain_to_text.vocabulary.errors import DataError
-from brain_to_text.vocabulary.phonemes import (
+from brain_to_text.errors import DataError
+from brain_to_text.labels.phonemes import (
     BLANK,
     N_PHONEMES,
     PHONEMES,

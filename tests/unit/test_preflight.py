@@ -4,9 +4,9 @@ import json
 
 import pytest
 from botocore.parsers import ResponseParserError
-from brain_to_text.cloud.preflight import preflight
-from brain_to_text.cloud.sagemaker_job import JobSettings
-from brain_to_text.vocabulary.errors import JobError
+from brain_to_text.errors import JobError
+from brain_to_text.launch.preflight import preflight
+from brain_to_text.launch.request import JobSettings
 from support.aws_emulation import (
     BUCKET,
     PREFIX,

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from brain_to_text.cloud import pricing
-from brain_to_text.cloud.pricing import (
+from brain_to_text.config import load_config
+from brain_to_text.launch import pricing
+from brain_to_text.launch.pricing import (
     estimate,
     gpu_of,
     hourly_price,
@@ -12,8 +13,7 @@ from brain_to_text.cloud.pricing import (
     step_tflop,
     table,
 )
-from brain_to_text.cloud.sagemaker_job import CODE_FOLDER, DEFAULT_CONFIG
-from brain_to_text.vocabulary.config import load_config
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 from support.aws_emulation import emulated_aws
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from brain_to_text.vocabulary.errors import DataError, StorageError
-from brain_to_text.vocabulary.phonemes import phoneme_ids, phoneme_symbols
-from brain_to_text.vocabulary.pronunciation import (
+from brain_to_text.errors import DataError, StorageError
+from brain_to_text.labels.phonemes import phoneme_ids, phoneme_symbols
+from brain_to_text.labels.pronunciation import (
     lexicon_of,
     normalise_text,
     pronunciations_of,

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from brain_to_text.config import PhonemeWeightSchedule
+from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.vocabulary.config import PhonemeWeightSchedule
-from brain_to_text.vocabulary.diphones import marginalise_log_probs
 from support import reference_float64 as reference
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from brain_to_text.results import charts
-from brain_to_text.results.charts import Bar, Series
-from brain_to_text.results.report import (
+from brain_to_text.errors import StorageError
+from brain_to_text.scoring import charts
+from brain_to_text.scoring.charts import Bar, Series
+from brain_to_text.scoring.report import (
     STYLE,
     model_report,
     page,
@@ -19,7 +20,6 @@ from brain_to_text.results.report import (
     table,
     write_report,
 )
-from brain_to_text.vocabulary.errors import StorageError
 
 
 class Outline(HTMLParser):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from brain_to_text.errors import CheckpointError
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.rnn_model import (
     GRUDecoder,
@@ -13,7 +14,6 @@ from brain_to_text.model.rnn_model import (
     load_public_state_dict,
     torch_gru,
 )
-from brain_to_text.vocabulary.errors import CheckpointError
 from support.training_examples import CPU, build, example_batch, small_config
 from torch.nn.utils.rnn import PackedSequence
 

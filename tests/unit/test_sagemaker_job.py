@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
-from brain_to_text.cloud.sagemaker_job import (
+from brain_to_text.config import load_config
+from brain_to_text.errors import ConfigError, JobError
+from brain_to_text.launch.request import (
     CODE_FOLDER,
     DEFAULT_CONFIG,
     METRIC_DEFINITIONS,
@@ -14,8 +16,6 @@ from brain_to_text.cloud.sagemaker_job import (
     resolve_config,
     training_request,
 )
-from brain_to_text.vocabulary.config import load_config
-from brain_to_text.vocabulary.errors import ConfigError, JobError
 from hypothesis import given
 from hypothesis import strategies as st
 

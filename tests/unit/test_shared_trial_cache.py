@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from brain_to_text.data.trial_manifest import TrialManifest
-from brain_to_text.data.trial_records import TrialRecord
+from brain_to_text.config import DatasetConfig
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.streaming import shared_trial_cache
 from brain_to_text.streaming.cache_plan import RamPlan, plan_ram
 from brain_to_text.streaming.shared_trial_cache import SharedTrialCache, layout, open_cache
 from brain_to_text.streaming.trial_cache import TrialCache
-from brain_to_text.vocabulary.config import DatasetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from brain_to_text.errors import CheckpointError, StorageError
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.results.model_artefact import open_model
-from brain_to_text.results.streaming_decoder import METADATA, export_streaming, streaming_decoder
-from brain_to_text.vocabulary.errors import CheckpointError, StorageError
+from brain_to_text.scoring.realtime import METADATA, export_streaming, streaming_decoder
+from brain_to_text.scoring.trained_model import open_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import write_model

@@ -5,12 +5,12 @@ import dataclasses
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.synthetic import SyntheticDataset, session_mixing, synthesize
-from brain_to_text.data.synthetic import _plan as plan_of
-from brain_to_text.data.trial_manifest import load_manifest
-from brain_to_text.vocabulary.errors import DataError
-from brain_to_text.vocabulary.recording_blocks import corpus_of, recording_blocks
+from brain_to_text.dataset.manifest import load_manifest
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
+from brain_to_text.dataset.synthetic import _plan as plan_of
+from brain_to_text.errors import DataError
+from brain_to_text.labels.recording_blocks import corpus_of, recording_blocks
 
 SMALL = SyntheticDataset(sessions=2, train_trials=6, val_trials=3, test_trials=2, electrodes=8)
 

@@ -4,8 +4,8 @@ import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from brain_to_text.training.telemetry import LogUploader, RunLog, scalars, scrub, train_line
-from brain_to_text.vocabulary.errors import StorageError
+from brain_to_text.errors import StorageError
+from brain_to_text.training.run_log import LogUploader, RunLog, scalars, scrub, train_line
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
     def refuse(url):
         raise StorageError("no such place")
 
-    monkeypatch.setattr("brain_to_text.training.telemetry.open_store", refuse)
+    monkeypatch.setattr("brain_to_text.training.run_log.open_store", refuse)
     with run_log(tmp_path) as log:
         uploader = LogUploader({"training_log": log.log_file}, "s3://nowhere", 0.01)
         log.info("something to copy")

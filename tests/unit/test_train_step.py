@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
-from brain_to_text.model.metrics import ValidationMeter
 from brain_to_text.model.throughput import flops_per_step, peak_of
-from brain_to_text.vocabulary.config import PhonemeWeightSchedule
+from brain_to_text.scoring.decoding import ValidationMeter
 from support.training_examples import CPU, build, example_batch, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,11 +9,10 @@ import os
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.data import trial_manifest
-from brain_to_text.data.hdf5_trials import inspect_file
-from brain_to_text.data.object_store import ObjectInfo, open_store
-from brain_to_text.data.trial_files import LAYOUTS, data_file_bytes
-from brain_to_text.data.trial_manifest import (
+from brain_to_text.dataset import manifest as trial_manifest
+from brain_to_text.dataset.hdf5_reader import inspect_file
+from brain_to_text.dataset.hdf5_writer import LAYOUTS, data_file_bytes
+from brain_to_text.dataset.manifest import (
     MANIFEST_NAME,
     TrialManifest,
     index_dataset,
@@ -22,7 +21,8 @@ from brain_to_text.data.trial_manifest import (
     manifest_from_inspections,
     write_manifest,
 )
-from brain_to_text.vocabulary.errors import DataError
+from brain_to_text.dataset.store import ObjectInfo, open_store
+from brain_to_text.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_data import SESSIONS, small_trial, write_small_dataset

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from brain_to_text.data.object_store import open_store
-from brain_to_text.data.trial_manifest import TrialManifest, index_dataset
+from brain_to_text.dataset.manifest import TrialManifest, index_dataset
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import StorageError
 from brain_to_text.streaming.ranged_reads import LocalRangedReader, ReadError
 from brain_to_text.streaming.retry import RetryPolicy
 from brain_to_text.streaming.trial_stream import TrialStream
-from brain_to_text.vocabulary.errors import StorageError
 
 
 class Reader(LocalRangedReader):

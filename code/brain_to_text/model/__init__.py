@@ -1,1 +1,1 @@
-"""Floor 4, maths: the decoder, its losses, its training step, error rates."""
+"""The maths: the decoder, its losses, its training step."""

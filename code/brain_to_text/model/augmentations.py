@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..vocabulary.config import DataTransformsConfig
+from ..config import DataTransformsConfig
 from .device import send
 
 KEPT_TAPS = 0.01  # the public baseline drops taps of the Gaussian below this weight

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..vocabulary.config import TrainingConfig
+from ..config import TrainingConfig
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..vocabulary.config import ObjectiveConfig
-from ..vocabulary.diphones import N_DIPHONES, marginalise_log_probs
+from ..config import ObjectiveConfig
+from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from .device import send
 from .gpu_ctc import ctc_nll_without_waiting, works_on
 

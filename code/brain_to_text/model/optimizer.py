@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..vocabulary.config import TrainingConfig
-from ..vocabulary.errors import ConfigError
+from ..config import TrainingConfig
+from ..errors import ConfigError
 
 CLIP_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
 

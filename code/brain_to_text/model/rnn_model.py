@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, nn
 
-from ..vocabulary.config import TrainingConfig
-from ..vocabulary.errors import CheckpointError
+from ..config import TrainingConfig
+from ..errors import CheckpointError
 from .device import gru_dtype, one_thread, send
 from .packed_gru import packed_gru
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..vocabulary.config import TrainingConfig
+from ..config import TrainingConfig
 from .device import autocast_dtype
 
 

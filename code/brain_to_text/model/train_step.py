@@ -16,7 +16,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..vocabulary.config import TrainingConfig
+from ..config import TrainingConfig
 from .augmentations import Augmentation, step_generator
 from .device import autocast_dtype, compiler
 from .losses import JointObjective, LabelledBatch

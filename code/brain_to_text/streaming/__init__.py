@@ -1,1 +1,1 @@
-"""Floor 3, data in motion: from ranged GETs to batches of tensors."""
+"""Data in motion: from ranged GETs to batches of tensors."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.trial_records import TrialRecord
+from ..dataset.trial_record import TrialRecord
 from .device_cache import GatherPlan
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..vocabulary.errors import DataError
+from ..errors import DataError
 
 _WORD = 2**64
 

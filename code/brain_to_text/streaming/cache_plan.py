@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.trial_manifest import TrialManifest
-from ..data.trial_records import TrialRecord
-from ..vocabulary.config import DatasetConfig
+from ..config import DatasetConfig
+from ..dataset.manifest import TrialManifest
+from ..dataset.trial_record import TrialRecord
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..vocabulary.config import TrainingConfig
-from ..vocabulary.errors import ConfigError
+from ..config import TrainingConfig
+from ..errors import ConfigError
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .cache_plan import decoded_bytes, plan_device

@@ -32,7 +32,7 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
-from ..vocabulary.errors import StorageError
+from ..errors import StorageError
 from .ranged_reads import (
     S3_ETAG,
     CredentialsRejectedError,

@@ -18,8 +18,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from ..data.trial_manifest import TrialManifest
-from ..vocabulary.config import DatasetConfig
+from ..config import DatasetConfig
+from ..dataset.manifest import TrialManifest
 from .cache_plan import RamPlan, decoded_dtype, plan_ram
 from .trial_cache import TrialCache, cache_budget_bytes
 

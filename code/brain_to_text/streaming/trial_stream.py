@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.object_store import ObjectStore
-from ..data.trial_manifest import TrialManifest
-from ..data.trial_records import TrialRecord
-from ..vocabulary.config import DatasetConfig
-from ..vocabulary.errors import BrainToTextError, DataError, StorageError
+from ..config import DatasetConfig
+from ..dataset.manifest import TrialManifest
+from ..dataset.store import ObjectStore
+from ..dataset.trial_record import TrialRecord
+from ..errors import BrainToTextError, DataError, StorageError
 from .cache_plan import features_dtype
 from .ranged_reads import (
     CredentialsRejectedError,

@@ -1,1 +1,1 @@
-"""Floor 6, training: the run, its log, its interruptions."""
+"""The run: its container, its log, its checkpoints, its interruptions."""

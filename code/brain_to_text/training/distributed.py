@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..vocabulary.errors import BrainToTextError, TrainingError
+from ..errors import BrainToTextError, TrainingError
 from .interruption import RunInterrupted
 
 T = TypeVar("T")

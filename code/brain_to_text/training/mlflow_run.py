@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .telemetry import scalars, scrub
+from .run_log import scalars, scrub
 
 LOGGER = logging.getLogger("brain_to_text")
 Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # as MLflow names them

@@ -18,82 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.object_store import open_store
-from ..data.trial_manifest import load_or_build_manifest
+from ..config import TrainingConfig, config_from_dict, config_keys, differences
+from ..dataset.manifest import load_or_build_manifest
+from ..dataset.selection import select_trials
+from ..dataset.store import open_store
+from ..errors import CheckpointError, TrainingError
 from ..model.augmentations import Augmentation
 from ..model.device import allow_tf32
 from ..model.losses import JointObjective
-from ..model.metrics import ValidationResult
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..model.throughput import peak_flops, training_flops
 from ..model.train_step import Health, StepResult, TrainStep
-from ..results.checkpoints import (
+from ..model.weights_file import (
     CheckpointFolder,
     copy_atomically,
     load_verified,
     save_atomically,
     state_to_cpu,
 )
-from ..results.model_artefact import initial_weights
-from ..results.model_evaluation import write_run_report
+from ..scoring.decoding import ValidationResult
+from ..scoring.evaluate import write_run_report
+from ..scoring.evaluation import evaluate
+from ..scoring.trained_model import initial_weights
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
-from ..streaming.trial_selection import select_trials
 from ..streaming.trial_stream import TrialStream
-from ..vocabulary.config import TrainingConfig, config_from_dict, differences
-from ..vocabulary.errors import CheckpointError, TrainingError
 from .distributed import GradientSum, World
-from .evaluation import evaluate
-from .experiment_tracking import announce, open_trackers
 from .interruption import Interruption, RunInterrupted
-from .telemetry import RunLog, process_seconds, train_line
+from .run_log import RunLog, process_seconds, train_line
+from .trackers import announce, open_trackers
 
-# Settings that change how fast or how talkative a run is, never what it computes: they may differ
-# between the job that stopped and the one that resumes.
-FREE_ON_RESUME = (
-    "dataset.num_dataloader_workers",
-    "dataset.max_concurrent_reads",
-    "dataset.cache_gb",
-    "dataset.gpu_cache_gb",
-    "dataset.prefetch_batches",
-    "dataset.prefetch_mb",
-    "dataset.read_timeout_seconds",
-    "dataset.retry_budget_seconds",
-    "batches_per_train_log",
-    "batches_per_save",
-    "checkpoint_interval_seconds",
-    "keep_checkpoints",
-    "log_individual_day_val_PER",
-    "log_val_skip_logs",
-    "save_all_val_steps",
-    "save_final_model",
-    "save_val_logits",
-    "save_val_metrics",
-    "try_largest_batches_first",
-)
-# Rooms whose code decides what a run computes; a change in them is a change of the run.
-COMPUTING_ROOMS = (
-    "augmentations",
-    "batch",
-    "batch_plan",
-    "device",
-    "diphones",
-    "distributed",
-    "evaluation",
-    "gpu_ctc",
-    "losses",
-    "metrics",
-    "optimizer",
-    "packed_gru",
-    "patch_projection",
-    "rnn_model",
-    "rnn_trainer_s3",
-    "train_step",
-    "trial_logits",
-    "trial_records",
-    "trial_selection",
-)
+# Folders whose code decides what a run computes: a change in one of their files changes the run.
+COMPUTING_FOLDERS = ("labels", "dataset", "streaming", "model", "scoring", "training")
 CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
 
 
@@ -802,7 +759,8 @@ class BrainToTextDecoder_Trainer_S3:
         """
         own = self._identity()
         changes = differences(config_from_dict(saved["config"]), self.config)
-        free = [line for line in changes if line.split(":")[0] in FREE_ON_RESUME]
+        may_differ = {name for name, _, entry in config_keys() if entry.metadata["free_on_resume"]}
+        free = [line for line in changes if line.split(":")[0] in may_differ]
         binding = [line for line in changes if line not in free]
         if saved["dataset"] != own["dataset"]:
             binding.append("dataset: the trials or their bytes changed")
@@ -850,11 +808,28 @@ def match_day_layers(
     return matched
 
 
-def code_fingerprint() -> dict[str, str]:
-    """SHA-256 (16 digits) of every room that decides what is computed, by file name."""
+def code_fingerprint(folders: Sequence[str] = COMPUTING_FOLDERS) -> dict[str, str]:
+    """SHA-256 (16 digits) of every file that decides what is computed, by its path in the library.
+
+    Args:
+        folders: below `brain_to_text`; every Python file in them counts.
+
+    Raises:
+        CheckpointError: a folder holds no Python file, so that no change in it could be seen.
+    """
     library = Path(__file__).parents[1]
-    files = [file for room in COMPUTING_ROOMS for file in library.glob(f"*/{room}.py")]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    fingerprint: dict[str, str] = {}
+    for folder in folders:
+        files = sorted((library / folder).rglob("*.py"))
+        if not files:
+            raise CheckpointError(
+                f"{library / folder} holds no Python file, so that a resumed run could not tell "
+                "whether its code changed: build the image again from a whole checkout."
+            )
+        for file in files:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            fingerprint[file.relative_to(library).as_posix()] = digest
+    return fingerprint
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

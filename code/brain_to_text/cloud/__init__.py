@@ -1,1 +1,0 @@
-"""Floor 7, the cloud: SageMaker's container contract, jobs, accounts, prices."""

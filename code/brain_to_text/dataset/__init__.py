@@ -1,0 +1,1 @@
+"""Data at rest: where every trial's bytes lie; datasets made, encoded and checked."""

@@ -1,0 +1,106 @@
+"""Write data files of the public schema: groups of trials in HDF5, made in memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from ..errors import DataError
+
+Layout = Literal["contiguous", "chunked", "gzip", "lzf"]
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "chunked", "gzip", "lzf")
+FeatureType = Literal["float32", "float16"]
+FEATURE_TYPES: tuple[FeatureType, ...] = ("float32", "float16")
+MAX_SEQ_ELEMENTS = 500  # length of the label arrays and of the transcription in the public schema
+_CHUNK_BINS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TrialContents:
+    """One trial as the schema has it; label fields are None in the test split.
+
+    features: [T, C], z-scored. class_ids: [L] int32. phoneme_ids: [Lp] int32 in a diphone set.
+    sentence: as typed; also stored as character codes.
+    """
+
+    name: str
+    session: str
+    block_num: int
+    trial_num: int
+    features: np.ndarray
+    class_ids: np.ndarray | None = None
+    phoneme_ids: np.ndarray | None = None
+    sentence: str | None = None
+
+
+def data_file_bytes(
+    trials: Iterable[TrialContents], layout: Layout = "contiguous", dtype: FeatureType = "float32"
+) -> bytes:
+    """The bytes of an HDF5 data file that holds `trials`.
+
+    Raises:
+        DataError: labels longer than the schema's arrays, or values that float16 cannot hold.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for trial in trials:
+            group = file.create_group(trial.name)
+            where = f"{trial.session} {trial.name}"
+            write_features(group, trial.features, layout, dtype, where)
+            group.attrs["n_time_steps"] = len(trial.features)
+            group.attrs["session"] = trial.session
+            group.attrs["block_num"] = trial.block_num
+            group.attrs["trial_num"] = trial.trial_num
+            if trial.class_ids is not None:
+                group["seq_class_ids"] = padded(trial.class_ids, where)
+                group.attrs["seq_len"] = len(trial.class_ids)
+            if trial.phoneme_ids is not None:
+                group["seq_class_ids_phoneme"] = padded(trial.phoneme_ids, where)
+                group.attrs["seq_len_phoneme"] = len(trial.phoneme_ids)
+            if trial.sentence is not None:
+                codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
+                group["transcription"] = padded(codes, where)
+                group.attrs["sentence_label"] = trial.sentence
+    return buffer.getvalue()
+
+
+def write_features(
+    group: h5py.Group, features: np.ndarray, layout: Layout, dtype: FeatureType, where: str
+) -> None:
+    """Store `input_features` [T, C] so that one ranged GET can read it in every layout."""
+    with np.errstate(over="ignore"):  # found below
+        values = np.asarray(features).astype(dtype)
+    if dtype == "float16" and not np.isfinite(values).all():
+        raise DataError(
+            f"{where}: a feature exceeds what float16 can hold (65,504): write this dataset with "
+            "--dtype float32."
+        )
+    options: dict[str, Any] = {}
+    if layout != "contiguous":
+        options["chunks"] = (min(len(values), _CHUNK_BINS), values.shape[1])
+    if layout == "gzip":
+        options.update(compression="gzip", compression_opts=4, shuffle=True)
+    elif layout == "lzf":
+        options.update(compression="lzf", shuffle=True)
+    group.create_dataset("input_features", data=values, **options)
+
+
+def padded(values: np.ndarray, where: str) -> np.ndarray:
+    """[500] int32 with zeros after `values`.
+
+    Raises:
+        DataError: `values` are more than the schema's arrays hold.
+    """
+    if len(values) > MAX_SEQ_ELEMENTS:
+        raise DataError(
+            f"{where}: {len(values)} labels do not fit into the schema's {MAX_SEQ_ELEMENTS}: "
+            "leave this trial out or split it."
+        )
+    result = np.zeros(MAX_SEQ_ELEMENTS, np.int32)
+    result[: len(values)] = values
+    return result

@@ -1,0 +1,321 @@
+"""Synthetic recordings of attempted speech: same files as the real dataset, and really learnable.
+
+Every phoneme has a place in a small articulatory space; each onset is pulled towards a place that
+depends on the pair (previous, current), so that diphones carry information of their own. Electrodes
+read that space through a mixing matrix which drifts, and a share of which is swapped, from session
+to session, so that a decoder needs its day layers. Threshold crossings are Poisson counts, spike
+power is gamma noise around the same rate, both z-scored per block.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import DataError
+from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
+from ..labels.phonemes import N_PHONEMES, SILENCE
+from ..labels.recording_blocks import recording_blocks
+from ..labels.sentences import random_sentences, sentence_phonemes
+from .hdf5_reader import FileInspection, inspect_file
+from .hdf5_writer import FeatureType, Layout, TrialContents, data_file_bytes
+from .manifest import TrialManifest, manifest_from_inspections, write_manifest
+from .store import ObjectStore, listing_after_writing, open_store
+
+PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
+_ARTICULATORS = 16  # dimensions of the articulatory space
+_ONSET_BINS = 3.0  # time constant of the pull at a phoneme's onset
+_BASE_RATE = 0.5  # threshold crossings per 20 ms bin at rest, i.e. 25 per second
+_POWER_SHAPE = 4.0  # shape of the gamma noise on spike power
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """What to make. The defaults train in minutes on a CPU with rnn_args_smoke.yaml.
+
+    sessions: how many of the 45 real session names, in order of date.
+    train_trials, val_trials, test_trials: per session; full_size ignores them for the real counts.
+    electrodes: two features each (threshold crossings, then spike power).
+    vocabulary: about how many words sentences are made of; None for all 372.
+    bins_per_phoneme: mean duration in 20 ms bins.
+    gain: how strongly articulation modulates firing; the signal-to-noise ratio.
+    session_change: 0 (every session mixes alike) … 1 (unrelated mixing).
+    coarticulation: how much an onset depends on the phoneme before; 0: not at all.
+    phoneme_set: 41-class labels instead of diphones. label_form: form of diphone labels.
+    permute_labels: label every trial with what another one of its file says.
+    """
+
+    sessions: int = 4
+    train_trials: int = 80
+    val_trials: int = 16
+    test_trials: int = 4
+    electrodes: int = 48
+    full_size: bool = False
+    phoneme_set: bool = False
+    label_form: LabelForm = "self_loop"
+    dtype: FeatureType = "float32"
+    layout: Layout = "contiguous"
+    seed: int = 0
+    permute_labels: bool = False
+    vocabulary: int | None = 60
+    bins_per_phoneme: float = 12.0
+    gain: float = 1.0
+    session_change: float = 0.7
+    coarticulation: float = 1.0
+
+    @staticmethod
+    def of_full_size(**changes: object) -> SyntheticDataset:
+        """45 sessions, 11,162 sentences, 256 electrodes, the pace of the real recordings."""
+        base = SyntheticDataset(
+            sessions=45,
+            electrodes=256,
+            full_size=True,
+            vocabulary=None,
+            bins_per_phoneme=28.0,
+            gain=0.5,
+        )
+        return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _PlannedTrial:
+    split: str
+    block: int
+    trial_num: int
+    sentence: str
+    label: str  # what the file says was said; another trial's sentence if labels are permuted
+
+
+def synthesize(
+    target: ObjectStore,
+    dataset: SyntheticDataset | None = None,
+    *,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrialManifest:
+    """Write a dataset and its manifest to `target`; the same description gives the same bytes.
+
+    Args:
+        processes: worker processes, each making one session at a time in memory.
+        progress: called with (sessions done, sessions in all).
+
+    Raises:
+        DataError: a description that cannot be made. StorageError: the target cannot be written.
+    """
+    dataset = dataset or SyntheticDataset()
+    plans = list(_plan(dataset).items())
+    inspections: list[FileInspection] = []
+    jobs = [(target.url, dataset, index, *plan) for index, plan in enumerate(plans)]
+    for done, files in enumerate(_sessions_made(jobs, processes), start=1):
+        inspections += files
+        if progress is not None:
+            progress(done, len(jobs))
+    listing = listing_after_writing(target, {i.key: i.size for i in inspections})
+    manifest = manifest_from_inspections(listing, inspections)
+    if manifest.damaged:
+        raise DataError(f"{target.url}/{manifest.damaged[0]}: the generator made a wrong trial.")
+    write_manifest(target, manifest)
+    return manifest
+
+
+def _sessions_made(jobs: list[tuple], processes: int) -> Iterator[list[FileInspection]]:
+    if processes <= 1:
+        for job in jobs:
+            yield _make_session(*job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for future in [pool.submit(_make_session, *job) for job in jobs]:
+            yield future.result()
+
+
+# --- which sentences are said when ----------------------------------------------------------------
+
+
+def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
+    """Sentences by session; no sentence of the training split occurs in another split."""
+    sessions = list(dict.fromkeys(block.session for block in recording_blocks()))
+    if not 1 <= dataset.sessions <= len(sessions):
+        raise DataError(f"--sessions must be from 1 to {len(sessions)}, not {dataset.sessions}.")
+    if dataset.electrodes < 1 or min(dataset.train_trials, dataset.val_trials) < 0:
+        raise DataError("--electrodes and the trial counts must be positive.")
+    if not 0 <= dataset.coarticulation <= 2:
+        raise DataError(f"--coarticulation must be from 0 to 2, not {dataset.coarticulation:g}.")
+    rng = np.random.default_rng([dataset.seed, 1])
+    slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
+    n_train = sum(split == "train" for _, (split, _, _) in slots)
+    train = random_sentences(n_train, rng, size=dataset.vocabulary)
+    held_out = random_sentences(
+        len(slots) - n_train, rng, size=dataset.vocabulary, distinct_from=set(train)
+    )
+    supply = {"train": iter(train), "val": iter(held_out), "test": iter(held_out)}
+    supply["test"] = supply["val"]
+    plan: dict[str, list[_PlannedTrial]] = {}
+    for session, (split, block, number) in slots:
+        sentence = next(supply[split])
+        trial = _PlannedTrial(split, block, number, sentence, sentence)
+        plan.setdefault(session, []).append(trial)
+    if dataset.permute_labels:
+        plan = {session: _permuted(trials, rng) for session, trials in plan.items()}
+    return plan
+
+
+def _permuted(trials: list[_PlannedTrial], rng: np.random.Generator) -> list[_PlannedTrial]:
+    """Each trial labelled with the sentence of another one of its split, in one random cycle."""
+    result = list(trials)
+    for split in ("train", "val"):
+        cycle = rng.permutation([i for i, trial in enumerate(trials) if trial.split == split])
+        for taker, donor in zip(cycle.tolist(), np.roll(cycle, 1).tolist(), strict=True):
+            result[taker] = replace(trials[taker], label=trials[donor].sentence)
+    return result
+
+
+def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]]:
+    """(split, block, number in the block) of every trial of a session."""
+    blocks = [block for block in recording_blocks() if block.session == session]
+    if dataset.full_size:
+        return [
+            ("train" if not block.held_out else ("val", "test")[number % 2], block.block, number)
+            for block in blocks
+            for number in range(block.sentences)
+        ]
+    training = [block.block for block in blocks if not block.held_out]
+    held_out = next((b.block for b in blocks if b.held_out), max(b.block for b in blocks) + 1)
+    slots = []
+    for index in range(dataset.train_trials):
+        block = training[min(index // 50, len(training) - 1)]
+        slots.append(("train", block, index - 50 * min(index // 50, len(training) - 1)))
+    splits = ["val"] * dataset.val_trials + ["test"] * dataset.test_trials
+    return slots + [(split, held_out, number) for number, split in enumerate(splits)]
+
+
+# --- one session ----------------------------------------------------------------------------------
+
+
+def _make_session(
+    url: str, dataset: SyntheticDataset, index: int, session: str, plan: list[_PlannedTrial]
+) -> list[FileInspection]:
+    """Make and write the files of one session; returns what they hold."""
+    store = open_store(url)
+    rng = np.random.default_rng([dataset.seed, 2, index])
+    mixing = session_mixing(dataset, index)
+    by_split: dict[str, list[TrialContents]] = {}
+    for block in dict.fromkeys(trial.block for trial in plan):
+        trials = [trial for trial in plan if trial.block == block]
+        block_features = _block_features(dataset, mixing, trials, rng)
+        for trial, features in zip(trials, block_features, strict=True):
+            made = by_split.setdefault(trial.split, [])
+            made.append(_contents(dataset, session, trial, features, len(made)))
+    inspections = []
+    for split, contents in by_split.items():
+        key = f"{session}/data_{split}.hdf5"
+        data = data_file_bytes(contents, dataset.layout, dataset.dtype)
+        store.write(key, data)
+        inspections.append(inspect_file(key, data))
+    return inspections
+
+
+def session_mixing(dataset: SyntheticDataset, index: int) -> np.ndarray:
+    """[electrodes, articulators] float32: how the session's electrodes read the articulation.
+
+    Sessions change cumulatively: each keeps part of the one before, adds its own, and swaps the
+    places of a share of its electrodes.
+    """
+    shape = (dataset.electrodes, _ARTICULATORS)
+    mixing = np.random.default_rng([dataset.seed, 3]).standard_normal(shape)
+    for session in range(1, index + 1):
+        rng = np.random.default_rng([dataset.seed, 3, session])
+        change = dataset.session_change
+        mixing = np.sqrt(1 - change**2) * mixing + change * rng.standard_normal(shape)
+        moved = rng.permutation(dataset.electrodes)[: int(change * dataset.electrodes / 4)]
+        mixing[moved] = mixing[np.roll(moved, 1)]
+    return (mixing / np.sqrt(_ARTICULATORS)).astype(np.float32)
+
+
+def _articulation(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of phonemes [41, D] and of onsets [1681, D]; silence and boundary are at rest."""
+    rng = np.random.default_rng([seed, 4])
+    places = rng.standard_normal((N_PHONEMES, _ARTICULATORS))
+    onsets = rng.standard_normal((N_DIPHONES, _ARTICULATORS))
+    scale = 2.0 * np.sqrt(_ARTICULATORS) / np.linalg.norm(places, axis=1, keepdims=True)
+    places *= scale
+    places[[0, SILENCE]] = 0
+    return places.astype(np.float32), onsets.astype(np.float32)
+
+
+def _block_features(
+    dataset: SyntheticDataset,
+    mixing: np.ndarray,
+    trials: Sequence[_PlannedTrial],
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Features [T, 2 x electrodes] float32 of the trials of one block, z-scored over the block."""
+    places, onsets = _articulation(dataset.seed)
+    current, previous, age, ends = _timeline(dataset, trials, rng)
+    pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None] * np.float32(
+        dataset.coarticulation
+    )
+    articulation = places[current] * (1 - pull / 2) + places[previous] * (pull / 2)
+    articulation += onsets[N_PHONEMES * previous + current] * pull
+    drive = np.clip(dataset.gain * (articulation @ mixing.T), -4, 3)
+    rate = _BASE_RATE * np.exp(drive, dtype=np.float32)
+    features = np.empty((len(rate), 2 * dataset.electrodes), np.float32)
+    features[:, : dataset.electrodes] = rng.poisson(rate)
+    power = rng.standard_gamma(_POWER_SHAPE, rate.shape, np.float32)
+    features[:, dataset.electrodes :] = power * (rate + _BASE_RATE)
+    features -= features.mean(axis=0)
+    features /= np.maximum(features.std(axis=0), 1e-6)
+    return np.split(features, ends[:-1])
+
+
+def _timeline(
+    dataset: SyntheticDataset, trials: Sequence[_PlannedTrial], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Per bin: current phoneme, previous phoneme, bins since the onset; and where trials end.
+
+    Every trial starts and ends at rest and is long enough for CTC with self-loop labels.
+    """
+    current, previous, durations, ends = [], [], [], []
+    for trial in trials:
+        labels = sentence_phonemes(trial.sentence)
+        spoken = rng.gamma(8.0, dataset.bins_per_phoneme / 8.0, len(labels))
+        spoken = np.maximum(np.round(spoken), np.ceil(dataset.bins_per_phoneme / 2)).astype(int)
+        rest = rng.integers(8, 24, 2)
+        diphones = encode_diphones(sentence_phonemes(trial.label))
+        frames = len(diphones) + int((diphones[1:] == diphones[:-1]).sum())
+        needed = PATCH_SIZE + PATCH_STRIDE * frames + 4  # a few bins may be cut in training
+        rest[1] += max(0, needed - int(spoken.sum() + rest.sum()))
+        current.append(np.concatenate([[0], labels, [0]]))
+        previous.append(np.concatenate([[0, 0], labels]))
+        durations.append(np.concatenate([rest[:1], spoken, rest[1:]]))
+        ends.append(int(durations[-1].sum()))
+    repeats = np.concatenate(durations)
+    starts = np.cumsum(repeats) - repeats
+    age = np.arange(repeats.sum()) - np.repeat(starts, repeats)
+    return (
+        np.repeat(np.concatenate(current), repeats),
+        np.repeat(np.concatenate(previous), repeats),
+        age.astype(np.float32),
+        np.cumsum(ends),
+    )
+
+
+def _contents(
+    dataset: SyntheticDataset,
+    session: str,
+    trial: _PlannedTrial,
+    features: np.ndarray,
+    index: int,
+) -> TrialContents:
+    contents = TrialContents(f"trial_{index:04d}", session, trial.block, trial.trial_num, features)
+    if trial.split == "test":
+        return contents
+    phonemes = sentence_phonemes(trial.label)
+    if dataset.phoneme_set:
+        return replace(contents, class_ids=phonemes, sentence=trial.label)
+    labels = encode_diphones(phonemes, dataset.label_form)
+    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.label)

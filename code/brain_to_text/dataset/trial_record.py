@@ -1,0 +1,177 @@
+"""One trial at rest: where its features lie in its file, how to decode them, and its labels."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from uuid import uuid4
+
+import numpy as np
+
+from ..errors import DataError
+
+# Filters of HDF5 that `TrialRecord.decode` undoes, by their registered number.
+HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ChunkLayout:
+    """How a chunked dataset lies inside its byte span.
+
+    chunk_shape: rows (time bins) and columns (features) of one chunk.
+    filters: names from HDF5_FILTERS in the order in which they were applied.
+    table: [n_chunks, 5] int64: first row, first column, offset in the span, bytes, filter mask
+        (bit i set: filter i was skipped for this chunk).
+    """
+
+    chunk_shape: tuple[int, int]
+    filters: tuple[str, ...]
+    table: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrialRecord:
+    """Everything a training job needs to know about a trial without opening its file.
+
+    n_time_steps: 20 ms bins T. n_features: C. dtype: "<f4" or "<f2".
+    offset, length: the byte span of `input_features` in the file; one ranged GET reads it.
+    crc32: CRC-32 of the span's bytes as stored, None if the index was made without reading them.
+    class_ids: [L] int32 labels, None in the test split. phoneme_ids: [Lp] int32, likewise.
+    """
+
+    session: str
+    split: str
+    key: str
+    trial: str
+    n_time_steps: int
+    n_features: int
+    dtype: str
+    offset: int
+    length: int
+    chunks: ChunkLayout | None = None
+    crc32: int | None = None
+    class_ids: np.ndarray | None = None
+    phoneme_ids: np.ndarray | None = None
+    sentence_label: str | None = None
+    block_num: int = 0
+    trial_num: int | None = None
+    corpus: str | None = None
+
+    @property
+    def name(self) -> str:
+        """File and trial, as error messages and tables show it."""
+        return f"{self.key}:{self.trial}"
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the decoded features."""
+        return self.n_time_steps * self.n_features * np.dtype(self.dtype).itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the features as stored: the span without what lies between its chunks."""
+        return self.length if self.chunks is None else int(self.chunks.table[:, 3].sum())
+
+    def verify(self, span: bytes | memoryview) -> None:
+        """Check that `span` is the recorded one.
+
+        Raises:
+            DataError: it has another length or another CRC-32.
+        """
+        if len(span) != self.length:
+            raise DataError(
+                f"{self.name}: {len(span):,} bytes instead of {self.length:,}; if the file was "
+                "replaced, type 'python code/prepare_dataset.py index' for its dataset."
+            )
+        if self.crc32 is not None and zlib.crc32(span) != self.crc32:
+            raise DataError(
+                f"{self.name}: the features' CRC-32 is {zlib.crc32(span):08x}, recorded was "
+                f"{self.crc32:08x}; upload the file again, or if it was replaced on purpose type "
+                "'python code/prepare_dataset.py index' for its dataset."
+            )
+
+    def decode(self, span: bytes | memoryview) -> np.ndarray:
+        """Features [T, C] in the stored dtype, read-only, from the bytes of the span.
+
+        Raises:
+            DataError: the bytes are too few or cannot be decompressed.
+        """
+        if len(span) != self.length:
+            raise DataError(f"{self.name}: {len(span):,} bytes instead of {self.length:,}.")
+        if self.chunks is None:
+            features = np.frombuffer(span, dtype=self.dtype).reshape(
+                self.n_time_steps, self.n_features
+            )
+        else:
+            features = self._decode_chunks(memoryview(span), self.chunks)
+        features.flags.writeable = False
+        return features
+
+    def _decode_chunks(self, span: memoryview, chunks: ChunkLayout) -> np.ndarray:
+        rows, columns = chunks.chunk_shape
+        dtype = np.dtype(self.dtype)
+        chunk_bytes = rows * columns * dtype.itemsize
+        features = np.empty((self.n_time_steps, self.n_features), dtype)
+        for row, column, offset, size, mask in chunks.table.tolist():
+            raw: bytes | memoryview = span[offset : offset + size]
+            for index in reversed(range(len(chunks.filters))):
+                if mask >> index & 1:
+                    continue
+                name = chunks.filters[index]
+                if name in ("gzip", "lzf"):
+                    try:
+                        if name == "gzip":
+                            raw = zlib.decompress(raw, bufsize=chunk_bytes)
+                        else:
+                            raw = _inflate_lzf(bytes(raw), chunk_bytes)
+                    except (zlib.error, OSError) as error:
+                        raise DataError(
+                            f"{self.name}: the chunk at bin {row} cannot be decompressed "
+                            f"({error}); write or upload the file again."
+                        ) from error
+                elif name == "shuffle":
+                    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+                    whole = np.empty((planes.shape[1], dtype.itemsize), np.uint8)
+                    for byte, plane in enumerate(planes):  # five times faster than planes.T
+                        whole[:, byte] = plane
+                    raw = memoryview(whole).cast("B")  # type: ignore[arg-type]
+                elif name == "fletcher32":
+                    raw = raw[:-4]  # the manifest's CRC-32 has covered these bytes already
+            if len(raw) != chunk_bytes:
+                raise DataError(
+                    f"{self.name}: the chunk at bin {row} holds {len(raw):,} bytes instead of "
+                    f"{chunk_bytes:,}; write or upload the file again."
+                )
+            block = np.frombuffer(raw, dtype).reshape(rows, columns)
+            part = features[row : row + rows, column : column + columns]
+            part[:] = block[: part.shape[0], : part.shape[1]]
+        return features
+
+
+def _inflate_lzf(raw: bytes, size: int) -> bytes:
+    """Let HDF5 undo LZF: hand it the stored bytes in a file that exists only in memory."""
+    import h5py
+
+    with h5py.File(f"{uuid4()}", "w", driver="core", backing_store=False) as file:
+        dataset = file.create_dataset("raw", (size,), np.uint8, chunks=(size,), compression="lzf")
+        dataset.id.write_direct_chunk((0,), raw)
+        return dataset[:].tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong with a dataset. `trial` is None when the whole file or dataset is meant.
+
+    severity: "error" for what cannot be trained on, "warning" for what deserves a look.
+    kind: a short tag that groups findings in tables.
+    """
+
+    key: str
+    trial: str | None
+    reason: str
+    kind: str
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        where = self.key if self.trial is None else f"{self.key}:{self.trial}"
+        return f"{where}: {self.reason}"

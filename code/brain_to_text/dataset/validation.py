@@ -1,0 +1,438 @@
+"""Check a whole dataset, every trial of every file, before anything is trained on it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from .drift import (
+    MEAN_MOVED,
+    MUCH_DRIFT,
+    STD_MOVED,
+    SessionDrift,
+    SilentChannels,
+    drift_between,
+    silent_channels,
+    sums_by_session,
+)
+from .hdf5_reader import DATA_FILE, FileInspection, ValueStatistics
+from .manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TrialManifest,
+    data_files,
+    inspect_dataset,
+    manifest_from_inspections,
+)
+from .store import ObjectInfo, ObjectStore
+from .trial_record import Finding, TrialRecord
+
+PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
+_EXTREME_VALUE = 100.0  # z-scored features stay far below
+_STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
+_ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
+_SAME_FEATURES = 1e-3  # standard deviations by which copies' means may differ
+_SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
+_ENOUGH_TRIALS = 10  # in a session, before its drift deserves a warning
+_KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One row of the report: the trials of one session and split.
+
+    bins: shortest, mean and longest trial. labels: mean and most labels per trial.
+    mean, std, minimum, maximum: of the feature values.
+    """
+
+    session: str
+    split: str
+    trials: int
+    damaged: int
+    bins: tuple[int, float, int]
+    labels: tuple[float, int]
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+
+
+@dataclass
+class ValidationReport:
+    """What was found. `findings` holds errors first, then warnings.
+
+    drift: each session against the one before. shared_sentences: distinct sentences that occur in
+    training and in validation.
+    """
+
+    url: str
+    manifest: TrialManifest
+    rows: list[SplitSummary]
+    findings: list[Finding]
+    drift: list[SessionDrift] = field(default_factory=list)
+    shared_sentences: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity != "error"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {
+            "url": self.url,
+            "ok": not self.errors,
+            "fingerprint": self.manifest.fingerprint(),
+            "sessions": len(self.manifest.sessions),
+            "trials": len(self.manifest.trials),
+            "n_features": self.manifest.n_features,
+            "n_classes": self.manifest.n_classes,
+            "label_form": self.manifest.label_form,
+            "shared_sentences": self.shared_sentences,
+            "splits": [_json_numbers(asdict(row)) for row in self.rows],
+            "drift": [_json_numbers(asdict(row)) for row in self.drift],
+            "errors": [asdict(finding) for finding in self.errors],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "notes": self.notes,
+        }
+
+    def to_text(self, most: int = 20) -> str:
+        """A table of sessions and splits, then at most `most` findings of each kind."""
+        lines = [
+            f"{self.url}: {len(self.manifest.sessions)} sessions, "
+            f"{len(self.manifest.trials):,} sound trials, {self.manifest.n_features} features, "
+            f"{self.manifest.n_classes} classes, {self.manifest.label_form} labels",
+            "",
+            f"{'session':<16} {'split':<5} {'trials':>6} {'bad':>4} {'bins':>16} {'labels':>10} "
+            f"{'mean':>7} {'std':>6} {'min':>7} {'max':>7}",
+        ]
+        for row in self.rows:
+            bins = f"{row.bins[0]}…{row.bins[1]:.0f}…{row.bins[2]}"
+            labels = f"{row.labels[0]:.0f}…{row.labels[1]}" if row.labels[1] else "none"
+            lines.append(
+                f"{row.session:<16} {row.split:<5} {row.trials:>6} {row.damaged:>4} {bins:>16} "
+                f"{labels:>10} {row.mean:>7.3f} {row.std:>6.3f} {row.minimum:>7.2f} "
+                f"{row.maximum:>7.2f}"
+            )
+        lines += ["", *_drift_lines(self.drift, self.manifest.n_features)]
+        for note in self.notes:
+            lines.append(f"Note: {note}")
+        for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
+            by_kind: dict[str, list[Finding]] = defaultdict(list)
+            for finding in findings:
+                by_kind[finding.kind].append(finding)
+            for kind, group in by_kind.items():
+                lines += [f"{title} ({kind}): {finding}" for finding in group[:most]]
+                if len(group) > most:
+                    lines.append(f"{title} ({kind}): and {len(group) - most} more; see --json")
+        verdict = "nothing to repair" if not self.errors else "repair these, or exclude them"
+        lines.append(f"{len(self.errors)} errors, {len(self.warnings)} warnings: {verdict}")
+        return "\n".join(lines)
+
+
+def validate_dataset(
+    store: ObjectStore,
+    *,
+    patch_size: int = PATCH_SIZE,
+    patch_stride: int = PATCH_STRIDE,
+    random_cut: int = RANDOM_CUT,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """Read every file whole and check everything that a training run relies on.
+
+    Schema and types, finite values, labels against phonemes and label form, room for CTC at the
+    given patching, repeated trials within and between splits, missing files, channels that drift
+    from session to session or never change, the manifest.
+
+    Args:
+        processes: worker processes; None decides by size.
+        progress: called with (files done, files in all).
+
+    Raises:
+        StorageError: the place cannot be read. DataError: there are no data files.
+        ConfigError: patches of no bins.
+    """
+    for option, bins in (("--patch-size", patch_size), ("--patch-stride", patch_stride)):
+        if bins < 1:
+            raise ConfigError(f"{option} is {bins}: give at least 1 bin.")
+    listing = store.list()
+    files = data_files(listing, store.url)
+    inspections = inspect_dataset(store, files, processes, statistics=True, progress=progress)
+    manifest = manifest_from_inspections(files, inspections)
+    findings = list(manifest.damaged)
+    findings += [f for i in inspections for f in i.findings if f.severity != "error"]
+    findings += _infeasible(manifest.trials, patch_size, patch_stride, random_cut)
+    findings += _repeated_features(manifest.trials, inspections)
+    findings += _repeated_numbers(manifest.trials)
+    findings += _missing_files(files)
+    findings += _unknown_files(listing)
+    findings += scattered_chunks(manifest.trials)
+    findings += _odd_values(inspections)
+    findings += _odd_pace(manifest.trials)
+    sums = sums_by_session(inspections, manifest.n_features)
+    drift = drift_between(sums)
+    enough = {name for name, own in sums.items() if own.trials >= _ENOUGH_TRIALS}
+    findings += _much_drift(drift, manifest.n_features, enough)
+    findings += _silent(silent_channels(sums), manifest.n_features)
+    findings += _manifest_state(store, manifest, listing)
+    findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
+    shared, notes = _shared_sentences(manifest.trials)
+    return ValidationReport(
+        store.url, manifest, _summaries(manifest, inspections), findings, drift, shared, notes
+    )
+
+
+def _summaries(
+    manifest: TrialManifest, inspections: Sequence[FileInspection]
+) -> list[SplitSummary]:
+    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in manifest.trials:
+        by_file[trial.key].append(trial)
+    rows = []
+    for inspection in inspections:
+        match = DATA_FILE.fullmatch(inspection.key)
+        assert match is not None  # keys come from data_files
+        trials = by_file[inspection.key]
+        bins = [trial.n_time_steps for trial in trials] or [0]
+        labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
+        values = inspection.statistics if trials else ValueStatistics()
+        rows.append(
+            SplitSummary(
+                match["session"],
+                match["split"],
+                len(trials),
+                len({f.trial for f in manifest.damaged if f.key == inspection.key}),
+                (min(bins), float(np.mean(bins)), max(bins)),
+                (float(np.mean(labels)), max(labels)),
+                values.mean,
+                values.std,
+                values.minimum,
+                values.maximum,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.session, SPLITS.index(row.split)))
+
+
+def _infeasible(
+    trials: Sequence[TrialRecord], patch_size: int, patch_stride: int, random_cut: int
+) -> Iterator[Finding]:
+    for trial in trials:
+        if trial.class_ids is None:
+            continue
+        labels = trial.class_ids
+        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
+        bins = trial.n_time_steps - max(random_cut - 1, 0)
+        frames = max((bins - patch_size) // patch_stride + 1, 0)
+        if frames < needed:
+            reason = (
+                f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins "
+                f"every {patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
+            )
+            yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
+
+
+def _repeated_features(
+    trials: Sequence[TrialRecord], inspections: Sequence[FileInspection]
+) -> Iterator[Finding]:
+    """Trials whose features are those of a trial before, however both are stored."""
+    sketches = {
+        record.name: sketch
+        for inspection in inspections
+        for record, sketch in zip(inspection.records, inspection.sketches, strict=True)
+    }
+    alike: dict[tuple[int, int], list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        alike[trial.n_time_steps, trial.n_features].append(trial)
+    for group in alike.values():
+        table = np.stack([sketches[trial.name] for trial in group])
+        for place, trial in enumerate(group):
+            near = _SAME_FEATURES * table[place, -1] + 1e-9
+            same = np.flatnonzero((np.abs(table[:place] - table[place]) <= near).all(axis=1))
+            if not same.size:
+                continue
+            first = group[int(same[0])]
+            stored_alike = (trial.crc32, trial.length) == (first.crc32, first.length)
+            reason = f"has the same features as {first.name}"
+            if not stored_alike:
+                reason += " (stored otherwise, or the same within a thousandth)"
+            between = first.split != trial.split
+            if between:
+                reason += f": {trial.split} is not independent of {first.split}"
+            severity = "error" if between else "warning"
+            yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+
+
+def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Block and trial numbers used twice in a session."""
+    by_number: dict[tuple[Any, ...], TrialRecord] = {}
+    for trial in trials:
+        number = (trial.session, trial.block_num, trial.trial_num)
+        first = by_number.setdefault(number, trial)
+        if first is trial:
+            continue
+        reason = (
+            f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
+        )
+        labels, earlier = trial.class_ids, first.class_ids
+        if labels is not None and earlier is not None and np.array_equal(labels, earlier):
+            reason += ", with the same labels"
+        yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
+
+
+def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for key in files:
+        session, _, name = key.partition("/")
+        splits[session].add(name.removeprefix("data_").removesuffix(".hdf5"))
+    for session, found in sorted(splits.items()):
+        if "train" not in found:
+            reason = f"is missing, though the session has data_{sorted(found)[0]}.hdf5"
+            yield Finding(f"{session}/data_train.hdf5", None, reason, "missing file")
+    if not any("val" in found for found in splits.values()):
+        reason = "no session has it, so that nothing can be validated"
+        yield Finding("data_val.hdf5", None, reason, "missing file")
+
+
+def _unknown_files(listing: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
+    for key in listing:
+        if (
+            not DATA_FILE.fullmatch(key)
+            and key != MANIFEST_NAME
+            and not _KNOWN_COMPANION.match(key)
+        ):
+            reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
+            yield Finding(key, None, reason, "unknown file", "warning")
+
+
+def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Files whose trials lie between each other, so that the one GET of a trial reads others too.
+
+    Files come to be so when trials are appended to in turns, or when a dataset is rewritten in
+    place.
+    """
+    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        if trial.length > _SCATTERED * trial.stored_bytes:
+            by_file[trial.key].append(trial)
+    for key, scattered in by_file.items():
+        times = sum(t.length for t in scattered) / sum(t.stored_bytes for t in scattered)
+        reason = (
+            f"the chunks of {len(scattered)} trials lie apart, so that reading them takes "
+            f"{times:.1f} times their bytes: rewrite the files with "
+            "'python code/prepare_dataset.py encode'"
+        )
+        yield Finding(key, None, reason, "scattered chunks", "warning")
+
+
+def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:
+    for inspection in inspections:
+        values = inspection.statistics
+        if not values.count:
+            continue
+        if not _STD_RANGE[0] <= values.std <= _STD_RANGE[1]:
+            reason = (
+                f"its features have a standard deviation of {values.std:.3g}: are they z-scored?"
+            )
+            yield Finding(inspection.key, None, reason, "odd values", "warning")
+        elif max(-values.minimum, values.maximum) > _EXTREME_VALUE:
+            reason = f"its features range from {values.minimum:.4g} to {values.maximum:.4g}"
+            yield Finding(inspection.key, None, reason, "odd values", "warning")
+
+
+def _odd_pace(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Trials far slower or faster than the rest: a wrong sentence, a pause, a cut-off end."""
+    spoken = [t for t in trials if t.phoneme_ids is not None]
+    paces = np.array([t.n_time_steps / len(t.phoneme_ids) for t in spoken])  # type: ignore[arg-type]
+    median = float(np.median(paces)) if len(paces) else 1.0
+    for trial, pace in zip(spoken, paces.tolist(), strict=True):
+        if not median / _ODD_PACE <= pace <= median * _ODD_PACE:
+            reason = f"has {pace:.1f} bins per phoneme where the median trial has {median:.1f}"
+            yield Finding(trial.key, trial.trial, reason, "odd pace", "warning")
+
+
+def _much_drift(
+    drift: Sequence[SessionDrift], n_features: int, enough: Set[str]
+) -> Iterator[Finding]:
+    for row in drift:
+        moved = max(row.mean_moved, row.std_moved)
+        if moved > MUCH_DRIFT * n_features and {row.before, row.session} <= enough:
+            reason = (
+                f"{row.mean_moved} of {n_features} channels have another mean and {row.std_moved} "
+                f"another standard deviation than in {row.before}: are both z-scored alike?"
+            )
+            yield Finding(row.session, None, reason, "drift", "warning")
+
+
+def _silent(found: Sequence[SilentChannels], n_features: int) -> Iterator[Finding]:
+    for row in found:
+        some = ", ".join(map(str, row.channels[:8])) + (" …" if len(row.channels) > 8 else "")
+        reason = f"{len(row.channels)} of {n_features} channels never change ({some})"
+        yield Finding(row.session, None, reason, "silent channels", "warning")
+
+
+def _drift_lines(drift: Sequence[SessionDrift], n_features: int) -> Iterator[str]:
+    """The table of drift, and how to read it; nothing for one session."""
+    if not drift:
+        return
+    yield (
+        f"{'drift to':<16} {'mean shift':>10} {'moved':>6} {'std shift':>10} {'moved':>6} "
+        f"{'correlations':>13}   of {n_features} channels, against the session before"
+    )
+    for row in drift:
+        yield (
+            f"{row.session:<16} {row.mean_shift:>10.3f} {row.mean_moved:>6} {row.std_shift:>10.3f} "
+            f"{row.std_moved:>6} {row.likeness:>13.3f}"
+        )
+    yield (
+        f"Means in standard deviations (moved: by {MEAN_MOVED} and beyond chance), deviations in "
+        f"log2 (moved: {STD_MOVED}-fold),"
+    )
+    yield "correlations between channels: 1 where they go together as before."
+    yield ""
+
+
+def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinity, which JSON lacks, as None."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+
+
+def _manifest_state(
+    store: ObjectStore, found: TrialManifest, listing: Mapping[str, ObjectInfo]
+) -> Iterator[Finding]:
+    again = f"type 'python code/prepare_dataset.py index {store.url}'"
+    if MANIFEST_NAME not in listing:
+        reason = f"is not there, so that every job would index first: {again}"
+        yield Finding(MANIFEST_NAME, None, reason, "manifest", "warning")
+        return
+    try:
+        kept = TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+        kept.check_fresh(listing, store.url)
+    except DataError as error:
+        yield Finding(MANIFEST_NAME, None, str(error).rstrip("."), "manifest")
+        return
+    if kept.fingerprint() != found.fingerprint():
+        reason = f"does not describe the trials that are there: {again}"
+        yield Finding(MANIFEST_NAME, None, reason, "manifest")
+
+
+def _shared_sentences(trials: Sequence[TrialRecord]) -> tuple[int, list[str]]:
+    spoken: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for trial in trials:
+        if trial.sentence_label:
+            spoken[trial.split].add(trial.sentence_label.strip().lower())
+    shared = len(spoken["train"] & spoken["val"])
+    if not shared:
+        return 0, []
+    note = f"{shared} of {len(spoken['val'])} validation sentences also occur in training"
+    return shared, [note]

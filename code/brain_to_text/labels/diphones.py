@@ -1,0 +1,145 @@
+"""Diphone classes: pairs (previous phoneme, current phoneme), numbered 41 x previous + current.
+
+Two label forms are in use. For phonemes p1 … pn:
+
+- self_loop, 2n + 1 labels: 0→p1, p1→p1, p1→p2, p2→p2, …, pn→pn, pn→0
+- transition, n or n + 1 labels: 0→p1, p1→p2, …, p(n-1)→pn, and pn→0 if closed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..errors import DataError
+from .phonemes import BLANK, N_PHONEMES, PHONEMES
+
+if TYPE_CHECKING:
+    import torch
+
+N_DIPHONES = N_PHONEMES * N_PHONEMES
+LabelForm = Literal["self_loop", "transition"]
+LABEL_FORMS: tuple[LabelForm, ...] = ("self_loop", "transition")
+
+
+def encode_diphones(
+    phonemes: Iterable[int] | np.ndarray, form: LabelForm = "self_loop", closing: bool = True
+) -> np.ndarray:
+    """Diphone class ids [2n + 1] or [n + 1] int32 of phoneme ids [n]; one less if not closing.
+
+    Raises:
+        DataError: a phoneme id is outside 1 … 40 (a blank is no label), or the form is unknown.
+    """
+    current = np.asarray(phonemes, dtype=np.int32).reshape(-1)
+    if form not in LABEL_FORMS:
+        raise DataError(f"Label form '{form}' is unknown: use one of {', '.join(LABEL_FORMS)}.")
+    if not current.size:
+        return np.zeros(0, dtype=np.int32)
+    if current.min() <= BLANK or current.max() >= N_PHONEMES:
+        position = int(np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))[0])
+        raise DataError(
+            f"Phoneme label {position} is {current[position]}, outside 1 … {N_PHONEMES - 1}."
+        )
+    step = 2 if form == "self_loop" else 1
+    labels = np.empty(step * current.size + bool(closing), dtype=np.int32)
+    changes = labels[: step * current.size : step]
+    changes[:] = current
+    changes[1:] += N_PHONEMES * current[:-1]
+    if form == "self_loop":
+        labels[1 : 2 * current.size : 2] = (N_PHONEMES + 1) * current
+    if closing:
+        labels[-1] = N_PHONEMES * current[-1] + BLANK
+    return labels
+
+
+def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np.ndarray:
+    """Phoneme ids [n] int32 of a diphone label sequence; the inverse of `encode_diphones`.
+
+    Raises:
+        DataError: the ids are not a label sequence of that form; names the first bad position.
+    """
+    ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
+    if not ids.size:
+        return np.zeros(0, dtype=np.int32)
+    closing = bool(ids[-1] % N_PHONEMES == BLANK)
+    body = ids[:-1] if closing else ids
+    phonemes = body[:: 2 if form == "self_loop" else 1] % N_PHONEMES
+    blanks = np.flatnonzero(phonemes == BLANK)
+    outside = np.flatnonzero((ids <= BLANK) | (ids >= N_DIPHONES))
+    if outside.size or blanks.size or not phonemes.size:
+        position = int(outside[0]) if outside.size else 0
+        if not outside.size and blanks.size:
+            position = int(blanks[0]) * (2 if form == "self_loop" else 1)
+        raise DataError(f"Diphone label {position} ({_name(ids[position])}) cannot stand there.")
+    expected = encode_diphones(phonemes, form, closing)
+    common = min(expected.size, ids.size)
+    wrong = np.flatnonzero(expected[:common] != ids[:common])
+    if wrong.size or expected.size != ids.size:
+        position = int(wrong[0]) if wrong.size else common
+        found = _name(ids[position]) if position < ids.size else "the end"
+        wanted = _name(expected[position]) if position < expected.size else "the end"
+        raise DataError(
+            f"Diphone label {position} is {found} where the {form} form needs {wanted}."
+        )
+    return phonemes.astype(np.int32)
+
+
+def detect_label_form(
+    diphones: Iterable[int] | np.ndarray, phonemes: Iterable[int] | np.ndarray
+) -> LabelForm | None:
+    """The form in which `diphones` encode exactly `phonemes`; None if they do in neither.
+
+    The self-loop form counts only when closed, so that a label cut off at the end is noticed.
+
+    Raises:
+        DataError: a phoneme id is outside 1 … 40.
+    """
+    ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
+    if not ids.size:
+        return None
+    if np.array_equal(ids, encode_diphones(phonemes, "self_loop")):
+        return "self_loop"
+    closed = bool(ids[-1] % N_PHONEMES == BLANK)
+    if np.array_equal(ids, encode_diphones(phonemes, "transition", closed)):
+        return "transition"
+    return None
+
+
+def collapse_to_phonemes(
+    diphones: Iterable[int], form: LabelForm | None = "self_loop"
+) -> list[int]:
+    """Phonemes that a decoded, possibly inconsistent diphone sequence stands for.
+
+    A change p→c emits c (unless c is the boundary). In the self-loop form a repeated phoneme shows
+    as a run of L self-loops, which stands for (L - 1) // 2 more phonemes; in the transition form
+    every class emits its current phoneme. Exact inverse of `encode_diphones` on its own output.
+    """
+    phonemes: list[int] = []
+    for diphone, run in groupby(diphones):
+        length = sum(1 for _ in run)
+        previous, current = divmod(int(diphone), N_PHONEMES)
+        if current == BLANK:
+            continue
+        if form == "transition" or previous != current:
+            phonemes += [current] * length
+        else:
+            phonemes += [current] * ((length - 1) // 2)
+    return phonemes
+
+
+def marginalise_log_probs(log_probs: torch.Tensor) -> torch.Tensor:
+    """Phoneme log-probabilities [..., 41] of *normalised* diphone log-probabilities [..., 1681].
+
+    P(c) = sum over p of P(41 p + c): the blank and every boundary class p→0 become blank.
+    """
+    return log_probs.unflatten(-1, (N_PHONEMES, N_PHONEMES)).logsumexp(-2)
+
+
+def _name(diphone: int) -> str:
+    if not 0 <= diphone < N_DIPHONES:
+        return f"{diphone}"
+    previous, current = divmod(int(diphone), N_PHONEMES)
+    return f"{diphone} = {PHONEMES[previous].strip()}→{PHONEMES[current].strip()}"

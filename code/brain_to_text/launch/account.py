@@ -1,0 +1,110 @@
+"""The AWS account a command talks to: session, region, clients, and AWS errors as sentences.
+
+boto3 is imported when a session is opened, so a dry run works without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from ..errors import JobError
+
+DEFAULT_REGION_HELP = "set --region, AWS_REGION or run `aws configure`"
+
+# What the most frequent refusals mean to somebody who did not write the code.
+_REMEDIES = {
+    "ExpiredToken": "the session has expired: log in again (`aws sso login`)",
+    "ExpiredTokenException": "the session has expired: log in again (`aws sso login`)",
+    "InvalidClientTokenId": "the access key is unknown: run `aws configure`",
+    "UnrecognizedClientException": "the access key is unknown: run `aws configure`",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key: run `aws configure`",
+    "AccessDenied": "your user may not do this: attach code/aws/launcher_policy.json",
+    "AccessDeniedException": "your user may not do this: attach code/aws/launcher_policy.json",
+    "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
+    "ThrottlingException": "AWS asks for patience: try again in a minute",
+}
+
+
+class AwsAccount:
+    """One boto3 session with a known region; clients are made once, on first use.
+
+    Args:
+        region: AWS region; None for AWS_REGION, AWS_DEFAULT_REGION or the profile's region.
+        profile: profile of the AWS configuration files; None for the default chain.
+
+    Raises:
+        JobError: no region is known, the profile does not exist, or boto3 is not installed.
+    """
+
+    def __init__(self, region: str | None = None, profile: str | None = None) -> None:
+        try:
+            import boto3
+            from botocore.exceptions import ProfileNotFound
+        except ImportError as error:
+            raise JobError(
+                "Talking to AWS needs boto3: run `pip install 'sagemaker<3' boto3 pyyaml`."
+            ) from error
+        chosen = region or os.environ.get("AWS_REGION") or None
+        try:
+            self.session = boto3.Session(region_name=chosen, profile_name=profile)
+        except ProfileNotFound as error:
+            raise JobError(f"{error}: choose one of `aws configure list-profiles`.") from error
+        if self.session.region_name is None:
+            raise JobError(f"No AWS region is set: {DEFAULT_REGION_HELP}.")
+        self.region: str = self.session.region_name
+        self._clients: dict[tuple[str, str], Any] = {}
+
+    def client(self, service: str, region: str | None = None) -> Any:
+        """The boto3 client of a service, in this account's region unless another is given."""
+        key = (service, region or self.region)
+        if key not in self._clients:
+            self._clients[key] = self.session.client(service, region_name=key[1])
+        return self._clients[key]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Caller identity: Account, Arn, UserId. Raises JobError when the credentials fail."""
+        with explained("asking AWS who you are"):
+            return dict(self.client("sts").get_caller_identity())
+
+
+def error_code(error: Exception) -> str:
+    """The AWS error code of a botocore ClientError, "" for anything else."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def sentence(error: Exception, doing: str) -> str:
+    """One sentence for a botocore error: what was being done, what AWS said, what to do."""
+    code = error_code(error)
+    if code:
+        said = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
+        remedy = _REMEDIES.get(code, "")
+        return f"AWS refused while {doing} ({code}: {said.rstrip('.')})" + (
+            f": {remedy}." if remedy else "."
+        )
+    name = type(error).__name__
+    if name in ("NoCredentialsError", "PartialCredentialsError"):
+        return (
+            f"No AWS credentials were found while {doing}: run `aws configure`, or set AWS_PROFILE."
+        )
+    if name == "NoRegionError":
+        return f"No AWS region is set: {DEFAULT_REGION_HELP}."
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"AWS could not be reached while {doing} ({name}: {said}): check network and endpoint."
+
+
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Turn botocore's errors inside the block into a JobError of one sentence."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError, ResponseParserError) as error:
+        raise JobError(sentence(error, doing)) from error

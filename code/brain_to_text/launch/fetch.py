@@ -1,0 +1,245 @@
+"""Fetch what a job left: model and outputs, unpacked without trusting the archive."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import JobError
+from ..log_lines import Progress
+from .account import AwsAccount, error_code, explained
+from .jobs import job_state
+from .request import CODE_FOLDER
+
+MAX_MEMBERS = 10_000
+MAX_BYTES = 64 * 10**9
+LOCAL_JOBS = CODE_FOLDER.parent / ".local" / "local-jobs"  # SageMaker does not know them
+
+
+@dataclass(frozen=True)
+class FetchedJob:
+    """Where a job's files are now, and what its log says.
+
+    Attributes:
+        folder: holds model/ (checkpoint/, training_log), output/, logs/ as far as they exist.
+        progress: from the training log.
+        has_model: whether model.tar.gz existed.
+        data: (bucket, prefix) the job trained on, as far as SageMaker still knows.
+    """
+
+    name: str
+    folder: Path
+    progress: Progress
+    has_model: bool
+    data: tuple[str, str] | None
+
+    def lines(self) -> list[str]:
+        """The result for people: table of validations, where the files are, what to do next."""
+        said = [*result_table(self.progress), f"Files: {self.folder}"]
+        if not self.has_model:
+            return [*said, f"There is no model yet; try again when {self.name} has ended."]
+        bucket, prefix = self.data or ("YOUR-BUCKET", "YOUR-PREFIX")
+        said.append(
+            f"Evaluate: python code/evaluate_model.py --model {self.folder / 'model'} "
+            f"--s3-bucket {bucket} --s3-data-prefix {prefix} --split val "
+            f"--output-dir {self.folder / 'evaluation'}"
+        )
+        return said
+
+
+def fetch(
+    name: str,
+    account: AwsAccount,
+    folder: Path,
+    *,
+    s3_bucket: str | None = None,
+    output_prefix: str = "sagemaker-outputs",
+) -> FetchedJob:
+    """Download and unpack what a job left, or its log so far while it runs.
+
+    Args:
+        name: the training job.
+        folder: where to put it; must not hold an earlier model.
+        s3_bucket, output_prefix: where to look for a job that neither SageMaker nor this machine
+            knows (one that ran in local mode elsewhere).
+
+    Raises:
+        JobError: there is no such job and no output, the folder is in use, the archive is unsafe
+            or damaged, or AWS refused.
+    """
+    data = None
+    local = local_job(name)
+    if s3_bucket is not None:
+        output_uri = f"s3://{s3_bucket}/{output_prefix.strip('/')}/{name}"
+    else:
+        if local is not None:
+            output_uri, values = local["output_uri"], local["hyperparameters"]
+        else:
+            state = job_state(name, account)
+            output_uri, values = state.output_uri, state.request.get("HyperParameters", {})
+        if "s3-bucket" in values:
+            data = (values["s3-bucket"], values.get("s3-data-prefix", ""))
+    if (folder / "model").exists():
+        raise JobError(f"{folder / 'model'} exists already: give another folder with --to.")
+    bucket, _, prefix = output_uri.removeprefix("s3://").partition("/")
+    s3 = account.client("s3")
+    has_model = _unpacked(s3, bucket, f"{prefix}/output/model.tar.gz", folder / "model")
+    if _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output"):
+        _as_the_service_packs(folder / "output")
+    log = folder / "model" / "training_log"
+    if not log.is_file():
+        log = folder / "logs" / "training_log"
+        if not _downloaded(s3, bucket, f"{prefix}/logs/training_log", log) and not has_model:
+            way = (
+                "it has not ended, or it failed" if local else f"watch the job with --watch {name}"
+            )
+            raise JobError(f"There is nothing under {output_uri} yet: {way}.")
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return FetchedJob(name, folder, Progress.of(text.splitlines()), has_model, data)
+
+
+def _as_the_service_packs(output: Path) -> None:
+    """Local mode packs all of /opt/ml/output, the service only the `data` folder in it."""
+    if (output / "data").is_dir():
+        kept = output.with_name(output.name + ".data")
+        (output / "data").rename(kept)
+        shutil.rmtree(output)
+        kept.rename(output)
+
+
+def note_local_job(name: str, output_uri: str, request: Mapping[str, Any]) -> None:
+    """Remember a job of this machine, so that `fetch` finds it by its name alone."""
+    LOCAL_JOBS.mkdir(parents=True, exist_ok=True)
+    known = {"output_uri": output_uri, "hyperparameters": dict(request["HyperParameters"])}
+    (LOCAL_JOBS / f"{name}.json").write_text(json.dumps(known), encoding="utf-8")
+
+
+def local_job(name: str) -> dict[str, Any] | None:
+    """What `note_local_job` noted: output_uri and hyperparameters; None for any other job."""
+    path = LOCAL_JOBS / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a .tar.gz archive that came over the network.
+
+    Everything is checked before the first byte is written: only files and folders, only below
+    `folder`, no links, no devices, no name twice, bounded number and size.
+
+    Raises:
+        JobError: the archive breaks one of these rules or is damaged; `folder` does not exist then.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _verify(archive)
+        with tarfile.open(archive, "r:gz") as tar:
+            targets = _checked(tar, archive)
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                target = partial / targets[member.name]
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source = tar.extractfile(member)
+                if source is None:
+                    raise JobError(f"{archive.name} holds no data for {member.name!r}.")
+                with source, target.open("xb") as file:
+                    shutil.copyfileobj(source, file)
+        partial.mkdir(parents=True, exist_ok=True)
+        partial.rename(folder)
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise JobError(
+            f"{archive.name} could not be unpacked into {folder} ({error}): fetch it again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _verify(archive: Path) -> None:
+    """Read to the end once: tarfile stops before gzip's checksum, so damage could go unnoticed."""
+    with gzip.open(archive) as stream:
+        while stream.read(2**20):
+            pass
+
+
+def _checked(tar: tarfile.TarFile, archive: Path) -> dict[str, PurePosixPath]:
+    """Relative path by member name, after checking every member."""
+    targets: dict[str, PurePosixPath] = {}
+    files: set[PurePosixPath] = set()
+    size = 0
+    for number, member in enumerate(tar):
+        path = PurePosixPath(member.name)
+        problem = None
+        if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+            problem = "would be written outside the folder"
+        elif not (member.isreg() or member.isdir()):
+            problem = "is a link or a device"
+        elif member.isreg() and path in files:
+            problem = "occurs twice"
+        size += member.size
+        if number >= MAX_MEMBERS or size > MAX_BYTES:
+            problem = f"is beyond the limit of {MAX_MEMBERS:,} files or {MAX_BYTES / 1e9:.0f} GB"
+        if problem:
+            raise JobError(
+                f"{archive.name} is not unpacked because its member {member.name!r} {problem}: "
+                "this is no archive that our trainer wrote."
+            )
+        if member.isreg():
+            files.add(path)
+        targets[member.name] = path
+    return targets
+
+
+def result_table(progress: Progress) -> list[str]:
+    """First, best and last validation as an aligned table; one line if there was none."""
+    rows = progress.validations
+    best = progress.best
+    if not rows or best is None:
+        return [f"No validation yet; last training step {progress.step}."]
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    wanted = {"first": rows[0], "best": best, "last": rows[-1]}
+    table = [["", "batch", *names]]
+    for label, row in wanted.items():
+        values = [f"{row.values[name]:.4f}" if name in row.values else "-" for name in names]
+        table.append([label, f"{row.step:,}", *values])
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+
+
+def _unpacked(s3: Any, bucket: str, key: str, folder: Path) -> bool:
+    with tempfile.TemporaryDirectory() as temporary:
+        archive = Path(temporary) / key.rsplit("/", 1)[-1]
+        if not _downloaded(s3, bucket, key, archive):
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unpack(archive, folder)
+    return True
+
+
+def _downloaded(s3: Any, bucket: str, key: str, target: Path) -> bool:
+    """Download an object; False when it does not exist."""
+    from botocore.exceptions import ClientError
+
+    with explained(f"downloading s3://{bucket}/{key}"):
+        try:
+            s3.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error_code(error) in ("404", "NoSuchKey"):
+                return False
+            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, key, str(target))
+    return True

@@ -1,0 +1,139 @@
+"""Ask SageMaker about jobs, and stop them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ..errors import JobError
+from ..log_lines import duration
+from .account import AwsAccount, error_code, explained
+
+FINAL_STATES = ("Completed", "Failed", "Stopped")
+EXIT_CODES = {"Completed": 0, "Failed": 3, "Stopped": 4}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What SageMaker says about a job at one moment.
+
+    Attributes:
+        status: InProgress, Completed, Failed, Stopping or Stopped.
+        transitions: (start, phase, message), oldest first.
+        billed_seconds, training_seconds: of one instance; None before they are known.
+        reason: why it failed, from the job's failure file; "" otherwise.
+        request: the whole description, as the API gives it.
+    """
+
+    name: str
+    status: str
+    transitions: tuple[tuple[datetime, str, str], ...]
+    billed_seconds: int | None
+    training_seconds: int | None
+    reason: str
+    request: dict[str, Any]
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in FINAL_STATES
+
+    @property
+    def exit_code(self) -> int:
+        """0 completed, 3 failed, 4 stopped."""
+        return EXIT_CODES.get(self.status, 1)
+
+    @property
+    def output_uri(self) -> str:
+        """s3:// folder with everything the job leaves."""
+        return f"{self.request['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{self.name}"
+
+    @property
+    def model_uri(self) -> str | None:
+        """s3:// URL of model.tar.gz once there is one."""
+        return self.request.get("ModelArtifacts", {}).get("S3ModelArtifacts")
+
+    def summary(self) -> list[str]:
+        """The end of a job for people: state, time, money saved, why, where."""
+        resources = self.request.get("ResourceConfig", {})
+        count = resources.get("InstanceCount", 1)
+        said = [f"{self.name}: {self.status}"]
+        if self.reason:
+            said.append(f"Why: {' '.join(self.reason.split())}")
+        machines = f"{count} x {resources.get('InstanceType', '?')}"
+        if self.training_seconds is not None and self.billed_seconds is not None:
+            said.append(
+                f"Time: {duration(self.training_seconds)} training, "
+                f"{self.billed_seconds:,} s billed on {machines}"
+            )
+            if self.request.get("EnableManagedSpotTraining") and self.training_seconds:
+                saved = 1 - self.billed_seconds / self.training_seconds
+                said.append(f"Spot savings: {100 * saved:.0f} %")
+        said.append(f"Outputs: {self.output_uri}")
+        return said
+
+
+def job_state(name: str, account: AwsAccount) -> JobState:
+    """Ask SageMaker about one job.
+
+    Raises:
+        JobError: there is no such job in this account and region, or AWS refused.
+    """
+    from botocore.exceptions import ClientError
+
+    with explained(f"asking about job {name}"):
+        try:
+            answer = account.client("sagemaker").describe_training_job(TrainingJobName=name)
+        except ClientError as error:
+            if error_code(error) in ("ValidationException", "ResourceNotFound"):
+                raise JobError(
+                    f"There is no training job {name} in {account.region}: see --list, or give the "
+                    "--region it runs in."
+                ) from error
+            raise
+    answer.pop("ResponseMetadata", None)
+    transitions = tuple(
+        (step["StartTime"], str(step["Status"]), str(step.get("StatusMessage", "")))
+        for step in answer.get("SecondaryStatusTransitions", [])
+    )
+    return JobState(
+        name=name,
+        status=str(answer["TrainingJobStatus"]),
+        transitions=transitions,
+        billed_seconds=answer.get("BillableTimeInSeconds"),
+        training_seconds=answer.get("TrainingTimeInSeconds"),
+        reason=str(answer.get("FailureReason", "")),
+        request=answer,
+    )
+
+
+def stop_job(name: str, account: AwsAccount) -> None:
+    """Ask SageMaker to stop a job; it gets two minutes to save a checkpoint.
+
+    Raises:
+        JobError: there is no such job, it is over already, or AWS refused.
+    """
+    state = job_state(name, account)
+    if state.is_final:
+        raise JobError(f"Job {name} is {state.status.lower()} already: there is nothing to stop.")
+    with explained(f"stopping job {name}"):
+        account.client("sagemaker").stop_training_job(TrainingJobName=name)
+
+
+def list_jobs(account: AwsAccount, name_contains: str = "b2t", limit: int = 20) -> list[str]:
+    """The latest training jobs whose name contains a text, newest first, one line each."""
+    with explained("listing jobs"):
+        answer = account.client("sagemaker").list_training_jobs(
+            NameContains=name_contains,
+            MaxResults=limit,
+            SortBy="CreationTime",
+            SortOrder="Descending",
+        )
+    lines = []
+    for job in answer["TrainingJobSummaries"]:
+        started = job["CreationTime"]
+        ended = job.get("TrainingEndTime")
+        took = f", {duration((ended - started).total_seconds())}" if ended else ""
+        name, status = job["TrainingJobName"], job["TrainingJobStatus"]
+        lines.append(f"{name:<44} {status:<11} {started:%Y-%m-%d %H:%M}{took}")
+    return lines

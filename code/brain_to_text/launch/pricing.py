@@ -1,0 +1,228 @@
+"""What a job will take and cost: hours from the model's arithmetic, dollars from AWS's price list.
+
+Every figure says where it comes from; `instance_types.yaml` holds the tables.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import TrainingConfig
+from .account import AwsAccount
+
+TABLE = Path(__file__).with_name("instance_types.yaml")
+MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
+REFERENCE_TFLOP = 3.2  # of one reference step; what measured seconds_per_step belong to
+# Of the peak, for matrices of these sizes. With STEP_OVERHEAD_SECONDS it gives 0.09 s for the
+# public baseline on an RTX 4090, whose own log says 0.107 s.
+ASSUMED_UTILISATION = 0.4
+STEP_OVERHEAD_SECONDS = 0.05  # the serial recurrence: about 3 x 5 x 210 kernel launches
+START_HOURS = 0.1  # image download and start, billed
+SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % is common
+GET_USD = 0.0004 / 1000  # S3 standard, us-east-1, per GET request
+
+
+@dataclass(frozen=True)
+class InstanceType:
+    """One row of the instance table; usd_per_hour None where it is not known."""
+
+    name: str
+    gpu: str | None
+    gpus: int
+    vcpus: int
+    ram_gib: float
+    nvme_gb: float
+    usd_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One row of the GPU table."""
+
+    name: str
+    capability: float
+    memory_gib: float
+    tflops: float
+    seconds_per_step: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and money of a whole job.
+
+    Attributes:
+        hours: wall-clock hours, start included; None for types that are not in the table.
+        seconds_per_step, measured: step time, and whether it was measured on that GPU.
+        usd_per_hour, price_source: of one instance, and where the figure comes from.
+        usd, spot_usd: whole job, on demand and with spot capacity.
+        request_usd: S3 requests when no trial is ever served from the cache.
+    """
+
+    instance_type: str
+    instance_count: int
+    steps: int
+    seconds_per_step: float | None
+    measured: bool
+    hours: float | None
+    usd_per_hour: float | None
+    price_source: str
+    usd: float | None
+    spot_usd: float | None
+    request_usd: float
+
+    def lines(self) -> list[str]:
+        """The estimate for people, one fact a line."""
+        machines = f"{self.instance_count} x {self.instance_type}"
+        if self.hours is None or self.seconds_per_step is None:
+            said = [f"Time: not known for {self.instance_type} (no GPU in instance_types.yaml)"]
+        else:
+            how = "measured on this GPU" if self.measured else "estimated, not measured"
+            said = [
+                f"Time: {self.hours:.1f} h = {self.steps:,} steps x {self.seconds_per_step:.3f} s "
+                f"({how}) + start, on {machines}"
+            ]
+        if self.usd_per_hour is None:
+            said.append(f"Price: not known for {self.instance_type} ({self.price_source})")
+        elif self.usd is None:
+            said.append(f"Price: ${self.usd_per_hour:.4g}/h ({self.price_source})")
+        else:
+            said.append(
+                f"Price: ${self.usd:.2f} on demand at ${self.usd_per_hour:.4g}/h "
+                f"({self.price_source}); about ${self.spot_usd:.2f} with --spot"
+            )
+        said.append(
+            f"S3 requests: at most ${self.request_usd:.2f}, next to nothing once trials are cached"
+        )
+        first = table()["first_estimates"].get(self.instance_type)
+        if first and self.steps == 150_000:
+            said.append(
+                f"First estimate of the project for this run: {first['hours']} h, ${first['usd']} "
+                f"at ${first['usd_per_hour']}/h"
+            )
+        return said
+
+
+@cache
+def table() -> dict[str, Any]:
+    """`instance_types.yaml` as it is."""
+    return dict(yaml.safe_load(TABLE.read_text(encoding="utf-8")))
+
+
+def instance_type(name: str) -> InstanceType | None:
+    """The row of an instance type; None when the table does not have it."""
+    row = table()["types"].get(name)
+    return None if row is None else InstanceType(name=name, **row)
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The GPU of an instance type; None for CPU types and unknown ones."""
+    row = instance_type(name)
+    if row is None or row.gpu is None:
+        return None
+    return Gpu(name=row.gpu, **table()["gpus"][row.gpu])
+
+
+def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
+    """Floating point operations of one training step on the global batch, in 10^12.
+
+    Two per multiply-add of every matrix product, backward counted as twice forward, as in
+    `throughput.flops_per_step`, which needs torch. The reference configuration gives 3.2.
+    """
+    model = config.model
+    width, units, directions = model.n_input_features, model.n_units, 1 + model.bidirectional
+    frames = max((mean_bins - model.patch_size) // model.patch_stride + 1, 0)
+    inputs = width * model.patch_size + (model.n_layers - 1) * units * directions
+    gates = 3 * units * directions * (inputs + units * model.n_layers)
+    classifier = units * directions * config.dataset.n_classes
+    # nothing flows back into the stored features: the day layer's backward costs one forward
+    operations = 6 * frames * (gates + classifier) + 4 * mean_bins * width * width
+    return operations * config.dataset.batch_size / 1e12
+
+
+def step_seconds(
+    config: TrainingConfig, name: str, instances: int = 1
+) -> tuple[float, bool] | None:
+    """Seconds per step and whether they rest on a measurement; None for unknown or CPU types."""
+    row, gpu = instance_type(name), gpu_of(name)
+    if row is None or gpu is None:
+        return None
+    tflop = step_tflop(config) / (row.gpus * instances)
+    if gpu.seconds_per_step is not None:
+        return gpu.seconds_per_step * tflop / REFERENCE_TFLOP, True
+    return tflop / (ASSUMED_UTILISATION * gpu.tflops) + STEP_OVERHEAD_SECONDS, False
+
+
+def estimate(
+    config: TrainingConfig,
+    name: str,
+    instances: int = 1,
+    account: AwsAccount | None = None,
+) -> Estimate:
+    """Hours and dollars of a job; asks the Price List API when an account is given."""
+    steps = config.num_training_batches
+    speed = step_seconds(config, name, instances)
+    price, source = hourly_price(name, account)
+    hours = None if speed is None else steps * speed[0] / 3600 + START_HOURS
+    usd = None if hours is None or price is None else hours * price * instances
+    return Estimate(
+        instance_type=name,
+        instance_count=instances,
+        steps=steps,
+        seconds_per_step=None if speed is None else speed[0],
+        measured=speed is not None and speed[1],
+        hours=hours,
+        usd_per_hour=price,
+        price_source=source,
+        usd=usd,
+        spot_usd=None if usd is None else usd * SPOT_SHARE,
+        request_usd=steps * config.dataset.batch_size * GET_USD,
+    )
+
+
+def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | None, str]:
+    """Dollars per hour of one training instance on demand, and where the figure comes from."""
+    if account is not None:
+        asked = _listed_price(name, account)
+        if asked is not None:
+            return asked, f"AWS Price List, {account.region}"
+    row = instance_type(name)
+    if row is None or row.usd_per_hour is None:
+        return None, "not in the price table"
+    tables = table()
+    source = f"table of {tables['prices_collected']} for {tables['prices_region']}, not verified"
+    return row.usd_per_hour, source
+
+
+def _listed_price(name: str, account: AwsAccount) -> float | None:
+    """The Price List API's answer; None when it may not be asked or knows no such product."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    filters = [
+        {"Type": "TERM_MATCH", "Field": field, "Value": value}
+        for field, value in (("regionCode", account.region), ("instanceName", name))
+    ]
+    try:
+        # the API has few endpoints; this one answers for every region
+        answer = account.client("pricing", "us-east-1").get_products(
+            ServiceCode="AmazonSageMaker", Filters=filters
+        )
+    except (BotoCoreError, ClientError, ResponseParserError):
+        return None
+    for text in answer.get("PriceList", []):
+        product = json.loads(text) if isinstance(text, str) else text
+        usage = str(product["product"]["attributes"].get("usagetype", ""))
+        if not usage.endswith(f"Train:{name}"):
+            continue
+        for term in product.get("terms", {}).get("OnDemand", {}).values():
+            for dimension in term["priceDimensions"].values():
+                price = float(dimension["pricePerUnit"].get("USD", 0))
+                if price > 0:
+                    return price
+    return None

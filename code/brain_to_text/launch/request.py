@@ -1,0 +1,438 @@
+"""A training job as data: settings in, the exact CreateTrainingJob request out.
+
+Nothing here talks to AWS: `job_submission` sends the request. Field names and limits are those of
+the SageMaker API reference, CreateTrainingJob.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import TrainingConfig, config_keys, load_config, resolve_key
+from ..errors import JobError
+
+CODE_FOLDER = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
+DEFAULT_DATA_PREFIX = "data/hdf5_data_diphone_encoded"
+OUTPUT_PREFIX = "sagemaker-outputs"
+CHANNEL_FOLDER = "/opt/ml/input/data/training"
+CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
+LOCAL_PROCESS = "local_process"  # instance type: this Python, without a container
+TENSORBOARD_FOLDER = "/opt/ml/output/tensorboard"
+
+_NUMBER = r"([-+]?[0-9]*[.]?[0-9]+(?:[eE][-+]?[0-9]+)?)"
+# CloudWatch finds these in the job's log; the lines are a contract of `telemetry`.
+METRIC_DEFINITIONS: tuple[dict[str, str], ...] = tuple(
+    {"Name": name, "Regex": regex}
+    for name, regex in (
+        ("train:loss", rf"Train batch [0-9]+: loss: {_NUMBER}"),
+        ("train:grad_norm", rf"Train batch [0-9]+: .*?grad norm: {_NUMBER}"),
+        ("train:seconds_per_batch", rf"Train batch [0-9]+: .*?time: {_NUMBER}"),
+        ("train:trials_per_second", rf"Train batch [0-9]+: .*?trials/s: {_NUMBER}"),
+        ("train:data_wait_percent", rf"Train batch [0-9]+: .*?data wait: {_NUMBER}%"),
+        ("validation:DER", rf"Val batch [0-9]+: .*?DER \(avg\): {_NUMBER}"),
+        ("validation:PER", rf"Val batch [0-9]+: .*?PER \(avg\): {_NUMBER}"),
+        ("validation:CTC_loss", rf"Val batch [0-9]+: .*?CTC Loss \(avg\): {_NUMBER}"),
+        ("validation:best_DER", rf"New best test DER .*--> {_NUMBER}"),
+        ("validation:best_PER", rf"New best test PER .*--> {_NUMBER}"),
+    )
+)
+
+MLFLOW_ARN = re.compile(
+    r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
+    r"(?P<kind>mlflow-tracking-server|mlflow-app)/(?P<name>[\w.-]+)$"
+)
+_JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
+_SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@")
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field that carries its command-line help, and argparse details in `more`."""
+    metadata = {"help": help, **more}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Everything a user may decide about a job; each field is a launcher option of that name."""
+
+    s3_bucket: str = field(metadata={"help": "bucket with the dataset; outputs go there too"})
+    s3_data_prefix: str = option(DEFAULT_DATA_PREFIX, "prefix of the dataset in the bucket")
+    config_file: str = option(DEFAULT_CONFIG, "training configuration, one in code/ or your own")
+    num_training_batches: int | None = option(None, "training steps, instead of the config's")
+    batch_size: int | None = option(None, "trials per step, instead of the config's")
+    overrides: Mapping[str, Any] = option({}, "config values by dotted key", flag=None)
+
+    job_name: str | None = option(None, "name of the job; made from config and time by default")
+    image_uri: str | None = option(
+        None, "image in ECR; default: BRAIN_TO_TEXT_IMAGE_URI, or the last build_and_push.sh"
+    )
+    role: str | None = option(
+        None, "execution role, ARN or name; default: SAGEMAKER_ROLE_ARN, or the stack's role"
+    )
+    instance_type: str = option(
+        "ml.g5.2xlarge", "SageMaker instance type; or local, local_gpu (Docker), local_process"
+    )
+    instance_count: int = option(1, "instances; the batch is shared among all their GPUs")
+    volume_gb: int = option(30, "storage volume; the stream needs little")
+    max_run_hours: float = option(48.0, "SageMaker stops the job after this many hours")
+
+    spot: bool = option(False, "use spot capacity; interrupted jobs go on from their checkpoint")
+    max_wait_hours: float | None = option(
+        None, "run and waiting time together with --spot; default: max run + 24"
+    )
+    checkpoint_s3_uri: str | None = option(
+        None, "where resume checkpoints go; default: sagemaker-outputs/JOB/checkpoints"
+    )
+    resume_from: str | None = option(None, "name of an earlier job to go on from")
+    accept_changes: bool = option(
+        False, "resume although configuration, data or code differ from the checkpoint's"
+    )
+    init_from_checkpoint: str | None = option(
+        None, "s3:// URL of a model whose weights to start from"
+    )
+    retries: int = option(1, "restarts by SageMaker after its own internal errors, 0 to 30")
+    keep_alive_minutes: int = option(0, "keep the instance warm for the next job, up to 60")
+
+    data_channel: Literal["stream", "fastfile", "file"] = option(
+        "stream", "how trials reach the job: our stream from S3, or a SageMaker channel"
+    )
+    output_prefix: str = option(OUTPUT_PREFIX, "prefix of all outputs in the bucket")
+    subnets: tuple[str, ...] = option((), "VPC subnets, with --security-group-ids")
+    security_group_ids: tuple[str, ...] = option((), "VPC security groups, with --subnets")
+    encrypt_traffic: bool = option(False, "encrypt traffic between instances")
+    output_kms_key: str | None = option(None, "KMS key for model and outputs")
+    volume_kms_key: str | None = option(None, "KMS key for the storage volume")
+    tags: Mapping[str, str] = option({}, "tag, as KEY=VALUE; may be repeated", flag="--tag")
+    environment: Mapping[str, str] = option(
+        {}, "environment variable of the job, as NAME=VALUE; may be repeated", flag="--env"
+    )
+    tensorboard: bool = option(
+        False, "hand the event file to SageMaker as well (TensorBoardOutputConfig)"
+    )
+    mlflow_tracking_uri: str | None = option(
+        None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
+    )
+    mlflow_experiment: str = option("brain-to-text", "MLflow experiment")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the job runs on this machine: in Docker (SageMaker local mode) or without."""
+        return self.instance_type in ("local", "local_gpu", LOCAL_PROCESS)
+
+    def output_uri(self, job_name: str) -> str:
+        """s3:// folder that holds everything one job leaves."""
+        return f"s3://{self.s3_bucket}/{self.output_prefix.strip('/')}/{job_name}"
+
+
+def new_job_name(config_file: str, now: datetime | None = None) -> str:
+    """A name that is valid, sorts by time and is not taken: b2t-diphone-20260131-101500-3f2a81."""
+    stem = Path(config_file).stem.removeprefix("rnn_args_").removesuffix("_sagemaker")
+    kind = re.sub(r"[^a-zA-Z0-9]+", "-", stem).strip("-")[:30].rstrip("-") or "training"
+    moment = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    return f"b2t-{kind}-{moment}-{secrets.token_hex(3)}"
+
+
+def resolve_config(settings: JobSettings) -> tuple[str, dict[str, Any], TrainingConfig]:
+    """What the job trains with.
+
+    A file that ships in code/ is in the image already and travels by name. Any other file travels
+    as its differences from the default one, because the image cannot contain it.
+
+    Returns:
+        (name of a file in the image, values by dotted key that differ from it, whole config)
+
+    Raises:
+        ConfigError: the file or an override is wrong; nothing is sent to AWS.
+    """
+    given = Path(settings.config_file)
+    shipped = CODE_FOLDER / given.name
+    if not given.is_file() and len(given.parts) == 1:
+        given = shipped
+    overrides = {resolve_key(name): value for name, value in settings.overrides.items()}
+    if settings.num_training_batches is not None:
+        overrides["num_training_batches"] = settings.num_training_batches
+    if settings.batch_size is not None:
+        overrides["dataset.batch_size"] = settings.batch_size
+    if settings.init_from_checkpoint is not None:
+        overrides["init_from_checkpoint"] = True
+        overrides["init_checkpoint_path"] = settings.init_from_checkpoint
+    config = load_config(given, overrides)
+    in_image = given.resolve() == shipped.resolve() and shipped.is_file()
+    base = shipped if in_image else CODE_FOLDER / DEFAULT_CONFIG
+    return base.name, dict(_differing(config, load_config(base))), config
+
+
+def training_request(settings: JobSettings) -> dict[str, Any]:
+    """The CreateTrainingJob request, complete: role, image and name must be known by now.
+
+    Raises:
+        ConfigError: the training configuration is wrong.
+        JobError: role, image or name is missing, or a value breaks a limit of the API.
+    """
+    for name, hint in (
+        ("role", "give --role, or set SAGEMAKER_ROLE_ARN"),
+        ("image_uri", "give --image-uri, or run ./build_and_push.sh first"),
+        ("job_name", "give --job-name"),
+    ):
+        if getattr(settings, name) is None:
+            raise JobError(f"The job has no {name.replace('_', ' ')}: {hint}.")
+    job_name = str(settings.job_name)
+    output_uri = settings.output_uri(job_name)
+    request: dict[str, Any] = {
+        "TrainingJobName": job_name,
+        "RoleArn": settings.role,
+        "AlgorithmSpecification": {
+            "TrainingImage": settings.image_uri,
+            "TrainingInputMode": "FastFile" if settings.data_channel == "fastfile" else "File",
+            "MetricDefinitions": [dict(metric) for metric in METRIC_DEFINITIONS],
+        },
+        "HyperParameters": _hyperparameters(settings, output_uri),
+        "OutputDataConfig": {"S3OutputPath": output_uri.rsplit("/", 1)[0]},
+        "ResourceConfig": {
+            "InstanceType": settings.instance_type,
+            "InstanceCount": settings.instance_count,
+            "VolumeSizeInGB": settings.volume_gb,
+        },
+        "StoppingCondition": {"MaxRuntimeInSeconds": _seconds(settings.max_run_hours)},
+        "CheckpointConfig": {
+            "S3Uri": _checkpoint_uri(settings, output_uri),
+            "LocalPath": CHECKPOINT_FOLDER,
+        },
+        "Tags": [
+            {"Key": key, "Value": value}
+            for key, value in {"project": "brain-to-text", **settings.tags}.items()
+        ],
+        "ProfilerConfig": {"DisableProfiler": True},
+    }
+    if settings.data_channel != "stream":
+        request["InputDataConfig"] = [_data_channel(settings)]
+    if settings.output_kms_key:
+        request["OutputDataConfig"]["KmsKeyId"] = settings.output_kms_key
+    if settings.volume_kms_key:
+        request["ResourceConfig"]["VolumeKmsKeyId"] = settings.volume_kms_key
+    if settings.keep_alive_minutes:
+        request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = settings.keep_alive_minutes * 60
+    if settings.subnets:
+        request["VpcConfig"] = {
+            "SecurityGroupIds": list(settings.security_group_ids),
+            "Subnets": list(settings.subnets),
+        }
+    if settings.encrypt_traffic:
+        request["EnableInterContainerTrafficEncryption"] = True
+    if settings.spot:
+        wait = settings.max_wait_hours or settings.max_run_hours + 24
+        request["EnableManagedSpotTraining"] = True
+        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = _seconds(wait)
+    if settings.retries:
+        request["RetryStrategy"] = {"MaximumRetryAttempts": settings.retries}
+    if settings.tensorboard:
+        request["TensorBoardOutputConfig"] = {
+            "S3OutputPath": request["OutputDataConfig"]["S3OutputPath"],
+            "LocalPath": TENSORBOARD_FOLDER,
+        }
+    environment = _environment(settings, job_name)
+    if environment:
+        request["Environment"] = environment
+    return request
+
+
+def hyperparameter_text(value: Any) -> str:
+    """`value` as text that reaches the program unchanged through the toolkit's JSON decoding.
+
+    Text that JSON would read as something else ("007", "true") is quoted. The toolkit rewrites
+    mappings as k=v lists, so they travel as quoted text, which the program reads as YAML.
+    """
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":"))
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
+
+
+def _hyperparameters(settings: JobSettings, output_uri: str) -> dict[str, str]:
+    base, changed, _ = resolve_config(settings)
+    values: dict[str, Any] = {
+        "s3-bucket": settings.s3_bucket,
+        "s3-data-prefix": settings.s3_data_prefix.strip("/"),
+        "config-file": base,
+        "output-s3-uri": output_uri,
+        **changed,
+    }
+    if settings.accept_changes:
+        values["accept-changes"] = True
+    if settings.data_channel != "stream":
+        values["data-dir"] = CHANNEL_FOLDER
+    if settings.tensorboard and not settings.is_local:
+        values["tensorboard-dir"] = TENSORBOARD_FOLDER
+    encoded = {name: hyperparameter_text(value) for name, value in values.items()}
+    if len(encoded) > 100:
+        raise JobError(
+            f"The configuration differs from {base} in {len(changed)} values and SageMaker takes "
+            "100 hyperparameters: put the file into code/ and run ./build_and_push.sh."
+        )
+    for name, value in encoded.items():
+        if len(value) > 2500:
+            raise JobError(
+                f"Setting '{name}' is {len(value)} characters long and SageMaker takes 2500: "
+                "put it into a config file in code/ and run ./build_and_push.sh."
+            )
+    return encoded
+
+
+def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
+    environment = dict(settings.environment)
+    if settings.mlflow_tracking_uri:
+        environment.setdefault("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri)
+        environment.setdefault("MLFLOW_EXPERIMENT_NAME", settings.mlflow_experiment)
+        environment.setdefault("MLFLOW_RUN_NAME", job_name)
+    return environment
+
+
+def _data_channel(settings: JobSettings) -> dict[str, Any]:
+    return {
+        "ChannelName": "training",
+        "InputMode": "FastFile" if settings.data_channel == "fastfile" else "File",
+        "DataSource": {
+            "S3DataSource": {
+                "S3DataType": "S3Prefix",
+                "S3Uri": f"s3://{settings.s3_bucket}/{settings.s3_data_prefix.strip('/')}/",
+                "S3DataDistributionType": "FullyReplicated",
+            }
+        },
+    }
+
+
+def _checkpoint_uri(settings: JobSettings, output_uri: str) -> str:
+    if settings.checkpoint_s3_uri:
+        return settings.checkpoint_s3_uri
+    if settings.resume_from:
+        return f"{settings.output_uri(settings.resume_from)}/checkpoints"
+    return f"{output_uri}/checkpoints"
+
+
+def _differing(config: TrainingConfig, base: TrainingConfig) -> Iterator[tuple[str, Any]]:
+    for path, _, _ in config_keys():
+        value, reference = _at(config, path), _at(base, path)
+        if value is _ABSENT:
+            continue
+        if dataclasses.is_dataclass(value):
+            if reference is None:  # an optional block: its leaves follow, all of them
+                continue
+        elif value != reference:
+            yield path, value
+
+
+_ABSENT = object()
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        if config is None:
+            return _ABSENT
+        config = getattr(config, name)
+    return config
+
+
+def _seconds(hours: float) -> int:
+    return round(hours * 3600)
+
+
+def _check(settings: JobSettings) -> None:
+    def refuse(what: str) -> None:
+        raise JobError(what)
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", settings.s3_bucket):
+        refuse(
+            f"Bucket name '{settings.s3_bucket}' is not valid: "
+            "give the bare name, without s3:// and without a prefix."
+        )
+    for name in ("job_name", "resume_from"):
+        value = getattr(settings, name)
+        if value is not None and not _JOB_NAME.fullmatch(value):
+            refuse(
+                f"Job name '{value}' is not valid: letters, digits and single hyphens inside, "
+                "at most 63 characters."
+            )
+    limits = (
+        ("instance_count", 1, 1000),
+        ("volume_gb", 1, 16384),
+        ("max_run_hours", 1 / 60, 28 * 24),
+        ("retries", 0, 30),
+        ("keep_alive_minutes", 0, 60),
+        ("num_training_batches", 1, 10**9),
+        ("batch_size", 1, 10**6),
+    )
+    for name, low, high in limits:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            flag = name.replace("_", "-")
+            refuse(f"Option --{flag} is {value} but must be from {low:g} to {high:g}.")
+    if settings.data_channel not in ("stream", "fastfile", "file"):
+        refuse(f"--data-channel is '{settings.data_channel}': choose stream, fastfile or file.")
+    if not settings.is_local and not re.fullmatch(
+        r"ml\.[a-z0-9-]+\.[a-z0-9]+", settings.instance_type
+    ):
+        refuse(
+            f"--instance-type is '{settings.instance_type}': it starts with ml., as ml.g5.2xlarge."
+        )
+    if settings.instance_type == LOCAL_PROCESS:
+        if settings.instance_count > 1:
+            refuse(
+                "--instance-type local_process is one host: drop --instance-count, or use local."
+            )
+        if settings.data_channel != "stream":
+            refuse("--instance-type local_process has no channels: drop --data-channel.")
+    if settings.max_wait_hours is not None:
+        if not settings.spot:
+            refuse("--max-wait-hours only means something together with --spot.")
+        if settings.max_wait_hours < settings.max_run_hours:
+            refuse(
+                f"--max-wait-hours ({settings.max_wait_hours:g}) counts waiting and running, so it "
+                f"cannot be less than --max-run-hours ({settings.max_run_hours:g})."
+            )
+    if bool(settings.subnets) != bool(settings.security_group_ids):
+        refuse("A VPC needs both --subnets and --security-group-ids.")
+    for name in ("checkpoint_s3_uri", "init_from_checkpoint"):
+        value = getattr(settings, name)
+        if value is not None and not re.match(r"s3://[^/]+/.+", value):
+            refuse(f"--{name.replace('_', '-')} is '{value}': give an s3://BUCKET/KEY URL.")
+    if settings.checkpoint_s3_uri and settings.resume_from:
+        refuse("Give --resume-from or --checkpoint-s3-uri, not both.")
+    if settings.spot and settings.keep_alive_minutes:
+        refuse("Spot jobs cannot keep instances warm: drop --keep-alive-minutes or --spot.")
+    for kind, values in (("variable", settings.environment), ("setting", settings.overrides)):
+        for name, value in values.items():
+            if _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
+                refuse(
+                    f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
+                    "everybody who may describe it: give the role access instead."
+                )
+    if settings.mlflow_tracking_uri:
+        if _SECRET_VALUE.search(settings.mlflow_tracking_uri):
+            refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
+        if not re.match(r"https?://\S+$", settings.mlflow_tracking_uri) and not MLFLOW_ARN.match(
+            settings.mlflow_tracking_uri
+        ):
+            refuse(
+                f"--mlflow-tracking-uri is '{settings.mlflow_tracking_uri}': give an http(s):// "
+                "address, or the ARN of an mlflow-tracking-server or mlflow-app."
+            )

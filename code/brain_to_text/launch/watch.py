@@ -1,0 +1,169 @@
+"""Follow a job: phases as they change, log lines as they arrive, a bar with what is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from ..errors import JobError
+from ..log_lines import Progress
+from .account import AwsAccount, error_code
+from .jobs import JobState, job_state
+
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
+
+
+class JobLogReader:
+    """New log lines of a job, from every host, each line once.
+
+    CloudWatch hands lines out by stream and token; lines of one host stay in order.
+    """
+
+    def __init__(self, job_name: str, account: AwsAccount) -> None:
+        self._prefix = f"{job_name}/"
+        self._logs = account.client("logs")
+        self._tokens: dict[str, str] = {}
+
+    def new_lines(self) -> Iterator[str]:
+        """Lines since the last call; those of further hosts begin with the host's name."""
+        for stream in self._streams():
+            # streams are named JOB/algo-2-1700000000
+            host = stream.removeprefix(self._prefix).rpartition("-")[0]
+            for message in self._messages(stream):
+                yield message if host in ("algo-1", "") else f"{host}: {message}"
+
+    def _streams(self) -> list[str]:
+        from botocore.exceptions import ClientError
+
+        try:
+            pages = self._logs.get_paginator("describe_log_streams").paginate(
+                logGroupName=LOG_GROUP, logStreamNamePrefix=self._prefix
+            )
+            return [s["logStreamName"] for page in pages for s in page["logStreams"]]
+        except ClientError as error:
+            if error_code(error) == "ResourceNotFoundException":
+                return []  # no job has ever logged in this region
+            raise
+
+    def _messages(self, stream: str) -> Iterator[str]:
+        while True:
+            place: dict[str, Any] = {"logGroupName": LOG_GROUP, "logStreamName": stream}
+            if stream in self._tokens:
+                place["nextToken"] = self._tokens[stream]
+            answer = self._logs.get_log_events(startFromHead=True, **place)
+            for event in answer["events"]:
+                yield _printable(event["message"])
+            token = answer["nextForwardToken"]
+            if self._tokens.get(stream) == token or not answer["events"]:
+                self._tokens[stream] = token
+                return
+            self._tokens[stream] = token
+
+
+def watch(
+    name: str,
+    account: AwsAccount,
+    *,
+    out: TextIO | None = None,
+    bar: TextIO | None = None,
+    poll_seconds: float = 10.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> JobState:
+    """Show a job until it ends; returns its last state.
+
+    Args:
+        name: the training job.
+        account: where it runs.
+        out: phases and log lines; standard output by default.
+        bar: where the progress bar is redrawn; standard error by default, and only on a terminal.
+
+    Raises:
+        JobError: no such job, or AWS could not be asked ten times in a row.
+        KeyboardInterrupt: Ctrl-C; the job is not affected.
+    """
+    out, bar = out or sys.stdout, bar or sys.stderr
+    reader, progress = JobLogReader(name, account), Progress()
+    drawn = _Bar(bar)
+    shown, failures = 0, 0
+    asked, troubles = True, _troubles()
+    state = job_state(name, account)
+    progress.total_steps = _total_steps(state)
+    while True:
+        try:
+            state = state if asked else job_state(name, account)
+            asked = False
+            # after the state: what was logged before the end is read before leaving
+            lines = list(reader.new_lines())
+            failures = 0
+        except troubles as error:
+            lines = []
+            failures = _missed(failures, error, name, bar)
+        drawn.clear()
+        for started, phase, message in state.transitions[shown:]:
+            print(f"{started:%H:%M:%S} {phase}: {message}", file=out, flush=True)
+        shown = len(state.transitions)
+        for line in lines:
+            progress.read(line)
+            print(line, file=out, flush=True)
+        if state.is_final and not failures:
+            return state
+        drawn.show(progress.bar() if progress.step >= 0 else state.status)
+        sleep(poll_seconds)
+
+
+def goodbye(name: str, command: str) -> str:
+    """What to say when the user stops watching."""
+    return (
+        f"{name} goes on without you: come back with `{command} --watch {name}`, "
+        f"stop it with `{command} --stop {name}`."
+    )
+
+
+class _Bar:
+    """A line that is redrawn in place, on terminals only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream if stream.isatty() else None
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        if self._stream is not None:
+            self._stream.write("\r" + text.ljust(self._width))
+            self._stream.flush()
+            self._width = len(text)
+
+    def clear(self) -> None:
+        if self._stream is not None and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+
+
+def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
+    if failures + 1 >= PATIENCE:
+        raise JobError(
+            f"AWS could not be asked about {name} {PATIENCE} times in a row ({error}): the job is "
+            f"not affected; come back with --watch {name}."
+        ) from error
+    if failures == 0:
+        print(f"Lost sight of {name} for a moment: {error}", file=stream, flush=True)
+    return failures + 1
+
+
+def _troubles() -> tuple[type[Exception], ...]:
+    """What a poll may raise while the job is perfectly well."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return JobError, BotoCoreError, ClientError
+
+
+def _total_steps(state: JobState) -> int | None:
+    text = state.request.get("HyperParameters", {}).get("num_training_batches", "")
+    return int(text) if text.isdigit() else None
+
+
+def _printable(message: str) -> str:
+    """A log line without control characters, which could rewrite the terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else " " for c in message.rstrip("\r\n"))

@@ -1,0 +1,1 @@
+"""How good the decoder is: error rates, words, tables, reports."""

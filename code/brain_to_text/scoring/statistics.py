@@ -1,0 +1,375 @@
+"""What a decoder got wrong, and how sure one may be of it: alignment, intervals, paired tests.
+
+Everything works on counts per trial. An error rate is token-weighted (all errors over all reference
+tokens) and its uncertainty comes from resampling trials, the unit in which the data was recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from ..errors import DataError
+from ..labels.phonemes import BLANK, N_PHONEMES
+from .decoding import ErrorCounts, edit_counts
+
+N_RESAMPLES = 10_000
+EXACT_PAIRS = 14  # up to 2 ** 14 sign patterns are enumerated instead of drawn
+_BLOCK = 4_000_000  # random numbers drawn at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A rate with its two-sided confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Model B against model A on the same trials; a negative difference means B is better.
+
+    Attributes:
+        difference: rate B minus rate A, with its interval over resampled trials.
+        p_value: two-sided, of the test that swaps the models' results trial by trial.
+        trials_better, trials_worse: where B makes fewer, or more, errors than A.
+    """
+
+    rate_a: float
+    rate_b: float
+    difference: Interval
+    p_value: float
+    trials_better: int
+    trials_worse: int
+    n_trials: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rate_a": self.rate_a,
+            "rate_b": self.rate_b,
+            "difference": self.difference.as_dict(),
+            "p_value": self.p_value,
+            "trials_better": self.trials_better,
+            "trials_worse": self.trials_worse,
+            "n_trials": self.n_trials,
+        }
+
+
+# --- alignment ------------------------------------------------------------------------------------
+
+
+def align(
+    reference: Sequence[Hashable], hypothesis: Sequence[Hashable]
+) -> list[tuple[Any | None, Any | None]]:
+    """A minimum-edit alignment as (reference token, hypothesis token); None for a missing side."""
+    pairs: list[tuple[Any | None, Any | None]] = []
+    for block in Levenshtein.opcodes(reference, hypothesis):
+        left = reference[block.src_start : block.src_end]
+        right = hypothesis[block.dest_start : block.dest_end]
+        if block.tag == "delete":
+            pairs += [(token, None) for token in left]
+        elif block.tag == "insert":
+            pairs += [(None, token) for token in right]
+        else:
+            pairs += list(zip(left, right, strict=True))
+    return pairs
+
+
+def count_errors(reference: Sequence[int], hypothesis: Sequence[int]) -> ErrorCounts:
+    """Substitutions, deletions and insertions of one minimum-edit alignment."""
+    return ErrorCounts(*edit_counts(reference, hypothesis), len(reference))
+
+
+# --- uncertainty ----------------------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    errors: Sequence[int] | np.ndarray,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Token-weighted rate and its interval over trials drawn with replacement.
+
+    The percentiles are taken a little further out than `level` says, so that few trials do not give
+    too narrow an interval: the expanded percentile interval of Hesterberg, "What Teachers Should
+    Know About the Bootstrap" (2015), section 3.3.
+
+    Args:
+        errors, tokens: [n_trials] counts.
+        level: coverage.
+        resamples: draws of n_trials trials.
+        seed: of the draws; equal seeds give equal intervals.
+
+    Raises:
+        DataError: no trials, no tokens, or lengths that differ.
+    """
+    error_counts, token_counts = _checked(errors, tokens)
+    value = float(error_counts.sum() / token_counts.sum())
+    if not error_counts.any():
+        return Interval(value, 0.0, _upper_without_errors(token_counts, level))
+    rates = _resampled(error_counts, token_counts, resamples, seed)
+    low, high = _expanded_percentiles(rates, len(error_counts), level)
+    return Interval(value, low, high)
+
+
+def compare_paired(
+    errors_a: Sequence[int] | np.ndarray,
+    errors_b: Sequence[int] | np.ndarray,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> PairedComparison:
+    """Is model B better than model A, given both models' errors on the same trials?
+
+    Under the null hypothesis the two models are exchangeable on every trial: the p-value is the
+    share of sign patterns of the per-trial differences that give at least the observed difference
+    (all patterns when few trials differ, else `resamples` random ones, plus one).
+
+    Raises:
+        DataError: as `bootstrap_interval`.
+    """
+    a, token_counts = _checked(errors_a, tokens)
+    b, _ = _checked(errors_b, tokens)
+    difference = b - a
+    total = int(token_counts.sum())
+    rates = _resampled(difference, token_counts, resamples, seed)
+    low, high = _expanded_percentiles(rates, len(a), level)
+    return PairedComparison(
+        rate_a=float(a.sum() / total),
+        rate_b=float(b.sum() / total),
+        difference=Interval(float(difference.sum() / total), low, high),
+        p_value=_sign_flip_p_value(difference, resamples, seed),
+        trials_better=int((difference < 0).sum()),
+        trials_worse=int((difference > 0).sum()),
+        n_trials=len(a),
+    )
+
+
+def _checked(
+    errors: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    error_counts = np.asarray(errors, dtype=np.int64)
+    token_counts = np.asarray(tokens, dtype=np.int64)
+    if error_counts.shape != token_counts.shape or error_counts.ndim != 1:
+        raise DataError(
+            f"Errors of {error_counts.size} trials cannot be compared with the tokens of "
+            f"{token_counts.size}: evaluate both models on the same trials."
+        )
+    if not token_counts.sum():
+        raise DataError(
+            "There are no reference tokens, so there is no error rate: use a split with labels "
+            "(--split val)."
+        )
+    return error_counts, token_counts
+
+
+def _resampled(errors: np.ndarray, tokens: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """[resamples] rates of trials drawn with replacement; draws without tokens are left out."""
+    random = np.random.default_rng(seed)
+    n = len(errors)
+    rates = []
+    for start in range(0, resamples, max(1, _BLOCK // n)):
+        rows = min(max(1, _BLOCK // n), resamples - start)
+        drawn = random.integers(0, n, size=(rows, n))
+        totals = tokens[drawn].sum(axis=1)
+        some = totals > 0
+        rates.append(errors[drawn].sum(axis=1)[some] / totals[some])
+    return np.concatenate(rates)
+
+
+def _upper_without_errors(tokens: np.ndarray, level: float) -> float:
+    """Resampling says nothing when no error was seen: the exact binomial bound on trials with an
+    error (Clopper & Pearson 1934), at one error in each of them."""
+    trials_with_an_error = 1 - ((1 - level) / 2) ** (1 / len(tokens))
+    return float(trials_with_an_error / tokens.mean())
+
+
+def _expanded_percentiles(rates: np.ndarray, n: int, level: float) -> tuple[float, float]:
+    if n < 2:
+        return float("nan"), float("nan")
+    widened = _t_quantile((1 + level) / 2, n - 1) * np.sqrt(n / (n - 1))
+    tail = 1 - NormalDist().cdf(float(widened))
+    low, high = np.quantile(rates, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t: Abramowitz & Stegun 26.7.5, 3 digits from 5 degrees of freedom."""
+    z, v = NormalDist().inv_cdf(probability), degrees
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
+
+
+def _sign_flip_p_value(difference: np.ndarray, resamples: int, seed: int) -> float:
+    moved = difference[difference != 0]
+    observed = abs(int(moved.sum()))
+    if not moved.size:
+        return 1.0
+    if moved.size <= EXACT_PAIRS:
+        signs = np.array(list(itertools.product((-1, 1), repeat=int(moved.size))))
+        return float(np.mean(np.abs(signs @ moved) >= observed))
+    random = np.random.default_rng([seed, 1])
+    extreme = 0
+    rows = max(1, _BLOCK // moved.size)
+    for start in range(0, resamples, rows):
+        shape = (min(rows, resamples - start), moved.size)
+        signs = random.integers(0, 2, size=shape, dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ moved) >= observed).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+# --- where the errors are -------------------------------------------------------------------------
+
+
+def rates_by(
+    keys: Sequence[Hashable],
+    errors: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    resamples: int = 2000,
+) -> dict[Any, dict[str, Any]]:
+    """Per group of trials: its rate with interval, trials, tokens and errors; groups sorted."""
+    groups: dict[Any, list[int]] = {}
+    for position, name in enumerate(keys):
+        groups.setdefault(name, []).append(position)
+    error_counts, token_counts = np.asarray(errors), np.asarray(tokens)
+    table = {}
+    for name in sorted(groups, key=_sort_key):
+        members = groups[name]
+        if not token_counts[members].sum():
+            continue
+        interval = bootstrap_interval(
+            error_counts[members], token_counts[members], resamples=resamples
+        )
+        table[name] = {
+            **interval.as_dict(),
+            "n_trials": len(members),
+            "tokens": int(token_counts[members].sum()),
+            "errors": int(error_counts[members].sum()),
+        }
+    return table
+
+
+def _sort_key(name: Hashable) -> tuple[int, Any]:
+    return (0, name) if isinstance(name, (int, float)) else (1, str(name))
+
+
+def length_group(tokens: int) -> str:
+    """The bucket of a sentence by its reference phonemes, in tens: "01–10", "11–20", …"""
+    first = 10 * max((tokens - 1) // 10, 0) + 1
+    return f"{first:02d}–{first + 9:02d}"
+
+
+def confusion_matrix(
+    pairs: Iterable[tuple[int | None, int | None]], n_classes: int = N_PHONEMES
+) -> np.ndarray:
+    """[n_classes, n_classes] int64 counts, reference by hypothesis, of aligned tokens.
+
+    The blank is never a label, so row 0 holds insertions and column 0 deletions.
+    """
+    matrix = np.zeros((n_classes, n_classes), dtype=np.int64)
+    for reference, hypothesis in pairs:
+        matrix[
+            BLANK if reference is None else reference, BLANK if hypothesis is None else hypothesis
+        ] += 1
+    return matrix
+
+
+def diphone_errors(
+    alignments: Iterable[Sequence[tuple[int | None, int | None]]],
+) -> dict[tuple[int, int], ErrorCounts]:
+    """How phonemes fare after each other phoneme: (previous, current) → counts for `current`.
+
+    `previous` is the reference phoneme before, 0 at the start; insertions belong to no diphone.
+    """
+    counts: dict[tuple[int, int], ErrorCounts] = {}
+    for pairs in alignments:
+        previous = BLANK
+        for reference, hypothesis in pairs:
+            if reference is None:
+                continue
+            one = ErrorCounts(
+                substitutions=int(hypothesis is not None and hypothesis != reference),
+                deletions=int(hypothesis is None),
+                reference_labels=1,
+            )
+            diphone = (previous, reference)
+            counts[diphone] = counts.get(diphone, ErrorCounts()) + one
+            previous = reference
+    return counts
+
+
+def worst_diphones(
+    counts: Mapping[tuple[int, int], ErrorCounts], *, at_least: int = 5, most: int = 20
+) -> list[tuple[tuple[int, int], ErrorCounts]]:
+    """The diphones seen `at_least` times with the highest error rates, worst first."""
+    frequent = [
+        (pair, c) for pair, c in counts.items() if c.reference_labels >= at_least and c.edits
+    ]
+    return sorted(
+        frequent, key=lambda entry: (-entry[1].rate, -entry[1].reference_labels, entry[0])
+    )[:most]
+
+
+def token_correctness(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> np.ndarray:
+    """[len(hypothesis)] bool: the token is matched by an equal reference token."""
+    return np.array(
+        [r is not None and r == h for r, h in align(reference, hypothesis) if h is not None],
+        dtype=bool,
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How often tokens decoded with a given confidence are right.
+
+    Attributes:
+        confidence, accuracy, count: [n_bins], NaN confidence and accuracy in empty bins.
+        expected_error: mean |accuracy - confidence| weighted by count.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+    expected_error: float
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 10) -> Calibration:
+    """Reliability of token confidences: equal-width bins on 0 … 1.
+
+    The expected calibration error is that of Guo et al., "On Calibration of Modern Neural Networks"
+    (2017), equation 3.
+
+    Args:
+        confidence: [n] in 0 … 1.
+        correct: [n] bool.
+    """
+    confidence = np.asarray(confidence, dtype=np.float64)
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    count = np.bincount(bins, minlength=n_bins)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(bins, confidence, n_bins) / count
+        accuracy = np.bincount(bins, np.asarray(correct, dtype=np.float64), n_bins) / count
+    gap = np.abs(accuracy - mean_confidence)
+    expected = float(np.nansum(gap * count) / max(count.sum(), 1))
+    return Calibration(mean_confidence, accuracy, count, expected)

@@ -1,0 +1,238 @@
+"""What decoded trials add up to: rates with intervals, groups, confusions, a rival's difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..labels.diphones import LABEL_FORMS, LabelForm
+from ..labels.phonemes import BLANK, N_PHONEMES, PHONEMES
+from ..labels.recording_blocks import corpus_of
+from .decoding import ErrorCounts
+from .statistics import (
+    align,
+    bootstrap_interval,
+    calibration,
+    compare_paired,
+    confusion_matrix,
+    count_errors,
+    diphone_errors,
+    length_group,
+    rates_by,
+    token_correctness,
+    worst_diphones,
+)
+from .trial_decoding import DecodedTrial
+
+RATES = ("DER", "PER", "PER (diphone path)")
+_NAMED = 5  # trials that a line names before it says "…"
+# Half of all self-loop labels are p→p; of transition labels, those of a repeated phoneme.
+_MANY_LOOPS, _FEW_LOOPS, _ENOUGH_DIPHONES = 0.25, 0.05, 50
+
+
+def summarise(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
+    """Everything the report and summary.json say about decoded trials, as plain types.
+
+    Without labels only the number of trials is known.
+    """
+    labelled = [trial for trial in trials if trial.reference]
+    summary: dict[str, Any] = {"n_trials": len(trials)}
+    if not labelled:
+        return summary
+    counts = {name: _counts(labelled, name) for name in RATES}
+    counts = {name: rows for name, rows in counts.items() if rows}
+    summary["rates"] = {
+        name: bootstrap_interval(*_errors_and_labels(rows)).as_dict()
+        for name, rows in counts.items()
+    }
+    summary["counts"] = {
+        name: vars(sum(rows, ErrorCounts())).copy() for name, rows in counts.items()
+    }
+    nats = [trial.nats for trial in labelled if trial.nats is not None]
+    if nats:
+        frames = sum(len(t.phoneme_log_probs) for t in labelled if t.nats is not None)
+        summary["ctc_nats_per_frame"] = sum(nats) / max(frames, 1)
+    keys: dict[str, list[Any]] = {
+        "session": [t.record.session for t in labelled],
+        "corpus": [corpus_name(t) for t in labelled],
+        "block": [f"{t.record.session} block {t.record.block_num}" for t in labelled],
+        "length": [length_group(len(t.reference or ())) for t in labelled],
+    }
+    summary["groups"] = {
+        name: {kind: rates_by(key, *_errors_and_labels(rows)) for kind, key in keys.items()}
+        for name, rows in counts.items()
+    }
+    alignments = [align(t.reference or [], t.hypothesis) for t in labelled]
+    summary["confusion"] = confusion_matrix(p for pairs in alignments for p in pairs).tolist()
+    summary["worst_diphones"] = [
+        {
+            "diphone": diphone_name(*diphone),
+            "rate": c.rate,
+            "errors": c.edits,
+            "tokens": c.reference_labels,
+        }
+        for diphone, c in worst_diphones(diphone_errors(alignments))
+    ]
+    known = calibration(
+        np.concatenate([t.confidences for t in labelled]),
+        np.concatenate([token_correctness(t.reference or [], t.hypothesis) for t in labelled]),
+    )
+    summary["calibration"] = {
+        "confidence": known.confidence.tolist(),
+        "accuracy": known.accuracy.tolist(),
+        "count": known.count.tolist(),
+        "expected_error": known.expected_error,
+    }
+    return summary
+
+
+def compare(
+    trials: Sequence[DecodedTrial], other: Sequence[DecodedTrial], other_name: str
+) -> dict[str, Any]:
+    """A model's trials against another model's, per error rate that both have.
+
+    Only trials that both decoded count; the others are listed under `left_out`, by reason.
+
+    Raises:
+        DataError: no labelled trial in common.
+    """
+    mine = {t.index: t for t in trials if t.reference}
+    theirs = {t.index: t for t in other if t.reference}
+    shared = sorted(mine.keys() & theirs.keys())
+    if not shared:
+        raise DataError(
+            "The two models share no labelled trial to be compared on: use --split val and models "
+            "trained on the same sessions."
+        )
+    metrics = {}
+    for name in RATES:
+        rows = _counts([mine[i] for i in shared], name)
+        rows_other = _counts([theirs[i] for i in shared], name)
+        if rows and rows_other:
+            errors, labels = _errors_and_labels(rows)
+            errors_other, _ = _errors_and_labels(rows_other)
+            metrics[name] = compare_paired(errors_other, errors, labels).as_dict()
+    decoded = {t.index: t.record.name for t in (*trials, *other)}
+    left_out = {
+        "decoded by this model only": mine.keys() - theirs.keys(),
+        "decoded by the other model only": theirs.keys() - mine.keys(),
+        "without labels": decoded.keys() - mine.keys() - theirs.keys(),
+    }
+    return {
+        "other": other_name,
+        "n_trials": len(shared),
+        "left_out": {
+            reason: [decoded[index] for index in sorted(indices)]
+            for reason, indices in left_out.items()
+            if indices
+        },
+        "metrics": metrics,
+    }
+
+
+def compared_trials(comparison: Mapping[str, Any]) -> str:
+    """On which trials a comparison was made, in one sentence."""
+    said = f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
+    for reason, names in comparison.get("left_out", {}).items():
+        some = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+        said += f"; {len(names):,} left out, {reason} ({some})"
+    return said
+
+
+def apparent_label_form(trials: Sequence[DecodedTrial]) -> LabelForm | None:
+    """The form of the labels that a model must have been trained on, by what it decodes.
+
+    None where that is not plain: too little decoded, or too badly for its silence on p→p to count.
+    """
+    decoded = [c for t in trials for c in t.class_hypothesis or ()]
+    if len(decoded) < _ENOUGH_DIPHONES:
+        return None
+    share = sum(c // N_PHONEMES == c % N_PHONEMES for c in decoded) / len(decoded)
+    if share >= _MANY_LOOPS:
+        return "self_loop"
+    labelled = [t for t in trials if t.reference]
+    per = sum(_counts(labelled, "PER"), ErrorCounts()).rate if labelled else 1.0
+    return "transition" if share <= _FEW_LOOPS and per < 0.5 else None
+
+
+def label_form_remark(
+    trials: Sequence[DecodedTrial], known: LabelForm | None, data: str
+) -> str | None:
+    """One sentence where the model's diphones and the data's are in different forms.
+
+    Args:
+        known: the model's form, where training kept it.
+        data: the manifest's.
+    """
+    form = known or apparent_label_form(trials)
+    if form is None or data not in LABEL_FORMS or form == data:
+        return None
+    encode = f"'python code/prepare_dataset.py encode SOURCE TARGET --form {form}'"
+    if known is not None:
+        return (
+            f"WARNING: the model was trained on {form} labels and the data has {data} labels: its "
+            f"diphones are read in its own form, and there is no DER; for one, type {encode}"
+        )
+    return (
+        f"WARNING: the data has {data} labels but the model's diphones look like {form} labels: "
+        f"DER and PER (diphone path) say nothing, PER is sound; for all three, type {encode}"
+    )
+
+
+def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> list[str]:
+    """The lines a person reads on the terminal."""
+    lines = []
+    for name, rate in summary.get("rates", {}).items():
+        c = summary.get("counts", {}).get(name)
+        edits = c and (
+            f"; {c['substitutions']} substitutions, {c['deletions']} deletions, "
+            f"{c['insertions']} insertions in {c['reference_labels']} labels"
+        )
+        lines.append(
+            f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}"
+            f"{edits or ''})"
+        )
+    if not lines:
+        lines.append(f"{summary['n_trials']} trials without labels: no error rates")
+    if comparison:
+        lines.append(compared_trials(comparison))
+    for name, c in (comparison or {}).get("metrics", {}).items():
+        d = c["difference"]
+        lines.append(
+            f"{name} against {comparison['other']}: {c['rate_b']:.4f} vs {c['rate_a']:.4f}, "  # type: ignore[index]
+            f"difference {d['value']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}), "
+            f"p = {c['p_value']:.2g}"
+        )
+    return lines
+
+
+def corpus_name(trial: DecodedTrial) -> str:
+    """The corpus of a trial's block, from the file or from the public description."""
+    record = trial.record
+    return record.corpus or corpus_of(record.session, record.block_num) or "unknown"
+
+
+def diphone_name(previous: int, current: int) -> str:
+    """ "K→AE"; "#" is the boundary of the sentence."""
+    names = ["#" if p == BLANK else PHONEMES[p].strip() for p in (previous, current)]
+    return "→".join(names)
+
+
+def _counts(trials: Sequence[DecodedTrial], name: str) -> list[ErrorCounts]:
+    """Per trial, or nothing when the model or the data has no such labels."""
+    sides = {
+        "DER": lambda t: (t.class_reference, t.class_hypothesis),
+        "PER": lambda t: (t.reference, t.hypothesis),
+        "PER (diphone path)": lambda t: (t.reference, t.path),
+    }[name]
+    pairs = [sides(trial) for trial in trials]
+    if any(reference is None or hypothesis is None for reference, hypothesis in pairs):
+        return []
+    return [count_errors(reference, hypothesis) for reference, hypothesis in pairs]
+
+
+def _errors_and_labels(rows: Sequence[ErrorCounts]) -> tuple[list[int], list[int]]:
+    return [row.edits for row in rows], [row.reference_labels for row in rows]

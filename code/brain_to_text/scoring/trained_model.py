@@ -1,0 +1,324 @@
+"""A trained model wherever it lies: a folder, a `model.tar.gz`, or either of them on S3.
+
+Nothing is unpacked to disk and no pickled code runs.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..config import TrainingConfig, config_from_dict
+from ..dataset.store import ObjectStore, open_store
+from ..errors import CheckpointError, StorageError
+from ..labels.diphones import LABEL_FORMS, LabelForm
+from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
+from ..model.weights_file import load_verified
+
+CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
+_ARGS = ("checkpoint/args.yaml", "args.yaml")
+_LOGS = ("training_log",)
+_ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
+
+_TRAIN_LINE = re.compile(r"Train batch (\d+): loss: (\S+) grad norm: (\S+) time: (\S+)(.*)")
+_VAL_LINE = re.compile(r"Val batch (\d+): (.*)")
+_FIELD = re.compile(r"([A-Za-z/][A-Za-z/() ]*?): ([0-9.eE+-]+)(%?)")
+
+
+@dataclass(frozen=True)
+class ModelArtefact:
+    """What a training run left.
+
+    Attributes:
+        location: where it was read from.
+        config: the run's resolved configuration.
+        sessions: in day-layer order.
+        weights: the state dict, on the CPU.
+        step: training steps behind the weights, where known.
+        metrics: rows by kind, "train" and "validation", from metrics.jsonl or the log's lines.
+        label_form: of the diphone labels it was trained on, where known.
+    """
+
+    location: str
+    config: TrainingConfig
+    sessions: tuple[str, ...]
+    weights: Mapping[str, torch.Tensor]
+    step: int | None
+    metrics: Mapping[str, list[dict[str, Any]]]
+    label_form: LabelForm | None = None
+
+    def build(self, device: torch.device | str = "cpu") -> GRUDecoder:
+        """The model in evaluation mode.
+
+        Raises:
+            CheckpointError: the weights do not fit the configuration.
+        """
+        model = GRUDecoder.from_config(self.config, n_days=len(self.sessions))
+        complaints = load_public_state_dict(model, self.weights)
+        if complaints:
+            raise CheckpointError(
+                f"The weights of {self.location} do not fit its args.yaml: {complaints[0]} "
+                "Evaluate the folder exactly as the training run left it."
+            )
+        return model.to(device).eval()
+
+
+def open_model(location: str | Path) -> ModelArtefact:
+    """Read a model folder, a model.tar.gz, or either below an `s3://` URL.
+
+    Args:
+        location: a folder with checkpoint/best_checkpoint (ours or the public baseline's), a
+            model.tar.gz, a folder or prefix that holds one as output/model.tar.gz, or an `s3://`
+            URL of any of these.
+
+    Raises:
+        CheckpointError: no model there, or a damaged one.
+        StorageError: the place cannot be read.
+        ConfigError: its args.yaml has settings that cannot work here.
+    """
+    files = _open_files(str(location))
+    content = _checkpoint(files, location)
+    args = _args(files, location)
+    if args is None:
+        raise CheckpointError(
+            f"{location} holds no checkpoint/args.yaml: keep the file that training wrote beside "
+            "best_checkpoint."
+        )
+    config = config_from_dict(args, f" in {location}/checkpoint/args.yaml")
+    sessions = tuple(content.get("sessions") or config.dataset.sessions or ())
+    if not sessions:
+        raise CheckpointError(
+            f"{location} does not say which sessions its day layers belong to: list them as "
+            "dataset.sessions in checkpoint/args.yaml."
+        )
+    config.dataset.sessions = list(sessions)
+    _, log = files.first(_LOGS)
+    form = content.get("label_form")
+    return ModelArtefact(
+        location=str(location),
+        config=config,
+        sessions=sessions,
+        weights=_weights(content, location),
+        step=content.get("step"),
+        metrics=metrics_of_log((log or b"").decode("utf-8", "replace")),
+        label_form=form if form in LABEL_FORMS else None,
+    )
+
+
+def initial_weights(
+    location: str | Path,
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...] | None]:
+    """Weights to start another run from, and the sessions of their day layers.
+
+    The sessions, in the order of the layers, are those that the checkpoint names, else those of an
+    args.yaml beside it (the public baseline names them only there); None if neither does.
+
+    Args:
+        location: a best_checkpoint file, or anything that `open_model` takes.
+
+    Returns:
+        (weights by name, without the prefixes that wrappers leave; the sessions or None).
+
+    Raises:
+        CheckpointError: no checkpoint there, a damaged one, or sessions that do not fit the layers.
+        StorageError: the place cannot be read.
+    """
+    files = _open_files(str(location))
+    content = _checkpoint(files, location)
+    weights = without_wrappers(_weights(content, location))
+    listed = content.get("sessions")
+    if not listed:
+        dataset = (_args(files, location) or {}).get("dataset")
+        listed = dataset.get("sessions") if isinstance(dataset, Mapping) else None
+    if not listed:
+        return weights, None
+    sessions = tuple(str(session) for session in listed)
+    layers = sum(name.startswith("day_weights.") for name in weights)
+    if layers != len(sessions):
+        raise CheckpointError(
+            f"{location} has day layers for {layers} sessions but names {len(sessions)} "
+            f"({sessions[0]} … {sessions[-1]}), so nobody knows whose they are: put the args.yaml "
+            "of that very training run beside it."
+        )
+    return weights, sessions
+
+
+def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
+    """The numbers in a training log, ours or the public baseline's, as rows for the curves."""
+    names = {
+        "lr": "learning_rate",
+        "trials/s": "trials_per_second",
+        "data wait": "data_wait_share",
+        "diphone": "diphone_loss",
+        "phoneme": "phoneme_loss",
+        "phoneme weight": "phoneme_weight",
+        "DER (avg)": "der",
+        "PER (avg)": "per",
+        "PER (diphone path)": "per_path",
+        "CTC Loss (avg)": "ctc_loss",
+    }
+
+    def fields(rest: str) -> Iterator[tuple[str, float]]:
+        for name, number, percent in _FIELD.findall(rest):
+            if name.strip() in names:
+                yield names[name.strip()], float(number) / (100 if percent else 1)
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in text.splitlines():
+        if match := _TRAIN_LINE.search(line):
+            step, loss, norm, seconds, rest = match.groups()
+            rows.setdefault("train", []).append(
+                {
+                    "step": int(step),
+                    "loss": float(loss),
+                    "grad_norm": float(norm),
+                    "seconds_per_step": float(seconds),
+                    **dict(fields(rest)),
+                }
+            )
+        elif match := _VAL_LINE.search(line):
+            row = {"step": int(match[1]), **dict(fields(match[2]))}
+            rows.setdefault("validation", []).append(row)
+    return rows
+
+
+# --- files of an artefact, wherever they are ------------------------------------------------------
+
+
+class _Files:
+    """Named files of a store below a prefix, or of a tar archive.
+
+    checkpoints: names under which the weights may lie.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore | None,
+        members: Mapping[str, bytes],
+        checkpoints: tuple[str, ...] = CHECKPOINTS,
+    ) -> None:
+        self._store = store
+        self._members = members
+        self.checkpoints = checkpoints
+
+    def first(self, names: tuple[str, ...]) -> tuple[str, bytes | None]:
+        """The first of `names` that exists, with its content."""
+        for name in names:
+            if self._store is None:
+                if name in self._members:
+                    return name, self._members[name]
+            elif self._store.exists(name):
+                return name, self._store.read(name)
+        return names[0], None
+
+
+def _open_files(location: str) -> _Files:
+    folder, _, name = location.rpartition("/")
+    if location.endswith((".tar.gz", ".tgz", ".tar")):
+        return _Files(None, _untar(open_store(folder or ".").read(name), location))
+    on_s3 = location.startswith("s3://")
+    if name == "best_checkpoint" if on_s3 else Path(location).is_file():
+        return _beside(folder, name)
+    if not on_s3 and not Path(location).is_dir():
+        raise StorageError(
+            f"{location} does not exist: give a model folder, a model.tar.gz, or the s3:// URL of "
+            "one."
+        )
+    store = open_store(location)
+    if any(store.exists(name) for name in CHECKPOINTS):
+        return _Files(store, {})
+    for name in _ARCHIVES:
+        if store.exists(name):
+            return _Files(None, _untar(store.read(name), f"{location.rstrip('/')}/{name}"))
+    return _Files(store, {})
+
+
+def _beside(folder: str, name: str) -> _Files:
+    """The files of a checkpoint that was named itself."""
+    above, _, last = folder.rpartition("/")
+    if last != "checkpoint":
+        return _Files(open_store(folder or "."), {}, (name,))
+    return _Files(open_store(above or "."), {}, (f"checkpoint/{name}",))
+
+
+def _checkpoint(files: _Files, location: str | Path) -> dict[str, Any]:
+    """What training saved: weights beside other things, or the weights alone."""
+    name, data = files.first(files.checkpoints)
+    if data is None:
+        raise CheckpointError(
+            f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
+            "model.tar.gz, or the s3:// URL of one."
+        )
+    content = load_verified(io.BytesIO(data), f"{location}/{name}")
+    if not isinstance(content, dict):
+        raise _no_weights(location, f"a {type(content).__name__}")
+    return content
+
+
+def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.Tensor]:
+    weights = content.get("model_state_dict", content)
+    if not isinstance(weights, dict) or not weights:
+        raise _no_weights(location, "no model_state_dict")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise _no_weights(location, f"'{name}' as {type(value).__name__}")
+    return weights
+
+
+def _no_weights(location: str | Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint of {location} holds {found} where a state dict of tensors must be: give "
+        "the best_checkpoint that a training run wrote."
+    )
+
+
+def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
+    """args.yaml beside the checkpoint, None where there is none.
+
+    Raises:
+        CheckpointError: it is not YAML, or holds something else than keys and values.
+    """
+    name, data = files.first(_ARGS)
+    if data is None:
+        return None
+    try:
+        args = yaml.safe_load(data) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{location}/{name} is not valid YAML ({' '.join(str(error).split())[:200]}): copy it "
+            "again from the training run."
+        ) from error
+    if not isinstance(args, dict):
+        raise CheckpointError(
+            f"{location}/{name} must hold keys and values, not a {type(args).__name__}: copy it "
+            "again from the training run."
+        )
+    return args
+
+
+def _untar(data: bytes, location: str) -> dict[str, bytes]:
+    """The files of a model archive that matter here, in memory."""
+    wanted = {*CHECKPOINTS, *_ARGS, *_LOGS}
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if member.isfile() and name in wanted:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    members[name] = file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"Archive {location} cannot be read ({' '.join(str(error).split())}): download or copy "
+            "it again."
+        ) from error
+    return members

@@ -1,0 +1,104 @@
+"""The container contract: where SageMaker puts things, read from SM_* variables with its defaults.
+
+Outside SageMaker the same paths are given on the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BrainToTextError
+
+
+@dataclass(frozen=True)
+class SageMakerEnvironment:
+    """Paths and names of one training job on one host.
+
+    Attributes:
+        model_dir: becomes model.tar.gz.
+        output_data_dir: becomes output.tar.gz.
+        checkpoint_dir: synchronised with the job's checkpoint location while it runs.
+        failure_file: its first 1024 characters become the job's failure reason.
+        data_dir: the `training` channel where the job has one, else None.
+        job_name: None outside SageMaker.
+        n_gpus: GPUs the service promised this host; 0 on CPU hosts and outside SageMaker.
+    """
+
+    model_dir: Path
+    output_data_dir: Path
+    checkpoint_dir: Path
+    failure_file: Path
+    data_dir: Path | None
+    job_name: str | None
+    n_gpus: int
+
+    @classmethod
+    def from_variables(cls, variables: Mapping[str, str] | None = None) -> SageMakerEnvironment:
+        """Read the contract from `variables` (default: this process's environment)."""
+        env = os.environ if variables is None else variables
+        base = Path(env.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
+        channel = env.get("SM_CHANNEL_TRAINING")
+        return cls(
+            model_dir=Path(env.get("SM_MODEL_DIR", base / "model")),
+            output_data_dir=Path(env.get("SM_OUTPUT_DATA_DIR", base / "output" / "data")),
+            checkpoint_dir=Path(env.get("SM_CHECKPOINT_DIR", base / "checkpoints")),
+            failure_file=Path(env.get("SM_OUTPUT_DIR", base / "output")) / "failure",
+            data_dir=Path(channel) if channel else None,
+            job_name=env.get("TRAINING_JOB_NAME") or _toolkit_job_name(env),
+            n_gpus=int(env.get("SM_NUM_GPUS", "0")),
+        )
+
+    def write_failure(self, error: BaseException) -> str:
+        """Say why the job failed, in one sentence plus the cause, where SageMaker looks for it.
+
+        What is there already stays: of several processes, the first to fail knows the reason.
+
+        Returns:
+            The text written (and to be printed as the last line).
+        """
+        text = failure_text(error)
+        if self.failure_file.parent.is_dir():
+            with contextlib.suppress(FileExistsError), self.failure_file.open("x") as file:
+                file.write(text + "\n")
+        return text
+
+
+def failure_text(error: BaseException) -> str:
+    """One sentence for a user, and the cause behind it; never more than 1024 characters."""
+    if isinstance(error, BrainToTextError):
+        text = str(error)
+    else:
+        where = _innermost_line(error)
+        reason = " ".join(str(error).split())
+        text = (
+            f"The trainer stopped at {where} on an error it does not know: "
+            f"{type(error).__name__}: {reason}. The log holds the traceback."
+        )
+    cause = error.__cause__
+    if cause is not None:
+        reason = " ".join(str(cause).split())
+        said = getattr(cause, "strerror", None) or reason
+        if reason and said not in text:
+            text += f" Cause: {type(cause).__name__}: {reason}"
+    return text if len(text) <= 1024 else text[:1021] + "..."
+
+
+def _innermost_line(error: BaseException) -> str:
+    traceback, where = error.__traceback__, "start"
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        where = f"{Path(code.co_filename).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return where
+
+
+def _toolkit_job_name(env: Mapping[str, str]) -> str | None:
+    try:
+        return json.loads(env.get("SM_TRAINING_ENV", "{}")).get("job_name")
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,252 @@
+"""What a run says while it runs: log lines, a metrics file, copies of both on S3.
+
+CloudWatch metric patterns match the log lines; their wording is a contract (README_SAGEMAKER.md,
+Monitoring).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..dataset.store import ObjectStore, open_store
+from ..errors import StorageError
+
+LOGGER = logging.getLogger("brain_to_text")
+# Fields of a training line after the contract's, in this order: number, text, factor. A number that
+# a run does not have (MFU on an unlisted device, terms of a joint loss elsewhere) is left out.
+_STEP_FIELDS = (
+    ("diphone_loss", "diphone: {:.3f}", 1),
+    ("phoneme_loss", "phoneme: {:.3f}", 1),
+    ("phoneme_weight", "phoneme weight: {:.2f}", 1),
+    ("learning_rate", "lr: {:.2e}", 1),
+    ("trials_per_second", "trials/s: {:.1f}", 1),
+    ("frames_per_second", "frames/s: {:.0f}", 1),
+    ("mfu", "MFU: {:.3f}", 1),
+    ("gpu_memory_gb", "GPU GB: {:.1f}", 1),
+    ("data_wait_share", "data wait: {:.1f}%", 100),
+    ("requests", "GETs: {}", 1),
+    ("bytes_fetched", "MB: {:.1f}", 1e-6),
+    ("cache_hit_rate", "cache hits: {:.0f}%", 100),
+    ("retries", "retries: {}", 1),
+)
+_SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+# an access key's id; a user and password inside a URL
+_SECRET_PATTERN = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def scrub(text: str) -> str:
+    """`text` with this process's credentials, and anything shaped like some, masked."""
+    for name in _SECRET_VARIABLES:
+        secret = os.environ.get(name)
+        if secret and len(secret) > 7:
+            text = text.replace(secret, "***")
+    return _SECRET_PATTERN.sub("***", text)
+
+
+def process_seconds() -> float:
+    """Age of this process; 0 where procfs does not tell."""
+    try:
+        # the name, in brackets, may hold spaces; the start is the 20th field after it
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+def train_line(numbers: Mapping[str, Any]) -> str:
+    """The log line of a training step from its entry in metrics.jsonl."""
+    said = [
+        f"Train batch {numbers['step']}: loss: {numbers['loss']:.2f} "
+        f"grad norm: {numbers['grad_norm']:.2f} time: {numbers['seconds_per_step']:.3f}"
+    ]
+    for name, text, factor in _STEP_FIELDS:
+        if name in numbers:
+            said.append(text.format(factor * numbers[name]))
+    return " ".join(said)
+
+
+class Follower(Protocol):
+    """Something that wants every entry of metrics.jsonl: must never raise, and never wait long."""
+
+    def record(self, entry: Mapping[str, Any]) -> None: ...
+
+
+def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of every number in an entry of metrics.jsonl: "train/loss", "validation/per".
+
+    Rates of one session are named "sessions/SESSION/per".
+    """
+    for name, value in entry.items():
+        if name == "per_session":
+            for session, rates in value.items():
+                for rate, number in rates.items():
+                    yield f"sessions/{session}/{rate}", float(number)
+        elif name not in ("kind", "time", "step") and _is_number(value):
+            yield f"{entry['kind']}/{name}", float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _ScrubbingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            record = logging.makeLogRecord(
+                {**record.__dict__, "msg": f"{record.levelname}: {record.msg}"}
+            )
+        return scrub(super().format(record))
+
+
+class RunLog:
+    """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
+
+    Args:
+        log_file: the `training_log` of the model folder; None (ranks other than 0) only warns.
+        metrics_file: JSON lines, one object per log line or validation; None for none.
+    """
+
+    def __init__(self, log_file: Path | None, metrics_file: Path | None) -> None:
+        self.log_file = log_file
+        self.metrics_file = metrics_file
+        self._uploader: LogUploader | None = None
+        self._followers: list[Follower] = []
+        if metrics_file is not None:  # an earlier job's in the same folder; a resumed run has them
+            metrics_file.unlink(missing_ok=True)
+        formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+        self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        if log_file is not None:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._handlers.append(logging.FileHandler(log_file, mode="w", encoding="utf-8"))
+        for handler in self._handlers:
+            handler.setFormatter(formatter)
+            LOGGER.addHandler(handler)
+        LOGGER.setLevel(logging.INFO if log_file is not None else logging.WARNING)
+        LOGGER.propagate = False
+
+    def info(self, message: str) -> None:
+        """One line, after a timestamp."""
+        LOGGER.info("%s", message)
+
+    def warning(self, message: str) -> None:
+        """One line that somebody should read, after a timestamp and WARNING."""
+        LOGGER.warning("%s", message)
+
+    def metrics(self, kind: str, **values: Any) -> None:
+        """Append one JSON object to the metrics file, and show it to the followers."""
+        if self.metrics_file is None:
+            return
+        entry = {"kind": kind, "time": round(time.time(), 3), **values}
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for follower in self._followers:
+            follower.record(entry)
+
+    def follow(self, follower: Follower) -> None:
+        """Show a follower every entry so far, those of earlier jobs too, and all to come."""
+        for line in _text(self.metrics_file).splitlines():
+            follower.record(json.loads(line))
+        self._followers.append(follower)
+
+    def snapshot(self) -> dict[str, str]:
+        """Everything said so far, for the checkpoint."""
+        return {"training_log": _text(self.log_file), "metrics": _text(self.metrics_file)}
+
+    def restore(self, snapshot: dict[str, str]) -> None:
+        """Put what an earlier job said before what this one has said so far."""
+        for path, earlier in (
+            (self.log_file, snapshot["training_log"]),
+            (self.metrics_file, snapshot["metrics"]),
+        ):
+            if path is None or not earlier:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            so_far = _text(path)
+            with path.open("r+" if path.exists() else "w", encoding="utf-8") as file:
+                file.write(earlier + so_far)
+        for handler in self._handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
+
+    def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
+        """Keep `URL/training_log` up to date from now on, in a thread of its own.
+
+        Args:
+            others: more files to keep up to date, by their key below `url`.
+        """
+        if self.log_file is not None:
+            files = {self.log_file.name: self.log_file, **(others or {})}
+            self._uploader = LogUploader(files, url)
+
+    def close(self) -> None:
+        """Upload the last lines and let go of the files."""
+        if self._uploader is not None:
+            self._uploader.close()
+        for handler in self._handlers:
+            LOGGER.removeHandler(handler)
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+
+
+class LogUploader:
+    """Writes growing files to an object store whenever they have grown, once a minute at most.
+
+    Losing the copies never stops a run: the first failure is a warning, later ones are silent.
+
+    Args:
+        files: by their key below `url`; those that do not exist yet are waited for.
+    """
+
+    def __init__(self, files: Mapping[str, Path], url: str, interval_seconds: float = 60.0) -> None:
+        self._files = dict(files)
+        self._url = url
+        self._interval = interval_seconds
+        self._uploaded_bytes = dict.fromkeys(files, 0)
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log-uploader", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Upload what is new, then stop."""
+        self._stop.set()
+        self._thread.join(timeout=20.0)
+
+    def _run(self) -> None:
+        store: ObjectStore | None = None
+        while True:
+            stopping = self._stop.wait(self._interval)
+            for key, path in self._files.items():
+                content = path.read_bytes() if path.exists() else b""
+                if len(content) == self._uploaded_bytes[key]:
+                    continue
+                try:
+                    store = store or open_store(self._url)
+                    store.write(key, content)
+                    self._uploaded_bytes[key] = len(content)
+                except StorageError as error:
+                    if not self._warned:
+                        LOGGER.warning("The log is not copied to %s: %s", self._url, error)
+                    self._warned = True
+            if stopping:
+                return
+
+
+def _text(path: Path | None) -> str:
+    return path.read_text(encoding="utf-8") if path is not None and path.exists() else ""

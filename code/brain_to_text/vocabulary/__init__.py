@@ -1,1 +1,0 @@
-"""Floor 1, vocabulary: phonemes, diphones, words, configuration, errors. Knows nothing of ours."""
