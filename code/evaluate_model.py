@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the real-time decoder as TorchScript; without data, do nothing else",
     )
-    words = parser.add_argument_group("words (needs docker/requirements-words.txt)").add_argument
+    words = parser.add_argument_group(
+        "words (needs docker/requirements_sagemaker_words.txt)"
+    ).add_argument
     words(
         "--language-model",
         help="decode sentences with this ARPA or KenLM file; 'training': 3-grams of the training "

@@ -265,7 +265,7 @@ def test_a_missing_package_for_words_shows_before_anything_is_read(tmp_path, mon
     monkeypatch.setitem(sys.modules, "kenlm", None)
     where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     assert run("--model", tmp_path / "model", *where, "--language-model", "training") == 1
-    assert "pip install -r docker/requirements-words.txt" in capsys.readouterr().err
+    assert "pip install -r docker/requirements_sagemaker_words.txt" in capsys.readouterr().err
 
 
 def _not_reached(*_: object, **__: object) -> None:

@@ -13,8 +13,12 @@ import jiwer
 import numpy as np
 import pytest
 
-pytest.importorskip("flashlight", reason="optional: pip install -r docker/requirements-words.txt")
-pytest.importorskip("kenlm", reason="optional: pip install -r docker/requirements-words.txt")
+pytest.importorskip(
+    "flashlight", reason="optional: pip install -r docker/requirements_sagemaker_words.txt"
+)
+pytest.importorskip(
+    "kenlm", reason="optional: pip install -r docker/requirements_sagemaker_words.txt"
+)
 
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import DataError, StorageError

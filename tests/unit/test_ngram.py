@@ -38,7 +38,7 @@ def test_arpa_counts_its_entries(tmp_path):
 
 
 def test_kenlm_scores_the_arpa_file_alike(tmp_path):
-    kenlm = pytest.importorskip("kenlm", reason="optional: docker/requirements-words.txt")
+    kenlm = pytest.importorskip("kenlm", reason="optional: docker/requirements_sagemaker_words.txt")
     model = estimate_ngrams(SENTENCES)
     model.write_arpa(tmp_path / "lm.arpa")
     other = kenlm.Model(str(tmp_path / "lm.arpa"))

@@ -9,14 +9,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +25,7 @@ from ..labels.phonemes import N_PHONEMES
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .store import ObjectInfo, ObjectStore, open_store
 from .trial_record import ChunkLayout, Finding, TrialRecord
+from .workers import Lost, in_workers, limited
 
 __all__ = [
     "MANIFEST_NAME",
@@ -372,10 +370,13 @@ def inspect_dataset(
         largest = max(info.size for info in files.values())
         fit = max(1, _INDEXING_MEMORY // max(largest * 2, 1))
         processes = 1 if total < _SMALL_DATASET else min(os.cpu_count() or 1, len(files), fit)
-    jobs = [(store.url, key, info.size, checksums, statistics) for key, info in files.items()]
+    jobs = {key: (store.url, key, info.size, checksums, statistics) for key, info in files.items()}
     results: dict[str, FileInspection] = {}
-    for result in _in_processes(jobs, processes):
-        results[result.key] = result
+    for key, result in in_workers(_inspect_job, jobs, processes):
+        if isinstance(result, Lost):
+            finding = Finding(key, None, result.damage, "crashing file")
+            result = FileInspection(key, files[key].size, findings=[finding])
+        results[key] = result
         if progress is not None:
             progress(len(results), len(jobs))
     return [results[key] for key in files]
@@ -419,33 +420,12 @@ def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
     )
 
 
-def _in_processes(jobs: list[tuple[Any, ...]], processes: int) -> Iterable[FileInspection]:
-    if processes <= 1:
-        for job in jobs:
-            yield _inspect_job(*job)
-        return
-    before = set(multiprocessing.active_children())
-    # spawned, not forked: a forked child would share this process's S3 connections
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(_inspect_job, *job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise StorageError(
-            f"A process that indexes data files was killed, probably for lack of memory "
-            f"({processes} at once): use --processes 1."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-
-
 def _inspect_job(
     url: str, key: str, size: int, checksums: bool, statistics: bool
 ) -> FileInspection:
     data = open_store(url).read(key, size)
-    return inspect_file(key, data, checksums=checksums, statistics=statistics)
+    with limited(len(data)):
+        return inspect_file(key, data, checksums=checksums, statistics=statistics)
 
 
 def _same_file(record: FileRecord, info: ObjectInfo) -> bool:

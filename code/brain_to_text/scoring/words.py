@@ -1,7 +1,7 @@
 """Sentences from phoneme probabilities: beam search over a lexicon with a language model.
 
-Needs the optional packages flashlight-text and kenlm (docker/requirements-words.txt); they are
-imported when a decoder is made.
+Needs the optional packages of docker/requirements_sagemaker_words.txt, flashlight-text and kenlm;
+they are imported when a decoder is made.
 """
 
 from __future__ import annotations
@@ -288,6 +288,6 @@ def _flashlight() -> tuple[Any, Any]:
     except ImportError as error:
         raise ConfigError(
             f"Decoding words needs an optional package ({error.name} is not installed): type "
-            "'pip install -r docker/requirements-words.txt'."
+            "'pip install -r docker/requirements_sagemaker_words.txt'."
         ) from error
     return decoder, dictionary
