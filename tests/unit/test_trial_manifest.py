@@ -282,9 +282,9 @@ class TestLoadOrBuild:
         built = load_or_build_manifest(store, lambda _: None)
         whole = store.read(MANIFEST_NAME)
         answers = iter([whole[: len(whole) // 2], whole[:-9] + b"?" + whole[-8:], whole])
-        monkeypatch.setattr(store, "read", lambda key: next(answers))
+        monkeypatch.setattr(store, "read", lambda key, size: next(answers))
         assert load_or_build_manifest(store, lambda _: None).to_bytes() == built.to_bytes()
-        monkeypatch.setattr(store, "read", lambda key: whole[:-1])
+        monkeypatch.setattr(store, "read", lambda key, size: whole[:-1])
         with pytest.raises(DataError, match="is damaged"):
             load_or_build_manifest(store, lambda _: None)
 

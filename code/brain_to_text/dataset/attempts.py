@@ -146,8 +146,8 @@ class Attempts:
             try:
                 async with asyncio.timeout(self.timeout_seconds(0)):
                     final = not await renew()
-            except TimeoutError:
-                pass
+            except TimeoutError:  # the budget's end, which is no cause
+                fault = ReadError(self.last_cause or str(fault), self.advice or fault.advice)
             except CredentialsRejectedError as none:
                 fault = none
         self.last_cause, self.advice = str(fault), fault.advice

@@ -243,7 +243,7 @@ def load_or_build_manifest(
     """
     listing = store.list()
     if MANIFEST_NAME in listing:
-        manifest = _read_manifest(store)
+        manifest = _read_manifest(store, listing[MANIFEST_NAME].size)
         manifest.check_fresh(listing, store.url)
     else:
         started = time.monotonic()
@@ -278,11 +278,11 @@ def load_or_build_manifest(
     return manifest
 
 
-def _read_manifest(store: ObjectStore) -> TrialManifest:
+def _read_manifest(store: ObjectStore, size: int) -> TrialManifest:
     """The manifest that is there; gzip's CRC finds a damaged transfer, which is tried again."""
     for attempts_left in reversed(range(_MANIFEST_READS)):
         try:
-            return TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size))
         except DataError:
             if not attempts_left:
                 raise

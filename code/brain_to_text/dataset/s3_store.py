@@ -7,7 +7,7 @@ import builtins
 import contextlib
 import functools
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import fsspec.asyn
@@ -75,6 +75,8 @@ class S3Store:
 
     def read(self, key: str, size: int | None = None) -> bytes:
         size = self._size(key) if size is None else size
+        if 0 < size <= PART_BYTES:
+            return self._run(self._all_parts(key, [(None, size)]))
         parts = [(start, min(PART_BYTES, size - start)) for start in range(0, size, PART_BYTES)]
         return self._run(self._all_parts(key, parts))
 
@@ -178,13 +180,15 @@ class S3Store:
             self.read_range(key, 0, 1)  # the answer to HEAD has no body, and so no reason
             raise
 
-    async def _all_parts(self, key: str, parts: builtins.list[tuple[int, int]]) -> bytes:
+    async def _all_parts(self, key: str, parts: Sequence[tuple[int | None, int]]) -> bytes:
         slots = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(offset: int, length: int) -> tuple[str, bytes]:
+        async def one(offset: int | None, length: int) -> tuple[str, bytes]:
             async def get(client: Any) -> tuple[str, bytes]:
-                span = f"bytes={offset}-{offset + length - 1}"
-                answer = await client.get_object(**self._object(key), Range=span)
+                span = {}
+                if offset is not None:
+                    span["Range"] = f"bytes={offset}-{offset + length - 1}"
+                answer = await client.get_object(**self._object(key), **span)
                 return answer.get("ETag", ""), await _body(answer["Body"], length)
 
             async with slots:
