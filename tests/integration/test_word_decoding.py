@@ -58,7 +58,7 @@ def posteriors(sentence: str, random: np.random.Generator, noise: float) -> np.n
 
 
 def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> SimpleNamespace:
-    record = SimpleNamespace(sentence_label=sentence)
+    record = SimpleNamespace(sentence_label=sentence, session=SESSIONS[0])
     return SimpleNamespace(index=index, record=record, phoneme_log_probs=log_probs)
 
 
@@ -177,8 +177,8 @@ def test_a_binary_model_is_asked_for_the_words_of_the_dictionary(tmp_path, monke
     with pytest.raises(DataError, match="cannot be used as a language model"):
         words_of_model(path)  # KenLM refuses what only begins like one of its files
     monkeypatch.setattr("kenlm.Model", lambda _: {"cat", "dog", "zzyzzx"})
-    words, what = words_of_model(path)
-    assert words == {"cat", "dog"}
+    words, _, what = words_of_model(path)
+    assert words == {"cat": ["cat"], "dog": ["dog"]}
     assert what == "2 words of the CMU dictionary that the KenLM binary knows"
 
 

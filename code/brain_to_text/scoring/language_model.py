@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import subprocess
 import sys
 import unicodedata
@@ -36,7 +37,7 @@ import kenlm
 try:
     kenlm.Model(sys.argv[1])
 except Exception as error:
-    print("threw " + " ".join(str(error).split()))
+    print(error)
     raise SystemExit(3)
 """
 
@@ -152,10 +153,8 @@ def check_language_model(path: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise not_a_model(path, f"KenLM read it for {deadline:.0f} s without an end") from error
     if done.returncode:
-        said = done.stdout.decode("utf-8", "replace").strip()
-        reason = said.rsplit("threw ", 1)[-1].partition(". ")[2] or said.removeprefix("threw ")
-        reason = reason or f"KenLM ended with status {done.returncode} while reading it"
-        raise not_a_model(path, reason[:200].rstrip("."))
+        said = _reason(done.stdout.decode("utf-8", "replace"))
+        raise not_a_model(path, said or f"KenLM ended with status {done.returncode}")
 
 
 def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
@@ -177,10 +176,12 @@ def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
     except OSError as error:
         raise _unreadable(path, error) from error
     if first == _KENLM_BINARY:
-        check_language_model(path)
         import kenlm
 
-        model = kenlm.Model(str(path))
+        try:
+            model = kenlm.Model(str(path))
+        except (RuntimeError, OSError) as error:
+            raise not_a_model(path, _reason(str(error))) from error
         forms: Iterable[str] = (
             form
             for word in dictionary_words()
@@ -239,6 +240,12 @@ def not_a_model(path: Path, reason: str) -> DataError:
         f"{path} cannot be used as a language model ({reason}): give ARPA text with 2-grams or "
         "longer, or a KenLM binary."
     )
+
+
+def _reason(complaint: str) -> str:
+    """KenLM's complaint without the places in its own source that it begins with."""
+    text = " ".join(complaint.split())
+    return re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
 
 
 def _lines(path: Path, compressed: bool) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Sentences from phoneme probabilities: beam search over a lexicon with a language model.
 
-Needs the optional packages flashlight-text and kenlm (docker/requirements_sagemaker_words.txt); they are
-imported when a decoder is made.
+Needs the optional packages flashlight-text and kenlm (docker/requirements_sagemaker_words.txt);
+they are imported when a decoder is made.
 """
 
 from __future__ import annotations
