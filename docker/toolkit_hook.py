@@ -6,10 +6,11 @@ the toolkit's runner leaves out:
 
 - SIGTERM (a stop, or a spot instance being taken back) reaches every trainer process;
 - `output/failure` holds the real reason: the sentence the trainer wrote there, else the end of its
-  stderr (the toolkit leaves the file empty);
+  stderr (the toolkit leaves the file empty), even when the output volume is full;
 - more than one process in all (hosts x GPUs) starts through torchrun;
 - a GPU that was paid for and cannot be used is an error before the first step;
-- CUDA's forward-compatibility libraries come into play only on hosts with an older driver.
+- CUDA's forward-compatibility libraries come into play only on hosts with an older driver
+  (`gpu_check`).
 
 Runs inside the image and, for `local_run.sh --no-docker`, in the local environment, where
 SAGEMAKER_BASE_DIR moves /opt/ml. Knows nothing of the trainer but its command line and its failure
@@ -19,7 +20,6 @@ file.
 from __future__ import annotations
 
 import collections
-import json
 import logging
 import os
 import re
@@ -33,30 +33,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import gpu_check
 from sagemaker_training import environment, errors
 
 log = logging.getLogger("toolkit_hook")
 
 PROCESSES_VARIABLE = "BRAIN_TO_TEXT_PROCESSES_PER_HOST"
 """Trainer processes per host where there are no GPUs to count (gloo on CPU)."""
-EXPECT_GPU_VARIABLE = "BRAIN_TO_TEXT_EXPECT_GPU"
-"""1: fail without a usable GPU, 0: never ask; unset: decide by the instance type."""
 
 RENDEZVOUS_PORT = 29500
 HOST_WAIT_SECONDS = 15 * 60  # a cluster's names resolve only once every instance is up
 STDERR_TAIL_LINES = 400
 FAILURE_DETAIL_LINES = 40
 
-CUDA_COMPAT_DIR = Path("/usr/local/cuda/compat")
-DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")
+RESERVED_BYTES = 16 * 1024  # of the output volume, for the failure text
 
 
 def run_trainer() -> None:
-    """Run the training program to its end.
+    """Run the training program to its end; what went wrong is in output/failure.
 
     Raises:
-        sagemaker_training.errors.ClientError: the program failed; `train` writes its text to
-            output/failure and exits with 1.
+        sagemaker_training.errors.ClientError: the program failed; `train` logs the text and exits
+            with 1.
+    """
+    failure = FailureFile(Path(environment.output_dir) / "failure")
+    try:
+        run(failure)
+    except errors.ClientError as problem:
+        failure.write(str(problem))
+        raise
+    finally:
+        failure.release()
+
+
+def run(failure: FailureFile) -> None:
+    """Start what the job's configuration asks for and wait for its end.
+
+    Raises:
+        sagemaker_training.errors.ClientError: it could not start, or failed.
     """
     env = environment.Environment()
     if env.module_dir and str(env.module_dir).startswith("s3://"):
@@ -66,8 +80,10 @@ def run_trainer() -> None:
         )
 
     child_env = trainer_environment(env)
-    if expects_gpu(env.current_instance_type, env.num_gpus, os.environ):
-        require_usable_gpus(child_env, env.current_instance_type)
+    if gpu_check.expects_gpu(env.current_instance_type, env.num_gpus, os.environ):
+        problem = gpu_check.find_problem(child_env, env.current_instance_type)
+        if problem:
+            raise errors.ClientError(problem)
     wait_for_hosts(env.hosts)
 
     command = trainer_command(
@@ -76,13 +92,12 @@ def run_trainer() -> None:
         current_host=env.current_host,
         processes_per_host=processes_per_host(env.num_gpus, os.environ),
     )
-    failure_file = Path(environment.output_dir) / "failure"
-    failure_file.unlink(missing_ok=True)  # of an earlier run in this folder, outside SageMaker
     log.info("Running %s", " ".join(command))
     trainer = Trainer(command, child_env, Path(environment.code_dir))
     return_code = trainer.run()
-    if return_code and (failure_file.exists() or not trainer.ended_by_the_stop(return_code)):
-        raise errors.ClientError(failure_text(failure_file, trainer.stderr_tail, return_code))
+    if return_code and (failure.path.exists() or not trainer.ended_by_the_stop(return_code)):
+        written = failure.read()
+        raise errors.ClientError(written or failure_text(trainer.stderr_tail, return_code))
 
 
 # --- the process
@@ -252,7 +267,7 @@ def trainer_environment(env: environment.Environment) -> dict[str, str]:
     if env.num_gpus == 0:
         # Spinning threads on busy cores made a CPU step 6 times slower than sleeping ones do.
         variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    compat = cuda_compat_path()
+    compat = gpu_check.compat_path()
     if compat is not None:
         log.info("The host's driver is older than this image's CUDA: using %s.", compat)
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(
@@ -284,114 +299,67 @@ def wait_for_hosts(hosts: Sequence[str], timeout: float = HOST_WAIT_SECONDS) -> 
                 time.sleep(2)
 
 
-# --- the GPU
-
-
-def expects_gpu(instance_type: str | None, num_gpus: int, variables: Mapping[str, str]) -> bool:
-    """Whether no usable GPU is an error: on a GPU instance, or where the driver shows one."""
-    asked = variables.get(EXPECT_GPU_VARIABLE, "")
-    if asked:
-        return asked != "0"
-    named = instance_type or ""
-    return num_gpus > 0 or named == "local_gpu" or re.match(r"ml\.(g|gr|p)\d", named) is not None
-
-
-GPU_QUESTION = """
-import json, torch
-answer = {"cuda": torch.version.cuda, "version": torch.__version__, "error": "", "devices": []}
-try:
-    torch.cuda.init()
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        answer["devices"].append([p.name, p.major * 10 + p.minor])
-    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
-    answer["lowest"] = min(known, default=0)
-except (RuntimeError, AssertionError) as cause:
-    answer["error"] = str(cause).splitlines()[0]
-print(json.dumps(answer))
-"""
-
-
-def require_usable_gpus(variables: Mapping[str, str], instance_type: str | None) -> None:
-    """Ask torch, in a process of its own (CUDA must not be initialised in this one).
-
-    Raises:
-        errors.ClientError: one sentence saying why no GPU can be used.
-    """
-    question = subprocess.run(
-        [sys.executable, "-c", GPU_QUESTION],
-        env=dict(variables),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    where = f"instance type {instance_type}" if instance_type else "this machine"
-    if question.returncode:
-        last = (question.stderr.strip().splitlines() or ["no message"])[-1]
-        raise errors.ClientError(f"torch cannot be imported in this image: {last}")
-    problem = gpu_problem(json.loads(question.stdout), where)
-    if problem:
-        raise errors.ClientError(problem)
-
-
-def gpu_problem(answer: Mapping, where: str) -> str | None:
-    """One sentence for what GPU_QUESTION found wrong, or None."""
-    if answer["cuda"] is None:
-        return (
-            f"A GPU was expected ({where}) but this image holds torch {answer['version']} without "
-            "CUDA: build it again without --cpu (docker build argument TORCH_VARIANT=cuda)."
-        )
-    if answer["error"] or not answer["devices"]:
-        return (
-            f"A GPU was expected ({where}) but none is visible to torch "
-            f"({answer['error'] or 'no device'}): start the container with --gpus all, choose a "
-            f"GPU instance type, or set {EXPECT_GPU_VARIABLE}=0 to train on the CPU."
-        )
-    for name, capability in answer["devices"]:
-        if capability < answer["lowest"]:
-            return (
-                f"{name} (sm_{capability}) is older than the oldest GPU torch {answer['version']} "
-                f"supports (sm_{answer['lowest']}): choose a g4dn, g5, g6, p4 or p5 instance."
-            )
-    return None
-
-
-def cuda_compat_path(
-    compat_dir: Path = CUDA_COMPAT_DIR, driver_file: Path = DRIVER_VERSION_FILE
-) -> Path | None:
-    """The compatibility folder when the host's driver is older than it; on a newer driver using
-    it would fail (CUDA error 803).
-    """
-    ours = max((_version(p.name) for p in compat_dir.glob("libcuda.so.*.*")), default=())
-    try:
-        text = driver_file.read_text()
-    except OSError:
-        return None
-    match = re.search(r"Kernel Module(?:\s+for\s+\S+)?\s+(\d+(?:\.\d+)+)", text)
-    return compat_dir if ours and match and _version(match[1]) < ours else None
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text))
-
-
 # --- the failure
 
 
-def failure_text(failure_file: Path, stderr: Sequence[str], return_code: int) -> str:
-    """What output/failure shall say: one sentence first, the cause after it.
+class FailureFile:
+    """output/failure, and room for it: a job often fails because a volume is full.
 
-    The trainer's own text wins. Otherwise: the signal that ended it, the last exception with its
-    traceback, or the last line it printed.
+    Attributes:
+        path: the file; one of an earlier run in this folder, outside SageMaker, is removed.
     """
-    try:
-        written = failure_file.read_text(errors="replace").strip()
-    except OSError:
-        written = ""
-    if written:
-        return written
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reserve = path.with_name("failure-reserve")
+        try:
+            path.unlink(missing_ok=True)
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
+        except OSError as cause:
+            log.warning("No room can be kept for a failure text in %s: %s", path.parent, cause)
+
+    def read(self) -> str:
+        """What the trainer wrote; "" when it wrote nothing."""
+        try:
+            return self.path.read_text(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def write(self, text: str) -> None:
+        """Put the text there, in the room that was kept.
+
+        Where it cannot be written it is logged and the process ends: the toolkit would try, fail
+        likewise, and then report success.
+        """
+        if self.read() == text:
+            return
+        self.release()
+        try:
+            self.path.write_text(text)
+        except OSError as cause:
+            log.error("%s\n%s cannot be written: %s", text, self.path, cause)
+            os._exit(1)
+
+    def release(self) -> None:
+        """Give the room back."""
+        try:
+            self._reserve.unlink(missing_ok=True)
+        except OSError as cause:
+            log.warning("%s is left behind: %s", self._reserve, cause)
+
+
+def failure_text(stderr: Sequence[str], return_code: int) -> str:
+    """What output/failure shall say where the trainer could not: one sentence, then the cause.
+
+    The sentence is the first that the trainer printed as its error, else the signal that ended it,
+    the last exception with its traceback, or the last line.
+    """
     # torch.distributed prefixes a worker's traceback with its rank
     lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in stderr if line.strip()]
+    said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if said:
+        return said[0]
     detail = "\n".join(lines[-FAILURE_DETAIL_LINES:])
     if return_code == -signal.SIGKILL:
         sentence = (

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import TextIO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests"), str(REPOSITORY / "docker")]
+sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
 
-from build_image import ImageError, build_image, docker_client, engine_problem, on_path  # noqa: E402
-from support.engine import container_host, docker  # noqa: E402
+from support.engine import ImageError, build_image, container_host, docker  # noqa: E402
 from support.local_s3 import LocalS3, serve_s3  # noqa: E402
 
 LOCAL = REPOSITORY / ".local"
@@ -124,24 +123,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def run_everything(options: argparse.Namespace) -> int:
     """Data, image, job, model, table; the exit code."""
     gpu = wants_gpu(options)
-    no_docker = options.no_docker
-    if not no_docker and (problem := engine_problem()):
-        say(f"No container on this machine: {problem} Running the toolkit's train without one.")
-        no_docker = True
-
     job = f"brain-to-text-smoke-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = LOCAL / "runs" / job
     folder.mkdir(parents=True)
-    host = "127.0.0.1" if no_docker else reachable_host()
+    image = None if options.no_docker else provide_image(folder, gpu, options.base_image)
+    host = "127.0.0.1" if image is None else reachable_host()
     with serve_s3(LOCAL / "s3", host, cached=True, log_file=folder / "s3-server.log") as s3:
         os.environ.update(s3.environment())
         s3.make_bucket(BUCKET)
         provide_data()
         run = Run(job, folder, s3, options.steps)
-        if no_docker:
+        if image is None:
             train_without_docker(run, gpu)
         else:
-            image = provide_image(run, gpu, options.base_image)
             train_in_local_mode(run, image, gpu)
         return show_results(run)
 
@@ -187,22 +181,31 @@ def provide_data() -> None:
 # --- with Docker
 
 
-def provide_image(run: Run, gpu: bool, base_image: str | None) -> str:
-    """Build the image and return its tag; the build's output goes to a file."""
-    tag = f"brain-to-text-training:local-{'cuda' if gpu else 'cpu'}"
-    log = run.folder / "build.log"
-    say(f"Building {tag} (the first time takes minutes; log: {_short(log)}).")
-    with (
-        log.open("w") as file,
-        contextlib.redirect_stderr(_Tee(file, show=_is_build_step, width=100)),
-    ):
-        build_image([tag], cpu=not gpu, base_image=base_image)
-    return tag
+def provide_image(folder: Path, gpu: bool, base_image: str | None) -> str | None:
+    """Build the image and return its name, None without an engine; the output goes to a file.
+
+    Raises:
+        ImageError: there is an engine, and the image cannot be built.
+    """
+    log = folder / "build.log"
+    say(f"Building the image (the first time takes minutes; log: {_short(log)}).")
+    options = [] if gpu else ["--cpu"]
+    with log.open("w") as file:
+        tee = _Tee(file, show=_is_build_step, width=100)
+        try:
+            return build_image(
+                f"local-{'cuda' if gpu else 'cpu'}", *options, base_image=base_image, show=tee.write
+            )
+        except ImageError as problem:
+            if not problem.no_engine:
+                raise
+            say(f"No container on this machine: {problem} Running the toolkit's train without one.")
+            return None
 
 
 def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
     """One training job through the SDK's Estimator, exactly as on SageMaker but on this machine."""
-    bridge_docker_commands(gpu)
+    provide_compose(gpu)
     os.environ["SAGEMAKER_SUPPRESS_V2_WARNING"] = "1"
     sdk_defaults = run.folder / "sagemaker-sdk.yaml"
     sdk_defaults.write_text(SDK_DEFAULTS)
@@ -256,38 +259,31 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
         raise KeyboardInterrupt  # the SDK's own cleaning up may have swallowed it
 
 
-def bridge_docker_commands(gpu: bool) -> None:
-    """Put first on PATH a folder with the `docker` that works and a Compose that the SDK knows.
-
-    The SDK accepts `docker compose` only when its version says v2, else it wants `docker-compose`.
+def provide_compose(gpu: bool) -> None:
+    """Put a `docker-compose` on PATH where only the plugin is: the SDK knows no plugin but v2.
 
     Raises:
         LocalRunError: there is no Compose, or only one too old for a GPU.
     """
-    client = docker_client()
-    shims = LOCAL / "bin"
-    shutil.rmtree(shims, ignore_errors=True)
-    shims.mkdir(parents=True)
-    (shims / "docker").symlink_to(Path(client).resolve())
-    plugin = _succeeds(client, "compose", "version")
-    if plugin:
-        _write_script(shims / "docker-compose", f'exec "{client}" compose "$@"')
-    elif standalone := on_path("docker-compose"):
-        (shims / "docker-compose").symlink_to(Path(standalone[0]).resolve())
-        version = subprocess.run(
-            [standalone[0], "version", "--short"], capture_output=True, text=True, check=False
-        ).stdout
-        if gpu and version.strip().startswith("1."):
-            raise LocalRunError(
-                f"docker-compose {version.strip()} gives containers no GPU: install the Compose "
-                "plugin (package docker-compose-plugin), or use --cpu."
-            )
-    else:
+    if _succeeds("docker", "compose", "version"):
+        shim = LOCAL / "bin" / "docker-compose"
+        shim.parent.mkdir(parents=True, exist_ok=True)
+        shim.write_text('#!/bin/sh\nexec docker compose "$@"\n')
+        shim.chmod(0o755)
+        os.environ["PATH"] = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
+        return
+    if shutil.which("docker-compose") is None:
         raise LocalRunError(
             "SageMaker local mode needs Docker Compose: install the package docker-compose-plugin "
             "or docker-compose, or use --no-docker."
         )
-    os.environ["PATH"] = f"{shims}{os.pathsep}{os.environ['PATH']}"
+    asked = ["docker-compose", "version", "--short"]
+    version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    if gpu and version.startswith("1."):
+        raise LocalRunError(
+            f"docker-compose {version} gives containers no GPU: install the Compose plugin "
+            "(package docker-compose-plugin), or use --cpu."
+        )
 
 
 def reachable_host() -> str:
@@ -513,11 +509,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of steps")
     return int(text)
-
-
-def _write_script(path: Path, line: str) -> None:
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(0o755)
 
 
 def _succeeds(*command: str) -> bool:

@@ -1,27 +1,48 @@
-"""GPUs: what each can do at best, and what one training step asks of it. Needs no torch."""
+"""GPUs, and what a training step asks of one: products, bytes, and a recurrence that is serial.
+
+One table for the launcher's prices and the trainer's MFU; nothing here needs torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from .config import TrainingConfig
+
+Precision = Literal["bfloat16", "float16", "tf32", "float32"]
+
+OLDEST_CAPABILITY = 7.5  # that the image's torch has code for (sm_75: T4)
+FIRST_WITH_BFLOAT16 = 8.0
+
+MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
+LONGEST_OVER_MEAN = 2.0  # the longest of 48 trials with lognormal lengths, sigma 0.35
+
+UTILISATION = 0.5  # of the peak, for matrix products of these sizes; assumed
+KERNEL_SECONDS = 3e-6  # of a kernel that waits for the one before it; assumed
+KERNELS_PER_CELL = 2  # one product, one pass over the gates
+LAUNCHES, LAUNCH_SECONDS = 200, 5e-6  # outside cuDNN, counted; of each, assumed
+FEATURE_PASSES, PATCH_PASSES, LOGIT_PASSES = 16, 8, 8  # reads and writes of each in a step
+WEIGHT_BYTES = 32  # of AdamW for every weight: four read, three written, the gradient's norm
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; TFLOP/s are dense peaks of the data sheet, None where there is no such unit.
+    """One device; dense peaks in TFLOP/s, without sparsity, None where it has no such unit.
 
     Attributes:
         capability: CUDA compute capability.
-        memory_gib: of one GPU; None where AWS does not rent it.
-        sustained: share of the peak that its power limit lets it keep up.
-        seconds_per_step: measured with rnn_args_diphone_sagemaker.yaml (batch 48) on one such GPU,
-            with the command in tests/benchmarks/RESULTS.md; None: not measured.
+        memory_gib: of one device.
+        bandwidth: of its memory, GB/s.
+        sustained: share of the peaks that its power allows for long.
+        seconds_per_step: measured with rnn_args_diphone_sagemaker.yaml (batch 48) by the command in
+            tests/benchmarks/RESULTS.md; None: not measured.
     """
 
-    name: str
     capability: float
-    memory_gib: float | None
+    memory_gib: float
+    bandwidth: float
     bfloat16: float | None
     float16: float
     tf32: float | None
@@ -30,42 +51,54 @@ class Gpu:
     seconds_per_step: float | None = None
 
     @property
-    def half(self) -> float:
-        """Peak of the 16-bit type that the trainer picks: bfloat16 where there is one."""
-        return self.bfloat16 or self.float16
+    def half(self) -> Precision:
+        """The 16-bit type that the trainer picks."""
+        return "bfloat16" if self.capability >= FIRST_WITH_BFLOAT16 else "float16"
+
+    def peak(self, precision: Precision) -> float | None:
+        """FLOP/s in that precision; None where the device has no unit for it."""
+        teraflops = getattr(self, precision)
+        return None if teraflops is None else teraflops * 1e12
 
 
-# NVIDIA's data sheets; figures quoted with sparsity are halved. A10G: AWS's figure for the G5
-# family (about half of the A10's tensor rate). T4 and L4 have 70 W, which do not sustain the peak.
+# Vendor data sheets (figures quoted with sparsity are halved): NVIDIA K80, V100, T4 (2019), A10 and
+# A10G, A100, L4, L40S, H100 PCIe and SXM, H200, B200, RTX PRO 6000 (Blackwell), RTX 4090. A10G:
+# AWS's figure for the G5 family (it has about half of the A10's tensor rate). T4 and L4 sustain
+# about half of it at 70 W.
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("K80", 3.7, 12, None, 4.1, None, 4.1),
-        Gpu("V100", 7.0, 16, None, 125.0, None, 15.7),
-        Gpu("T4", 7.5, 16, None, 65.0, None, 8.1, sustained=0.46),
-        Gpu("A10G", 8.6, 24, 70.0, 70.0, 35.0, 31.5),
-        Gpu("A10", 8.6, None, 125.0, 125.0, 62.5, 31.2),
-        Gpu("A100", 8.0, 40, 312.0, 312.0, 156.0, 19.5),
-        Gpu("A100 80GB", 8.0, 80, 312.0, 312.0, 156.0, 19.5),
-        Gpu("L4", 8.9, 24, 121.0, 121.0, 60.0, 30.3, sustained=0.5),
-        Gpu("L40S", 8.9, 48, 362.0, 362.0, 183.0, 91.6),
-        Gpu("GeForce RTX 4090", 8.9, None, 165.2, 165.2, 82.6, 82.6),
-        Gpu("H100 PCIe", 9.0, None, 756.0, 756.0, 378.0, 51.0),
-        Gpu("H100", 9.0, 80, 989.0, 989.0, 494.0, 67.0),
-        Gpu("H200", 9.0, 141, 989.0, 989.0, 494.0, 67.0),
-        Gpu("B200", 10.0, 180, 2250.0, 2250.0, 1100.0, 75.0),
-        Gpu("RTX PRO 6000", 12.0, 96, 500.0, 500.0, 250.0, 120.0),
-    )
+    "K80": Gpu(3.7, 12, 240, None, 4.1, None, 4.1),
+    "V100": Gpu(7.0, 16, 900, None, 125.0, None, 15.7),
+    "T4": Gpu(7.5, 16, 320, None, 65.0, None, 8.1, sustained=0.5),
+    "A10G": Gpu(8.6, 24, 600, 70.0, 70.0, 35.0, 31.5),
+    "A10": Gpu(8.6, 24, 600, 125.0, 125.0, 62.5, 31.2),
+    "A100": Gpu(8.0, 40, 1555, 312.0, 312.0, 156.0, 19.5),
+    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 312.0, 156.0, 19.5),
+    "L4": Gpu(8.9, 24, 300, 121.0, 121.0, 60.0, 30.3, sustained=0.5),
+    "L40S": Gpu(8.9, 48, 864, 362.0, 362.0, 183.0, 91.6),
+    "H100 PCIe": Gpu(9.0, 80, 2000, 756.0, 756.0, 378.0, 51.0),
+    "H100": Gpu(9.0, 80, 3350, 989.0, 989.0, 494.0, 67.0),
+    "H200": Gpu(9.0, 141, 4800, 989.0, 989.0, 494.0, 67.0),
+    "B200": Gpu(10.0, 180, 8000, 2250.0, 2250.0, 1100.0, 75.0),
+    "RTX PRO 6000": Gpu(12.0, 96, 1597, 500.0, 500.0, 250.0, 120.0),
+    "GeForce RTX 4090": Gpu(8.9, 24, 1008, 165.2, 165.2, 82.6, 82.6),
 }
 
 
-def known_as(device_name: str) -> Gpu | None:
-    """The GPU that calls itself so, e.g. 'Tesla T4' or 'NVIDIA A10G'; None if it is not listed."""
-    words = device_name.replace("-", " ").split()
-    for name in sorted(GPUS, key=len, reverse=True):
-        if all(word in words for word in name.split()):
-            return GPUS[name]
+def known_as(name: str) -> str | None:
+    """The name in `GPUS` of a device that calls itself `name`, e.g. 'Tesla T4'."""
+    words = name.replace("-", " ").split()
+    for known in sorted(GPUS, key=len, reverse=True):
+        if all(word in words for word in known.split()):
+            return known
     return None
+
+
+def n_frames(config: TrainingConfig, n_bins: float) -> int:
+    """Output frames of a trial."""
+    model = config.model
+    if model.patch_size == 0:
+        return int(n_bins)
+    return max(int((n_bins - model.patch_size) // model.patch_stride) + 1, 0)
 
 
 def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> float:
@@ -76,17 +109,88 @@ def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> fl
     into the stored features. Elementwise work and CTC (under 1 %) are left out.
     """
     model = config.model
-    features, units = model.n_input_features, model.n_units
+    C, H = model.n_input_features, model.n_units
     directions = 2 if model.bidirectional else 1
-    gates = 3 * units * directions
-    inputs = gates * (features * model.patch_size + (model.n_layers - 1) * units * directions)
-    recurrent = gates * units * model.n_layers
-    classifier = units * directions * config.dataset.n_classes
+    gates = 3 * H * directions
+    inputs = gates * (C * max(model.patch_size, 1) + (model.n_layers - 1) * H * directions)
+    recurrent = gates * H * model.n_layers
+    classifier = H * directions * config.dataset.n_classes
     per_frame = 2.0 * (inputs + recurrent + classifier)
-    day_layer = 2.0 * features * features
+    day_layer = 2.0 * C * C
     return 3 * n_frames * per_frame + 2 * n_bins * day_layer
 
 
-def frames_of(config: TrainingConfig, n_bins: int) -> int:
-    """Output frames of a trial of so many bins."""
-    return max((n_bins - config.model.patch_size) // config.model.patch_stride + 1, 0)
+def flops_per_step(config: TrainingConfig, lengths: Iterable[float]) -> float:
+    """Floating-point operations of one training step on trials of these lengths (in bins)."""
+    lengths = list(lengths)
+    frames = sum(n_frames(config, length) for length in lengths)
+    return training_flops(config, sum(lengths), frames)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Estimated seconds of one training step on one GPU, by what they are spent on."""
+
+    products: float  # matrix products but for the recurrence
+    recurrence: float  # one frame of the longest trial after the other, layer by layer, both ways
+    memory: float  # passes over features, patches, logits and weights
+    launches: float  # kernels outside cuDNN
+
+    @property
+    def total(self) -> float:
+        return self.products + self.recurrence + self.memory + self.launches
+
+
+def step_time(
+    config: TrainingConfig,
+    gpu: Gpu,
+    trials: float | None = None,
+    mean_bins: float = MEAN_BINS,
+    longest_bins: float | None = None,
+) -> StepTime:
+    """What a training step on one GPU should take: an estimate from its data sheet.
+
+    The GRU is serial: every layer computes as many cells, one after the other, as the longest trial
+    has frames, and each takes what its kernels wait, or what reading its weights takes, or what its
+    product takes. That cuDNN may overlap layers is not counted.
+
+    Args:
+        trials: of the batch on this GPU; default: the whole batch.
+        longest_bins: of the batch's longest trial; default: twice the mean.
+    """
+    model, batch = config.model, config.dataset.batch_size if trials is None else trials
+    longest_bins = LONGEST_OVER_MEAN * mean_bins if longest_bins is None else longest_bins
+    if not config.use_amp:
+        precision: Precision = "tf32" if config.allow_tf32 and gpu.tf32 else "float32"
+    else:
+        precision = gpu.half
+    peak, value_bytes = gpu.peak(precision), 2 if config.use_amp else 4
+    assert peak is not None  # every device has these types
+    rate, bandwidth = UTILISATION * gpu.sustained * peak, gpu.bandwidth * 1e9
+    C, H = model.n_input_features, model.n_units
+    directions = 2 if model.bidirectional else 1
+    frames, longest_frames = n_frames(config, mean_bins), n_frames(config, longest_bins)
+
+    cells = 2 * model.n_layers * directions * longest_frames  # forward and back
+    cell_flops = 2.0 * 3 * H * H * batch * frames / max(longest_frames, 1)
+    cell = max(
+        KERNELS_PER_CELL * KERNEL_SECONDS, 3 * H * H * value_bytes / bandwidth, cell_flops / rate
+    )
+    recurrent = 3 * 2.0 * 3 * H * H * model.n_layers * directions * batch * frames
+    back_to_weights = recurrent / 3  # one product over all frames, not serial
+    flops = training_flops(config, batch * mean_bins, batch * frames) - recurrent
+    weights = 3 * H * directions * (C * max(model.patch_size, 1) + H)
+    weights += (model.n_layers - 1) * 3 * H * directions * (directions + 1) * H
+    weights += H * directions * config.dataset.n_classes + C * C * config.dataset.days_per_batch
+    moved = (
+        batch * longest_bins * C * 4 * FEATURE_PASSES
+        + batch * frames * C * max(model.patch_size, 1) * value_bytes * PATCH_PASSES
+        + batch * longest_frames * config.dataset.n_classes * 4 * LOGIT_PASSES
+        + weights * WEIGHT_BYTES
+    )
+    return StepTime(
+        products=(flops + back_to_weights) / rate,
+        recurrence=cells * cell,
+        memory=moved / bandwidth,
+        launches=LAUNCHES * LAUNCH_SECONDS,
+    )

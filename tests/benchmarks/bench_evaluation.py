@@ -5,7 +5,7 @@
 Decoding: this project's pass over trials against the public evaluation's loop (one trial at a
 time: its smoothing kernel, its day matrix gathered, its logits copied out, its classes merged) on
 the same trials, weights and threads, taking turns. Real time: steps of 80 ms (4 bins) through the
-exported decoder. `--bound` adds what the arithmetic alone allows.
+exported decoder.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ import torch
 from brain_to_text.config import TrainingConfig, config_from_dict
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
-from brain_to_text.model.packed_gru import linear
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.model.trial_logits import TrialLogits
-from brain_to_text.scoring.decoding import merge_frames
+from brain_to_text.scoring.decoding import batch_logits, greedy_decode
 from brain_to_text.scoring.realtime import export_streaming
 from brain_to_text.scoring.trained_model import ModelArtefact
 from brain_to_text.streaming.batch import collate, pad_features
@@ -114,52 +112,17 @@ def in_batches(
 ) -> list[list]:
     """This project's pass."""
     cast = nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
-    logits_of = TrialLogits(model, smooth, cast)
     found: list[list] = [[] for _ in trials.lengths]
     for chosen in evaluation_batches(np.arange(len(found)), trials.lengths, batch_size):
         own = [trials[i] for i in chosen]
         records = [TrialRecord("s", "test", "k", "t", len(x), x.shape[1], "<f4", 0, 0) for x in own]
         features = pad_features(own, pin=device.type == "cuda")
         batch = collate(0, chosen, records, trials.days[chosen], features).to(device)
-        frames = model.frame_lengths(batch.n_time_steps).numpy()
-        for rows, logits in logits_of(batch):
-            merged = merge_frames(logits.argmax(-1).cpu().numpy(), frames[rows])
-            for place, labels in zip(chosen[rows], merged, strict=True):
-                found[place] = labels
+        logits = batch_logits(model, smooth, batch, cast)
+        merged = greedy_decode(logits, model.frame_lengths(batch.n_time_steps))
+        for place, labels in zip(chosen, merged, strict=True):
+            found[place] = labels
     return found
-
-
-def bound(model: GRUDecoder, frames: int, bins: int) -> None:
-    """Multiplications of both, and how long their products take: what arithmetic alone allows."""
-    H, layers = model.n_units, model.n_layers
-    first = model.gru.weight_ih_l0.numel()
-    recurrent = layers * 3 * H * H
-    others = (layers - 1) * 3 * H * H + model.out.weight.numel()
-    others += model.neural_dim**2 * bins // frames
-    reduced = first * 13 // 28
-
-    def rate(product, rows: int) -> float:
-        x, weight = torch.randn(rows, H), torch.randn(3 * H, H)
-        best = float("inf")
-        for _ in range(50):
-            started = time.process_time()
-            product(x, weight)
-            best = min(best, time.process_time() - started)
-        return 2 * rows * H * 3 * H / best / 1e9
-
-    torchs = torch.nn.functional.linear
-    one, many, ours = rate(torchs, 1), rate(torchs, frames), rate(linear, 512)
-    public = (first + others) / many + recurrent / one
-    print(
-        f"\nper frame {(first + recurrent + others) / 1e6:.2f} M multiplications, here "
-        f"{(reduced + recurrent + others) / 1e6:.2f} M; {recurrent / 1e6:.2f} M are the "
-        f"recurrence: {one:.0f} GFLOP/s at one row, where {frames} rows give {many:.0f} and ours "
-        f"{ours:.0f}"
-    )
-    print(
-        f"products alone: {public / ((first + recurrent + others) / ours):.1f} x by batches, "
-        f"{public / ((reduced + recurrent + others) / ours):.1f} x with fewer multiplications too"
-    )
 
 
 def real_time(artefact: ModelArtefact, trials: Trials) -> None:
@@ -193,7 +156,6 @@ def main() -> None:
     option("--threads", type=int, default=1)
     option("--device", default="cpu")
     option("--dtype", choices=("float32", "bfloat16"), default="float32")
-    option("--bound", action="store_true")
     option("--no-real-time", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -237,9 +199,6 @@ def main() -> None:
         )
     one, other = found.values()
     print(f"trials with equal labels: {sum(a == b for a, b in zip(one, other, strict=True))}")
-    if options.bound and device.type == "cpu":
-        bins = int(trials.lengths.mean())
-        bound(model, (bins - 14) // 4 + 1, bins)
     if not options.no_real_time and device.type == "cpu":
         real_time(artefact, trials)
 

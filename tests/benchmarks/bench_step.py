@@ -41,11 +41,11 @@ from brain_to_text.config import TrainingConfig, load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.manifest import index_dataset
 from brain_to_text.dataset.store import open_store
-from brain_to_text.gpus import GPUS, known_as
+from brain_to_text.gpus import GPUS, OLDEST_CAPABILITY, flops_per_step, known_as, step_time
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.launch.pricing import table as instance_table
 from brain_to_text.model.augmentations import Augmentation, step_generator
-from brain_to_text.model.device import allow_tf32, autocast_dtype
+from brain_to_text.model.device import allow_tf32, autocast_dtype, peak_flops
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.optimizer import (
     apply_update,
@@ -53,10 +53,9 @@ from brain_to_text.model.optimizer import (
     build_scheduler,
     clip_and_check,
 )
-from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.model.throughput import flops_per_step, peak_flops, peak_of
+from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
 from brain_to_text.model.train_step import TrainStep
-from brain_to_text.scoring.evaluation import evaluate
+from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
@@ -65,7 +64,6 @@ from plain_recipe import PlainDecoder, PlainStep
 STEPS_OF_A_RUN = 150_000
 MEAN_BINS, LABELS_PER_BIN = 850, 58 / 850  # mean trial of the public dataset, self-loop labels
 N_SESSIONS = 4
-OLDEST_CAPABILITY = 7.5  # compute capability that the image's cuDNN supports
 CLOCK = time.perf_counter  # --cpu-time: this process's CPU seconds, for machines that are shared
 
 
@@ -120,11 +118,11 @@ class Ours:
 
     def __init__(self, config: TrainingConfig, device: torch.device, weights=None) -> None:
         self.config, self.device = config, device
-        self.model = GRUDecoder.from_config(config, N_SESSIONS).to(device)
+        self.model = GRUDecoder.from_config(config, N_SESSIONS, for_training=True).to(device)
         if weights is not None:
-            self.model.load_state_dict(weights)
+            load_public_state_dict(self.model, weights)
         self.augmentation = Augmentation(config.dataset.data_transforms)
-        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, device)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.step = TrainStep(
@@ -290,7 +288,7 @@ def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch
     p, o = whole["plain"], whole["ours"]
     rows.append(["whole step", f"{p * 1e3:.1f}", f"{o * 1e3:.1f}", f"{p / o:.2f}"])
     table("Step, ms", ["phase", "plain", "ours", "plain / ours"], rows)
-    flops = statistics.mean(flops_per_step(config, b.n_time_steps) for b in batches)
+    flops = statistics.mean(flops_per_step(config, b.n_time_steps.tolist()) for b in batches)
     print(f"{flops / 1e12:.3f} TFLOP per step; ours {flops / o / 1e12:.3f} TFLOP/s", end="")
     peak = peak_flops(device, config)
     print(f", MFU {100 * flops / o / peak:.1f} %" if peak else "")
@@ -550,23 +548,19 @@ def project(
 ) -> None:
     """Hours and cost of 150,000 steps on one GPU of every instance type that the image supports.
 
-    From arithmetic alone at two utilisations; where the step was `measured` (GPU, seconds) in this
-    run, from that too, on the types that have this GPU.
+    From `gpus.step_time`, an estimate; where the step was `measured` (GPU, seconds) in this run,
+    from that too, on the types that have this GPU.
     """
-    n = torch.full((config.dataset.batch_size,), MEAN_BINS)
-    flops = flops_per_step(config, n)
     tables = instance_table()
     rows = []
     for instance, row in tables["types"].items():
         gpu, price = row["gpu"], row["usd_per_hour"]
         if gpu is None or GPUS[gpu].capability < OLDEST_CAPABILITY:
             continue
-        new = GPUS[gpu].capability >= 8
-        dtype = torch.bfloat16 if new else torch.float16
-        peak = peak_of(gpu, dtype)
-        assert peak is not None, f"{gpu} is not in gpus.GPUS"
-        cells = [instance, f"1 of {row['gpus']} {gpu}", str(dtype).removeprefix("torch.")]
-        steps: list[float | None] = [max(flops / peak / u, args.floor_ms / 1e3) for u in (0.5, 0.2)]
+        parts = step_time(config, GPUS[gpu])
+        cells = [instance, f"1 of {row['gpus']} {gpu}", GPUS[gpu].half]
+        cells += [f"{seconds * 1e3:.0f}" for seconds in vars(parts).values()]
+        steps: list[float | None] = [parts.total]
         if measured is not None:
             steps.append(measured[1] if measured[0] == gpu else None)
         for seconds in steps:
@@ -579,11 +573,12 @@ def project(
         rows.append(cells)
     columns = ["ms", "hours", "$"]
     table(
-        f"{STEPS_OF_A_RUN} steps of {flops / 1e12:.2f} TFLOP, at 50 % and at 20 % of the data "
-        f"sheet's peak (never below {args.floor_ms:g} ms, the serial recurrence)"
+        f"{STEPS_OF_A_RUN} steps: estimated ms of products, recurrence, memory and launches, "
+        "together"
         + ("" if measured is None else f", and as measured in this run on {measured[0]}")
         + f"; prices of whole instances from {tables['prices_collected']}, not verified",
-        ["instance", "GPU", "type", *columns, *columns, *(columns if measured else [])],
+        ["instance", "GPU", "type", "products", "recurrence", "memory", "launches", *columns]
+        + (columns if measured else []),
         rows,
     )
 
@@ -640,7 +635,7 @@ def configured(args: argparse.Namespace) -> TrainingConfig:
         given["objective.schedule"] = None
     config = load_config(args.config, given)
     if config.objective.schedule is not None:  # contenders are to compute the same at every step
-        config.objective.phoneme_weight = config.objective.schedule.end
+        config.objective.phoneme_weight = config.objective.schedule[-1][1]
         config.objective.schedule = None
     if not config.use_amp:
         config.allow_tf32 = args.tf32
@@ -665,7 +660,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rnn-dropout", type=float, help="0: the GRU's layers are one call on a GPU"
     )
-    parser.add_argument("--ctc-kernel", choices=["torch", "triton"])
+    parser.add_argument("--ctc-kernel", choices=["auto", "torch", "triton"])
     parser.add_argument("--phoneme-weight", type=float)
     parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
     parser.add_argument("--tf32", action="store_true", help="TF32 where --amp-dtype is off")
@@ -681,7 +676,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--project", action="store_true", help="on a GPU, or with --with-data, measured too"
     )
-    parser.add_argument("--floor-ms", type=float, default=5.0)
     return parser
 
 
@@ -726,7 +720,7 @@ def main(words: list[str] | None = None) -> None:
         seconds = compare_step(config, args, device)
     if args.project:
         gpu = known_as(name)
-        project(config, args, None if gpu is None or seconds is None else (gpu.name, seconds))
+        project(config, args, None if gpu is None or seconds is None else (gpu, seconds))
 
 
 if __name__ == "__main__":

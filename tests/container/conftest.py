@@ -6,54 +6,52 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
-from build_image import ImageError, build_image, docker_client, engine_problem
 from support.container_job import BUCKET, PREFIX, SESSIONS, TINY_JOB, Job
-from support.engine import container_host, image_exists
+from support.engine import ImageError, build_image, container_host, docker, image_exists
 from support.local_s3 import LocalS3, serve_s3
 from support.tiny_data import write_dataset
 
-IMAGE = "brain-to-text-training:test"
 LOCAL_BASE = "brain-to-text-base:bookworm"
 
 
 @pytest.fixture(scope="session")
-def engine() -> str:
-    """The docker client; the test is skipped without an engine, or fails where one is demanded."""
-    if problem := engine_problem():
-        if os.environ.get("BRAIN_TO_TEXT_REQUIRE_DOCKER"):
-            pytest.fail(problem)
-        pytest.skip(problem)
-    return docker_client()
+def engine() -> None:
+    """The test is skipped where no engine answers, or fails where one is demanded."""
+    if shutil.which("docker") is None or not docker("info", check=False):
+        _cannot("no Docker engine answers on this machine")
 
 
 @pytest.fixture(scope="session")
-def image(engine: str) -> str:
+def image(engine: None) -> str:
     """The image of this tree, with torch for CPUs."""
-    return built(IMAGE)
+    return _built("test")
 
 
 @pytest.fixture(scope="session")
 def image_with_mlflow(image: str) -> str:
     """The same with MLflow's client."""
-    return built(f"{IMAGE}-mlflow", mlflow=True)
+    return _built("test-mlflow", "--mlflow")
 
 
-def built(tag: str, mlflow: bool = False) -> str:
+def _built(tag: str, *options: str) -> str:
     base = os.environ.get("BASE_IMAGE") or (LOCAL_BASE if image_exists(LOCAL_BASE) else None)
     try:
-        build_image([tag], cpu=True, mlflow=mlflow, base_image=base, quiet=True)
+        return build_image(tag, "--cpu", *options, base_image=base)
     except ImageError as problem:
-        if os.environ.get("BRAIN_TO_TEXT_REQUIRE_DOCKER"):
-            pytest.fail(str(problem))
-        pytest.skip(str(problem))
-    return tag
+        _cannot(str(problem))
+
+
+def _cannot(problem: str) -> NoReturn:
+    if os.environ.get("BRAIN_TO_TEXT_REQUIRE_DOCKER"):
+        pytest.fail(problem)
+    pytest.skip(problem)
 
 
 @pytest.fixture(scope="session")
-def container_s3(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+def container_s3(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """An S3 server that containers reach; its bucket `tiny` holds a small dataset."""
     with serve_s3(tmp_path_factory.mktemp("container-s3"), container_host()) as server:
         write_dataset(server.make_bucket(BUCKET) / PREFIX, SESSIONS, bins=(90, 160))

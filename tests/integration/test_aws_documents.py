@@ -132,6 +132,9 @@ PASSED = {"iam:passedtoservice": "sagemaker.amazonaws.com"}
 ADMINISTRATORS = ("aws cloudformation", "aws iam", "aws configure", "aws sso", "aws ssm")
 CALLS = {
     "aws service-quotas list-service-quotas": [("servicequotas:ListServiceQuotas", "*")],
+    "aws service-quotas request-service-quota-increase": [
+        ("servicequotas:RequestServiceQuotaIncrease", "*")
+    ],
     "aws s3 ls": [("s3:ListBucket", S3)],
     "aws s3 sync": [
         ("s3:ListBucket", S3),
@@ -140,7 +143,7 @@ CALLS = {
     ],
     "aws logs tail": [("logs:FilterLogEvents", LOGS)],
     "aws sagemaker list-mlflow-tracking-servers": [("sagemaker:ListMlflowTrackingServers", "*")],
-    "build_and_push.sh": [
+    "./build_and_push.sh": [
         *((f"ecr:{action}", REPOSITORY) for action in ("DescribeRepositories", "DescribeImages")),
         *((f"ecr:{action}", REPOSITORY) for action in ("CreateRepository", "PutLifecyclePolicy")),
         *((f"ecr:{action}", REPOSITORY) for action in ("InitiateLayerUpload", "UploadLayerPart")),

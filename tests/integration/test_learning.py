@@ -58,7 +58,9 @@ def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
     reference: dict[str, float], reference_folder: Path, tmp_path: Path
 ) -> None:
     for package in ("flashlight", "kenlm"):
-        pytest.importorskip(package, reason="pip install -r docker/requirements-words.txt")
+        pytest.importorskip(
+            package, reason="pip install -r docker/requirements_sagemaker_words.txt"
+        )
     assert reference["per"] < 0.10
     # the same electrodes and sentences, but a weaker signal: else no word would be wrong
     data = tmp_path / "data"

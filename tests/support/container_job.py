@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from build_image import docker_client
-
 from .engine import docker
 from .local_s3 import LocalS3
 
@@ -106,7 +104,7 @@ class Job:
 
     def log(self) -> str:
         done = subprocess.run(
-            [docker_client(), "logs", self.name],
+            ["docker", "logs", self.name],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

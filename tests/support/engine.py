@@ -1,12 +1,79 @@
-"""What tests and the local run ask the Docker engine, beside building (docker/build_image.py)."""
+"""What tests and the local run ask of Docker: the image, by ./build_and_push.sh, and the engine."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from build_image import docker_client
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUILD_SCRIPT = REPOSITORY / "build_and_push.sh"
+IMAGE = "brain-to-text-training"
+NO_ENGINE = 3  # the script's exit code
+
+
+class ImageError(Exception):
+    """The image cannot be built; the script's own sentence.
+
+    Attributes:
+        no_engine: there is no Docker engine here that could.
+    """
+
+    def __init__(self, sentence: str, no_engine: bool) -> None:
+        super().__init__(sentence)
+        self.no_engine = no_engine
+
+
+def build_image(
+    tag: str,
+    *options: str,
+    base_image: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Build the image under a local tag and return "NAME:TAG"; `show` is given each line.
+
+    Raises:
+        ImageError: it cannot be built.
+    """
+    command = [str(BUILD_SCRIPT), "--no-push", "--repository", IMAGE, "--tag", tag, *options]
+    if base_image:
+        command += ["--base-image", base_image]
+    if "--cpu" in options:
+        provide_cpu_torch()
+    build = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert build.stderr is not None
+    last = ""
+    for line in build.stderr:
+        show(line)
+        last = line.strip() or last
+    if code := build.wait():
+        raise ImageError(last.removeprefix("build_and_push: "), code == NO_ENGINE)
+    return f"{IMAGE}:{tag}"
+
+
+def provide_cpu_torch() -> None:
+    """Lay torch's CPU wheel into docker/wheels/ when this machine's pip has one to give.
+
+    Where pip finds none (PyPI has only CUDA builds for Linux), the Dockerfile's index serves.
+    """
+    docker_folder = REPOSITORY / "docker"
+    lock = (docker_folder / "requirements_sagemaker_torch.in").read_text()
+    (version,) = re.findall(r"^torch==(\S+)", lock, re.MULTILINE)
+    wheels = docker_folder / "wheels"
+    if not list(wheels.glob(f"torch-{version}*.whl")):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run(
+            [*pip, "--dest", str(wheels), f"torch=={version}+cpu"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
 
 
 def docker(*arguments: str, check: bool = True) -> str:
@@ -15,9 +82,7 @@ def docker(*arguments: str, check: bool = True) -> str:
     Raises:
         subprocess.CalledProcessError: it failed and `check` is true.
     """
-    done = subprocess.run(
-        [docker_client(), *arguments], capture_output=True, text=True, check=check
-    )
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=check)
     return done.stdout.strip()
 
 

@@ -26,7 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = REPOSITORY / ".local" / "mlflow"
 CLIENT = REPOSITORY / ".local" / "mlflow-client"
-LOCK = REPOSITORY / "docker" / "requirements-mlflow.txt"
+LOCK = REPOSITORY / "docker" / "requirements_sagemaker_mlflow.txt"
 START_SECONDS = 180
 
 

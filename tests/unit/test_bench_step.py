@@ -31,7 +31,7 @@ def file(tmp_path) -> str:
     path.write_text(
         "model: {bidirectional: true, n_units: 24, rnn_dropout: 0.1}\n"
         "dataset: {n_classes: 1681}\n"
-        "objective: {ctc_kernel: triton, schedule: {start: 0, end: 0.6, interval: 10}}\n"
+        "objective: {ctc_kernel: triton, schedule: [[10, 0.0], [60, 0.6]]}\n"
     )
     return str(path)
 
@@ -104,8 +104,8 @@ def test_every_type_is_projected_and_measured_ones_from_the_measurement(capsys, 
         name for name, row in table()["types"].items() if row["gpu"] not in (None, "K80", "V100")
     }
     assert rows.keys() == supported
-    assert rows["ml.g5.2xlarge"][6:9] == ["91", "3.8", "6"]  # at half of the peak
-    assert rows["ml.p5en.48xlarge"][8] == "-", "nobody knows its price"
+    assert rows["ml.g5.2xlarge"][6:13] == ["73", "44", "11", "1", "129", "5.4", "8"]
+    assert rows["ml.p5en.48xlarge"][12] == "-", "nobody knows its price"
     if measured is not None:
         assert rows["ml.g5.2xlarge"][-3:] == ["200", "8.3", "13"]
         assert rows["ml.g4dn.xlarge"][-3:] == ["-", "-", "-"]

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-LOCKS = [REPOSITORY / "docker" / f"requirements{kind}.txt" for kind in ("", "-torch", "-mlflow")]
+LOCKS = [
+    REPOSITORY / "docker" / f"requirements_sagemaker{kind}.txt"
+    for kind in ("", "_torch", "_mlflow")
+]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)

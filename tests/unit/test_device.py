@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from brain_to_text.model.device import allow_tf32, autocast_dtype, compiler, gru_dtype
+from brain_to_text.model import gpu_ctc
+from brain_to_text.model.device import (
+    allow_tf32,
+    autocast_dtype,
+    compiler,
+    notes,
+    peak_flops,
+    runs_on,
+    unusable,
+)
 from support.training_examples import CPU, small_config
 
 CUDA = torch.device("cuda")
@@ -41,6 +50,12 @@ def test_auto_is_bfloat16_where_the_chip_has_it(chip, expected, capability) -> N
     assert autocast_dtype(small_config(), CUDA) == expected
 
 
+def test_bfloat16_asked_of_a_chip_without_it_is_float16(capability) -> None:
+    """Emulated, torch computes the GRU one frame at a time: 37,860 launches a step."""
+    capability(7, 5)
+    assert autocast_dtype(small_config(amp_dtype="bfloat16"), CUDA) == torch.float16
+
+
 @pytest.mark.parametrize(
     ("settings", "on_gpu", "on_cpu"),
     [
@@ -55,15 +70,6 @@ def test_what_was_asked_for_is_taken(settings, on_gpu, on_cpu, capability) -> No
     capability(9, 0)
     assert autocast_dtype(small_config(**settings), CUDA) == on_gpu
     assert autocast_dtype(small_config(**settings), CPU) == on_cpu
-
-
-def test_a_gru_is_given_bfloat16_under_a_gpus_bfloat16_autocast_alone(monkeypatch) -> None:
-    assert gru_dtype(CUDA) is None, "autocast is off"
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (torch.float16, None)):
-        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind, dtype=dtype: dtype)
-        assert gru_dtype(CUDA) == expected
-        assert gru_dtype(CPU) is None
 
 
 def test_tf32_is_allowed_or_forbidden_in_products_and_in_cudnn() -> None:
@@ -101,3 +107,89 @@ def test_what_is_compiled_has_dynamic_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     for length in (5, 9, 17, 33):
         assert torch.equal(doubled(torch.ones(length, 3)), torch.full((length, 3), 2.0))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_75", (7, 5), True),
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("compute_90", (12, 0), True),
+        ("compute_90", (8, 9), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100", (10, 3), True),
+        ("sm_120", (12, 0), True),
+    ],
+)
+def test_code_of_a_generation_runs_on_later_chips_of_it(architecture, capability, runs) -> None:
+    assert runs_on(architecture, *capability) == runs
+
+
+def test_a_gpu_without_code_in_this_torch_is_named_and_advised(monkeypatch) -> None:
+    built = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100-SXM2-16GB")
+    for capability, usable in (((7, 0), False), ((7, 5), True), ((8, 9), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert (unusable(CUDA) is None) == usable
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    said = unusable(CUDA)
+    assert said is not None and "V100" in said and "7.0" in said and "sm_75" in said
+    assert "ml.g5" in said
+    assert unusable(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
+        "The NVIDIA driver on your system is too old (found version 12020).",
+        "No CUDA GPUs are available",
+    ],
+)
+def test_why_no_gpu_is_used_is_said_in_torchs_words(cause: str, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError(cause + "\nand more")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    (said,) = notes(small_config(), CPU)
+    assert said == f"No GPU is used: {cause.rstrip('.')}."
+
+
+def test_a_build_without_cuda_and_a_run_on_the_cpu_are_said(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert "without CUDA" in notes(small_config(), CPU)[0]
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "told to use the CPU" in notes(small_config(), CPU)[0]
+
+
+def test_what_was_changed_or_chosen_for_a_gpu_is_said_with_its_reason(
+    monkeypatch, capability
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: "Triton is not installed")
+    capability(7, 5)
+    changed, ctc = notes(small_config(amp_dtype="bfloat16"), CUDA)
+    assert changed == "Tesla T4 has no bfloat16: mixed precision is float16"
+    assert ctc.endswith("which waits for the GPU: Triton is not installed")
+    monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: None)
+    capability(8, 6)
+    (ctc,) = notes(small_config(amp_dtype="bfloat16"), CUDA)
+    assert "our Triton kernel" in ctc
+    assert notes(small_config(objective__ctc_kernel="torch"), CUDA) == []
+
+
+def test_mfu_is_of_the_peak_in_the_runs_own_precision(monkeypatch, capability) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A10G")
+    capability(8, 6)
+    assert peak_flops(CUDA, small_config()) == 70e12
+    assert peak_flops(CUDA, small_config(use_amp=False)) == 35e12
+    assert peak_flops(CUDA, small_config(use_amp=False, allow_tf32=False)) == 31.5e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some new card")
+    assert peak_flops(CUDA, small_config()) is None
+    assert peak_flops(CPU, small_config()) is None

@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from brain_to_text.errors import ConfigError
 from brain_to_text.model import gpu_ctc
 from support import reference_float64 as reference
+from support.training_examples import CPU
 
+# What the kernel is asked on every machine that has Triton: (frames, labels, lengths) by trial, and
+# how many classes. One process answers for all of them: the interpreter is chosen at import.
+MATRIX = {
+    "a step of the diphone configuration": "6 trials of 40 to 45 frames and 1681 classes",
+    "one frame": "with no label, with the label that fits, with one too many",
+    "no labels": "every frame is blank",
+    "repeats": "of one label, exactly as many frames as they need, and one frame fewer",
+    "1001 states": "several warps share a trial, as long sentences make them",
+}
 INTERPRETED = """
-import os, sys
+import json, os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
+import torch.nn.functional as F
 from brain_to_text.model import gpu_ctc
-sys.exit(0 if gpu_ctc.works_on(torch.device("cpu")) else 1)
+
+def ask(trials, classes, seed=0):
+    \"\"\"Largest differences from float64, of torch's own gradient too; infinite trials.\"\"\"
+    random = torch.Generator().manual_seed(seed)
+    frames = torch.tensor([t for t, _ in trials])
+    lengths = torch.tensor([len(l) for _, l in trials])
+    labels = torch.zeros(len(trials), max(int(lengths.max()), 1), dtype=torch.int64)
+    for row, (_, given) in zip(labels, trials):
+        row[: len(given)] = torch.tensor(given, dtype=torch.int64)
+    scores = torch.randn(len(trials), int(frames.max()), classes, generator=random)
+    def run(x, ctc):
+        x = x.clone().requires_grad_()
+        nll = ctc(x.log_softmax(-1))
+        finite = nll.detach().isfinite()
+        nll.masked_select(finite).sum().backward()
+        return nll.detach().double(), torch.nan_to_num(x.grad.double())[finite], finite
+    def torchs(p):
+        return F.ctc_loss(p.transpose(0, 1), labels, frames, lengths, reduction="none")
+    def ours(p):
+        return gpu_ctc.ctc_nll_without_waiting(p, labels, frames, lengths)
+    exact, exact_gradient, feasible = run(scores.double(), torchs)
+    found, gradient, finite = run(scores, ours)
+    _, torch_gradient, _ = run(scores, torchs)
+    return {
+        "value": float((found / exact - 1)[feasible].abs().max()) if feasible.any() else 0.0,
+        "gradient": float((gradient - exact_gradient).abs().max()) if feasible.any() else 0.0,
+        "torch": float((torch_gradient - exact_gradient).abs().max()) if feasible.any() else 0.0,
+        "infinite": [finite.logical_not().tolist(), feasible.logical_not().tolist()],
+    }
+
+draw = torch.Generator().manual_seed(1)
+def some(n, classes):
+    return torch.randint(1, classes, (n,), generator=draw).tolist()
+print(json.dumps({
+    "a step of the diphone configuration": ask(
+        [(40 + b, some(4 + b, 1681)) for b in range(6)], 1681),
+    "one frame": ask([(1, []), (1, [3]), (1, [3, 4])], 7),
+    "no labels": ask([(9, []), (4, [])], 7),
+    "repeats": ask([(9, [5] * 5), (8, [5] * 5), (11, [2, 2, 2, 6]), (9, [1, 1, 2, 2, 2, 3])], 7),
+    "1001 states": ask([(525, some(500, 30))], 30),
+    "reason against": gpu_ctc.reason_against(torch.device("cpu")),
+}))
 """
 
 
@@ -103,8 +160,9 @@ def test_torchs_own_agrees_in_float32(plain: None) -> None:
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernel_agrees_in_tritons_interpreter() -> None:
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """What the kernel gave in Triton's interpreter, on a CPU."""
     code = str(Path(gpu_ctc.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([code, *sys.path])}
     done = subprocess.run(
@@ -116,16 +174,71 @@ def test_the_kernel_agrees_in_tritons_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+has_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this machine"
+)
+
+
+@has_triton
+@pytest.mark.parametrize("name", MATRIX)
+def test_the_kernel_agrees_in_tritons_interpreter(name: str, interpreted: dict[str, Any]) -> None:
+    """Values as float64's; gradients no worse than torch's own in float32; the same infinities."""
+    found = interpreted[name]
+    assert found["value"] < 1e-6
+    assert found["gradient"] <= max(2 * found["torch"], 1e-6)
+    ours, torchs = found["infinite"]
+    assert ours == torchs
+
+
+@has_triton
+def test_the_kernels_own_check_passes_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+    assert interpreted["reason against"] is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_the_kernel_agrees_on_the_gpu() -> None:
-    assert gpu_ctc.works_on(torch.device("cuda:0"))
+    assert gpu_ctc.reason_against(torch.device("cuda:0")) is None
 
 
-def test_without_triton_torchs_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    gpu_ctc.reason_against.cache_clear()
+    yield
+    gpu_ctc.reason_against.cache_clear()
+
+
+def test_without_triton_torchs_own_is_used(
+    monkeypatch: pytest.MonkeyPatch, asked_anew: None
+) -> None:
     monkeypatch.setattr(gpu_ctc, "triton", None)
-    gpu_ctc.works_on.cache_clear()
-    assert not gpu_ctc.works_on(torch.device("cpu"))
-    gpu_ctc.works_on.cache_clear()
+    assert gpu_ctc.reason_against(CPU) == "Triton is not installed"
+    assert not gpu_ctc.usable("auto", CPU) and not gpu_ctc.usable("torch", CPU)
+    with pytest.raises(ConfigError, match=r"ctc_kernel is triton, but Triton is not"):
+        gpu_ctc.usable("triton", CPU)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (lambda *_: torch.full((4,), 300.0, requires_grad=True), "differ from torch's by"),
+        (lambda *_: 1 / 0, None),
+    ],
+)
+def test_a_kernel_that_disagrees_or_cannot_be_built_is_left_aside(
+    kernel, said: str | None, monkeypatch: pytest.MonkeyPatch, asked_anew: None
+) -> None:
+    def broken(*given: torch.Tensor) -> torch.Tensor:
+        if said is None:
+            raise RuntimeError("Failed to find\n C compiler.")
+        return kernel(*given) * given[0].sum() / given[0].sum().detach()
+
+    monkeypatch.setattr(gpu_ctc, "triton", gpu_ctc.triton or SimpleNamespace())
+    monkeypatch.setattr(gpu_ctc, "TritonError", RuntimeError, raising=False)
+    monkeypatch.setattr(gpu_ctc, "ctc_nll_without_waiting", broken)
+    reason = gpu_ctc.reason_against(CPU)
+    assert reason is not None and (said or "(Failed to find C compiler.)") in reason
+    assert not gpu_ctc.usable("auto", CPU)

@@ -49,11 +49,8 @@ def fake_docker(tmp_path, monkeypatch):
         )
         if standalone:
             script(tools / "docker-compose", f'echo "{standalone}"')
-        monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin" if standalone else str(tools))
+        monkeypatch.setenv("PATH", str(tools))
         monkeypatch.setattr(local_run, "LOCAL", tmp_path)
-        monkeypatch.setattr(local_run, "docker_client", lambda: str(tools / "docker"))
-        if not standalone:
-            monkeypatch.setattr(local_run, "on_path", lambda name: [])
 
     def script(path, body):
         path.write_text(f"#!/bin/sh\n{body}\n")
@@ -64,7 +61,7 @@ def fake_docker(tmp_path, monkeypatch):
 
 def test_a_compose_plugin_of_any_version_becomes_docker_compose(fake_docker, tmp_path):
     fake_docker("Docker Compose version v5.0.1", None)
-    local_run.bridge_docker_commands(gpu=True)
+    local_run.provide_compose(gpu=True)
     said = subprocess.run(
         [str(tmp_path / "bin" / "docker-compose"), "version"],
         capture_output=True,
@@ -76,20 +73,20 @@ def test_a_compose_plugin_of_any_version_becomes_docker_compose(fake_docker, tmp
 
 def test_a_standalone_compose_serves_without_a_gpu(fake_docker, tmp_path):
     fake_docker(None, "1.29.2")
-    local_run.bridge_docker_commands(gpu=False)
-    assert (tmp_path / "bin" / "docker-compose").exists()
+    local_run.provide_compose(gpu=False)
+    assert not (tmp_path / "bin").exists()
 
 
 def test_a_compose_too_old_for_a_gpu_is_named(fake_docker):
     fake_docker(None, "1.29.2")
     with pytest.raises(local_run.LocalRunError, match="gives containers no GPU"):
-        local_run.bridge_docker_commands(gpu=True)
+        local_run.provide_compose(gpu=True)
 
 
 def test_without_compose_it_says_what_to_install(fake_docker):
     fake_docker(None, None)
     with pytest.raises(local_run.LocalRunError, match="docker-compose-plugin"):
-        local_run.bridge_docker_commands(gpu=False)
+        local_run.provide_compose(gpu=False)
 
 
 @pytest.mark.parametrize("steps", ["0", "-3", "many"])

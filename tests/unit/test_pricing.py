@@ -11,7 +11,6 @@ from brain_to_text.launch.pricing import (
     gpu_of,
     hourly_price,
     instance_type,
-    step_tflop,
     table,
 )
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
@@ -23,10 +22,6 @@ def config():
     return load_config(CODE_FOLDER / DEFAULT_CONFIG)
 
 
-def test_the_reference_step_is_3_2_tflop(config):
-    assert step_tflop(config) == pytest.approx(pricing.REFERENCE_TFLOP, rel=0.02)
-
-
 @pytest.mark.parametrize(
     "device, name",
     [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA H100 PCIe", "H100 PCIe")]
@@ -34,8 +29,7 @@ def test_the_reference_step_is_3_2_tflop(config):
     + [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA GeForce GTX 1080", None)],
 )
 def test_a_gpu_is_known_by_what_it_calls_itself(device, name):
-    gpu = known_as(device)
-    assert (gpu and gpu.name) == name
+    assert known_as(device) == name
 
 
 @pytest.mark.parametrize("name", table()["types"])

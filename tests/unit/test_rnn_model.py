@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
+import torch._dynamo
 from brain_to_text.errors import CheckpointError
-from brain_to_text.model.device import allow_tf32
-from brain_to_text.model.rnn_model import (
-    GRUDecoder,
-    in_one_buffer,
-    load_public_state_dict,
-    torch_gru,
-)
+from brain_to_text.model.rnn_model import GRUDecoder, Packing, activate, load_public_state_dict
 from support.training_examples import CPU, build, example_batch, small_config
-from torch.nn.utils.rnn import PackedSequence
 
 
 def decoder(bidirectional: bool = False, **changes) -> GRUDecoder:
@@ -124,177 +116,51 @@ def test_a_session_scattered_over_the_batch_is_the_same_as_sorted() -> None:
     torch.testing.assert_close(model(x, day)[order], model(x[order], day[order]))
 
 
-# --- torch's GRU, layer by layer ------------------------------------------------------------------
-
-GPU = torch.device("cuda:0")
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
-]
-on_gpu = pytest.mark.parametrize("device", [pytest.param(GPU, marks=needs_gpu)])
+# --- patches --------------------------------------------------------------------------------------
 
 
-def gru_case(bidirectional: bool, dropout: float = 0.0, device: torch.device = CPU, units: int = 8):
-    """A GRU of three layers, packed frames of 4 trials, their number by time, initial states."""
+@pytest.mark.parametrize(("size", "stride"), [(14, 4), (5, 2), (4, 4), (3, 5), (1, 1)])
+def test_patches_are_windows_and_their_gradient_is_the_windows_own(size: int, stride: int) -> None:
+    model = decoder(patch_size=size, patch_stride=stride)
+    x = torch.randn(3, 37, 6, dtype=torch.float64).requires_grad_()
+    lengths = model.frame_lengths(torch.tensor([37, 20, 29]))
+    packing = Packing.of(lengths, int(lengths.max()), CPU)
+    patches = model._patches(x, packing)
+    expected = torch.stack(
+        [x[b, t * stride : t * stride + size].flatten() for b, t in packed_order(lengths)]
+    )
+    assert torch.equal(patches, expected)
+    weights = torch.randn_like(patches)
+    (found,) = torch.autograd.grad((patches * weights).sum(), x)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
+def packed_order(lengths: torch.Tensor) -> list[tuple[int, int]]:
+    """(trial, frame) by time, then by trial, longest trial first."""
+    longest_first = sorted(range(len(lengths)), key=lambda b: -int(lengths[b]))
+    times = range(int(lengths.max()))
+    return [(b, t) for t in times for b in longest_first if t < lengths[b]]
+
+
+def test_a_batch_of_trials_too_short_for_a_frame_is_computed_all_the_same() -> None:
+    model = decoder()
+    logits = model(torch.randn(2, 3, 6), torch.tensor([0, 1]), n_time_steps=torch.tensor([3, 2]))
+    assert logits.shape == (2, 1, 41) and logits.isfinite().all()
+    assert model.frame_lengths(torch.tensor([3, 2])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_and_dropout_are_one_graph(dropout: float) -> None:
+    """So that a compiler makes one kernel of them; nothing is to be decided in between."""
+    torch._dynamo.reset()
+    compiled = torch.compile(activate, backend="aot_eager", dynamic=True, fullgraph=True)
+    x = torch.randn(3, 11, 6)
     torch.manual_seed(0)
-    gru = torch.nn.GRU(6, units, 3, dropout=dropout, batch_first=True, bidirectional=bidirectional)
-    sizes = torch.tensor([4, 4, 4, 3, 3, 1])
-    states = torch.randn((6 if bidirectional else 3), 4, units, device=device)
-    return gru.to(device), torch.randn(int(sizes.sum()), 6, device=device), sizes, states
-
-
-def outputs_and_gradients(run, gru, frames, sizes, states) -> list[torch.Tensor]:
-    """Outputs, last states, and gradients of frames, states and weights."""
-    frames, states = frames.clone().requires_grad_(), states.clone().requires_grad_()
-    gru.zero_grad()
-    torch.manual_seed(7)
-    hidden, last = run(gru, frames, sizes, states)
-    (hidden.float().square().sum() + last.float().sum()).backward()
-    gradients = [t.grad for t in (frames, states, *gru.parameters())]
-    return [hidden.detach(), last.detach(), *gradients]
-
-
-def all_at_once(gru, frames, sizes, states):
-    packed, last = gru(PackedSequence(frames, sizes), states)
-    return packed.data, last
-
-
-def by_layers(gru, frames, sizes, states):
-    return torch_gru(frames, sizes, states, gru)
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12, 0.4])
-def test_layer_by_layer_is_torchs_gru(bidirectional: bool, dropout: float) -> None:
-    """Exactly, dropout and gradients included: on a CPU torch draws it from the same generator.
-
-    At 1e-12 every layer is a call of its own, and nothing is dropped.
-    """
-    case = gru_case(bidirectional, dropout)
-    expected = outputs_and_gradients(all_at_once, *case)
-    for a, b in zip(outputs_and_gradients(by_layers, *case), expected, strict=True):
-        assert torch.equal(a, b)
-    if dropout == 1e-12:
-        case[0].dropout = 0.0
-        assert torch.equal(outputs_and_gradients(all_at_once, *case)[0], expected[0])
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_dropout_between_layers_is_the_seeds_and_only_for_training(bidirectional: bool) -> None:
-    gru, *rest = gru_case(bidirectional, dropout=0.4)
-    runs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        runs.append(by_layers(gru, *rest)[0])
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    gru.eval()
-    assert torch.equal(by_layers(gru, *rest)[0], all_at_once(gru, *rest)[0])
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_copies_in_one_buffer_keep_values_shapes_and_gradients(bidirectional: bool) -> None:
-    gru, *_ = gru_case(bidirectional)
-    weights = [weight for layer in gru.all_weights for weight in layer]
-    copies = in_one_buffer(weights)
-    end = 0
-    for copy in sorted(copies, key=lambda w: w.storage_offset()):
-        assert copy.storage_offset() == end and copy.is_contiguous()
-        end += copy.numel()
-    assert copies[0].untyped_storage().nbytes() == 4 * end
-    offsets = {dim: [c.storage_offset() for c in copies if c.dim() == dim] for dim in (1, 2)}
-    assert max(offsets[2]) < min(offsets[1]), "matrices before biases"
-    sum((k + 1) * copy.sum() for k, copy in enumerate(copies)).backward()
-    for k, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
-        assert torch.equal(weight, copy)
-        assert torch.equal(weight.grad, torch.full_like(weight, k + 1))
-
-
-@on_gpu
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12])
-def test_cudnn_layer_by_layer_agrees_and_finds_its_weights_in_one_piece(
-    device: torch.device, bidirectional: bool, dropout: float, recwarn: pytest.WarningsRecorder
-) -> None:
-    allow_tf32(False)
-    case = gru_case(bidirectional, device=device, units=64)
-    expected = outputs_and_gradients(all_at_once, *case)
-    case[0].dropout = dropout
-    found = outputs_and_gradients(by_layers, *case)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
-
-
-BFLOAT16_BOUND = 0.05  # of the norm; 8 bits of mantissa over 6 frames and 3 layers give 0.01
-
-
-def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert float((a.float() - b).norm()) < BFLOAT16_BOUND * float(b.norm())
-
-
-@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12])
-def test_a_gru_told_to_computes_in_bfloat16_and_its_gradients_reach_float32(
-    device: torch.device, bidirectional: bool, dropout: float
-) -> None:
-    allow_tf32(False)
-    case = gru_case(bidirectional, device=device, units=64)
-    expected = outputs_and_gradients(all_at_once, *case)
-    case[0].dropout = dropout
-
-    def under_autocast(asked: torch.dtype, gru, *rest):
-        with torch.autocast(device.type, dtype=asked):
-            return torch_gru(*rest, gru, torch.bfloat16)
-
-    for asked in (torch.bfloat16, torch.float16):  # whatever autocast would do
-        found = outputs_and_gradients(partial(under_autocast, asked), *case)
-        assert found[0].dtype == torch.bfloat16
-        assert all(gradient.dtype == torch.float32 for gradient in found[2:])
-        assert_near(found, expected)
-
-
-@on_gpu
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
-    device: torch.device, bidirectional: bool
-) -> None:
-    """torch's autocast alone makes it float16 in both; gradients are float32's, within bounds."""
-    allow_tf32(False)
-    options = {"model__n_units": 64, "model__bidirectional": bidirectional}
-    batch = example_batch([60, 75, 48], [0, 1, 1]).to(device)
-
-    def gradients(step, training: bool) -> list[torch.Tensor]:
-        step.model.train(training)
-        features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
-        with step.autocast(), torch.set_grad_enabled(training):
-            frames, packing = step.model.input_frames(features, batch.day_indices, n)
-            hidden = step.model.recurrent_frames(frames, packing)
-            logits = step.model.out(hidden)
-        assert hidden.dtype == (step.amp_dtype or torch.float32)
-        if not training:
-            return [logits]
-        terms = step.objective(logits, batch, step.model.frame_lengths(n), 0)
-        step.model.zero_grad()
-        terms.total.backward()
-        return [p.grad for p in step.model.parameters() if p.grad is not None]
-
-    exact = build(small_config(**options, use_amp=False), device=device)
-    for dtype in ("bfloat16", "float16"):
-        step = build(small_config(**options, amp_dtype=dtype), device=device)
-        for training in (True, False):
-            assert_near(gradients(step, training), gradients(exact, training))
-
-
-@on_gpu
-def test_dropout_on_the_gpu_is_the_seeds(device: torch.device) -> None:
-    gru, *rest = gru_case(False, dropout=0.4, device=device)
-    runs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        runs.append(by_layers(gru, *rest)[0])
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    y = compiled(x, dropout)
+    kept = y != 0
+    assert torch.allclose(y[kept], torch.nn.functional.softsign(x)[kept] / (1 - dropout))
+    assert bool(kept.all()) == (dropout == 0)
 
 
 # --- names, shapes and loading, both ways ---------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -69,114 +68,33 @@ def test_a_senseless_number_of_processes_is_refused(asked):
         hook.processes_per_host(0, {hook.PROCESSES_VARIABLE: asked})
 
 
-@pytest.mark.parametrize(
-    ("instance", "gpus", "asked", "expected"),
-    [
-        ("ml.g5.2xlarge", 0, "", True),
-        ("ml.p5.48xlarge", 0, "", True),
-        ("ml.gr6.4xlarge", 0, "", True),
-        ("local_gpu", 0, "", True),
-        ("ml.m5.large", 0, "", False),
-        ("ml.c7g.large", 0, "", False),
-        ("local", 0, "", False),
-        (None, 0, "", False),
-        (None, 1, "", True),
-        ("ml.m5.large", 0, "1", True),
-        ("ml.g5.2xlarge", 1, "0", False),
-    ],
-)
-def test_when_a_gpu_is_expected(instance, gpus, asked, expected):
-    assert hook.expects_gpu(instance, gpus, {hook.EXPECT_GPU_VARIABLE: asked}) is expected
-
-
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ({"cuda": None}, "without CUDA"),
-        ({"error": "no NVIDIA driver"}, "no NVIDIA driver"),
-        ({"devices": []}, "none is visible"),
-        ({"devices": [["Tesla V100", 70]]}, "Tesla V100 .sm_70. is older"),
-        ({}, None),
-    ],
-)
-def test_each_gpu_problem_has_its_sentence(answer, says):
-    usable = {
-        "cuda": "13.0",
-        "version": "2.13",
-        "error": "",
-        "devices": [["A10G", 86]],
-        "lowest": 75,
-    }
-    problem = hook.gpu_problem({**usable, **answer}, "instance type ml.g5.2xlarge")
-    if says is None:
-        assert problem is None
-    else:
-        assert problem is not None
-        assert re.search(says, problem)
-
-
-def test_the_gpu_question_is_answered_by_this_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", hook.GPU_QUESTION], capture_output=True, text=True, check=True
-    )
-    assert {"cuda", "version", "error", "devices"} <= set(json.loads(done.stdout))
-
-
-@pytest.mark.parametrize(
-    ("driver", "used"),
-    [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12", True),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release", False),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release", False),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release", True),
-        (None, False),
-    ],
-)
-def test_cuda_compatibility_only_for_older_drivers(tmp_path, driver, used):
-    compat = tmp_path / "compat"
-    compat.mkdir()
-    (compat / "libcuda.so.1").touch()
-    (compat / "libcuda.so.580.95.05").touch()
-    version = tmp_path / "version"
-    if driver:
-        version.write_text(driver)
-    assert hook.cuda_compat_path(compat, version) == (compat if used else None)
-
-
-def test_no_compatibility_folder_no_path(tmp_path):
-    version = tmp_path / "version"
-    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun")
-    assert hook.cuda_compat_path(tmp_path / "none", version) is None
-
-
-def test_the_trainers_own_sentence_wins(tmp_path):
-    failure = tmp_path / "failure"
-    failure.write_text("Prefix s3://b/p has no sessions: check --s3-data-prefix.\n")
-    text = hook.failure_text(failure, TRACEBACK.splitlines(), 1)
+def test_the_sentence_that_the_trainer_printed_wins():
+    said = "ERROR: Prefix s3://b/p has no sessions: check --s3-data-prefix."
+    text = hook.failure_text([said, "ERROR: torch: peers are gone", *TRACEBACK.splitlines()], 1)
     assert text == "Prefix s3://b/p has no sessions: check --s3-data-prefix."
 
 
-def test_an_exception_leads_and_its_traceback_follows(tmp_path):
-    text = hook.failure_text(tmp_path / "failure", ["noise", *TRACEBACK.splitlines()], 1)
+def test_an_exception_leads_and_its_traceback_follows():
+    text = hook.failure_text(["noise", *TRACEBACK.splitlines()], 1)
     assert text.startswith("RuntimeError: the bolts came off\n\nTraceback")
     assert "noise" not in text
 
 
-def test_torchruns_own_traceback_does_not_hide_the_cause(tmp_path):
+def test_torchruns_own_traceback_does_not_hide_the_cause():
     worker = [f"[rank0]: {line}" for line in TRACEBACK.splitlines()]
-    text = hook.failure_text(tmp_path / "failure", [*worker, *TORCHRUN.splitlines()], 1)
+    text = hook.failure_text([*worker, *TORCHRUN.splitlines()], 1)
     assert text.startswith("RuntimeError: the bolts came off\n")
 
 
-def test_without_a_traceback_the_last_line_is_the_reason(tmp_path):
-    text = hook.failure_text(tmp_path / "failure", ["usage: t.py", "t.py: error: no --x", ""], 2)
+def test_without_a_traceback_the_last_line_is_the_reason():
+    text = hook.failure_text(["usage: t.py", "t.py: error: no --x", ""], 2)
     assert text.startswith("t.py: error: no --x\n")
 
 
-def test_a_silent_death_is_still_said(tmp_path):
-    assert "exit code 3" in hook.failure_text(tmp_path / "failure", [], 3)
-    assert "out of memory" in hook.failure_text(tmp_path / "failure", [], -signal.SIGKILL)
-    assert "SIGSEGV" in hook.failure_text(tmp_path / "failure", [], -signal.SIGSEGV)
+def test_a_silent_death_is_still_said():
+    assert "exit code 3" in hook.failure_text([], 3)
+    assert "out of memory" in hook.failure_text([], -signal.SIGKILL)
+    assert "SIGSEGV" in hook.failure_text([], -signal.SIGSEGV)
 
 
 # --- under the real toolkit
@@ -192,6 +110,15 @@ if mode == "raise":
 if mode == "sentence":
     open(os.environ["SM_OUTPUT_DIR"] + "/failure", "w").write("One clear sentence.")
     sys.exit(1)
+if mode == "full":  # the output volume is, before the sentence can be written
+    try:
+        with open(os.environ["SM_OUTPUT_DIR"] + "/big", "wb", buffering=0) as big:
+            while True:
+                big.write(b"x" * 1024)
+    except OSError:
+        open(os.environ["SM_OUTPUT_DIR"] + "/failure", "w").close()
+        print("ERROR: The output volume is full.", file=sys.stderr)
+        sys.exit(1)
 if mode == "import":
     time.sleep(60)
 if mode == "wait":
@@ -237,10 +164,12 @@ def toolkit(tmp_path):
         started.append(process)
         return process, base
 
+    start.base = base
     yield start
     for process in started:
         process.kill()
         process.communicate()
+    subprocess.run(["umount", str(base / "output")], stderr=subprocess.DEVNULL, check=False)
 
 
 def test_success_passes_hyperparameters_as_arguments(toolkit):
@@ -260,6 +189,30 @@ def test_a_failure_leaves_its_reason_and_a_non_zero_exit(toolkit, mode, failure)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert (base / "output" / "failure").read_text().startswith(failure)
+
+
+def mount(folder: Path, *options: str) -> None:
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can make a small volume")
+
+
+def test_a_full_output_volume_still_leaves_its_reason(toolkit):
+    mount(toolkit.base / "output", "-o", "size=128k")
+    process, base = toolkit("full")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert (base / "output" / "failure").read_text() == "The output volume is full."
+    assert sorted(path.name for path in (base / "output").iterdir()) == ["big", "failure"]
+
+
+def test_an_output_volume_that_cannot_be_written_is_a_failure_in_words(toolkit):
+    mount(toolkit.base / "output", "-o", "ro")
+    process, _ = toolkit("raise")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "RuntimeError: the bolts came off" in output
+    assert "output/failure cannot be written" in output
 
 
 @pytest.mark.parametrize("processes", [1, 2])

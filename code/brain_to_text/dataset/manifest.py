@@ -9,14 +9,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +22,10 @@ from ..errors import DataError, StorageError
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
+from .locations import S3_ETAG
 from .store import ObjectInfo, ObjectStore, open_store
 from .trial_record import ChunkLayout, Finding, TrialRecord
+from .workers import Lost, in_workers, limited
 
 __all__ = [
     "MANIFEST_NAME",
@@ -47,7 +45,6 @@ __all__ = [
 MANIFEST_NAME = "trial_manifest.json.gz"
 VERSION = 1
 SPLITS = ("train", "val", "test")
-_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _MANIFEST_READS = 3
 _PROGRESS_SECONDS = 10.0
@@ -246,7 +243,7 @@ def load_or_build_manifest(
     """
     listing = store.list()
     if MANIFEST_NAME in listing:
-        manifest = _read_manifest(store)
+        manifest = _read_manifest(store, listing[MANIFEST_NAME].size)
         manifest.check_fresh(listing, store.url)
     else:
         started = time.monotonic()
@@ -281,11 +278,11 @@ def load_or_build_manifest(
     return manifest
 
 
-def _read_manifest(store: ObjectStore) -> TrialManifest:
+def _read_manifest(store: ObjectStore, size: int) -> TrialManifest:
     """The manifest that is there; gzip's CRC finds a damaged transfer, which is tried again."""
     for attempts_left in reversed(range(_MANIFEST_READS)):
         try:
-            return TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size))
         except DataError:
             if not attempts_left:
                 raise
@@ -372,10 +369,13 @@ def inspect_dataset(
         largest = max(info.size for info in files.values())
         fit = max(1, _INDEXING_MEMORY // max(largest * 2, 1))
         processes = 1 if total < _SMALL_DATASET else min(os.cpu_count() or 1, len(files), fit)
-    jobs = [(store.url, key, info.size, checksums, statistics) for key, info in files.items()]
+    jobs = {key: (store.url, key, info.size, checksums, statistics) for key, info in files.items()}
     results: dict[str, FileInspection] = {}
-    for result in _in_processes(jobs, processes):
-        results[result.key] = result
+    for key, result in in_workers(_inspect_job, jobs, processes):
+        if isinstance(result, Lost):
+            finding = Finding(key, None, result.damage, "crashing file")
+            result = FileInspection(key, files[key].size, findings=[finding])
+        results[key] = result
         if progress is not None:
             progress(len(results), len(jobs))
     return [results[key] for key in files]
@@ -419,40 +419,23 @@ def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
     )
 
 
-def _in_processes(jobs: list[tuple[Any, ...]], processes: int) -> Iterable[FileInspection]:
-    if processes <= 1:
-        for job in jobs:
-            yield _inspect_job(*job)
-        return
-    before = set(multiprocessing.active_children())
-    # spawned, not forked: a forked child would share this process's S3 connections
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(_inspect_job, *job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise StorageError(
-            f"A process that indexes data files was killed, probably for lack of memory "
-            f"({processes} at once): use --processes 1."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-
-
 def _inspect_job(
     url: str, key: str, size: int, checksums: bool, statistics: bool
 ) -> FileInspection:
     data = open_store(url).read(key, size)
-    return inspect_file(key, data, checksums=checksums, statistics=statistics)
+    with limited(len(data)):
+        return inspect_file(key, data, checksums=checksums, statistics=statistics)
 
 
 def _same_file(record: FileRecord, info: ObjectInfo) -> bool:
     if record.size != info.size:
         return False
-    kinds = {bool(_S3_ETAG.fullmatch(etag)) for etag in (record.etag, info.etag)}
-    return record.etag == info.etag or len(kinds) == 2
+    return record.etag == info.etag or _kind(record.etag) != _kind(info.etag)
+
+
+def _kind(etag: str) -> str:
+    """What an ETag is made of: S3's, a folder's, or something else, as a folder's once was."""
+    return "S3" if S3_ETAG.fullmatch(etag) else etag.partition(":")[0] if ":" in etag else ""
 
 
 def _order(trial: TrialRecord) -> tuple[Any, ...]:

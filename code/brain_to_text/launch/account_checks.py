@@ -162,11 +162,11 @@ def _permissions(job: JobSettings, account: AwsAccount, arn: str) -> Iterator[Fi
             )
             return
         for result in answer["EvaluationResults"]:
+            action = result["EvalActionName"]
             if result["EvalDecision"] != "allowed":
                 yield error(
                     "permission-denied",
-                    f"Role {name} may not {result['EvalActionName']} on {need.resource}: "
-                    f"{_remedy(result['EvalActionName'])}.",
+                    f"Role {name} may not {action} on {need.resource}: {_remedy(action)}.",
                 )
 
 

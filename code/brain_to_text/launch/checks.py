@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from ..config import TrainingConfig
 from ..errors import BrainToTextError
-from ..gpus import frames_of
+from ..gpus import OLDEST_CAPABILITY, n_frames
 from .account import AwsAccount, error_code, sentence
 from .image import ECR_URI, Image, code_differences, look_at
 from .pricing import gpu_of, instance_type, step_seconds
 from .request import JobSettings, resolve_config
 
-OLDEST_CAPABILITY = 7.5  # the image's torch wheels: T4 and newer
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
 MANIFEST = "trial_manifest.json.gz"
 _DATA_FILE = re.compile(r"[^/]+/data_(?P<split>train|val|test)\.hdf5")
@@ -68,20 +67,20 @@ def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]
     if gpu.capability < OLDEST_CAPABILITY:
         yield error(
             "gpu-too-old",
-            f"{row.name} has a {gpu.name} (compute capability {gpu.capability}) and the image "
+            f"{row.name} has a {row.gpu} (compute capability {gpu.capability}) and the image "
             f"supports {OLDEST_CAPABILITY} and newer: use --instance-type ml.g4dn.xlarge or "
             "ml.g5.2xlarge.",
         )
         return
     n_gpus, batch = row.gpus * job.instance_count, config.dataset.batch_size
-    need, memory = memory_gib(config, n_gpus), gpu.memory_gib or 0
+    need, memory = memory_gib(config, n_gpus), gpu.memory_gib
     if need > memory:
         smaller = range(batch - 1, 0, -1)
         fits = next((n for n in smaller if memory_gib(config, n_gpus, n) < 0.85 * memory), None)
         way = f"use --batch-size {fits}" if fits else "use a GPU with more memory"
         yield error(
             "gpu-memory",
-            f"A batch of {batch} long trials needs about {need:.0f} GiB and the {gpu.name} has "
+            f"A batch of {batch} long trials needs about {need:.0f} GiB and the {row.gpu} has "
             f"{memory:g}: {way}.",
         )
     speed = step_seconds(config, job.instance_type, job.instance_count)
@@ -103,16 +102,16 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None =
     """
     model, dataset = config.model, config.dataset
     trials = -(-(batch_size or dataset.batch_size) // n_gpus)
-    frames = max(frames_of(config, LONG_TRIAL_BINS), 1)
-    directions = 1 + model.bidirectional
-    patch = model.n_input_features * model.patch_size
+    frames = max(n_frames(config, LONG_TRIAL_BINS), 1)
+    directions, width = 1 + model.bidirectional, model.n_input_features or 512
+    patch = width * max(model.patch_size, 1)
     inputs = patch + (model.n_layers - 1) * model.n_units * directions
     weights = 3 * model.n_units * directions * (inputs + model.n_units * model.n_layers)
-    weights += 45 * model.n_input_features**2 + model.n_units * directions * dataset.n_classes
+    weights += 45 * width**2 + model.n_units * directions * dataset.n_classes
     activation = 2 if config.use_amp else 4
     per_frame = activation * (2 * patch + 6 * model.n_layers * model.n_units * directions)
     per_frame += 4 * 4 * dataset.n_classes
-    per_bin = 4 * 5 * model.n_input_features
+    per_bin = 4 * 5 * width
     total = 16 * weights + trials * (frames * per_frame + LONG_TRIAL_BINS * per_bin)
     return total / 2**30 + 0.8
 

@@ -13,17 +13,12 @@ from typing import Any
 
 import yaml
 
-from ..config import TrainingConfig
-from ..gpus import GPUS, Gpu, frames_of, training_flops
+from ..config import TrainingConfig, load_config
+from ..gpus import GPUS, Gpu, step_time
 from .account import AwsAccount, no_answer
 
 TABLE = Path(__file__).with_name("instance_types.yaml")
-MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
-REFERENCE_TFLOP = 3.2  # of one reference step; what measured seconds_per_step belong to
-# Of the peak, for matrices of these sizes. With STEP_OVERHEAD_SECONDS it gives 0.09 s for the
-# public baseline on an RTX 4090, whose own log says 0.107 s.
-ASSUMED_UTILISATION = 0.4
-STEP_OVERHEAD_SECONDS = 0.05  # the serial recurrence: about 3 x 5 x 210 kernel launches
+REFERENCE = Path(__file__).parents[2] / "rnn_args_diphone_sagemaker.yaml"  # what was measured
 START_HOURS = 0.1  # image download and start, billed
 SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % is common
 GET_USD = 0.0004 / 1000  # S3 standard, us-east-1, per GET request
@@ -116,13 +111,6 @@ def gpu_of(name: str) -> Gpu | None:
     return None if row is None or row.gpu is None else GPUS[row.gpu]
 
 
-def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
-    """Floating point operations of one training step on the global batch, in 10^12."""
-    trials = config.dataset.batch_size
-    frames = trials * frames_of(config, mean_bins)
-    return training_flops(config, trials * mean_bins, frames) / 1e12
-
-
 def step_seconds(
     config: TrainingConfig, name: str, instances: int = 1
 ) -> tuple[float, bool] | None:
@@ -130,11 +118,13 @@ def step_seconds(
     row, gpu = instance_type(name), gpu_of(name)
     if row is None or gpu is None:
         return None
-    tflop = step_tflop(config) / (row.gpus * instances)
-    if gpu.seconds_per_step is not None:
-        return gpu.seconds_per_step * tflop / REFERENCE_TFLOP, True
-    peak = gpu.half * gpu.sustained
-    return tflop / (ASSUMED_UTILISATION * peak) + STEP_OVERHEAD_SECONDS, False
+    share = config.dataset.batch_size / (row.gpus * instances)
+    modelled = step_time(config, gpu, share).total
+    if gpu.seconds_per_step is None:
+        return modelled, False
+    # measured with the reference configuration; others scale as the model says
+    reference = step_time(load_config(REFERENCE), gpu).total
+    return gpu.seconds_per_step * modelled / reference, True
 
 
 def estimate(

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from .. import gpus
 from ..config import TrainingConfig
+from . import gpu_ctc
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -36,32 +38,33 @@ def one_thread() -> Iterator[None]:
 def autocast_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The mixed-precision type for this run, or None for float32.
 
-    On a GPU, `amp_dtype: auto` means bfloat16 where the chip has it (compute capability 8.0 and
-    later) and float16 where it does not (T4). On a CPU only an explicit `bfloat16` counts: few
-    CPUs gain from it.
+    On a GPU that has no bfloat16 (before compute capability 8.0: T4) it is float16 whatever the
+    configuration says: torch would emulate bfloat16, and compute the GRU one frame at a time. On a
+    CPU only an explicit `bfloat16` counts: few CPUs gain from it.
     """
     if not config.use_amp:
         return None
     if device.type != "cuda":
         return torch.bfloat16 if config.amp_dtype == "bfloat16" else None
-    if config.amp_dtype == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float16
+    if config.amp_dtype != "float16" and has_bfloat16():
+        return torch.bfloat16
+    return torch.float16
 
 
-def gru_dtype(device: torch.device) -> torch.dtype | None:
-    """The type that torch's GRU must be given to compute in autocast's; None: autocast sees to it.
+def has_bfloat16() -> bool:
+    """Whether the current GPU computes in bfloat16 itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
-    torch's autocast calls cuDNN's RNNs in float16 whatever type it was set to
-    (aten/src/ATen/cudnn/AutocastRNN.cpp): bfloat16 would get float16's range, without a loss scale.
-    Given bfloat16, torch calls cuDNN in it from cuDNN 9.13 and compute capability 8.0 on, and uses
-    kernels of its own, one frame at a time, elsewhere.
-    """
-    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+
+def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
+    """Peak FLOP/s of the device in the precision this run uses; None for an unlisted device."""
+    known = gpus.known_as(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is None:
         return None
-    dtype = torch.get_autocast_dtype("cuda")
-    return dtype if dtype == torch.bfloat16 else None
+    gpu, dtype = gpus.GPUS[known], autocast_dtype(config, device)
+    if dtype is None:
+        return gpu.peak("tf32" if config.allow_tf32 and gpu.tf32 else "float32")
+    return gpu.peak("bfloat16" if dtype == torch.bfloat16 else "float16")
 
 
 def compiler(config: TrainingConfig, device: torch.device) -> Callable[..., Any] | None:
@@ -86,3 +89,70 @@ def allow_tf32(allowed: bool) -> None:
     """Let (or forbid) float32 matrix products on GPUs to round their inputs to 10-bit mantissas."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why this torch cannot compute on `device`, and what to do; None where it can.
+
+    A GPU of a generation without code in torch's wheel fails at its first kernel, minutes into a
+    run, with `no kernel image is available`.
+    """
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    if any(runs_on(architecture, major, minor) for architecture in built):
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+        f"{torch.__version__} has code for {', '.join(built) or 'no GPU'}: choose an instance type "
+        "with a newer GPU (ml.g4dn, ml.g5, ml.g6, ml.p4d, ml.p5) or another torch."
+    )
+
+
+def runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for e.g. 'sm_86' or 'compute_90' runs on a GPU of that compute capability.
+
+    Machine code (sm) runs on the same major generation from its minor version on; what is compiled
+    at the start of a run (compute) on everything later.
+    """
+    kind, _, digits = architecture.partition("_")
+    own, given = divmod(int("".join(c for c in digits if c.isdigit())), 10), (major, minor)
+    if digits.endswith("a"):  # features of one chip alone
+        return own == given
+    return own <= given and (kind == "compute" or own[0] == major)
+
+
+def notes(config: TrainingConfig, device: torch.device) -> list[str]:
+    """What whoever reads the log should know about this device; waits for it once.
+
+    Where no GPU is used, why; which precision was taken instead of the one asked for; which CTC.
+    """
+    if device.type != "cuda":
+        return [f"No GPU is used: {no_gpu()}"]
+    said = []
+    if config.use_amp and config.amp_dtype == "bfloat16" and not has_bfloat16():
+        said.append(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: mixed precision is float16"
+        )
+    if config.objective.ctc_kernel != "torch":
+        reason = gpu_ctc.reason_against(device)
+        said.append(
+            "CTC runs in our Triton kernel, which agrees with torch's on this GPU"
+            if reason is None
+            else f"CTC runs in torch's own kernel, which waits for the GPU: {reason}"
+        )
+    return said
+
+
+def no_gpu() -> str:
+    """Why torch sees none, in its own words where it has any."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a build without CUDA."
+    if torch.cuda.is_available():
+        return "the run was told to use the CPU."
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # no driver, a driver too old, no device: the text says which
+        return f"{str(error).splitlines()[0].rstrip('.')}."
+    return "CUDA sees no device."

@@ -5,13 +5,12 @@ so the host waits until the GPU has nothing left to do. Here one Triton kernel r
 recursion over (trial, direction) and everything around it is ordinary tensor operations; the
 backward recursion is the forward one on reversed time and states.
 
-It is used with `objective.ctc_kernel: triton`. At its first use the kernel is compared with torch's
-CTC on the device, and left aside if it disagrees or cannot be built there.
+At its first use the kernel is compared with torch's CTC on the device, and left aside if it
+disagrees or cannot be built there (`objective.ctc_kernel: auto`).
 """
 
 from __future__ import annotations
 
-import logging
 import subprocess
 from functools import cache
 from typing import Any
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..errors import ConfigError
+
 try:
     import triton  # type: ignore[import-not-found]
     import triton.language as tl  # type: ignore[import-not-found]
     from triton.errors import TritonError  # type: ignore[import-not-found]
 except ImportError:  # CPU builds of torch come without it
     triton = None
-
-log = logging.getLogger("brain_to_text")
 
 CHECK_BOUND = 5e-3  # largest difference from torch's CTC that float32 rounding explains
 
@@ -150,11 +149,28 @@ if triton is not None:
             tl.store(out + row, now, mask=inside)
 
 
+def usable(kernel: str, device: torch.device) -> bool:
+    """Whether `objective.ctc_kernel` means our kernel on that GPU.
+
+    Raises:
+        ConfigError: "triton" was asked for by name, and the kernel cannot be used there.
+    """
+    reason = None if kernel == "torch" else reason_against(device)
+    if kernel == "triton" and reason is not None:
+        raise ConfigError(
+            f"objective.ctc_kernel is triton, but {reason}: set it to auto to use torch's own."
+        )
+    return kernel != "torch" and reason is None
+
+
 @cache
-def works_on(device: torch.device) -> bool:
-    """Whether the kernel agrees with torch's CTC there; decided once per device, which waits."""
+def reason_against(device: torch.device) -> str | None:
+    """Why the kernel cannot be used there; None where it agrees with torch's CTC.
+
+    Decided once per device, which waits for it.
+    """
     if triton is None:
-        return False
+        return "Triton is not installed"
     generator = torch.Generator().manual_seed(0)
     # as many states as real sentences have, so that several warps share a trial
     scores = torch.randn(4, 220, 30, generator=generator).to(device).requires_grad_(True)
@@ -172,15 +188,10 @@ def works_on(device: torch.device) -> bool:
         )
         (gradient,) = torch.autograd.grad(found.sum(), scores)
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        log.warning("CTC runs on torch's own kernel, which waits for the GPU: %s", error)
-        return False
+        return f"Triton cannot build or run it here ({' '.join(str(error).split())[:300]})"
     difference = max(
         float((found / expected - 1).detach().abs().max()), float((gradient - wanted).abs().max())
     )
     if not difference < CHECK_BOUND:
-        log.warning(
-            "CTC runs on torch's own kernel, which waits for the GPU: ours differs by %g",
-            difference,
-        )
-        return False
-    return True
+        return f"its results differ from torch's by {difference:g}"
+    return None

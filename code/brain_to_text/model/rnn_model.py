@@ -7,7 +7,6 @@ Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import _VF, nn
+from torch import nn
 
 from ..config import TrainingConfig
 from ..errors import CheckpointError
-from .device import gru_dtype, one_thread, send
+from ..labels.diphones import N_DIPHONES
+from .classifier import PLAIN_NAMES, PREFIX, FactoredClassifier, unfolded
+from .device import one_thread, send
 from .packed_gru import packed_gru
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
@@ -86,19 +87,23 @@ class GRUDecoder(nn.Module):
                     nn.init.orthogonal_(parameter)
             elif "weight_ih" in name:
                 nn.init.xavier_uniform_(parameter)
+        self.out: nn.Linear | FactoredClassifier
         self.out = nn.Linear(n_units * self.n_directions, n_classes)
         nn.init.xavier_uniform_(self.out.weight)
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
-        self._activate = _activate
+        self._activate = activate
 
     def compile_with(self, compiler: Callable[..., Any]) -> None:
         """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
-        self._activate = compiler(_activate)
+        self._activate = compiler(activate)
 
     @classmethod
-    def from_config(cls, config: TrainingConfig, n_days: int) -> GRUDecoder:
+    def from_config(
+        cls, config: TrainingConfig, n_days: int, *, for_training: bool = False
+    ) -> GRUDecoder:
+        """The decoder that `config` describes; in training, with its classifier's own factors."""
         model = config.model
-        return cls(
+        decoder = cls(
             neural_dim=model.n_input_features,
             n_units=model.n_units,
             n_days=n_days,
@@ -110,6 +115,9 @@ class GRUDecoder(nn.Module):
             patch_stride=model.patch_stride,
             bidirectional=model.bidirectional,
         )
+        if for_training and model.classifier == "factored" and decoder.n_classes == N_DIPHONES:
+            decoder.out = FactoredClassifier(decoder.n_units * decoder.n_directions)
+        return decoder
 
     @property
     def n_directions(self) -> int:
@@ -157,7 +165,7 @@ class GRUDecoder(nn.Module):
         x = self._activate(self._day_layer(x, day_idx.tolist()), dropout)
         if n_time_steps is None:
             n_time_steps = torch.full((B,), T)
-        n_frames = int(self.frame_lengths(torch.tensor(T)))
+        n_frames = max(int(self.frame_lengths(torch.tensor(T))), 1)
         packing = Packing.of(self.frame_lengths(n_time_steps), n_frames, x.device)
         return self._patches(x, packing), packing
 
@@ -175,13 +183,8 @@ class GRUDecoder(nn.Module):
             states = states.contiguous()
         else:
             states = states.index_select(1, packing.order)
-        if frames.device.type == "cpu" and not self.bidirectional:
-            hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
-        else:
-            dtype = gru_dtype(frames.device)
-            hidden, states = torch_gru(frames, packing.batch_sizes, states, self.gru, dtype)
-        padded = hidden.new_zeros(B * packing.n_frames, hidden.shape[1])
-        padded = padded.index_copy(0, packing.rows, hidden).view(B, packing.n_frames, -1)
+        hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
+        padded = packing.padded(hidden)
         return (padded, states.index_select(1, packing.inverse)) if return_state else padded
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
@@ -196,108 +199,40 @@ class GRUDecoder(nn.Module):
 
     def _patches(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """[N, patch_size * C]: the bins of every real frame, bin-major, in packed order."""
-        T, C = x.shape[1:]
+        B, T, C = x.shape
         if self.patch_size == 0:
             return x.flatten(0, 1).index_select(0, packing.rows)
-        stride = self.patch_stride
-        x = F.pad(x, (0, 0, 0, -T % stride)).view(-1, stride * C)
-        starts = packing.frame_rows(blocks_per_trial=-(-T // stride))
-        return _GatherPatches.apply(x, starts, self.patch_size * C)
+        n_blocks = -(-max(T, self.patch_size) // self.patch_stride)
+        x = F.pad(x, (0, 0, 0, n_blocks * self.patch_stride - T))
+        blocks = x.view(B, n_blocks, self.patch_stride * C)
+        return _GatherPatches.apply(blocks, packing, self.patch_size * C)
 
 
 class _GatherPatches(torch.autograd.Function):
-    """Windows that begin at given blocks of bins, in one copy; overlaps add up on the way back."""
+    """Overlapping windows of every trial, packed; on the way back shifted sums, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
-        """[N, width] from blocks [M, values], of which a window may span several."""
-        step = blocks.shape[1]
+    def forward(ctx: Any, blocks: torch.Tensor, packing: Packing, width: int) -> torch.Tensor:
+        """[N, width] from blocks [B, M, values], of which a window may span several."""
+        _, M, step = blocks.shape
+        ctx.packing, ctx.shape = packing, blocks.shape
         count = max((blocks.numel() - width) // step + 1, 0)
-        ctx.save_for_backward(starts)
-        ctx.shape = blocks.shape
-        return blocks.as_strided((count, width), (step, 1)).index_select(0, starts)
+        windows = blocks.as_strided((count, width), (step, 1))
+        return windows.index_select(0, packing.trial * M + packing.time)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (starts,) = ctx.saved_tensors
-        gradient = grads[0].new_zeros(ctx.shape)
-        step = ctx.shape[1]
-        for position, part in enumerate(grads[0].split(step, dim=1)):
-            gradient[:, : part.shape[1]].index_add_(0, starts + position, part)
+        """Block m of a trial is part k of its frame m - k: one view and one sum for each k."""
+        padded = ctx.packing.padded(grads[0])
+        gradient = padded.new_zeros(ctx.shape)
+        for k, part in enumerate(padded.split(ctx.shape[2], dim=2)):
+            gradient[:, k : k + part.shape[1], : part.shape[2]] += part
         return gradient, None, None
 
 
-def torch_gru(
-    frames: torch.Tensor,
-    batch_sizes: torch.Tensor,
-    states: torch.Tensor,
-    gru: nn.GRU,
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `gru(PackedSequence(frames, batch_sizes), states)` gives, with torch's own dropout.
-
-    cuDNN's dropout has a state of its own. torch makes it anew after every `manual_seed`, waiting
-    for the device, and no checkpoint holds it; so where there is dropout, layers are called one by
-    one. Where there is none, all of them are one call, in which cuDNN can overlap layers.
-
-    Args:
-        frames: [N, inputs], sorted by time, then by trial, longest trial first.
-        batch_sizes: [T'] trials that have a frame at each time; on the CPU.
-        states: [layers * directions, B, H] initial states in packed order.
-        gru: whose weights, dropout and training mode to use.
-        dtype: compute with copies in this type, autocast or not; None leaves that to autocast.
-
-    Returns:
-        (outputs of the last layer [N, H * directions], last states [layers * directions, B, H]).
-    """
-    directions = 2 if gru.bidirectional else 1
-    dropout = gru.dropout if gru.training else 0.0
-    at_once = 1 if dropout > 0 else gru.num_layers
-    autocast = torch.is_autocast_enabled(frames.device.type)  # copies the weights itself
-    copied = dtype is not None or (frames.is_cuda and at_once < gru.num_layers and not autocast)
-    if dtype is not None:
-        frames, states = frames.to(dtype), states.to(dtype)
-    last = []
-    with torch.autocast(frames.device.type, enabled=False) if dtype else nullcontext():
-        for layer in range(0, gru.num_layers, at_once):
-            if layer:
-                frames = F.dropout(frames, dropout)
-            part = slice(layer * directions, (layer + at_once) * directions)
-            weights: list[torch.Tensor] = [w for one in gru.all_weights[part] for w in one]
-            frames, state = _VF.gru(
-                frames,
-                batch_sizes,
-                states[part],
-                in_one_buffer(weights, dtype) if copied else weights,
-                True,  # has biases
-                at_once,
-                0.0,  # dropout
-                gru.training,
-                gru.bidirectional,
-            )
-            last.append(state)
-        return frames, torch.cat(last)
-
-
-def in_one_buffer(
-    weights: Sequence[torch.Tensor], dtype: torch.dtype | None = None
-) -> list[torch.Tensor]:
-    """Copies of GRU weights as cuDNN wants them in memory: one after another, matrices first.
-
-    torch compares their addresses with cuDNN's; what lies elsewhere (as one layer of
-    `flatten_parameters` does, whose biases come after all layers' matrices) it would copy itself
-    at every call, with a warning.
-    """
-    order = sorted(range(len(weights)), key=lambda i: -weights[i].dim())
-    flat = torch.cat([weights[i].flatten() for i in order]).to(dtype)
-    copies = list(weights)
-    for i, copy in zip(order, flat.split([weights[i].numel() for i in order]), strict=True):
-        copies[i] = copy.view_as(weights[i])
-    return copies
-
-
-def _activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    return F.dropout(F.softsign(x), dropout, training=dropout > 0)
+def activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Softsign, then dropout; always as in training, so that a compiler has nothing to decide."""
+    return F.dropout(F.softsign(x), dropout, training=True)
 
 
 @dataclass
@@ -334,9 +269,11 @@ class Packing:
         batch_sizes = torch.from_numpy(present.sum(1))
         return cls(n_frames, batch_sizes, order_, inverse, rows, trial_, time_)
 
-    def frame_rows(self, blocks_per_trial: int) -> torch.Tensor:
-        """[N] index of each frame's first block, with blocks counted over the whole batch."""
-        return self.trial * blocks_per_trial + self.time
+    def padded(self, frames: torch.Tensor) -> torch.Tensor:
+        """[B, T', values] from packed [N, values]; zero where a trial has no frame."""
+        B = len(self.order)
+        padded = frames.new_zeros(B * self.n_frames, frames.shape[1])
+        return padded.index_copy_(0, self.rows, frames).view(B, self.n_frames, -1)
 
 
 def without_wrappers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -368,7 +305,10 @@ def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Ten
             f"The classifier has {len(given['out.weight'])} classes in the checkpoint and "
             f"{model.n_classes} here: it starts from fresh weights."
         )
-        given["out.weight"], given["out.bias"] = expected["out.weight"], expected["out.bias"]
+        given = {name: v for name, v in given.items() if name not in PLAIN_NAMES}
+        given |= {name: v for name, v in expected.items() if name.startswith(PREFIX)}
+    elif isinstance(model.out, FactoredClassifier) and given.keys() >= set(PLAIN_NAMES):
+        given = unfolded(given)
     n_days = sum(name.startswith("day_weights.") for name in given)
     if n_days != model.n_days:
         kept = min(n_days, model.n_days)

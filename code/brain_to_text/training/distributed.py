@@ -77,7 +77,9 @@ class World:
         try:
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
-                dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+                dist.init_process_group(
+                    "nccl", timeout=STEP_TIMEOUT, device_id=torch.device("cuda", local_rank)
+                )
             else:
                 dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
             decisions = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from brain_to_text.errors import DataError
-from brain_to_text.scoring.ngram import END, START, UNKNOWN, estimate_ngrams
+from brain_to_text.scoring.language_model import END, START, UNKNOWN, estimate_ngrams
 
 SENTENCES = ["i see the cat", "i see the dog", "the cat sees the dog", "i see", "you see the cat"]
 
@@ -38,7 +38,7 @@ def test_arpa_counts_its_entries(tmp_path):
 
 
 def test_kenlm_scores_the_arpa_file_alike(tmp_path):
-    kenlm = pytest.importorskip("kenlm", reason="optional: docker/requirements-words.txt")
+    kenlm = pytest.importorskip("kenlm", reason="optional: docker/requirements_sagemaker_words.txt")
     model = estimate_ngrams(SENTENCES)
     model.write_arpa(tmp_path / "lm.arpa")
     other = kenlm.Model(str(tmp_path / "lm.arpa"))

@@ -1,0 +1,252 @@
+"""Places that commands write: never where data is read, never over what others wrote.
+
+What a command wrote is kept beside it in one small object (`RECORD_NAME`): the command, what it was
+asked for, the names. The same command may go on there; anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import DataError, StorageError
+from .store import ObjectStore, open_store
+
+RECORD_NAME = "written_by.json.gz"
+
+
+def check_apart(source: str | Path, target: str | Path) -> None:
+    """Check that writing to `target` touches nothing of `source`, however the two are spelt.
+
+    Links are followed; on volumes that ignore case the file system says what is the same.
+
+    Raises:
+        DataError: they are the same place, or one lies in the other.
+    """
+    source, target = str(source), str(target)
+    if source.startswith("s3://") != target.startswith("s3://"):
+        return
+    if source.startswith("s3://"):
+        one, other = _s3_path(source), _s3_path(target)
+        within, around = other[: len(one)] == one, one[: len(other)] == other
+    else:
+        within, around = _within(target, source), _within(source, target)
+    if within and around:
+        raise DataError(
+            f"Source and target are both {source}"
+            + (f" (also spelt {target})" if target != source else "")
+            + ": give another target."
+        )
+    if within or around:
+        inner, outer = (target, source) if within else (source, target)
+        raise DataError(f"{inner} lies in {outer}: give a target beside the source.")
+
+
+def replace_own(path: Path, data: bytes, mark: bytes, reads: str | Path) -> None:
+    """Write a file that a person named, unless that would replace something else.
+
+    Args:
+        mark: stands in every file that this command writes there.
+        reads: the dataset that the command reads; none of its data files may be replaced.
+
+    Raises:
+        DataError: a file without the mark is there. StorageError: writing is not possible.
+    """
+    if path.suffix in (".hdf5", ".gz"):
+        raise DataError(f"{path} has the name of data, in or beside {reads}: give another name.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the name of a file.")
+    with contextlib.suppress(OSError):
+        if mark not in path.read_bytes():
+            raise DataError(
+                f"{path} is there and is something else: remove it, or give another name."
+            )
+    open_store(path.parent).write(path.name, data)
+
+
+class Target:
+    """A place being written by one command for one purpose; close it, or use it in a `with`.
+
+    notes: whatever the command wants to find there when it is repeated.
+    """
+
+    def __init__(self, store: ObjectStore, command: str, purpose: Mapping[str, Any]) -> None:
+        self.store = store
+        self.notes: dict[str, Any] = {}
+        self._command, self._purpose = command, json.loads(json.dumps(purpose))
+        self._keys: set[str] = set()
+        self._run = uuid.uuid4().hex
+        self._folder: int | None = None
+
+    @classmethod
+    def claim(
+        cls,
+        store: ObjectStore,
+        command: str,
+        purpose: Mapping[str, Any],
+        keys: Iterable[str],
+        *,
+        reads: Iterable[str | Path] = (),
+        overwrite: bool = False,
+    ) -> Target:
+        """Take the place, before anything is written there.
+
+        Args:
+            command: as typed, e.g. "prepare_dataset.py encode".
+            purpose: what decides the content of the files, as plain types.
+            keys: every object that will be written, beside the record and the manifest.
+            reads: folders or URLs that the command reads.
+            overwrite: replace objects of these names, whoever wrote them.
+
+        Raises:
+            DataError: it is read, too; another command, purpose or run has it; objects of these
+                names are there and were written by others. StorageError: it cannot be read.
+        """
+        self = cls(store, command, purpose)
+        wanted = set(keys)
+        for place in reads:
+            check_apart(place, store.url)
+            if "://" not in store.url:
+                for folder in {str(Path(store.url, key).parent) for key in wanted}:
+                    check_apart(place, folder)
+        self._lock()
+        try:
+            self._take(wanted, overwrite)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _take(self, wanted: set[str], overwrite: bool) -> None:
+        url = self.store.url
+        listing = self.store.list()
+        record = self._read() if RECORD_NAME in listing else {}
+        earlier = record.get("purpose", {})
+        if record and not overwrite:
+            if record["command"] != self._command:
+                raise DataError(
+                    f"{url} was written by '{record['command']}': give an empty target, or say "
+                    "--overwrite."
+                )
+            changed = [
+                f"{name} was {earlier.get(name)}"
+                for name in {**self._purpose, **earlier}
+                if earlier.get(name) != self._purpose.get(name)
+            ]
+            if changed:
+                raise DataError(
+                    f"{url} was begun with other options ({', '.join(changed)}): repeat them, give "
+                    "an empty target, or say --overwrite."
+                )
+        own = set(record.get("keys", ()))
+        foreign = sorted((wanted - own) & listing.keys())
+        if foreign and not overwrite:
+            raise DataError(
+                f"{url} already holds {foreign[0]}"
+                + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
+                + f", which '{self._command}' did not write: give an empty target, or say "
+                "--overwrite."
+            )
+        if record and earlier == self._purpose and record["command"] == self._command:
+            self.notes = record["notes"]
+        self._keys = wanted | own & listing.keys()
+        self._write()
+
+    def save(self) -> None:
+        """Keep `notes`, after checking that no other run has taken this place since.
+
+        Raises:
+            DataError: one has. StorageError: it cannot be read or written.
+        """
+        if self._folder is None and self._read()["run"] != self._run:
+            raise DataError(
+                f"Another '{self._command}' has begun to write to {self.store.url}: let it end, "
+                "then repeat this one."
+            )
+        self._write()
+
+    def close(self) -> None:
+        """Let others write there."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        """In a folder the system keeps the lock, and lets go when the process ends."""
+        if "://" in self.store.url:
+            return
+        try:
+            Path(self.store.url).mkdir(parents=True, exist_ok=True)
+            self._folder = os.open(self.store.url, os.O_RDONLY)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write to {self.store.url} ({error.strerror}): give a folder that you may "
+                "write to."
+            ) from error
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise DataError(
+                f"Another command is writing to {self.store.url}: let it end, then repeat this one."
+            ) from error
+        except OSError:  # a file system without locks: the record tells, as on S3
+            self.close()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            record = json.loads(gzip.decompress(self.store.read(RECORD_NAME)))
+            record["command"], record["purpose"], record["keys"], record["run"], record["notes"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+            raise DataError(
+                f"{self.store.url}/{RECORD_NAME} is damaged: remove it, then repeat this command "
+                "with --overwrite."
+            ) from error
+        return record
+
+    def _write(self) -> None:
+        record = {
+            "command": self._command,
+            "purpose": self._purpose,
+            "run": self._run,
+            "keys": sorted(self._keys),
+            "notes": self.notes,
+        }
+        self.store.write(RECORD_NAME, gzip.compress(json.dumps(record).encode(), mtime=0))
+
+
+def _s3_path(url: str) -> list[str]:
+    return [part for part in url.removeprefix("s3://").split("/") if part]
+
+
+def _within(inner: str, outer: str) -> bool:
+    """Whether folder `inner`, which need not exist yet, is `outer` or lies in it."""
+    real, place = Path(os.path.realpath(outer)), Path(os.path.realpath(inner))
+    return any(_same(folder, real) for folder in (place, *place.parents))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False

@@ -1,0 +1,212 @@
+"""Processes in which a damaged file may crash, hang or swell without taking the run along."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from ..errors import BrainToTextError, StorageError
+
+_SECONDS, _BYTES_PER_SECOND = 5.0, 4e6  # of computing, so that other load does not count
+_MEMORY, _MEMORY_PER_BYTE = 2**30, 20
+_DAMAGE = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+_PR_SET_PDEATHSIG = 1
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from brain_to_text.dataset.workers import _serve; _serve(int(sys.argv[2]), int(sys.argv[3]))"
+)
+_in_worker = False
+_parked: list[_Worker] = []
+
+
+@atexit.register
+def _end_parked() -> None:
+    while _parked:
+        _parked.pop().end()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A job whose process ended before it answered. signal: that ended it, 0 for none."""
+
+    signal: int
+    detail: str = ""
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with the file that was being read.
+
+        Raises:
+            StorageError: the process was ended from outside, which says nothing about the file.
+        """
+        if self.signal == signal.SIGXCPU:
+            return "reading it does not come to an end: it is damaged, copy it again"
+        if self.signal in _DAMAGE:
+            name = signal.Signals(self.signal).name
+            return (
+                f"reading it crashes the HDF5 library ({name}): the file is damaged, copy it again"
+            )
+        if self.signal:
+            raise StorageError(
+                f"A worker process was killed ({signal.Signals(self.signal).name}), probably for "
+                "lack of memory: use --processes 1, or a machine with more memory."
+            )
+        raise StorageError(f"A worker process ended by itself: {self.detail or 'without a word'}.")
+
+
+def in_workers(
+    function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int = 1
+) -> Iterator[tuple[str, Any]]:
+    """(name, result) of each job as it ends, `Lost` where its process did not survive it.
+
+    The processes are new ones, not forks, which would share S3 connections; they end with this
+    process, however it ends. What `function` raises is raised here, and the rest is left undone.
+
+    Args:
+        function: of a module's top level.
+        jobs: arguments of each call, by name.
+        processes: how many jobs run at once.
+    """
+    waiting = list(jobs.items())[::-1]
+    idle: list[_Worker] = [w for w in _parked if w.lives()]
+    _parked.clear()
+    busy: dict[Connection, tuple[_Worker, str]] = {}
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < max(processes, 1):
+                worker = idle.pop() if idle else _Worker()
+                name, arguments = waiting.pop()
+                busy[worker.connection] = (worker, name)
+                worker.connection.send((dict(os.environ), Path.cwd(), function, arguments))
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                worker, name = busy.pop(connection)
+                try:
+                    fine, answer = connection.recv()
+                except (EOFError, OSError):
+                    yield name, worker.lost()
+                    continue
+                idle.append(worker)
+                if not fine:
+                    raise answer
+                yield name, answer
+    finally:
+        for worker, _ in busy.values():
+            worker.end()
+        if idle and threading.current_thread() is threading.main_thread():
+            _parked.append(idle.pop())  # for the next call: starting one takes half a second
+        for worker in idle:
+            worker.end()
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """Only as much computing and memory as sound files of `size` bytes can need, in a worker.
+
+    Too much computing ends the process (SIGXCPU); too much memory is a MemoryError.
+    """
+    if not _in_worker:
+        yield
+        return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = usage.ru_utime + usage.ru_stime + _SECONDS + size / _BYTES_PER_SECOND
+    limits = {resource.RLIMIT_CPU: math.ceil(seconds)}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        now = int(statm.read_text().split()[0]) * resource.getpagesize()
+        limits[resource.RLIMIT_AS] = now + _MEMORY + _MEMORY_PER_BYTE * size
+    before = {kind: resource.getrlimit(kind) for kind in limits}
+    for kind, most in limits.items():
+        allowed = [value for value in before[kind] if value != resource.RLIM_INFINITY]
+        resource.setrlimit(kind, (min([most, *allowed]), before[kind][1]))
+    try:
+        yield
+    finally:
+        for kind, values in before.items():
+            resource.setrlimit(kind, values)
+
+
+class _Worker:
+    """A process that waits for jobs, and this end of the line to it."""
+
+    def __init__(self) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        mine, theirs = socket.socketpair()
+        with theirs:
+            numbers = [str(theirs.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path), *numbers],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+            )
+        self.connection = Connection(mine.detach())
+
+    def lives(self) -> bool:
+        """Whether it can be given a job; if not, it is let go."""
+        if self._process.poll() is None:
+            return True
+        self.end()
+        return False
+
+    def lost(self) -> Lost:
+        """How it ended."""
+        code = self._process.wait()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        self.end()
+        return Lost(max(-code, 0), lines[-1] if lines else "")
+
+    def end(self) -> None:
+        """Kill it, if it lives, and let go of everything."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+
+def _serve(descriptor: int, parent: int) -> None:
+    """Do jobs until the other end of the line closes."""
+    global _in_worker
+    _in_worker = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's to answer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    connection = Connection(descriptor)
+    while True:
+        try:
+            environment, folder, function, arguments = connection.recv()
+        except (EOFError, OSError):
+            return
+        if environment != dict(os.environ):
+            os.environ.clear()
+            os.environ.update(environment)
+        os.chdir(folder)
+        try:
+            answer: tuple[bool, Any] = (True, function(*arguments))
+        except BrainToTextError as error:
+            answer = (False, error)
+        except Exception as error:  # noqa: BLE001 - it is raised in the parent
+            answer = (False, RuntimeError(f"{type(error).__name__}: {error}"))
+            answer[1].__cause__ = error
+        connection.send(answer)

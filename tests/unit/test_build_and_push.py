@@ -1,0 +1,442 @@
+"""./build_and_push.sh on a path without Python: its options, what it asks Docker and AWS for, what
+it says and what it leaves.
+
+The docker and aws commands here recite: they note how they were called and answer what a test wrote
+down (in the AWS command line's own words). The real ones are in tests/container/test_push.py.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+TOOLS = ["bash", "env", "git", "awk", "cat", "cut", "date", "dirname", "find", "grep", "head"]
+TOOLS += ["mkdir", "mkfifo", "mktemp", "paste", "rm", "sed", "sh", "sha256sum", "sleep", "sort"]
+TOOLS += ["tail", "tee", "touch", "xargs"]
+REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+DIGEST = "sha256:" + "ab" * 32
+
+DOCKER = """#!/bin/sh
+echo "$@" >> "$NOTES/docker"
+case "$1" in
+version) echo "20.10.24 20.10.24" ;;
+context) echo "unix:///run/somewhere.sock" ;;
+build)
+    env > "$NOTES/build-environment"
+    test ! -e "$ANSWERS/build" || { cat "$ANSWERS/build"; exit 1; } ;;
+image) echo "REGISTRY/other@sha256:00"; echo "REGISTRY/brain-to-text-training@DIGEST" ;;
+--config)
+    cat "$2/config.json" > "$NOTES/login"; echo "$DOCKER_HOST" > "$NOTES/host"
+    test ! -e "$ANSWERS/slow" || { touch "$NOTES/pushing"; exec sleep 60; }
+    test ! -e "$ANSWERS/push" || { cat "$ANSWERS/push" >&2; exit 1; } ;;
+*) exit 1 ;;
+esac
+""".replace("REGISTRY", REGISTRY).replace("DIGEST", DIGEST)
+
+AWS = """#!/bin/sh
+echo "$@" >> "$NOTES/aws"
+test ! -e "$ANSWERS/$2" || { cat "$ANSWERS/$2"; exit 0; }
+test ! -e "$ANSWERS/$2.failed" || { cat "$ANSWERS/$2.failed" >&2; exit 254; }
+case "$2" in
+get) exit 1 ;;
+get-caller-identity) printf '123456789012\\tarn:aws:iam::123456789012:user/me\\n' ;;
+describe-repositories | create-repository) echo "REGISTRY/brain-to-text-training" ;;
+describe-images)
+    echo "An error occurred (ImageNotFoundException) when calling the DescribeImages operation:" >&2
+    exit 254 ;;
+get-authorization-token) echo QVdTOnBhc3N3b3Jk ;;
+esac
+""".replace("REGISTRY", REGISTRY)
+
+
+class Desk:
+    """A repository with the script, a path with its tools, and what the commands noted."""
+
+    def __init__(self, base: Path) -> None:
+        self.top, self.tools = base / "repository", base / "tools"
+        self.notes, self.answers, self.scratch = base / "notes", base / "answers", base / "tmp"
+        for folder in (self.tools, self.notes, self.answers, self.scratch):
+            folder.mkdir()
+        for name in TOOLS:
+            found = shutil.which(name)
+            assert found, name
+            (self.tools / name).symlink_to(found)
+        for name, content in {
+            "code/train.py": "1",
+            "code/with space/ä.yaml": "a: 1",
+            "code/__pycache__/train.pyc": "x",
+            "docker/Dockerfile": "FROM x",
+            "docker/requirements_sagemaker.txt": "numpy",
+            "docker/requirements_sagemaker_torch.txt": "torch",
+            "docker/requirements_sagemaker_mlflow.txt": "mlflow",
+            "LICENSE": "free",
+            ".gitignore": "__pycache__\n/.local/\n",
+        }.items():
+            path = self.top / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        shutil.copy(TOP / "build_and_push.sh", self.top)
+        self.git("init", "--quiet")
+        self.commit()
+
+    def git(self, *arguments: str) -> str:
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+        command = ["git", "-C", str(self.top), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self) -> None:
+        self.git("add", ".")
+        self.git("commit", "--quiet", "-m", "a change")
+
+    def install(self, name: str, script: str, folder: Path | None = None) -> Path:
+        path = (folder or self.tools) / name
+        path.write_text(script)
+        path.chmod(0o755)
+        return path
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        own = {"PATH": str(self.tools), "HOME": str(self.top), "TMPDIR": str(self.scratch)}
+        own |= {"NOTES": str(self.notes), "ANSWERS": str(self.answers), "LC_ALL": "C.UTF-8"}
+        return subprocess.Popen(
+            [str(self.top / "build_and_push.sh"), *arguments],
+            env={**own, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **variables)
+        out, err = process.communicate(timeout=60)
+        assert list(self.scratch.iterdir()) == [], "something was left behind"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def says(self, *arguments: str, code: int = 1, **variables: str) -> str:
+        """Run, expect a failure: the one sentence."""
+        done = self.run(*arguments, **variables)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        return done.stderr.strip().splitlines()[-1]
+
+    def noted(self, command: str) -> str:
+        path = self.notes / command
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+@pytest.fixture
+def desk(bare: Desk) -> Desk:
+    bare.install("docker", DOCKER)
+    bare.install("aws", AWS)
+    return bare
+
+
+def error(code: str, operation: str, message: str) -> str:
+    return f"\nAn error occurred ({code}) when calling the {operation} operation: {message}\n"
+
+
+# --- the engine
+
+
+def fake_client(desk, client, server, plugin):
+    folder = desk.tools.parent / f"bin-{client}"
+    folder.mkdir()
+    reached = f'echo "{client} {server}"; exit {0 if server else 1}'
+    return desk.install(
+        "docker",
+        f'#!/bin/sh\nif [ "$1" = version ]; then {reached}; fi\n'
+        f'if [ "$1" = buildx ]; then exit {0 if plugin else 1}; fi\n'
+        f'echo "$0 $@" >> "$NOTES/docker"\n',
+        folder,
+    )
+
+
+def test_without_docker_it_says_what_to_install(bare):
+    assert bare.says("--no-push", code=3).endswith("no docker command was found: install Docker.")
+
+
+def test_without_an_engine_it_says_so(bare):
+    client = fake_client(bare, "28.2.2", "", plugin=True)
+    path = f"{client.parent}:{bare.tools}"
+    assert "does not reach a Docker engine" in bare.says("--no-push", code=3, PATH=path)
+
+
+def test_a_new_client_without_buildx_is_passed_over_for_the_engines_own(bare):
+    new = fake_client(bare, "28.2.2", "20.10.24", plugin=False)
+    own = fake_client(bare, "20.10.24", "20.10.24", plugin=False)
+    path = f"{new.parent}:{own.parent}:{bare.tools}"
+    done = bare.run("--no-push", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert bare.noted("docker").startswith(f"{own} build")
+
+
+def test_a_new_client_without_buildx_alone_is_named(bare):
+    new = fake_client(bare, "28.2.2", "20.10.24", plugin=False)
+    said = bare.says("--no-push", code=3, PATH=f"{new.parent}:{bare.tools}")
+    assert str(new) in said and "install docker-buildx" in said
+
+
+def test_a_new_client_with_buildx_is_taken(bare):
+    first = fake_client(bare, "28.2.2", "28.2.2", plugin=True)
+    second = fake_client(bare, "20.10.24", "28.2.2", plugin=False)
+    bare.run("--no-push", PATH=f"{first.parent}:{second.parent}:{bare.tools}")
+    assert bare.noted("docker").startswith(f"{first} build")
+
+
+# --- the build
+
+
+def test_only_building_asks_no_account(desk):
+    done = desk.run("--no-push", "--tag", "mine")
+    assert (done.returncode, done.stdout) == (0, "brain-to-text-training:mine\n"), done.stderr
+    assert desk.noted("aws") == ""
+    assert "DOCKER_BUILDKIT=1" in desk.noted("build-environment")
+    assert "--platform" not in desk.noted("docker")
+
+
+def test_each_option_reaches_the_build(desk, tmp_path):
+    bundle = tmp_path / "ca.pem"
+    bundle.write_text("certificates")
+    desk.run(
+        *("--no-push", "--cpu", "--mlflow", "--base-image=debian:13", "--repository", "other"),
+        PIP_CERT=str(bundle),
+        TORCH_CPU_INDEX="https://example.com/whl",
+    )
+    revision = desk.git("rev-parse", "HEAD")
+    for words in (
+        f"--tag other:{revision[:12]}-cpu-mlflow",
+        "--build-arg TORCH_VARIANT=cpu",
+        "--build-arg MLFLOW=yes",
+        "--build-arg BASE_IMAGE=debian:13",
+        "--build-arg TORCH_CPU_INDEX=https://example.com/whl",
+        f"--build-arg REVISION={revision}",
+        f"--build-arg VERSION={revision[:12]}",
+        f"--secret id=ca_bundle,src={bundle}",
+    ):
+        assert words in desk.noted("docker"), words
+
+
+@pytest.mark.parametrize("mlflow", [False, True])
+def test_the_label_is_the_fingerprint_of_every_file_of_the_image(desk, mlflow):
+    desk.run("--no-push", *(["--mlflow"] if mlflow else []))
+    (label,) = re.findall(
+        r"--label brain-to-text\.code-fingerprints=(\{.*?\}) ", desk.noted("docker")
+    )
+    names = ["code/train.py", "code/with space/ä.yaml", "docker/requirements_sagemaker.txt"]
+    names += ["docker/requirements_sagemaker_torch.txt"]
+    names += ["docker/requirements_sagemaker_mlflow.txt"] * mlflow
+    expected = {
+        name: hashlib.sha256((desk.top / name).read_bytes()).hexdigest()[:16]
+        for name in sorted(names)
+    }
+    assert label == json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+
+
+def test_a_file_name_that_no_label_can_hold_is_refused(desk):
+    (desk.top / "code" / 'a"b.py').touch()
+    assert "rename it" in desk.says("--no-push")
+
+
+def test_changes_to_what_the_image_is_made_of_are_marked(desk):
+    def tag() -> str:
+        return desk.run("--no-push").stdout.strip().partition(":")[2]
+
+    clean = tag()
+    assert clean == desk.git("rev-parse", "HEAD")[:12]
+    (desk.top / "README.md").write_text("2")
+    assert tag() == clean
+    (desk.top / "code/train.py").write_text("2")
+    dirty = tag()
+    assert re.fullmatch(rf"{clean}-dirty-[0-9a-f]{{8}}", dirty)
+    assert f"REVISION={desk.git('rev-parse', 'HEAD')}-dirty" in desk.noted("docker")
+    (desk.top / "code/new.py").write_text("3")
+    more = tag()
+    assert more not in (clean, dirty)
+    (desk.top / "code/new.py").unlink()
+    assert tag() == dirty
+    assert "uncommitted changes" in desk.says("--no-push", "--require-clean")
+
+
+def test_outside_git_the_image_wants_a_name(desk):
+    shutil.rmtree(desk.top / ".git")
+    ceiling = {"GIT_CEILING_DIRECTORIES": str(desk.top.parent)}
+    assert "name the image with --tag" in desk.says("--no-push", **ceiling)
+    assert desk.run("--no-push", "--tag", "t", **ceiling).returncode == 0
+    assert "REVISION=unknown" in desk.noted("docker")
+
+
+def test_a_base_that_cannot_be_pulled_names_the_argument(desk):
+    (desk.answers / "build").write_text(
+        "#3 [internal] load metadata for docker.io/nvidia/cuda:13\n"
+        '#3 ERROR: failed to do request: Head "...": no such host\n'
+    )
+    said = desk.says("--no-push")
+    assert "that docker/Dockerfile names" in said
+    assert "--base-image" in said and "BASE_IMAGE" in said
+
+
+def test_a_failed_step_shows_its_own_error(desk):
+    (desk.answers / "build").write_text(
+        "#9 16.3 ERROR: no matching distribution for h5py\n"
+        "#9 ERROR: executor failed running [/bin/sh -c pip wheel]: exit code: 1\n"
+        "executor failed running [/bin/sh -c pip wheel]: exit code: 1\n"
+    )
+    assert "no matching distribution for h5py" in desk.says("--no-push")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--platform", "x"], "there is no option '--platform'"),
+        (["--tag"], "--tag needs a value"),
+        (["--region="], "--region needs a value"),
+        (["now"], "there is no option 'now'"),
+    ],
+)
+def test_wrong_usage_is_named(desk, arguments, says):
+    assert says in desk.says(*arguments, code=2)
+
+
+def test_help_names_every_option(desk):
+    said = desk.run("--help").stdout
+    script = (TOP / "build_and_push.sh").read_text()
+    options = set(re.findall(r"^    (--[a-z-]+)(?= *\))", script, re.M))
+    assert len(options) == 9
+    assert all(f"  {option} " in said for option in options)
+
+
+# --- the push
+
+
+def test_a_push_leaves_a_digest_and_no_login(desk):
+    done = desk.run("--region", "eu-west-1")
+    uri = f"{REGISTRY}/brain-to-text-training@{DIGEST}"
+    assert (done.returncode, done.stdout) == (0, uri + "\n"), done.stderr
+    assert (desk.top / ".local/image_uri").read_text() == uri + "\n"
+    assert "Account 123456789012, region eu-west-1" in done.stderr
+    tag = f"{REGISTRY}/brain-to-text-training:{desk.git('rev-parse', 'HEAD')[:12]}"
+    assert f"--tag {tag}" in desk.noted("docker") and "--platform linux/amd64" in desk.noted(
+        "docker"
+    )
+    assert re.search(rf"^--config \S+ push {re.escape(tag)}$", desk.noted("docker"), re.M)
+    # only in a file of our own; never on a command line, never by `docker login`
+    assert f'{{"{REGISTRY}": {{"auth": "QVdTOnBhc3N3b3Jk"}}}}' in desk.noted("login")
+    assert "QVdTOnBhc3N3b3Jk" not in desk.noted("docker") + done.stderr
+    assert "login" not in [line.split()[0] for line in desk.noted("docker").splitlines()]
+    # the user's own configuration may be what says which engine
+    assert desk.noted("host").strip() == "unix:///run/somewhere.sock"
+
+
+def test_what_is_there_is_not_built_again(desk):
+    (desk.answers / "describe-images").write_text(DIGEST)
+    done = desk.run(AWS_REGION="eu-west-1")
+    assert done.stdout == f"{REGISTRY}/brain-to-text-training@{DIGEST}\n"
+    assert "already there" in done.stderr
+    assert "build" not in desk.noted("docker")
+    assert "create-repository" not in desk.noted("aws")
+
+
+@pytest.mark.parametrize("key", ["", "alias/mine"])
+def test_a_repository_is_made_where_there_is_none(desk, key):
+    missing = error("RepositoryNotFoundException", "DescribeRepositories", "The repository ...")
+    (desk.answers / "describe-repositories.failed").write_text(missing)
+    desk.run("--region", "eu-west-1", *(["--kms-key", key] if key else []))
+    made = desk.noted("aws")
+    assert "--image-tag-mutability IMMUTABLE --image-scanning-configuration scanOnPush=true" in made
+    kind = "encryptionType=KMS,kmsKey=alias/mine" if key else "encryptionType=AES256"
+    assert f"--encryption-configuration {kind} " in made
+    assert "put-lifecycle-policy" in made and '"tagStatus": "untagged"' in made
+
+
+def test_the_region_comes_from_the_profile_last(desk):
+    assert desk.says().endswith("no AWS region: give --region, or set AWS_REGION.")
+    (desk.answers / "get").write_text("eu-central-1")
+    assert "region eu-central-1" in desk.run().stderr
+
+
+@pytest.mark.parametrize(
+    ("operation", "message", "says"),
+    [
+        (
+            "get-caller-identity",
+            "\nUnable to locate credentials. You can configure credentials by running ...\n",
+            "no AWS credentials",
+        ),
+        (
+            "get-caller-identity",
+            "\nThe config profile (mine) could not be found\n",
+            "no AWS credentials (The config profile (mine) could not be found): run `aws",
+        ),
+        (
+            "get-caller-identity",
+            "\nError when retrieving token from sso: Token has expired and refresh failed\n",
+            "run `aws sso login`",
+        ),
+        (
+            "get-caller-identity",
+            '\nCould not connect to the endpoint URL: "https://sts.eu-west-1.amazonaws.com/"\n',
+            "AWS cannot be reached: Could not connect",
+        ),
+        (
+            "describe-repositories",
+            "aws: [ERROR]: " + error("AccessDenied", "DescribeRepositories", "you may not").strip(),
+            "AWS refused DescribeRepositories: AccessDenied: you may not (code/",
+        ),
+        (
+            "describe-images",
+            error("ThrottlingException", "DescribeImages", "Rate exceeded").replace(
+                " operation", " operation (reached max retries: 4)"
+            ),
+            "AWS refused DescribeImages: ThrottlingException: Rate exceeded (code/",
+        ),
+        (
+            "get-authorization-token",
+            error("AccessDeniedException", "GetAuthorizationToken", "no"),
+            "AWS refused GetAuthorizationToken",
+        ),
+    ],
+)  # fmt: skip
+def test_each_refusal_is_one_sentence(desk, operation, message, says):
+    (desk.answers / f"{operation}.failed").write_text(message)
+    assert says in desk.says("--region", "eu-west-1")
+
+
+def test_without_the_aws_command_line_it_says_what_to_install(desk):
+    (desk.tools / "aws").unlink()
+    assert "(aws) was not found: install it" in desk.says("--region", "eu-west-1")
+
+
+def test_a_refused_push_says_why(desk):
+    (desk.answers / "push").write_text("WARNING: x\nno basic auth credentials\n")
+    assert desk.says("--region", "eu-west-1").endswith("failed: no basic auth credentials.")
+    assert not (desk.top / ".local/image_uri").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_during_the_push_leaves_no_password(desk, number):
+    (desk.answers / "slow").touch()
+    process = desk.start("--region", "eu-west-1")
+    deadline = time.monotonic() + 60
+    while not (desk.notes / "pushing").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    (folder,) = desk.scratch.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert "QVdTOnBhc3N3b3Jk" in (folder / "login/config.json").read_text()
+    os.kill(process.pid, number)
+    process.communicate(timeout=60)  # ends when the push, which holds its stderr, has ended too
+    assert process.returncode == 128 + number
+    assert list(desk.scratch.iterdir()) == []
