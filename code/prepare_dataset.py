@@ -32,7 +32,7 @@ from brain_to_text.dataset.validation import (
 )
 from brain_to_text.errors import BrainToTextError
 from brain_to_text.labels.diphones import LABEL_FORMS
-from brain_to_text.scoring.dataset_report import dataset_page
+from brain_to_text.scoring.report import dataset_page
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -55,7 +55,7 @@ from brain_to_text.model.optimizer import (
 )
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
-from brain_to_text.scoring.evaluation import evaluate
+from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream

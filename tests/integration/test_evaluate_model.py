@@ -20,8 +20,8 @@ from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
+from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.scoring.evaluate import choose_trials, run_model, write_run_report
-from brain_to_text.scoring.evaluation import evaluate
 from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
@@ -51,8 +51,6 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     assert len(rows) == 9
     expected = jiwer.wer([r["reference"] for r in rows], [r["hypothesis"] for r in rows])
     assert summary["rates"]["PER"]["value"] == expected
-    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(line)["errors"] for line in lines] == [int(r["errors"]) for r in rows]
 
     artefact = open_model(model_folder)
     store = open_store(data)
@@ -140,7 +138,8 @@ def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["n_trials"] == 6
     assert "rates" not in summary
-    rows = [json.loads(x) for x in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    with (tmp_path / "out" / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     with h5py.File(tmp_path / "out" / "phoneme_logits.hdf5") as file:
         logits = file[f"{SESSIONS[0]}/trial_0000"]
         assert logits.dtype == np.float32
@@ -291,10 +290,10 @@ def test_bad_trials_that_are_no_trials_are_one_sentence(
 def test_a_report_that_cannot_be_written_leaves_nothing(
     model_folder, tiny_dataset, tmp_path, monkeypatch, capsys
 ):
-    def full(*_: object) -> None:
+    def full(*_: object) -> str:
         raise StorageError("The volume is full.")
 
-    monkeypatch.setattr("brain_to_text.scoring.tables.write_report", full)
+    monkeypatch.setattr("brain_to_text.scoring.results.model_report", full)
     out = tmp_path / "out"
     arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
     assert run(*arguments, "--output-dir", out) == 1

@@ -129,7 +129,8 @@ def test_places_that_cannot_be_read_are_one_sentence(command, s3_environment, ca
 def test_wrong_credentials_are_one_sentence(s3_prefix: str, monkeypatch, capsys) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert run("index", s3_prefix) == 1
-    assert "access denied" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "SignatureDoesNotMatch" in said and "the secret key does not belong" in said
 
 
 # --- encode ---------------------------------------------------------------------------------------

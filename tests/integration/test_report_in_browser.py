@@ -16,8 +16,7 @@ from brain_to_text.dataset.manifest import FileRecord, TrialManifest
 from brain_to_text.dataset.trial_record import Finding, TrialRecord
 from brain_to_text.dataset.validation import SplitSummary, ValidationReport
 from brain_to_text.labels.phonemes import PHONEMES
-from brain_to_text.scoring.dataset_report import dataset_page
-from brain_to_text.scoring.report import model_report
+from brain_to_text.scoring.report import dataset_page, model_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

@@ -18,7 +18,7 @@ from brain_to_text.config import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
-from brain_to_text.scoring.evaluation import evaluate
+from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.training import rnn_trainer_s3
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset

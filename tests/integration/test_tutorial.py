@@ -81,7 +81,7 @@ def test_every_command_of_the_tutorial_works(archive: Path, s3_bucket: str, uplo
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
     report = (archive / ".local" / "dataset.html").read_text(encoding="utf-8")
-    assert "Drift between sessions" in report
+    assert "Sessions and splits" in report
     results = archive / ".local" / "results"
     assert "Phoneme confusions" in (results / "report.html").read_text(encoding="utf-8")
     assert json.loads((results / "summary.json").read_text())["n_trials"] == 12

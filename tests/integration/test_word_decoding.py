@@ -25,20 +25,19 @@ from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.phonemes import N_PHONEMES
 from brain_to_text.labels.pronunciation import lexicon_of
 from brain_to_text.labels.sentences import random_sentences, sentence_phonemes, vocabulary
-from brain_to_text.scoring.decoding import ErrorCounts
-from brain_to_text.scoring.ngram import START, estimate_ngrams
-from brain_to_text.scoring.sentence_decoding import (
+from brain_to_text.scoring.language_model import (
+    START,
+    estimate_ngrams,
+    words_of_arpa,
+    words_of_model,
+)
+from brain_to_text.scoring.statistics import ErrorCounts
+from brain_to_text.scoring.word_decoder import WordDecoder, WordSettings, word_errors
+from brain_to_text.scoring.words import (
     WordOptions,
     decode_sentences,
     decodings,
     make_decoder,
-)
-from brain_to_text.scoring.words import (
-    WordDecoder,
-    WordSettings,
-    word_errors,
-    words_of_arpa,
-    words_of_model,
 )
 from support.decoded_trials import manifest_of, record
 from support.tiny_data import write_dataset
@@ -59,7 +58,7 @@ def posteriors(sentence: str, random: np.random.Generator, noise: float) -> np.n
 
 
 def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> SimpleNamespace:
-    record = SimpleNamespace(sentence_label=sentence)
+    record = SimpleNamespace(sentence_label=sentence, session=SESSIONS[0])
     return SimpleNamespace(index=index, record=record, phoneme_log_probs=log_probs)
 
 
@@ -101,8 +100,8 @@ def test_a_language_model_lowers_the_word_error_rate_on_held_out_sentences(decod
 
 
 def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (0.0, 2.0))
-    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.word_decoder.LM_WEIGHTS", (0.0, 2.0))
+    monkeypatch.setattr("brain_to_text.scoring.word_decoder.WORD_SCORES", (0.0,))
     decoder, trials = decoders[1], decoders[2][:8]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
     calls: list[int] = []
@@ -117,8 +116,8 @@ def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
 
 
 def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (2.0,))
-    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.word_decoder.LM_WEIGHTS", (2.0,))
+    monkeypatch.setattr("brain_to_text.scoring.word_decoder.WORD_SCORES", (0.0,))
     known = decoders[2][:3]
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
@@ -178,8 +177,8 @@ def test_a_binary_model_is_asked_for_the_words_of_the_dictionary(tmp_path, monke
     with pytest.raises(DataError, match="cannot be used as a language model"):
         words_of_model(path)  # KenLM refuses what only begins like one of its files
     monkeypatch.setattr("kenlm.Model", lambda _: {"cat", "dog", "zzyzzx"})
-    words, what = words_of_model(path)
-    assert words == {"cat", "dog"}
+    words, _, what = words_of_model(path)
+    assert words == {"cat": ["cat"], "dog": ["dog"]}
     assert what == "2 words of the CMU dictionary that the KenLM binary knows"
 
 
@@ -240,7 +239,7 @@ def test_the_submission_has_a_row_for_every_test_trial(model_folder, data, tmp_p
     assert [row["id"] for row in rows] == [str(number) for number in range(9)]
     decoded = {
         row["file"]: row["decoded_sentence"]
-        for row in map(json.loads, (out / "trials.jsonl").read_text().splitlines())
+        for row in csv.DictReader((out / "trials.csv").read_text().splitlines())
     }
     names = [f"{s}/data_test.hdf5:trial_{n:04d}" for s in SESSIONS for n in range(3)]
     assert [row["text"] for row in rows] == [decoded.get(name, "") for name in names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import mmap
-import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -467,14 +467,20 @@ def test_validation_holds_every_trial_once_on_any_number_of_ranks(
                 assert torch.equal(batch.features, other.features)  # type: ignore[arg-type]
 
 
-def test_a_changed_local_file_is_detected(tiny_dataset, tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-    manifest = index_dataset(open_store(tmp_path))
-    with TrialStream(open_store(tmp_path), manifest) as stream:
-        path = tmp_path / manifest.trials[0].key
-        status = path.stat()
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-        with pytest.raises(DataError, match=r"was replaced .*prepare_dataset\.py index"):
+def test_a_copied_folder_is_the_same_data_and_a_changed_byte_is_not(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "here")
+    manifest = index_dataset(open_store(tmp_path / "here"))
+    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
+    there = open_store(tmp_path / "there")
+    manifest.check_fresh(there.list())
+    trial = manifest.trials[0]
+    with TrialStream(there, manifest) as stream:
+        stream.fetch(range(len(manifest.trials)))
+        path = tmp_path / "there" / trial.key
+        content = bytearray(path.read_bytes())
+        content[trial.offset + 5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"are not those in the manifest.*dataset\.py index"):
             stream.fetch([0])
 
 

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from ..errors import DataError, StorageError
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
+from .locations import S3_ETAG
 from .store import ObjectInfo, ObjectStore, open_store
 from .trial_record import ChunkLayout, Finding, TrialRecord
 from .workers import Lost, in_workers, limited
@@ -45,7 +45,6 @@ __all__ = [
 MANIFEST_NAME = "trial_manifest.json.gz"
 VERSION = 1
 SPLITS = ("train", "val", "test")
-_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _MANIFEST_READS = 3
 _PROGRESS_SECONDS = 10.0
@@ -244,7 +243,7 @@ def load_or_build_manifest(
     """
     listing = store.list()
     if MANIFEST_NAME in listing:
-        manifest = _read_manifest(store)
+        manifest = _read_manifest(store, listing[MANIFEST_NAME].size)
         manifest.check_fresh(listing, store.url)
     else:
         started = time.monotonic()
@@ -279,11 +278,11 @@ def load_or_build_manifest(
     return manifest
 
 
-def _read_manifest(store: ObjectStore) -> TrialManifest:
+def _read_manifest(store: ObjectStore, size: int) -> TrialManifest:
     """The manifest that is there; gzip's CRC finds a damaged transfer, which is tried again."""
     for attempts_left in reversed(range(_MANIFEST_READS)):
         try:
-            return TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size))
         except DataError:
             if not attempts_left:
                 raise
@@ -431,8 +430,12 @@ def _inspect_job(
 def _same_file(record: FileRecord, info: ObjectInfo) -> bool:
     if record.size != info.size:
         return False
-    kinds = {bool(_S3_ETAG.fullmatch(etag)) for etag in (record.etag, info.etag)}
-    return record.etag == info.etag or len(kinds) == 2
+    return record.etag == info.etag or _kind(record.etag) != _kind(info.etag)
+
+
+def _kind(etag: str) -> str:
+    """What an ETag is made of: S3's, a folder's, or something else, as a folder's once was."""
+    return "S3" if S3_ETAG.fullmatch(etag) else etag.partition(":")[0] if ":" in etag else ""
 
 
 def _order(trial: TrialRecord) -> tuple[Any, ...]:

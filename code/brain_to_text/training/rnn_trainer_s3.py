@@ -37,9 +37,8 @@ from ..model.weights_file import (
     save_atomically,
     state_to_cpu,
 )
-from ..scoring.decoding import ValidationResult
+from ..scoring.decoding import ValidationResult, evaluate
 from ..scoring.evaluate import write_run_report
-from ..scoring.evaluation import evaluate
 from ..scoring.trained_model import initial_weights
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts

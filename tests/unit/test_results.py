@@ -10,17 +10,18 @@ import pytest
 from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
-from brain_to_text.scoring.sentence_decoding import empty_rows, submission_remark, write_submission
+from brain_to_text.scoring.decoding import token_confidences
+from brain_to_text.scoring.results import complete_or_nothing, example
 from brain_to_text.scoring.statistics import bootstrap_interval
 from brain_to_text.scoring.summary import summarise
 from brain_to_text.scoring.tables import (
-    complete_or_nothing,
-    example,
+    empty_rows,
     session_rows,
+    submission_remark,
     trial_row,
+    write_submission,
     write_table,
 )
-from brain_to_text.scoring.trial_decoding import token_confidences
 from support.decoded_trials import decoded, manifest_of, record
 
 FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
