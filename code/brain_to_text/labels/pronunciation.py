@@ -101,7 +101,7 @@ def read_lexicon(path: Path) -> Lexicon:
 
 @cache
 def _cmu() -> dict[str, list[list[str]]]:
-    """Ways to say each word, with stress marks; `WORD(2) …` is the second way, # begins a comment."""
+    """Ways to say each word, with stress marks: `WORD(2) …` is a second one, # begins a comment."""
     found: dict[str, list[list[str]]] = {}
     with gzip.open(Path(__file__).with_name("cmudict.dict.gz"), "rt", encoding="utf-8") as lines:
         for line in lines:
