@@ -159,8 +159,6 @@ def provide_data() -> None:
             str(REPOSITORY / "code" / "prepare_dataset.py"),
             "synthesize",
             url,
-            "--preset",
-            "smoke",
         ],
         check=False,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import logging
 import math
 import re
@@ -87,6 +88,9 @@ class ModelConfig:
     patch_size: int = key(14, "bins concatenated into one GRU input", minimum=1)
     patch_stride: int = key(4, "bins between two GRU inputs", minimum=1)
     bidirectional: bool = key(False, "read each trial both ways (offline use only)", added=True)
+    classifier: Literal["factored", "plain"] = key(
+        "plain", "factored: diphone classes share their phonemes' weights in training", added=True
+    )
     input_network: InputNetworkConfig = field(default_factory=InputNetworkConfig)
 
 
@@ -170,16 +174,6 @@ class DatasetConfig:
 
 
 @dataclass
-class PhonemeWeightSchedule:
-    """Weight of the phoneme term by global step: start, then + step_size every interval, to end."""
-
-    start: float = key(0.0, "weight at step 0", minimum=0, maximum=1, added=True)
-    end: float = key(0.6, "final weight", minimum=0, maximum=1, added=True)
-    step_size: float = key(0.1, "change per interval", minimum=1e-9, maximum=1, added=True)
-    interval: int = key(10000, "steps between two changes", minimum=1, added=True)
-
-
-@dataclass
 class ObjectiveConfig:
     """Loss = weight x phoneme CTC + (1 - weight) x diphone CTC."""
 
@@ -192,9 +186,18 @@ class ObjectiveConfig:
         "torch's on that GPU; triton: the same, and an error where it does not",
         added=True,
     )
-    schedule: PhonemeWeightSchedule | None = key(
-        None, "start, end, step_size, interval: a weight that changes by step", added=True
+    schedule: list[list[float]] | None = key(
+        None,
+        "weight of the phoneme term by step: [[step, or share of the run up to 1, weight], ...], "
+        "linear in between",
+        added=True,
     )
+
+    def phoneme_weights(self, n_steps: int) -> list[tuple[float, float]]:
+        """The (step, weight) points between which the weight is linear, in a run of `n_steps`."""
+        if self.schedule is None:
+            return [(0.0, self.phoneme_weight)]
+        return [(at * n_steps if at <= 1 else at, weight) for at, weight in self.schedule]
 
 
 @dataclass
@@ -450,13 +453,59 @@ def check_combinations(config: TrainingConfig) -> None:
         )
     if config.objective.phoneme_weight > 0 and config.objective.schedule is not None:
         raise ConfigError("Give objective.phoneme_weight or objective.schedule, not both.")
-    schedule = config.objective.schedule
-    if schedule is not None and schedule.start > schedule.end:
-        raise ConfigError(
-            f"objective.schedule.start ({schedule.start}) exceeds its end ({schedule.end})."
-        )
+    _check_schedule(config.objective, config.num_training_batches)
     if config.init_from_checkpoint and not config.init_checkpoint_path:
         raise ConfigError("init_from_checkpoint is true but init_checkpoint_path is not given.")
+
+
+def _check_schedule(objective: ObjectiveConfig, n_steps: int) -> None:
+    if objective.schedule is None:
+        return
+    example = "write it like [[0.3, 1.0], [0.7, 0.4]]"
+    pairs = all(len(point) == 2 for point in objective.schedule)
+    if not objective.schedule or not pairs:
+        raise ConfigError(
+            f"objective.schedule is {objective.schedule} but must list pairs of a step (or a share "
+            f"of the run, up to 1) and a weight: {example}."
+        )
+    for at, weight in objective.schedule:
+        if not (math.isfinite(at) and at >= 0 and 0 <= weight <= 1):
+            raise ConfigError(
+                f"objective.schedule has [{at:g}, {weight:g}] but a step is at least 0 and a "
+                f"weight from 0 to 1: {example}."
+            )
+    steps = [step for step, _ in objective.phoneme_weights(n_steps)]
+    for before, after in itertools.pairwise(steps):
+        if after <= before:
+            raise ConfigError(
+                f"objective.schedule goes from step {before:g} to step {after:g} (of "
+                f"num_training_batches = {n_steps}): list its steps in ascending order."
+            )
+
+
+def _schedule_as_list(value: Any) -> Any:
+    """`objective.schedule` with the older {start, end, step_size, interval} as a list of points."""
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    if not isinstance(value, Mapping):
+        return value
+    old = {"start": 0.0, "end": 0.6, "step_size": 0.1, "interval": 10000} | dict(value)
+    try:
+        start, end, size, interval = (float(v) for v in old.values())
+        changes = math.ceil(round((end - start) / size, 9))
+        points = [[0.0, start], [changes * interval, end]] if changes > 0 else [[0.0, start]]
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"objective.schedule is {dict(value)} but must list pairs of a step (or a share of the "
+            "run, up to 1) and a weight: write it like [[0.3, 1.0], [0.7, 0.4]]."
+        ) from error
+    log.warning(
+        "objective.schedule is a list of [step, weight] now, linear in between: %s is read as %s",
+        dict(value),
+        points,
+    )
+    return points
 
 
 # --- from plain YAML types to dataclasses ---------------------------------------------------------
@@ -482,6 +531,8 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
         if name not in entries:
             everything = [known for known, _, _ in config_keys()]
             raise ConfigError(f"Unknown setting '{path}'{source}.{_nearest(path, everything)}")
+        if path == "objective.schedule":
+            value = _schedule_as_list(value)
         hint, nested = hints[name], _dataclass_in(hints[name])
         if nested is not None and (value is not None or hint is nested):
             values[name] = _build(nested, value, f"{path}.", source, legacy)

@@ -53,7 +53,7 @@ from brain_to_text.model.optimizer import (
     build_scheduler,
     clip_and_check,
 )
-from brain_to_text.model.rnn_model import GRUDecoder
+from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.streaming.batch import Batch
@@ -118,11 +118,11 @@ class Ours:
 
     def __init__(self, config: TrainingConfig, device: torch.device, weights=None) -> None:
         self.config, self.device = config, device
-        self.model = GRUDecoder.from_config(config, N_SESSIONS).to(device)
+        self.model = GRUDecoder.from_config(config, N_SESSIONS, for_training=True).to(device)
         if weights is not None:
-            self.model.load_state_dict(weights)
+            load_public_state_dict(self.model, weights)
         self.augmentation = Augmentation(config.dataset.data_transforms)
-        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, device)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.step = TrainStep(
@@ -635,7 +635,7 @@ def configured(args: argparse.Namespace) -> TrainingConfig:
         given["objective.schedule"] = None
     config = load_config(args.config, given)
     if config.objective.schedule is not None:  # contenders are to compute the same at every step
-        config.objective.phoneme_weight = config.objective.schedule.end
+        config.objective.phoneme_weight = config.objective.schedule[-1][1]
         config.objective.schedule = None
     if not config.use_amp:
         config.allow_tf32 = args.tf32

@@ -21,10 +21,10 @@ pytest.importorskip(
 )
 
 from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.phonemes import N_PHONEMES
 from brain_to_text.labels.pronunciation import lexicon_of
-from brain_to_text.labels.sentences import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.scoring.language_model import (
     START,
     estimate_ngrams,

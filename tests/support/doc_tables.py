@@ -42,8 +42,6 @@ def config_table() -> str:
     default, diphone = TrainingConfig(), load_config(CODE_FOLDER / DEFAULT_CONFIG)
     rows = []
     for path, _, entry in config_keys():
-        if path == "objective.schedule":
-            continue
         base, ours = value_of(default, path), value_of(diphone, path)
         rows.append(
             [f"`{path}`", shown(base), shown(ours) if ours != base else "", entry.metadata["help"]]

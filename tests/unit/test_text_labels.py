@@ -3,7 +3,7 @@
 import pytest
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import phoneme_symbols
-from brain_to_text.labels.text_labels import text_phonemes
+from brain_to_text.labels.pronunciation import text_phonemes
 
 
 def test_silence_follows_each_word_and_punctuation_does_not_matter():
@@ -13,7 +13,7 @@ def test_silence_follows_each_word_and_punctuation_does_not_matter():
 
 def test_synthetic_sentences_are_labelled_alike():
     import numpy as np
-    from brain_to_text.labels.sentences import random_sentences, sentence_phonemes
+    from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes
 
     for sentence in random_sentences(100, np.random.default_rng(0)):
         assert text_phonemes(sentence).tolist() == sentence_phonemes(sentence).tolist()

@@ -134,7 +134,7 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Markup]:
     losses = [of("train", "training", "loss"), of("validation", "validation CTC", "ctc_loss")]
     terms = []
     if any("phoneme_weight" in row for row in metrics.get("train", ())):
-        terms = [of("train", "diphone", "diphone_loss"), of("train", "phoneme", "phoneme_loss")]
+        terms = [of("train", "diphone", "loss"), of("train", "phoneme", "phoneme_loss")]
     share = [of("train", "share of the time", "data_wait_share")]
     speed = [of("train", "trials per second", "trials_per_second")]
     rate = [of("train", "learning rate", "learning_rate")]

@@ -157,7 +157,6 @@ def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
         "lr": "learning_rate",
         "trials/s": "trials_per_second",
         "data wait": "data_wait_share",
-        "diphone": "diphone_loss",
         "phoneme": "phoneme_loss",
         "phoneme weight": "phoneme_weight",
         "DER (avg)": "der",

@@ -25,6 +25,7 @@ from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
 from ..gpus import training_flops
 from ..model.augmentations import Augmentation
+from ..model.classifier import folded
 from ..model.device import allow_tf32, peak_flops
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
@@ -393,7 +394,9 @@ class BrainToTextDecoder_Trainer_S3:
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed)
-        self.model = GRUDecoder.from_config(config, len(self.selection.sessions)).to(self.device)
+        self.model = GRUDecoder.from_config(
+            config, len(self.selection.sessions), for_training=True
+        ).to(self.device)
         for name, parameter in self.model.named_parameters():
             frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
                 name.startswith("day_") and not config.model.input_network.input_trainable
@@ -407,7 +410,7 @@ class BrainToTextDecoder_Trainer_S3:
             f"Model has {n_day:,} day-specific parameters ({100 * n_day / n_parameters:.1f}%)"
         )
         self.augmentation = Augmentation(config.dataset.data_transforms)
-        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, self.device)
         self.scheduler = build_scheduler(self.optimizer, config)
         after_backward = None
@@ -538,7 +541,7 @@ class BrainToTextDecoder_Trainer_S3:
         step, interval = self.state.step, self._interval
         terms: dict[str, torch.Tensor | None] = {"loss": result.nats_per_frame}
         if self.objective.is_joint:
-            terms |= {"diphone_loss": result.diphone, "phoneme_loss": result.phoneme}
+            terms["phoneme_loss"] = result.phoneme
         # reading them first makes the time that of the work, not of handing it to the device
         own_terms = {name: float(value) for name, value in terms.items() if value is not None}
         elapsed = time.perf_counter() - interval.started
@@ -652,7 +655,7 @@ class BrainToTextDecoder_Trainer_S3:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.train_step.averaged_weights():
-            weights = state_to_cpu(self.model.state_dict())
+            weights = state_to_cpu(folded(self.model))
         content = {
             "model_state_dict": weights,
             "step": self.state.step,
