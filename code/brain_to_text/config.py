@@ -34,6 +34,7 @@ LEGACY_KEYS = {
     "checkpoint_dir": "use --checkpoint-dir",
     "save_val_data": "the validation data is the dataset itself",
     "dataset.dataset_dir": "use --s3-bucket and --s3-data-prefix, or --data-dir",
+    "dataset.gpu_cache_gb": "trials are kept in RAM (dataset.cache_gb)",
     "dataset.loader_shuffle": "batches are drawn at random by (seed, step)",
     "dataset.test_percentage": "the split is given by the files' names",
 }
@@ -150,9 +151,6 @@ class DatasetConfig:
     )
     cache_dtype: Literal["stored", "float16"] = key(
         "stored", "precision of cached trials", added=True
-    )
-    gpu_cache_gb: float = key(
-        0.0, "GPU memory for trials already read, GB", minimum=0, added=True, free_on_resume=True
     )
     prefetch_batches: int = key(
         4, "batches prepared ahead", minimum=1, added=True, free_on_resume=True

@@ -67,6 +67,7 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
     document |= {"gpu_number": "1", "mode": "train", "output_dir": "x", "checkpoint_dir": "x/c"}
     document |= {"save_val_data": False, "init_checkpoint_path": "None"}
     document["dataset"] |= {"dataset_dir": "d", "loader_shuffle": False, "test_percentage": 0.1}
+    document["dataset"] |= {"gpu_cache_gb": 4.0}
     path = tmp_path / "rnn_args.yaml"
     path.write_text(yaml.safe_dump(document))
     with caplog.at_level("WARNING", logger="brain_to_text"):

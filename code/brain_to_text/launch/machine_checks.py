@@ -78,7 +78,7 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, bins: int = LONG_TRIAL_B
     per_frame += 4 * 4 * dataset.n_classes
     per_bin = 4 * 5 * model.n_input_features
     total = 16 * weights + trials * (frames * per_frame + bins * per_bin)
-    return total / 2**30 + 0.8 + config.dataset.gpu_cache_gb
+    return total / 2**30 + 0.8
 
 
 def _memory(config: TrainingConfig, gpu: Gpu, n_gpus: int) -> Iterator[Finding]:

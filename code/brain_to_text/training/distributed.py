@@ -132,11 +132,6 @@ class World:
             raise failure or message[1]
         return message[0]
 
-    def from_host_main(self, make: Callable[[], T]) -> T:
-        """`make()` on the first rank of each host, its result on every rank of that host."""
-        made = make() if self.local_rank == 0 else None
-        return self.gather(made)[self.rank - self.local_rank]  # type: ignore[return-value]
-
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one; all ranks must ask at the same point."""
         if self.size == 1:

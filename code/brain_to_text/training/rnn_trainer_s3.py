@@ -362,10 +362,12 @@ class BrainToTextDecoder_Trainer_S3:
         self.day_of_trial = {
             int(trial): day for day, trials in enumerate(selection.train) for trial in trials
         }
-        self.stream = TrialStream.from_config(store, self.manifest, config.dataset, host=world)
+        self.stream = TrialStream.from_config(
+            store, self.manifest, config.dataset, world.local_size
+        )
         self.closing.callback(self.stream.close)
         self.closing.callback(self._say_traffic)
-        log.info(f"Cache: {self.stream.cache.describe()}")
+        log.info(f"Cache: {self.stream.cache.budget_bytes / 1e9:.1f} GB for this process")
         share: dict[str, Any] = {
             "device": self.device,
             "rank": world.rank,
