@@ -15,13 +15,14 @@ import pytest
 import torch
 import yaml
 from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.selection import select_for_evaluation
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.scoring.decoding import evaluate
-from brain_to_text.scoring.evaluate import choose_trials, run_model, write_run_report
+from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
@@ -56,7 +57,7 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     store = open_store(data)
     manifest = load_or_build_manifest(store, print)
     stream = TrialStream(store, manifest)
-    chosen = choose_trials(manifest, SESSIONS, "val", artefact.config).by_session
+    chosen, _ = select_for_evaluation(manifest, artefact.config, SESSIONS, "val")
     dataset = EvaluationDatasetS3(stream, chosen, batch_size=2, device=torch.device("cpu"))
     transforms = artefact.config.dataset.data_transforms
     result = evaluate(artefact.build(), Augmentation(transforms), dataset, SESSIONS)
@@ -266,9 +267,9 @@ def test_sessions_switched_off_in_training_are_left_out_by_name(
     config = open_model(model_folder).config
     config.dataset.dataset_probability_val = [0.0, 1.0, 1.0]
     manifest = load_or_build_manifest(open_store(tiny_dataset.folder), print)
-    chosen = choose_trials(manifest, SESSIONS, "val", config)
-    assert [len(trials) for trials in chosen.by_session] == [0, 3, 3]
-    assert chosen.remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
+    chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
+    assert [len(trials) for trials in chosen] == [0, 3, 3]
+    assert remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
 
 
 def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
@@ -280,13 +281,13 @@ def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
         trial["input_features"] = np.zeros((5, 32), np.float32)  # a patch has 6 bins
         trial.attrs["n_time_steps"] = 5
     config = open_model(model_folder).config
-    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: 4}, SESSIONS[1]: {1: [0]}}
+    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: [4]}, SESSIONS[1]: {1: [0]}}
     manifest = load_or_build_manifest(open_store(tmp_path), print)
-    chosen = choose_trials(manifest, SESSIONS, "val", config)
-    names = [manifest.trials[i].name for i in chosen.by_session[0]]
+    chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
+    names = [manifest.trials[i].name for i in chosen[0]]
     key = f"{SESSIONS[0]}/data_val.hdf5"
     assert names == [f"{key}:trial_0000", f"{key}:trial_0005"]
-    assert chosen.remarks == (
+    assert remarks == (
         *(f"Left out: {key}:trial_000{n}, listed in dataset.bad_trials_dict" for n in (1, 2, 4)),
         f"Left out: {key}:trial_0003, shorter than one patch of 6 bins",
     )

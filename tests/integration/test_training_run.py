@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
