@@ -303,15 +303,18 @@ def _convert(value: Any, option: Any) -> tuple[Any, bool]:
             return float(value), True  # YAML 1.1 reads 1e-3 as text
         except (ValueError, OverflowError):
             return None, False
-    if origin is list and isinstance(value, int):
-        value = [value]  # {block: trial} for {block: [trial]}
     if origin is list and isinstance(value, (list, tuple)):
         pairs = [_convert(v, typing.get_args(option)[0]) for v in value]
         return [v for v, _ in pairs], all(ok for _, ok in pairs)
     if origin is dict and isinstance(value, Mapping):
         name_kind, value_kind = typing.get_args(option)
         names = [_convert(name, name_kind) for name in value]
-        held = [_convert(item, value_kind) for item in value.values()]
+        # {block: trial} for {block: [trial]}
+        alone = typing.get_origin(value_kind) is list
+        held = [
+            _convert([item] if alone and isinstance(item, int) else item, value_kind)
+            for item in value.values()
+        ]
         both = zip(names, held, strict=True)
         return {n: v for (n, _), (v, _) in both}, all(ok for _, ok in [*names, *held])
     return None, False
