@@ -37,7 +37,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
 
-from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.manifest import index_dataset
 from brain_to_text.dataset.store import open_store
@@ -83,7 +84,7 @@ def synthetic_batch(
 ) -> Batch:
     """Trials of `bins` bins each ('equal'), or lognormal with that mean ('spread')."""
     random = np.random.default_rng(seed)
-    B, C = config.dataset.batch_size, config.model.n_input_features
+    B, C = config.dataset.batch_size, config.width
     n = trial_lengths(config, B, bins, lengths, random)
     n_labels = np.maximum(1, (n * LABELS_PER_BIN).astype(np.int64))
     features = torch.zeros(B, int(n.max()), C)
@@ -307,7 +308,7 @@ def write_sessions(folder: Path, config: TrainingConfig, args: argparse.Namespac
         for i, n in enumerate(trial_lengths(config, per_session, args.bins, args.lengths, random)):
             phonemes = random.integers(1, 40, max(int(n * LABELS_PER_BIN) // 2, 1)).astype(np.int32)
             diphones = config.dataset.n_classes == 1681
-            features = random.standard_normal((n, config.dataset.neural_dim), dtype=np.float32)
+            features = random.standard_normal((n, config.width), dtype=np.float32)
             labels = encode_diphones(phonemes) if diphones else phonemes
             trials.append(
                 TrialContents(

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.selection import select_trials
 from brain_to_text.dataset.store import open_store

@@ -14,7 +14,7 @@ from pathlib import Path
 import evaluate_model
 import prepare_dataset
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize

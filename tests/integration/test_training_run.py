@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
@@ -553,11 +553,11 @@ BAD_SETTINGS = {
     ),
     "bad trials as a list": (
         {"bad_trials_dict": "{t15.2023.08.11: [1, 2]}"},
-        "must map block numbers",
+        "block numbers to lists of trial numbers",
     ),
     "bad trials as words": (
         {"bad_trials_dict": "{t15.2023.08.11: {1: [first]}}"},
-        "must list trial numbers",
+        "block numbers to lists of trial numbers",
     ),
     "phoneme weight of two": ({"phoneme_weight": 2}, "from 0 to 1"),
     "two objectives": (

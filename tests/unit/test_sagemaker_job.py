@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
 from brain_to_text.launch.request import (
     CODE_FOLDER,

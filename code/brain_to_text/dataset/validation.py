@@ -21,6 +21,7 @@ from .manifest import (
     inspect_dataset,
     manifest_from_inspections,
 )
+from .selection import ctc_problem
 from .store import ObjectInfo, ObjectStore
 from .targets import RECORD_NAME
 from .trial_record import Finding, TrialRecord
@@ -274,15 +275,8 @@ def _infeasible(
     for trial in trials:
         if trial.class_ids is None:
             continue
-        labels = trial.class_ids
-        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-        bins = trial.n_time_steps - max(random_cut - 1, 0)
-        frames = max((bins - patch_size) // patch_stride + 1, 0)
-        if frames < needed:
-            reason = (
-                f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins "
-                f"every {patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
-            )
+        reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
+        if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import TrainingConfig, config_from_dict
+from ..config import TrainingConfig
+from ..config_reader import config_from_dict
 from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TrainingConfig, config_from_dict, config_keys, differences
+from ..config import TrainingConfig, config_keys, differences
+from ..config_reader import config_from_dict
 from ..dataset.manifest import load_or_build_manifest
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
@@ -350,7 +351,8 @@ class BrainToTextDecoder_Trainer_S3:
             )
         )
         selection = self.selection = select_trials(self.manifest, config)
-        config.dataset.sessions = list(selection.sessions)
+        for sentence in selection.warnings:
+            log.warning(sentence)
         for sentence in selection.excluded:
             log.info(f"Left out: {sentence}")
         if selection.excluded:
@@ -417,7 +419,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.scheduler = build_scheduler(self.optimizer, config)
         after_backward = None
         if self.world.size > 1:
-            gradients = GradientSum(self.model, self.world, config.gradient_compression)
+            gradients = GradientSum(self.model, self.world)
 
             def after_backward(batch: Any) -> None:
                 trials = self.train_set.plan.trials(batch.step)
@@ -479,7 +481,7 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _find_state(self) -> dict[str, Any] | None:
         """On the main rank: the newest valid state of this very run, if there is one."""
-        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir, self.config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
         self.closing.callback(self.checkpoints.close)
         state, passed_over = self.checkpoints.load_latest()
         for sentence in passed_over:
