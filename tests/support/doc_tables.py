@@ -102,7 +102,8 @@ def filled(text: str) -> str:
     """The guide's text with every marked table made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+        if match := pattern.search(text):
+            text = f"{text[: match.end(1)]}{make()}\n{text[match.start(2) :]}"
     return text
 
 
