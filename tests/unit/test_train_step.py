@@ -10,6 +10,7 @@ from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.gpus import flops_per_step
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
+from brain_to_text.model.train_step import largest_batch
 from brain_to_text.scoring.decoding import ValidationMeter
 from support.training_examples import build, example_batch, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,7 +124,7 @@ def test_trying_a_batch_leaves_no_trace() -> None:
         step(example_batch([40, 31], [0, 1]), 0)
         random = torch.get_rng_state()
         if tries:
-            assert step.try_batch(5, 60, 7) == 5
+            assert largest_batch(step, 5, 60, 7) == 5
             assert torch.equal(random, torch.get_rng_state())
         step(example_batch([33, 31], [2, 1]), 1)
         runs.append(weights(step))
@@ -132,15 +133,15 @@ def test_trying_a_batch_leaves_no_trace() -> None:
 
 def test_trying_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     step = build(small_config())
-    real = step._forward_and_backward
+    real = step.augmentation
 
-    def limited(batch_size: int, *rest: int) -> None:
-        if batch_size > 3:
+    def limited(features: torch.Tensor, *rest, **options):
+        if len(features) > 3:
             raise torch.OutOfMemoryError("does not fit")
-        real(batch_size, *rest)
+        return real(features, *rest, **options)
 
-    monkeypatch.setattr(step, "_forward_and_backward", limited)
-    assert step.try_batch(12, 60, 7) == 3
+    monkeypatch.setattr(step, "augmentation", limited)
+    assert largest_batch(step, 12, 60, 7) == 3
 
 
 def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,19 +157,19 @@ def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(step, "objective", spy)
     spy.costliest_step = objective.costliest_step
-    assert step.try_batch(5, 60, 7) == 5
+    assert largest_batch(step, 5, 60, 7) == 5
     assert seen[0].diphone is not None and seen[0].phoneme is not None
     assert step.average is not None
-    moments = sum(m.numel() for m in step._moments_to_come())
+    moments = sum(m.numel() for m in train_step_module._moments_to_come(step))
     assert moments == 2 * sum(p.numel() for p in step.parameters)
-    monkeypatch.setattr(step, "_moments_to_come", out_of_memory)
-    assert step.try_batch(5, 60, 7) == 0
+    monkeypatch.setattr(train_step_module, "_moments_to_come", out_of_memory)
+    assert largest_batch(step, 5, 60, 7) == 0
     monkeypatch.undo()
     step(example_batch([40, 31, 38], [0, 1, 2]), 0)
-    assert step._moments_to_come() == []
+    assert train_step_module._moments_to_come(step) == []
 
 
-def out_of_memory():
+def out_of_memory(_step):
     raise torch.OutOfMemoryError("does not fit")
 
 

@@ -25,11 +25,11 @@ from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
 from ..gpus import training_flops
 from ..model.augmentations import Augmentation
-from ..model.device import allow_tf32, peak_flops
+from ..model.device import allow_tf32, notes, peak_flops, unusable
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
-from ..model.train_step import Health, StepResult, TrainStep
+from ..model.train_step import Health, StepResult, TrainStep, largest_batch
 from ..model.weights_file import (
     CheckpointFolder,
     copy_atomically,
@@ -338,6 +338,11 @@ class BrainToTextDecoder_Trainer_S3:
             announce(self.log)
         if self.world.size > 1:
             self.log.info(f"Training on {self.world.size} processes")
+        problem = unusable(self.device)
+        if problem is not None:
+            raise TrainingError(problem)
+        for sentence in notes(self.config, self.device):
+            self.log.info(sentence)
         allow_tf32(self.config.allow_tf32)
 
     def _open_data(self) -> None:
@@ -516,7 +521,7 @@ class BrainToTextDecoder_Trainer_S3:
         wanted = self.config.dataset.batch_size
         share = -(-wanted // self.world.size)
         fits = self.world.size * min(
-            self.world.gather(self.train_step.try_batch(share, n_bins, n_labels))
+            self.world.gather(largest_batch(self.train_step, share, n_bins, n_labels))
         )
         if fits < wanted:
             raise TrainingError(
