@@ -10,10 +10,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.errors import BrainToTextError, ConfigError
+
+if TYPE_CHECKING:
+    from brain_to_text.scoring.words import WordOptions
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 
@@ -23,12 +27,23 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--model", required=True, help="model folder, model.tar.gz, or s3:// URL of either")
+    option(
+        "--model",
+        required=True,
+        action="append",
+        help="model folder, model.tar.gz, or s3:// URL of either; again for each model of an "
+        "ensemble, which decodes the mean of their phoneme log-probabilities",
+    )
     option("--s3-bucket", default=os.environ.get("S3_BUCKET"), help="bucket that holds the dataset")
     option("--s3-data-prefix", default=DEFAULT_PREFIX, help="prefix of the SESSION folders")
     option("--data-dir", help="a folder (or s3:// URL) instead of a bucket and prefix")
     option("--split", choices=("val", "test", "train"), default="val")
     option("--output-dir", type=Path, default=Path(".local/evaluation"), help="for the results")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace results of another model, dataset or split in the output folder",
+    )
     option("--compare-with", help="another model: tested against it, trial by trial")
     option("--batch-size", type=int, default=128, help="trials per forward pass")
     option("--device", help="cpu, cuda:0, …; default: the first GPU, else the CPU")
@@ -56,6 +71,20 @@ def build_parser() -> argparse.ArgumentParser:
     words("--word-score", type=float, default=0.0, help="added per word")
     words("--beam-size", type=int, default=200, help="hypotheses kept per frame")
     words("--tune-words", action="store_true", help="choose both weights on the val split")
+    words(
+        "--nbest",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also write the N best sentences of each trial, with their scores, to nbest.csv",
+    )
+    words(
+        "--rescored",
+        type=Path,
+        metavar="FILE",
+        help="instead of a language model: nbest.csv with your own column score, whose best "
+        "sentences are scored",
+    )
     return parser
 
 
@@ -63,56 +92,74 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when done, 1 with one clear sentence otherwise."""
     options = build_parser().parse_args(arguments)
     try:
-        if options.export_streaming is not None:
-            from brain_to_text.scoring.realtime import export_streaming
-            from brain_to_text.scoring.trained_model import open_model
-
-            export_streaming(open_model(options.model), options.export_streaming)
-            print(f"The real-time decoder is in {options.export_streaming}")
-        data = options.data_dir
-        if data is None:
-            if not options.s3_bucket:
-                if options.export_streaming is not None:
-                    return 0
-                raise ConfigError(
-                    "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
-                    "--data-dir FOLDER."
-                )
-            bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-            data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
-
-        # After the cheap checks: importing torch takes seconds.
-        from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model
-        from brain_to_text.scoring.sentence_decoding import WordOptions
-        from brain_to_text.scoring.words import WordSettings
-
-        words = None
-        if options.language_model is not None:
-            settings = WordSettings(
-                lm_weight=options.lm_weight,
-                word_score=options.word_score,
-                beam_size=options.beam_size,
-            )
-            words = WordOptions(
-                options.language_model, options.lexicon, settings, options.tune_words
-            )
-        evaluate_model(
-            EvaluationOptions(
-                model=options.model,
-                data=data,
-                split=options.split,
-                output_dir=options.output_dir,
-                compare_with=options.compare_with,
-                batch_size=options.batch_size,
-                device=options.device,
-                export_logits=options.export_logits,
-                words=words,
-            )
-        )
+        evaluate(options)
     except BrainToTextError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Turn options into one call of the library, after what needs no torch was checked."""
+    if options.export_streaming is not None:
+        from brain_to_text.scoring.realtime import export_streaming
+        from brain_to_text.scoring.trained_model import open_model
+
+        if len(options.model) > 1:
+            raise ConfigError("An ensemble has no real-time decoder: give one --model.")
+        export_streaming(open_model(options.model[0]), options.export_streaming)
+        print(f"The real-time decoder is in {options.export_streaming}")
+    data = options.data_dir
+    if data is None:
+        if not options.s3_bucket:
+            if options.export_streaming is not None:
+                return
+            raise ConfigError(
+                "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
+                "--data-dir FOLDER."
+            )
+        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
+        data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+
+    # After the cheap checks: importing torch takes seconds.
+    from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model
+
+    evaluate_model(
+        EvaluationOptions(
+            models=options.model,
+            data=data,
+            split=options.split,
+            output_dir=options.output_dir,
+            compare_with=options.compare_with,
+            batch_size=options.batch_size,
+            device=options.device,
+            export_logits=options.export_logits,
+            words=_word_options(options),
+            overwrite=options.overwrite,
+        )
+    )
+
+
+def _word_options(options: argparse.Namespace) -> WordOptions | None:
+    from brain_to_text.scoring.word_decoder import WordSettings
+    from brain_to_text.scoring.words import WordOptions
+
+    if options.language_model is None and options.rescored is None:
+        for name, absent in (("lexicon", None), ("tune_words", False), ("nbest", 1)):
+            if getattr(options, name) != absent:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
+                    "too (an ARPA or KenLM file, 'training' or 'none')."
+                )
+        return None
+    return WordOptions(
+        options.language_model,
+        options.lexicon,
+        WordSettings(options.lm_weight, options.word_score, beam_size=options.beam_size),
+        options.tune_words,
+        options.nbest,
+        options.rescored,
+    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import numpy as np
 import torch
-from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import config_from_dict
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.model.trial_logits import TrialLogits
-from brain_to_text.scoring.decoding import merge_frames
+from brain_to_text.scoring.decoding import batch_logits, greedy_decode
 from brain_to_text.scoring.realtime import export_streaming
 from brain_to_text.scoring.trained_model import ModelArtefact
 from brain_to_text.streaming.batch import collate, pad_features
@@ -113,18 +113,16 @@ def in_batches(
 ) -> list[list]:
     """This project's pass."""
     cast = nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
-    logits_of = TrialLogits(model, smooth, cast)
     found: list[list] = [[] for _ in trials.lengths]
     for chosen in evaluation_batches(np.arange(len(found)), trials.lengths, batch_size):
         own = [trials[i] for i in chosen]
         records = [TrialRecord("s", "test", "k", "t", len(x), x.shape[1], "<f4", 0, 0) for x in own]
         features = pad_features(own, pin=device.type == "cuda")
         batch = collate(0, chosen, records, trials.days[chosen], features).to(device)
-        frames = model.frame_lengths(batch.n_time_steps).numpy()
-        for rows, logits in logits_of(batch):
-            merged = merge_frames(logits.argmax(-1).cpu().numpy(), frames[rows])
-            for place, labels in zip(chosen[rows], merged, strict=True):
-                found[place] = labels
+        logits = batch_logits(model, smooth, batch, cast)
+        merged = greedy_decode(logits, model.frame_lengths(batch.n_time_steps))
+        for place, labels in zip(chosen, merged, strict=True):
+            found[place] = labels
     return found
 
 
@@ -174,7 +172,7 @@ def main() -> None:
 
     print(
         f"{options.trials} trials, {config.model.n_layers} x {config.model.n_units} units, "
-        f"{config.model.n_input_features} features, {options.dtype}, {device}, "
+        f"{config.width} features, {options.dtype}, {device}, "
         f"{torch.get_num_threads()} threads"
     )
     contenders = {

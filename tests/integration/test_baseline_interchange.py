@@ -6,6 +6,7 @@ evaluation script builds the model from args.yaml and loads the checkpoint exact
 
 from __future__ import annotations
 
+import csv
 import json
 
 import evaluate_model
@@ -152,7 +153,8 @@ def test_the_public_checkpoint_evaluates_here(public_checkpoint, tiny_dataset, t
     out = tmp_path / "out"
     arguments = ["--model", folder, "--data-dir", tiny_dataset.folder, "--output-dir", out]
     assert evaluate_model.main([str(a) for a in arguments]) == 0
-    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    with (out / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     assert len(rows) == 6  # args.yaml switches one of the three sessions off
     assert "PER" in json.loads((out / "summary.json").read_text())["rates"]
 

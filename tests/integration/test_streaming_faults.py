@@ -13,13 +13,13 @@ import botocore.utils
 import numpy as np
 import pytest
 import torch
+from brain_to_text.dataset.attempts import RetryPolicy
 from brain_to_text.dataset.manifest import TrialManifest, index_dataset
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
-from brain_to_text.streaming.retry import RetryPolicy
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.fault_proxy import FaultProxy, Faults
 from support.local_s3 import LocalS3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
-from brain_to_text.scoring.trial_decoding import DecodedTrial
+from brain_to_text.scoring.decoding import DecodedTrial
 
 
 def record(

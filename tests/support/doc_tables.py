@@ -12,7 +12,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from brain_to_text.config import LEGACY_KEYS, TrainingConfig, config_keys, load_config
+from brain_to_text.config import TrainingConfig, config_keys
+from brain_to_text.config_reader import LEGACY_KEYS, load_config
 from brain_to_text.launch.pricing import estimate, gpu_of, table
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
 
@@ -42,8 +43,6 @@ def config_table() -> str:
     default, diphone = TrainingConfig(), load_config(CODE_FOLDER / DEFAULT_CONFIG)
     rows = []
     for path, _, entry in config_keys():
-        if path == "objective.schedule":
-            continue
         base, ours = value_of(default, path), value_of(diphone, path)
         rows.append(
             [f"`{path}`", shown(base), shown(ours) if ours != base else "", entry.metadata["help"]]
@@ -53,7 +52,7 @@ def config_table() -> str:
 
 def legacy_table() -> str:
     return markdown(
-        ["key", "instead"], [[f"`{key}`", reason] for key, reason in LEGACY_KEYS.items()]
+        ["key", "instead"], [[f"`{key}`", legacy.reason] for key, legacy in LEGACY_KEYS.items()]
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import config_from_dict
 from brain_to_text.model.rnn_model import GRUDecoder
 
 
@@ -70,7 +71,7 @@ def write_model(
     (folder / "training_log").write_text(
         "2025-01-15 10:30:00: Train batch 0: loss: 7.43 grad norm: 9.87 time: 0.542\n"
         "2025-01-15 10:30:09: Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 "
-        "diphone: 6.10 phoneme: 2.20 phoneme weight: 0.10 lr: 8.00e-04 trials/s: 89.2 "
+        "phoneme: 2.20 phoneme weight: 0.10 lr: 8.00e-04 trials/s: 89.2 "
         "frames/s: 18732 data wait: 0.3%\n"
         "2025-01-15 10:31:00: Val batch 200: DER (avg): 0.7654 CTC Loss (avg): 4.32 "
         "time: 12.345 PER (avg): 0.5000 PER (diphone path): 0.6000\n",

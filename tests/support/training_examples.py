@@ -100,12 +100,12 @@ def build(
     config: TrainingConfig, n_days: int = 3, device: torch.device = CPU, **options: Any
 ) -> TrainStep:
     torch.manual_seed(config.seed)
-    model = GRUDecoder.from_config(config, n_days).to(device)
+    model = GRUDecoder.from_config(config, n_days, for_training=True).to(device)
     optimizer = build_optimizer(model, config, device)
     return TrainStep(
         model,
         Augmentation(config.dataset.data_transforms),
-        JointObjective(config.objective, config.dataset.n_classes),
+        JointObjective.from_config(config),
         optimizer,
         build_scheduler(optimizer, config),
         config,

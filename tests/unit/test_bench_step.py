@@ -31,7 +31,7 @@ def file(tmp_path) -> str:
     path.write_text(
         "model: {bidirectional: true, n_units: 24, rnn_dropout: 0.1}\n"
         "dataset: {n_classes: 1681}\n"
-        "objective: {ctc_kernel: triton, schedule: {start: 0, end: 0.6, interval: 10}}\n"
+        "objective: {ctc_kernel: triton, schedule: [[10, 0.0], [60, 0.6]]}\n"
     )
     return str(path)
 

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from brain_to_text.config import ObjectiveConfig, PhonemeWeightSchedule
+from brain_to_text.config_reader import load_config
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll, min_frames
 from support.training_examples import example_batch
@@ -20,8 +20,13 @@ def case(seed: int = 0):
     return logits, batch, torch.tensor([14, 11, 12])
 
 
-def objective(weight: float = 0.0, schedule=None) -> JointObjective:
-    return JointObjective(ObjectiveConfig(phoneme_weight=weight, schedule=schedule), 1681)
+def objective(*points: tuple[float, float], n_classes: int = 1681) -> JointObjective:
+    """Of a weight by step; of one number, the same at every step."""
+    return JointObjective(points or [(0, 0.0)], n_classes, "torch")
+
+
+def fixed(weight: float) -> JointObjective:
+    return objective((0, weight))
 
 
 def test_min_frames_is_labels_plus_repeats() -> None:
@@ -47,7 +52,7 @@ def test_a_label_sequence_fits_exactly_from_min_frames_on() -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
     logits, batch, frames = case()
-    terms = objective(weight)(logits, batch, frames, step=0)
+    terms = fixed(weight)(logits, batch, frames, step=0)
     log_probs = logits.log_softmax(-1)
     diphone = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths)
     phoneme = ctc_nll(
@@ -55,49 +60,99 @@ def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
     )
     expected = (weight * phoneme + (1 - weight) * diphone).mean()
     torch.testing.assert_close(terms.total, expected)
-    torch.testing.assert_close(terms.nats_per_frame, expected * 3 / frames.sum())
-    if weight < 1:
-        torch.testing.assert_close(terms.diphone, diphone.sum() / frames.sum())
+    torch.testing.assert_close(terms.nats_per_frame, diphone.sum() / frames.sum())
     if weight > 0:
         torch.testing.assert_close(terms.phoneme, phoneme.sum() / frames.sum())
 
 
-def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_logged_as_loss_begins_at_the_logarithm_of_the_classes_at_every_weight() -> None:
+    logits, batch, frames = case()
+    for weight in (0.0, 0.4, 1.0):
+        terms = fixed(weight)(logits * 1e-3, batch, frames, 0)
+        alignments = 2 * 7 / 11 * math.log(14)  # generously
+        assert math.log(1681) - alignments < float(terms.nats_per_frame) < math.log(1681) + 0.01
+
+
+def test_a_term_of_weight_zero_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     import brain_to_text.model.losses as losses
 
-    seen: list[int] = []
+    seen: list[tuple[int, bool]] = []
     original = losses.ctc_nll
     monkeypatch.setattr(
-        losses, "ctc_nll", lambda p, *rest: (seen.append(p.shape[-1]), original(p, *rest))[1]
+        losses,
+        "ctc_nll",
+        lambda p, *rest: (seen.append((p.shape[-1], p.requires_grad)), original(p, *rest))[1],
     )
     logits, batch, frames = case()
-    only_diphone = objective(0.0)(logits, batch, frames, 0)
-    only_phoneme = objective(1.0)(logits, batch, frames, 0)
-    assert seen == [1681, 41]
-    assert only_diphone.phoneme is None and only_phoneme.diphone is None
+    logits.requires_grad_()
+    assert fixed(0.0)(logits, batch, frames, 0).phoneme is None
+    fixed(1.0)(logits, batch, frames, 0).total.backward()
+    assert seen == [(1681, True), (1681, False), (41, True)]
 
 
-def test_alpha_grows_stepwise_by_global_step() -> None:
-    scheduled = objective(schedule=PhonemeWeightSchedule(0.1, 0.6, 0.2, 1000))
-    wanted = {0: 0.1, 999: 0.1, 1000: 0.3, 2500: 0.5, 3000: 0.6, 10**6: 0.6}
+def test_a_diphone_sequence_that_cannot_fit_does_not_spoil_the_phoneme_term() -> None:
+    logits, batch, frames = case()
+    frames = torch.tensor([4, 4, 4])  # three phonemes fit, seven diphones do not
+    terms = fixed(1.0)(logits.requires_grad_(), batch, frames, 0)
+    terms.total.backward()
+    assert terms.nats_per_frame.isinf() and terms.total.isfinite()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_the_weight_is_linear_between_its_points() -> None:
+    scheduled = objective((300, 1.0), (700, 0.4))
+    wanted = {0: 1.0, 300: 1.0, 400: 0.85, 600: 0.55, 700: 0.4, 10**6: 0.4}
     for step, alpha in wanted.items():
         assert scheduled.alpha(step) == pytest.approx(alpha)
-    assert objective(0.25).alpha(7) == 0.25 and objective().alpha(7) == 0
-    assert scheduled.is_joint and objective(0.25).is_joint and not objective().is_joint
+    assert fixed(0.25).alpha(7) == 0.25 and objective().alpha(7) == 0
+    assert scheduled.is_joint and fixed(0.25).is_joint and not objective().is_joint
+
+
+def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
+    changes = {"dataset.n_classes": 1681, "num_training_batches": 1000}
+    for schedule in ("[[0.3, 1], [0.7, 0.4]]", "[[300, 1], [700, 0.4]]", "[[0.3, 1], [700, 0.4]]"):
+        config = load_config(None, {**changes, "objective.schedule": schedule})
+        scheduled = JointObjective.from_config(config)
+        assert [scheduled.alpha(s) for s in (0, 500, 999)] == pytest.approx([1.0, 0.7, 0.4])
+    config = load_config(None, {**changes, "objective.phoneme_weight": 0.2})
+    assert JointObjective.from_config(config).alpha(500) == 0.2
+
+
+def test_the_older_form_of_a_schedule_is_read_as_a_list(caplog: pytest.LogCaptureFixture) -> None:
+    old = {"start": 0.1, "end": 0.6, "step_size": 0.25, "interval": 1000}
+    for given in (old, "{start: 0.1, end: 0.6, step_size: 0.25, interval: 1000}"):
+        config = load_config(None, {"dataset.n_classes": 1681, "objective.schedule": given})
+        assert config.objective.schedule == [[0.0, 0.1], [2000.0, 0.6]]
+        assert "is a list of [step, weight] now" in caplog.messages[-1]
+        assert "[[0.0, 0.1], [2000.0, 0.6]]" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("points", "both"),
+    [([(0, 0.0)], False), ([(300, 1.0), (700, 0.0)], True), ([(0, 0.0), (600, 1.0)], True)],
+)
+def test_the_costliest_step_has_both_terms(points: list[tuple[float, float]], both: bool) -> None:
+    scheduled = objective(*points)
+    for n_steps in (1, 301, 700, 10_000):
+        step = scheduled.costliest_step(n_steps)
+        assert 0 <= step < max(n_steps, 1)
+        possible = any(0 < scheduled.alpha(s) < 1 for s in range(n_steps))
+        assert possible == (0 < scheduled.alpha(step) < 1)
+    assert (0 < scheduled.alpha(scheduled.costliest_step(10_000)) < 1) == both
 
 
 def test_a_phoneme_model_has_one_term() -> None:
     logits, batch, frames = case()
     batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
-    terms = JointObjective(ObjectiveConfig(), 41)(logits[..., :41], batch, frames, 0)
+    terms = objective(n_classes=41)(logits[..., :41], batch, frames, 0)
     assert terms.alpha == 0 and terms.phoneme is None and math.isfinite(float(terms.total))
 
 
 def test_shares_of_a_global_batch_add_up_to_its_mean() -> None:
     logits, batch, frames = case()
-    whole = objective(0.4)(logits, batch, frames, 0).total
+    whole = fixed(0.4)(logits, batch, frames, 0).total
     parts = [
-        objective(0.4)(logits[rows], batch.take(rows), frames[rows], 0, global_batch_size=3).total
+        fixed(0.4)(logits[rows], batch.take(rows), frames[rows], 0, global_batch_size=3).total
         for rows in ([0, 2], [1])
     ]
     torch.testing.assert_close(sum(parts), whole)
@@ -105,5 +160,5 @@ def test_shares_of_a_global_batch_add_up_to_its_mean() -> None:
 
 def test_the_loss_is_float32_whatever_the_logits() -> None:
     logits, batch, frames = case()
-    terms = objective(0.5)(logits.bfloat16(), batch, frames, 0)
+    terms = fixed(0.5)(logits.bfloat16(), batch, frames, 0)
     assert terms.total.dtype == torch.float32

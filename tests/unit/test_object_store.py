@@ -1,16 +1,20 @@
 """A folder as an object store: whole writes, one listing, clear errors."""
 
+import gzip
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
+from brain_to_text.dataset.locations import ObjectInfo, s3_url, split_s3_url
+from brain_to_text.dataset.s3_store import S3Store
 from brain_to_text.dataset.store import (
     LocalStore,
-    ObjectInfo,
-    S3Store,
+    gunzipped,
     listing_after_writing,
     open_store,
 )
-from brain_to_text.errors import StorageError
+from brain_to_text.errors import DataError, StorageError
 
 
 def test_what_was_written_is_read_and_listed(tmp_path):
@@ -18,20 +22,97 @@ def test_what_was_written_is_read_and_listed(tmp_path):
     store.write("a/b.bin", b"0123456789")
     assert store.read("a/b.bin") == b"0123456789"
     assert store.read_range("a/b.bin", 3, 4) == b"3456"
-    assert store.open("a/b.bin").read(2) == b"01"
     assert store.exists("a/b.bin") and not store.exists("a")
     listing = store.list()
     assert list(listing) == ["a/b.bin"]
     assert listing["a/b.bin"].size == 10
-    assert (tmp_path / "a/b.bin").stat().st_mode & 0o777 == 0o644
 
 
-def test_the_etag_changes_with_the_content(tmp_path):
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_is_written_respects_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        open_store(tmp_path).write("x", b"a patient's")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20, 3 << 20])
+def test_the_etag_is_of_the_content_and_never_of_the_clock(tmp_path, size):
+    content = bytes(os.urandom(size))
     store = LocalStore(tmp_path)
-    store.write("x", b"1")
+    store.write("x", content)
     before = store.list()["x"]
     os.utime(tmp_path / "x", ns=(1, 1))
-    assert store.list()["x"].etag != before.etag
+    assert store.list()["x"] == before
+    for changed in (b"?" + content[1:], content[:-1] + b"?", content + b"?"):
+        if changed != content:
+            store.write("x", changed)
+            assert store.list()["x"] != before
+
+
+def test_an_edit_in_the_middle_of_a_large_file_is_seen_where_blocks_are_looked_at(tmp_path):
+    """Elsewhere the CRC-32 of each trial sees it when the trial is read."""
+    store = LocalStore(tmp_path)
+    store.write("x", bytes(8 << 20))
+    before = store.list()["x"]
+    changed = bytearray(8 << 20)
+    changed[2 << 20 : 3 << 20] = b"?" * (1 << 20)
+    store.write("x", bytes(changed))
+    assert store.list()["x"] != before
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "data_train.hdf5").write_bytes(b"123")
+    (tmp_path / "data" / "b").mkdir(parents=True)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "data_val.hdf5").symlink_to("../a/data_train.hdf5")
+    (tmp_path / "data" / "b" / "back").symlink_to(tmp_path / "data")  # in a circle
+    assert sorted(open_store(tmp_path / "data").list()) == ["a/data_train.hdf5", "b/data_val.hdf5"]
+
+
+def test_what_cannot_be_listed_is_named(tmp_path):
+    store = open_store(tmp_path)
+    for name, make in (
+        ("link", lambda path: path.symlink_to("nowhere")),
+        ("session", lambda path: path.symlink_to("/mnt/not-mounted")),
+        ("data_train.hdf5", os.mkfifo),
+    ):
+        make(tmp_path / name)
+        with pytest.raises(StorageError, match=rf"Cannot list .*/{name} \((a link to|neither a)"):
+            store.list()
+        (tmp_path / name).unlink()
+    (tmp_path / ".#lock").symlink_to("nowhere")
+    assert store.list() == {}
+
+
+@pytest.mark.parametrize("what", ["session", "session/data_train.hdf5"])
+def test_a_folder_or_file_that_may_not_be_read_is_named(what):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "session").mkdir()
+        (folder / "session/data_train.hdf5").write_bytes(b"123")
+        (folder / what).chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError, match=rf"{what} \(Permission denied\)"):
+                open_store(folder).list()
+        finally:
+            os.seteuid(user)
+            (folder / what).chmod(0o700)
+
+
+def test_a_key_cannot_lead_out_of_the_folder(tmp_path):
+    store = open_store(tmp_path / "data")
+    for key in ("../x", "a/../../x", "/x"):
+        for act in (store.read, store.exists, lambda key: store.write(key, b"")):
+            with pytest.raises(StorageError, match="leads out of"):
+                act(key)
 
 
 def test_a_write_that_fails_leaves_the_old_object_and_no_scraps(tmp_path, monkeypatch):
@@ -59,7 +140,7 @@ def test_an_absent_folder_lists_nothing(tmp_path):
 
 def test_an_absent_object_is_named(tmp_path):
     store = open_store(tmp_path)
-    for read in (store.read, store.open, lambda key: store.read_range(key, 0, 1)):
+    for read in (store.read, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(StorageError, match=r"Cannot read .*nothing\.hdf5 \(No such file"):
             read("nothing.hdf5")
 
@@ -84,10 +165,54 @@ def test_an_s3_url_without_a_bucket_is_refused():
 
 @pytest.mark.parametrize(
     ("url", "normal"),
-    [("s3://b", "s3://b"), ("s3://b/", "s3://b"), ("s3://b/p/q/", "s3://b/p/q")],
+    [
+        ("s3://b", "s3://b"),
+        ("s3://b/", "s3://b"),
+        ("s3://b/p/q/", "s3://b/p/q"),
+        ("s3://b//p/", "s3://b/p"),
+        (
+            "s3://arn:aws:s3:eu-west-1:1:accesspoint/x/p/",
+            "s3://arn:aws:s3:eu-west-1:1:accesspoint/x/p",
+        ),
+    ],
 )
-def test_s3_urls_lose_trailing_slashes(url, normal):
+def test_slashes_at_the_ends_of_a_prefix_do_not_matter(url, normal):
     assert S3Store(url).url == normal
+
+
+@pytest.mark.parametrize("prefix", ["a//b", "a/./b", "../b", "a/b/.."])
+def test_a_prefix_that_clients_read_differently_is_refused(prefix):
+    for refused in (
+        lambda: open_store(f"s3://bucket/{prefix}"),
+        lambda: s3_url("bucket", prefix),
+        lambda: split_s3_url(f"s3://bucket/{prefix}/x"),
+    ):
+        with pytest.raises(
+            StorageError, match=r"(empty part \(//\)|'\.\.?').*: write s3://bucket/"
+        ):
+            refused()
+
+
+def test_an_s3_url_is_put_together_from_its_parts():
+    assert s3_url("b") == s3_url("s3://b/") == "s3://b"
+    assert s3_url("b", "/p/q/", "", "r") == "s3://b/p/q/r"
+    assert split_s3_url("s3://b/p/q/model.tar.gz") == ("b", "p/q/model.tar.gz")
+
+
+def test_damaged_gzip_is_one_sentence_whatever_bit_is_wrong():
+    whole = gzip.compress(b"some text, some text, some other text", mtime=0)
+    assert gunzipped(whole, "x.gz", "copy it") == gunzipped(whole + whole, "x.gz", "copy it")[:37]
+    damaged = [whole[:n] for n in range(len(whole))] + [whole + b"more"]
+    harmless = range(4 * 8, 10 * 8)  # time, speed and system in the header
+    for bit in (b for b in range(8 * len(whole)) if b not in harmless and b != 3 * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        with pytest.raises(DataError, match=r"x\.gz is damaged \(.*\): copy it\."):
+            gunzipped(data, "x.gz", "copy it")
+    with pytest.raises(StorageError, match="inflates to more than"):
+        gunzipped(gzip.compress(bytes(10**6)), "x.gz", "copy it", StorageError, limit=10**5)
 
 
 def test_a_listing_goes_on_beyond_its_first_page(s3_prefix, s3_environment):

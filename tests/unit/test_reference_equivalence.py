@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
 from brain_to_text.model.rnn_model import GRUDecoder
@@ -69,7 +68,8 @@ def test_fifty_updates_follow_the_reference(objective: str) -> None:
         grad_norm_clip_value=4.0,
     )
     if objective == "joint":
-        config.objective.schedule = PhonemeWeightSchedule(0.0, 0.6, 0.2, 12)
+        config.objective.schedule = [[0, 0.0], [36, 0.6]]
+        config.num_training_batches = STEPS
     step = build(config)
     weights = float64(step.model)
     adam = reference.AdamW((config.beta0, config.beta1), config.epsilon)
@@ -79,7 +79,7 @@ def test_fifty_updates_follow_the_reference(objective: str) -> None:
         batch = example_batch([15, 12, 10, 14], days, n_phonemes=1, seed=k)
         result = step(batch, k)
 
-        alpha = min(0.6, 0.2 * (k // 12)) if objective == "joint" else 0.0
+        alpha = min(0.6, 0.6 * k / 36) if objective == "joint" else 0.0
         for w in weights.values():
             w.requires_grad_(True)
         losses = []

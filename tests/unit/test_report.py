@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.errors import StorageError
-from brain_to_text.scoring import charts
+from brain_to_text.scoring import charts, report
 from brain_to_text.scoring.charts import Bar, Series
-from brain_to_text.scoring.report import (
-    STYLE,
-    model_report,
-    page,
-    read_metrics,
-    table,
-    write_report,
-)
+from brain_to_text.scoring.report import model_report
 
 
 class Outline(HTMLParser):
@@ -164,10 +156,12 @@ def test_doubts_stand_before_the_numbers_and_what_was_left_out_is_folded():
     assert "Left out: a &lt;trial&gt;" in folded
 
 
-def test_prose_in_tables_wraps_and_names_do_not():
-    html = table(["name", "what"], [("trial", "a long reason")], text=(1,))
-    assert '<td>trial</td><td class="text">a long reason</td>' in html
-    assert '<th scope="col" class="text">what</th>' in html
+def test_prose_in_tables_wraps_and_numbers_do_not():
+    row = {"reference": "a long sentence", "decoded": "another", "errors": 3}
+    html = model_report({"words": {"settings": {}, "examples": [row]}})
+    assert '<td class="text">a long sentence</td><td class="text">another</td><td>3</td>' in html
+    assert '<th scope="col" class="text">sentence</th>' in html
+    assert '<th scope="col">errors</th>' in html
 
 
 def test_no_waiting_is_drawn_on_an_axis_from_zero():
@@ -200,8 +194,7 @@ def test_every_link_has_a_target():
 
 def test_an_empty_report_is_still_a_page():
     assert "Model report" in Outline(model_report({})).text
-    assert page("t", [("gone", "")]).count("<section") == 0
-    assert table(["a"], []) == ""
+    assert model_report({}).count("<section") == 0
 
 
 def test_charts_leave_out_what_cannot_be_drawn():
@@ -217,20 +210,6 @@ def test_charts_leave_out_what_cannot_be_drawn():
 def test_long_runs_are_drawn_with_bounded_size():
     x = np.arange(100_000)
     assert len(charts.line_chart("t", [Series("a", x, 1.0 + x)])) < 20_000
-
-
-def test_metrics_are_read_back_by_kind(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    rows = [{"kind": "train", "step": 1}, {"kind": "validation", "step": 1}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_metrics(file) == {"train": [{"step": 1}], "validation": [{"step": 1}]}
-    assert read_metrics(tmp_path / "absent") == {}
-
-
-def test_an_unwritable_folder_is_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="--output-dir"):
-        write_report(tmp_path / "file" / "report.html", {})
 
 
 # --- colours --------------------------------------------------------------------------------------
@@ -268,6 +247,7 @@ TO_XYZ = np.array(
         [0.0193339, 0.1191920, 0.9503041],
     ]
 )
+STYLE = Path(report.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
 SERIES = ("c0", "c1", "c2", "c3")
 
 

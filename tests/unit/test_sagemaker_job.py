@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
 from brain_to_text.launch.request import (
     CODE_FOLDER,
@@ -212,7 +212,7 @@ def test_what_travels_makes_the_same_config_in_the_image(tmp_path):
     own = tmp_path / "mine.yaml"
     own.write_text(
         "dataset: {n_classes: 1681, bad_trials_dict: {t15.2023.08.11: {2: [1, 4]}}}\n"
-        "objective: {schedule: {start: 0.1}}\nlr_min: 1.0e-05\nuse_amp: false\n"
+        "objective: {schedule: [[0.5, 1], [90000, 0.4]]}\nlr_min: 1.0e-05\nuse_amp: false\n"
     )
     base, changed, config = resolve_config(JobSettings(**{**KNOWN, "config_file": str(own)}))
     received = {}

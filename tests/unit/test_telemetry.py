@@ -84,10 +84,10 @@ STEP = {"step": 200, "loss": 5.214, "grad_norm": 8.43, "seconds_per_step": 0.538
 def test_a_training_line_begins_with_the_contract_and_says_what_there_is():
     contract = "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538"
     assert train_line(STEP) == contract
-    joint = {"diphone_loss": 6.1, "phoneme_weight": 0.0, "learning_rate": 8e-4}
+    joint = {"phoneme_loss": 1.7, "phoneme_weight": 0.0, "learning_rate": 8e-4}
     assert (
         train_line({**STEP, **joint})
-        == f"{contract} diphone: 6.100 phoneme weight: 0.00 lr: 8.00e-04"
+        == f"{contract} phoneme: 1.700 phoneme weight: 0.00 lr: 8.00e-04"
     )
 
 

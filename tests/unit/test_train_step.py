@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from brain_to_text.config import PhonemeWeightSchedule
 from brain_to_text.gpus import flops_per_step
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
@@ -145,8 +144,7 @@ def test_trying_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) 
 
 def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW's moments and averaged weights, which no step has made yet, and both loss terms."""
-    step = build(small_config(ema_decay=0.9))
-    step.objective.config.schedule = PhonemeWeightSchedule(0.0, 1.0, 0.5, 10)
+    step = build(small_config(ema_decay=0.9, objective__schedule=[[0.3, 1.0], [0.7, 0.0]]))
     seen = []
     objective = step.objective
 
@@ -157,7 +155,7 @@ def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step, "objective", spy)
     spy.costliest_step = objective.costliest_step
     assert largest_batch(step, 5, 60, 7) == 5
-    assert seen[0].diphone is not None and seen[0].phoneme is not None
+    assert 0 < seen[0].alpha < 1 and seen[0].phoneme is not None
     assert step.average is not None
     moments = sum(m.numel() for m in train_step_module._moments_to_come(step))
     assert moments == 2 * sum(p.numel() for p in step.parameters)
@@ -411,7 +409,7 @@ def test_a_compiled_step_is_the_same_and_new_lengths_do_not_compile_again(
     assert eager.model.state_dict().keys() == compiled.model.state_dict().keys()
 
 
-# --- on a GPU: never waiting (see test_stand_in_gpu too), and the CPU's numbers --------------------
+# --- on a GPU (see test_stand_in_gpu too) ---------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import LAYOUTS, data_file_bytes
 from brain_to_text.dataset.manifest import (
     MANIFEST_NAME,
+    FileRecord,
     TrialManifest,
     index_dataset,
     load_manifest,
@@ -190,13 +191,20 @@ class TestFreshness:
             manifest.check_fresh(listing, "s3://b/p")
 
     def test_same_size_and_other_etag_is_a_change(self, manifest):
-        info = ObjectInfo(KEY, manifest.files[KEY].size, "12345-678")
+        info = ObjectInfo(KEY, manifest.files[KEY].size, "crc32:01234567-89")
         with pytest.raises(DataError, match="1 changed"):
             manifest.check_fresh(self.listing(manifest) | {KEY: info})
 
     def test_an_upload_to_s3_changes_the_kind_of_etag_and_nothing_else(self, manifest):
         info = ObjectInfo(KEY, manifest.files[KEY].size, "0123456789abcdef" * 2 + "-7")
         manifest.check_fresh(self.listing(manifest) | {KEY: info})
+
+    def test_an_index_whose_etags_were_times_is_judged_by_size(self, manifest):
+        times = {k: FileRecord(r.size, f"17000000-{r.size}") for k, r in manifest.files.items()}
+        old = dataclasses.replace(manifest, files=times)
+        old.check_fresh(self.listing(manifest))
+        with pytest.raises(DataError, match="1 changed"):
+            old.check_fresh(self.listing(manifest) | {KEY: ObjectInfo(KEY, 5, "crc32:0-5")})
 
     def test_added_and_removed_files_are_named(self, manifest):
         listing = self.listing(manifest)
@@ -274,9 +282,9 @@ class TestLoadOrBuild:
         built = load_or_build_manifest(store, lambda _: None)
         whole = store.read(MANIFEST_NAME)
         answers = iter([whole[: len(whole) // 2], whole[:-9] + b"?" + whole[-8:], whole])
-        monkeypatch.setattr(store, "read", lambda key: next(answers))
+        monkeypatch.setattr(store, "read", lambda key, size: next(answers))
         assert load_or_build_manifest(store, lambda _: None).to_bytes() == built.to_bytes()
-        monkeypatch.setattr(store, "read", lambda key: whole[:-1])
+        monkeypatch.setattr(store, "read", lambda key, size: whole[:-1])
         with pytest.raises(DataError, match="is damaged"):
             load_or_build_manifest(store, lambda _: None)
 

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from ..errors import DataError, StorageError
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
+from .locations import S3_ETAG
 from .store import ObjectInfo, ObjectStore, open_store
 from .trial_record import ChunkLayout, Finding, TrialRecord
 from .workers import Lost, in_workers, limited
@@ -45,7 +45,6 @@ __all__ = [
 MANIFEST_NAME = "trial_manifest.json.gz"
 VERSION = 1
 SPLITS = ("train", "val", "test")
-_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _MANIFEST_READS = 3
 _PROGRESS_SECONDS = 10.0
@@ -244,7 +243,7 @@ def load_or_build_manifest(
     """
     listing = store.list()
     if MANIFEST_NAME in listing:
-        manifest = _read_manifest(store)
+        manifest = _read_manifest(store, listing[MANIFEST_NAME].size)
         manifest.check_fresh(listing, store.url)
     else:
         started = time.monotonic()
@@ -279,11 +278,11 @@ def load_or_build_manifest(
     return manifest
 
 
-def _read_manifest(store: ObjectStore) -> TrialManifest:
+def _read_manifest(store: ObjectStore, size: int) -> TrialManifest:
     """The manifest that is there; gzip's CRC finds a damaged transfer, which is tried again."""
     for attempts_left in reversed(range(_MANIFEST_READS)):
         try:
-            return TrialManifest.from_bytes(store.read(MANIFEST_NAME))
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size))
         except DataError:
             if not attempts_left:
                 raise
@@ -349,7 +348,7 @@ def index_dataset(
         StorageError: a file cannot be read. DataError: no data files, or damage.
     """
     files = data_files(store.list() if listing is None else listing, store.url)
-    inspections = inspect_dataset(store, files, processes, checksums, False, progress)
+    inspections = inspect_dataset(store, files, processes, checksums, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
     if manifest.damaged and on_damage == "raise":
         raise _damage_error(store.url, manifest.damaged)
@@ -361,7 +360,7 @@ def inspect_dataset(
     files: Mapping[str, ObjectInfo],
     processes: int | None = None,
     checksums: bool = True,
-    statistics: bool = False,
+    look: Callable[[np.ndarray], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FileInspection]:
     """What every file holds, in the order of `files`; see `index_dataset`."""
@@ -370,7 +369,7 @@ def inspect_dataset(
         largest = max(info.size for info in files.values())
         fit = max(1, _INDEXING_MEMORY // max(largest * 2, 1))
         processes = 1 if total < _SMALL_DATASET else min(os.cpu_count() or 1, len(files), fit)
-    jobs = {key: (store.url, key, info.size, checksums, statistics) for key, info in files.items()}
+    jobs = {key: (store.url, key, info.size, checksums, look) for key, info in files.items()}
     results: dict[str, FileInspection] = {}
     for key, result in in_workers(_inspect_job, jobs, processes):
         if isinstance(result, Lost):
@@ -421,18 +420,22 @@ def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
 
 
 def _inspect_job(
-    url: str, key: str, size: int, checksums: bool, statistics: bool
+    url: str, key: str, size: int, checksums: bool, look: Callable[[np.ndarray], Any] | None
 ) -> FileInspection:
     data = open_store(url).read(key, size)
     with limited(len(data)):
-        return inspect_file(key, data, checksums=checksums, statistics=statistics)
+        return inspect_file(key, data, checksums=checksums, look=look)
 
 
 def _same_file(record: FileRecord, info: ObjectInfo) -> bool:
     if record.size != info.size:
         return False
-    kinds = {bool(_S3_ETAG.fullmatch(etag)) for etag in (record.etag, info.etag)}
-    return record.etag == info.etag or len(kinds) == 2
+    return record.etag == info.etag or _kind(record.etag) != _kind(info.etag)
+
+
+def _kind(etag: str) -> str:
+    """What an ETag is made of: S3's, a folder's, or something else, as a folder's once was."""
+    return "S3" if S3_ETAG.fullmatch(etag) else etag.partition(":")[0] if ":" in etag else ""
 
 
 def _order(trial: TrialRecord) -> tuple[Any, ...]:

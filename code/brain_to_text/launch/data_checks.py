@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from botocore.exceptions import ClientError
 
@@ -15,9 +14,6 @@ from ..errors import DataError
 from .account import AwsAccount, error_code, sentence
 from .findings import Finding, error, warning
 from .request import JobSettings
-
-if TYPE_CHECKING:
-    from ..dataset.manifest import TrialManifest
 
 MANIFEST = "trial_manifest.json.gz"
 _DATA_FILE = re.compile(r"(?P<session>[^/]+)/data_(?P<split>train|val|test)\.hdf5")
@@ -128,6 +124,7 @@ def _manifest(
 ) -> Iterator[Finding]:
     try:
         from ..dataset.manifest import TrialManifest
+        from ..dataset.selection import against_config
     except ImportError as problem:
         yield warning(
             "manifest-unchecked",
@@ -143,46 +140,8 @@ def _manifest(
     except DataError as problem:
         yield error("manifest-stale", str(problem))
         return
-    yield from _against_config(manifest, config, url)
-
-
-def _against_config(manifest: TrialManifest, config: TrainingConfig, url: str) -> Iterator[Finding]:
-    dataset = config.dataset
-    if manifest.n_classes != dataset.n_classes:
-        other = "diphone" if manifest.n_classes == 1681 else "phoneme"
-        yield error(
-            "data-classes",
-            f"The labels under {url} have {manifest.n_classes} classes and the configuration says "
-            f"{dataset.n_classes}: use --config-file rnn_args_{other}_sagemaker.yaml, or the "
-            "other dataset's --s3-data-prefix.",
-        )
-    expected = dataset.neural_dim
-    if manifest.n_features != expected:
-        yield error(
-            "data-features",
-            f"The trials under {url} have {manifest.n_features} features per bin and "
-            f"dataset.neural_dim is {expected}: use --dataset.neural_dim {manifest.n_features} "
-            f"--model.n_input_features {manifest.n_features} --model.input_network."
-            f"input_layer_sizes [{manifest.n_features}].",
-        )
-    present = set(manifest.sessions)
-    missing = [session for session in dataset.sessions or [] if session not in present]
-    if missing:
-        near = difflib.get_close_matches(missing[0], present, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        yield error(
-            "data-sessions",
-            f"dataset.sessions names {len(missing)} that {url} does not have, first "
-            f"{missing[0]}{hint}: correct the list, or set it to null for all "
-            f"{len(present)} sessions.",
-        )
-    usable = len(present & set(dataset.sessions)) if dataset.sessions else len(present)
-    if dataset.days_per_batch > usable:
-        yield error(
-            "data-few-sessions",
-            f"dataset.days_per_batch is {dataset.days_per_batch} and {url} has {usable} sessions: "
-            f"use --dataset.days_per_batch {max(usable, 1)}.",
-        )
+    for mismatch in against_config(manifest, config):
+        yield (error if mismatch.is_error else warning)(mismatch.name, mismatch.text)
 
 
 def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:

@@ -22,7 +22,8 @@ from typing import Any, get_args
 
 import yaml
 
-from ..config import config_keys, resolve_key
+from ..config import config_keys
+from ..config_reader import resolve_key
 from ..errors import ConfigError, JobError
 from .account import AwsAccount, explained
 from .pricing import Estimate, estimate

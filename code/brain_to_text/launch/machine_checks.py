@@ -69,16 +69,16 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, bins: int = LONG_TRIAL_B
     trials = -(-dataset.batch_size // n_gpus)
     frames = max((bins - model.patch_size) // model.patch_stride + 1, 1)
     directions = 1 + model.bidirectional
-    patch = model.n_input_features * model.patch_size
+    patch = config.width * model.patch_size
     inputs = patch + (model.n_layers - 1) * model.n_units * directions
     weights = 3 * model.n_units * directions * (inputs + model.n_units * model.n_layers)
-    weights += 45 * model.n_input_features**2 + model.n_units * directions * dataset.n_classes
+    weights += 45 * config.width**2 + model.n_units * directions * dataset.n_classes
     activation = 2 if config.use_amp else 4
     per_frame = activation * (2 * patch + 6 * model.n_layers * model.n_units * directions)
     per_frame += 4 * 4 * dataset.n_classes
-    per_bin = 4 * 5 * model.n_input_features
+    per_bin = 4 * 5 * config.width
     total = 16 * weights + trials * (frames * per_frame + bins * per_bin)
-    return total / 2**30 + 0.8 + config.dataset.gpu_cache_gb
+    return total / 2**30 + 0.8
 
 
 def _memory(config: TrainingConfig, gpu: Gpu, n_gpus: int) -> Iterator[Finding]:

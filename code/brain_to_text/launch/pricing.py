@@ -135,7 +135,7 @@ def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
     `gpus.flops_per_step`. The reference configuration gives 3.2.
     """
     model = config.model
-    width, units, directions = model.n_input_features, model.n_units, 1 + model.bidirectional
+    width, units, directions = config.width, model.n_units, 1 + model.bidirectional
     frames = max((mean_bins - model.patch_size) // model.patch_stride + 1, 0)
     inputs = width * model.patch_size + (model.n_layers - 1) * units * directions
     gates = 3 * units * directions * (inputs + units * model.n_layers)

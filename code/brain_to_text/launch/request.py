@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import TrainingConfig, config_keys, load_config, resolve_key
+from ..config import TrainingConfig, config_keys
+from ..config_reader import load_config, resolve_key
 from ..errors import JobError
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import ObjectiveConfig
+from ..config import TrainingConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from .device import send
 from .gpu_ctc import ctc_nll_without_waiting, usable
@@ -32,8 +36,7 @@ class LossTerms:
     """One batch's loss; every tensor is a float32 scalar on the device."""
 
     total: torch.Tensor  # what is differentiated: weighted nats per trial
-    nats_per_frame: torch.Tensor  # the same, per output frame, detached
-    diphone: torch.Tensor | None  # nats per output frame of the class labels, detached
+    nats_per_frame: torch.Tensor  # of the class labels, per output frame, detached
     phoneme: torch.Tensor | None  # nats per output frame of the phoneme labels, detached
     alpha: float
 
@@ -72,39 +75,45 @@ def ctc_nll(
 
 
 class JointObjective:
-    """alpha x phoneme CTC + (1 - alpha) x class CTC; a term of weight 0 is not computed.
+    """weight x phoneme CTC + (1 - weight) x class CTC, the weight by step.
 
-    With 41 classes the classes are phonemes and alpha is 0. With 1681 the phoneme distribution is
-    the diphone distribution marginalised over the previous phoneme (arXiv 2411.10657).
+    With 41 classes the classes are phonemes and the weight is 0. With 1681 the phoneme distribution
+    is the diphone distribution marginalised over the previous phoneme (arXiv 2411.10657). The class
+    loss is known at every weight; at 1 it has no gradient. The phoneme loss is not computed at 0.
+
+    Args:
+        phoneme_weights: (step, weight) points by ascending step, linear in between.
+        n_classes: 41 or 1681.
+        ctc_kernel: as `ctc_nll`'s.
     """
 
-    def __init__(self, config: ObjectiveConfig, n_classes: int) -> None:
-        self.config = config
-        self.n_classes = n_classes
+    def __init__(
+        self, phoneme_weights: Sequence[tuple[float, float]], n_classes: int, ctc_kernel: str
+    ) -> None:
+        self.steps, self.weights = (list(column) for column in zip(*phoneme_weights, strict=True))
         self.marginalises = n_classes == N_DIPHONES
+        self.ctc_kernel = ctc_kernel
+
+    @classmethod
+    def from_config(cls, config: TrainingConfig) -> JointObjective:
+        objective = config.objective
+        points = objective.phoneme_weights(config.num_training_batches)
+        return cls(points, config.dataset.n_classes, objective.ctc_kernel)
 
     @property
     def is_joint(self) -> bool:
         """Whether the phoneme term takes part at any step."""
-        return self.marginalises and (
-            self.config.schedule is not None or self.config.phoneme_weight > 0
-        )
+        return self.marginalises and max(self.weights) > 0
 
     def alpha(self, step: int) -> float:
-        """The phoneme term's weight at a global step: fixed, or growing stepwise to its end."""
-        schedule = self.config.schedule
-        if not self.marginalises:
-            return 0.0
-        if schedule is None:
-            return self.config.phoneme_weight
-        grown = schedule.start + schedule.step_size * (step // schedule.interval)
-        return min(grown, schedule.end)
+        """The phoneme term's weight at a global step."""
+        return float(np.interp(step, self.steps, self.weights)) if self.marginalises else 0.0
 
     def costliest_step(self, n_steps: int) -> int:
-        """A step of the first `n_steps` at which both terms are computed, where there is one."""
-        schedule = self.config.schedule
-        changes = range(0, n_steps, n_steps if schedule is None else schedule.interval)
-        return max(changes, key=lambda step: 0 < self.alpha(step) < 1)
+        """A step of the first `n_steps` at which both terms have a gradient, if there is one."""
+        corners = [step for step in map(math.ceil, self.steps) if step < n_steps]
+        middles = [sum(pair) // 2 for pair in itertools.pairwise([*corners, n_steps - 1])]
+        return max([*corners, *middles, 0], key=lambda step: 0 < self.alpha(step) < 1)
 
     def __call__(
         self,
@@ -120,26 +129,31 @@ class JointObjective:
             logits: [B, T', C], any float type; the loss is computed in float32.
             batch: the labels.
             frame_lengths: [B] output frames per trial, CPU.
-            step: global step, for the schedule.
+            step: global step, for the weight.
             global_batch_size: trials over all ranks; the sum over this rank's trials is divided
                 by it, so that summing gradients over ranks gives the mean over the batch.
         """
-        alpha, kernel = self.alpha(step), self.config.ctc_kernel
+        alpha = self.alpha(step)
         n_frames = max(int(frame_lengths.sum()), 1)
-        log_probs = logits.float().log_softmax(-1)
         trials = global_batch_size or len(logits)
-        total = logits.new_zeros((), dtype=torch.float32)
-        means: dict[str, torch.Tensor | None] = {"class": None, "phoneme": None}
-        if alpha < 1:
-            nll = ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths, kernel).sum()
-            means["class"] = nll.detach() / n_frames
-            total = total + (1 - alpha) / trials * nll
+        log_probs = logits.float().log_softmax(-1)
+        nll = ctc_nll(
+            log_probs if alpha < 1 else log_probs.detach(),
+            batch.labels,
+            frame_lengths,
+            batch.label_lengths,
+            self.ctc_kernel,
+        ).sum()
+        terms = LossTerms((1 - alpha) / trials * nll, nll.detach() / n_frames, None, alpha)
         if alpha > 0:
-            marginal = marginalise_log_probs(log_probs)
             nll = ctc_nll(
-                marginal, batch.phoneme_labels, frame_lengths, batch.phoneme_lengths, kernel
+                marginalise_log_probs(log_probs),
+                batch.phoneme_labels,
+                frame_lengths,
+                batch.phoneme_lengths,
+                self.ctc_kernel,
             ).sum()
-            means["phoneme"] = nll.detach() / n_frames
-            total = total + alpha / trials * nll
-        per_frame = total.detach() * (trials / n_frames)
-        return LossTerms(total, per_frame, means["class"], means["phoneme"], alpha)
+            phoneme_total = alpha / trials * nll
+            terms.total = terms.total + phoneme_total if alpha < 1 else phoneme_total
+            terms.phoneme = nll.detach() / n_frames
+        return terms

@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devi
             continue
         if name.startswith("day_"):
             groups["day_layer"].append(parameter)
-        elif name.startswith("gru.bias") or name == "out.bias":
+        elif name.startswith("gru.bias") or (name.startswith("out.") and name.endswith("bias")):
             groups["bias"].append(parameter)
         else:
             groups["other"].append(parameter)

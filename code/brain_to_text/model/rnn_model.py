@@ -18,6 +18,8 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..errors import CheckpointError
+from ..labels.diphones import N_DIPHONES
+from .classifier import PLAIN_NAMES, PREFIX, FactoredClassifier, unfolded
 from .device import one_thread, send
 from .packed_gru import packed_gru
 
@@ -85,6 +87,7 @@ class GRUDecoder(nn.Module):
                     nn.init.orthogonal_(parameter)
             elif "weight_ih" in name:
                 nn.init.xavier_uniform_(parameter)
+        self.out: nn.Linear | FactoredClassifier
         self.out = nn.Linear(n_units * self.n_directions, n_classes)
         nn.init.xavier_uniform_(self.out.weight)
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
@@ -95,10 +98,13 @@ class GRUDecoder(nn.Module):
         self._activate = compiler(activate)
 
     @classmethod
-    def from_config(cls, config: TrainingConfig, n_days: int) -> GRUDecoder:
+    def from_config(
+        cls, config: TrainingConfig, n_days: int, *, for_training: bool = False
+    ) -> GRUDecoder:
+        """The decoder that `config` describes; in training, with its classifier's own factors."""
         model = config.model
-        return cls(
-            neural_dim=model.n_input_features,
+        decoder = cls(
+            neural_dim=config.width,
             n_units=model.n_units,
             n_days=n_days,
             n_classes=config.dataset.n_classes,
@@ -109,6 +115,9 @@ class GRUDecoder(nn.Module):
             patch_stride=model.patch_stride,
             bidirectional=model.bidirectional,
         )
+        if for_training and model.classifier == "factored" and decoder.n_classes == N_DIPHONES:
+            decoder.out = FactoredClassifier(decoder.n_units * decoder.n_directions)
+        return decoder
 
     @property
     def n_directions(self) -> int:
@@ -296,7 +305,10 @@ def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Ten
             f"The classifier has {len(given['out.weight'])} classes in the checkpoint and "
             f"{model.n_classes} here: it starts from fresh weights."
         )
-        given["out.weight"], given["out.bias"] = expected["out.weight"], expected["out.bias"]
+        given = {name: v for name, v in given.items() if name not in PLAIN_NAMES}
+        given |= {name: v for name, v in expected.items() if name.startswith(PREFIX)}
+    elif isinstance(model.out, FactoredClassifier) and given.keys() >= set(PLAIN_NAMES):
+        given = unfolded(given)
     n_days = sum(name.startswith("day_weights.") for name in given)
     if n_days != model.n_days:
         kept = min(n_days, model.n_days)

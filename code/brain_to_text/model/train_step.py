@@ -47,9 +47,8 @@ class StepResult:
     """One step in numbers; tensors are scalars on the device: reading one waits for it."""
 
     loss: torch.Tensor  # nats per trial, what was differentiated
-    nats_per_frame: torch.Tensor
-    diphone: torch.Tensor | None  # nats per output frame
-    phoneme: torch.Tensor | None
+    nats_per_frame: torch.Tensor  # of the class labels, per output frame
+    phoneme: torch.Tensor | None  # nats per output frame of the phoneme labels
     grad_norm: torch.Tensor  # before clipping
     finite: torch.Tensor  # False: the update was refused
     alpha: float
@@ -154,8 +153,9 @@ class TrainStep:
         (terms.total if scale is None else terms.total * scale).backward()
         # An infinite loss can have a finite gradient (a trial without frames): let it show there,
         # before gradients are summed over ranks, so that every rank refuses the same steps.
-        if self.model.out.bias.grad is not None:
-            self.model.out.bias.grad.add_(terms.total.detach() * 0)
+        *_, classifier_bias = self.model.out.parameters()
+        if classifier_bias.grad is not None:
+            classifier_bias.grad.add_(terms.total.detach() * 0)
         if self.after_backward is not None:
             self.after_backward(batch)
         norm, finite, divisor = clip_and_check(
@@ -169,7 +169,6 @@ class TrainStep:
         return StepResult(
             loss=terms.total.detach(),
             nats_per_frame=terms.nats_per_frame,
-            diphone=terms.diphone,
             phoneme=terms.phoneme,
             grad_norm=norm,
             finite=finite,

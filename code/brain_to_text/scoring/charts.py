@@ -1,7 +1,7 @@
 """Charts as SVG text: no library, no network, readable in light and dark mode.
 
-Colours are CSS variables of the page (`report.STYLE`); series differ in dash pattern and end label
-too, and cells of a matrix in their opacity, so that no chart depends on telling hues apart.
+Colours are CSS variables of the page (templates/style.css); series differ in dash pattern and end
+label too, and cells of a matrix in their opacity, so that no chart depends on telling hues apart.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 480, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 40
@@ -86,8 +87,8 @@ def line_chart(
     log_y: bool = False,
     percent: bool = False,
     from_zero: bool = False,
-) -> str:
-    """Lines over a shared x axis with a legend; an empty string when there is nothing to draw.
+) -> Markup:
+    """Lines over a shared x axis with a legend; empty when there is nothing to draw.
 
     Args:
         title: for the caption and for screen readers.
@@ -102,7 +103,7 @@ def line_chart(
         if kept.any():
             lines.append((one.name, *_thinned(x[kept], y[kept])))
     if not lines:
-        return ""
+        return Markup()
     all_x = np.concatenate([x for _, x, _ in lines])
     all_y = np.concatenate([y for _, _, y in lines])
     axes = _Axes(
@@ -130,11 +131,11 @@ def line_chart(
     return _figure(title, axes.width, axes.height, axes.parts, legend)
 
 
-def bar_chart(title: str, bars: Sequence[Bar], *, percent: bool = True) -> str:
+def bar_chart(title: str, bars: Sequence[Bar], *, percent: bool = True) -> Markup:
     """Horizontal bars with whiskers for intervals, one row each, in the given order."""
     bars = [bar for bar in bars if math.isfinite(bar.value)]
     if not bars:
-        return ""
+        return Markup()
     row, left = 18, 16 + 8 * max(len(bar.name) for bar in bars)
     height = 2 * 6 + row * len(bars)
     top = max(
@@ -169,7 +170,7 @@ def bar_chart(title: str, bars: Sequence[Bar], *, percent: bool = True) -> str:
     return _figure(title, WIDTH, height, parts)
 
 
-def matrix_chart(title: str, matrix: np.ndarray, labels: Sequence[str]) -> str:
+def matrix_chart(title: str, matrix: np.ndarray, labels: Sequence[str]) -> Markup:
     """A square matrix of counts as cells, rows normalised: share of each row's total as opacity.
 
     Args:
@@ -209,7 +210,7 @@ def matrix_chart(title: str, matrix: np.ndarray, labels: Sequence[str]) -> str:
 
 def reliability_chart(
     title: str, confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int]
-) -> str:
+) -> Markup:
     """Accuracy over confidence, with the diagonal of perfect calibration; area shows the count."""
     points = [
         (a, b, n)
@@ -217,7 +218,7 @@ def reliability_chart(
         if n and math.isfinite(a) and math.isfinite(b)
     ]
     if not points:
-        return ""
+        return Markup()
     axes = _Axes((0.0, 1.0), (0.0, 1.0))
     axes.frame("confidence of the decoded phoneme", "share that is right", percent=True)
     axes.parts.append(
@@ -238,7 +239,7 @@ def reliability_chart(
 
 def posterior_chart(
     title: str, posteriors: np.ndarray, labels: Sequence[str], seconds_per_frame: float
-) -> str:
+) -> Markup:
     """Probability of each shown class over time, dark where it is high.
 
     Args:
@@ -281,11 +282,11 @@ def _figure(
     parts: Sequence[str],
     legend: Sequence[str] = (),
     scroll: bool = False,
-) -> str:
+) -> Markup:
     least = f"min-width:{min(width, 620):.0f}px;" if scroll else ""
     style = f' style="{least}max-width:{1.5 * width:.0f}px"'
     keys = f'<p class="legend">{"".join(legend)}</p>' if legend else ""
-    return (
+    return Markup(
         f"<figure><figcaption>{escape(title)}</figcaption>{keys}"
         f'<div class="{"scroll" if scroll else "chart"}">'
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}"{style} role="img" '

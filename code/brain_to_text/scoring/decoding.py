@@ -1,19 +1,64 @@
-"""Error rates of decoded sequences: greedy CTC decoding in batches, edit distances by a library."""
+"""What a model says about trials, greedily decoded: the one pass of validation and evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
-from rapidfuzz.distance import Levenshtein
 
-from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes
-from ..labels.phonemes import N_PHONEMES
+from ..dataset.manifest import TrialManifest, TrialRecord
+from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
+from ..labels.phonemes import BLANK, N_PHONEMES
+from ..model.augmentations import Augmentation
 from ..model.losses import ctc_nll
+from ..model.rnn_model import GRUDecoder
+from ..streaming.batch import Batch
+from ..streaming.dataset_s3 import EvaluationDatasetS3
+from .statistics import ErrorCounts
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+@torch.no_grad()
+def batch_logits(
+    model: GRUDecoder, augmentation: Augmentation, batch: Batch, autocast: Autocast = nullcontext
+) -> torch.Tensor:
+    """Logits [B, T', classes] of a batch on the model's device; T' is at least 1.
+
+    Args:
+        model: in evaluation mode.
+        augmentation: only its smoothing is used.
+        autocast: the precision of the forward pass.
+    """
+    assert batch.features is not None  # on the device by now
+    features, n_time_steps = augmentation(batch.features, batch.n_time_steps, training=False)
+    with autocast():
+        logits: torch.Tensor = model(features, batch.day_indices, n_time_steps=n_time_steps)
+    return logits
+
+
+def _pass_over(
+    model: GRUDecoder,
+    augmentation: Augmentation,
+    dataset: EvaluationDatasetS3,
+    autocast: Autocast,
+) -> Generator[tuple[Batch, torch.Tensor, torch.Tensor], None, None]:
+    """(batch, its logits [B, T', classes], its frame lengths [B] on the CPU), batch by batch."""
+    was_training = model.training
+    model.eval()
+    try:
+        with dataset.batches() as batches:
+            for batch in batches:
+                logits = batch_logits(model, augmentation, batch, autocast)
+                yield batch, logits, model.frame_lengths(batch.n_time_steps)
+    finally:
+        model.train(was_training)
 
 
 def greedy_decode(scores: torch.Tensor, frame_lengths: torch.Tensor) -> list[list[int]]:
@@ -36,45 +81,7 @@ def merge_frames(classes: np.ndarray, frame_lengths: np.ndarray) -> list[list[in
     return [labels[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def edit_counts(reference: Sequence[int], hypothesis: Sequence[int]) -> tuple[int, int, int]:
-    """(substitutions, deletions, insertions) of one cheapest alignment of two label sequences."""
-    counts = {"replace": 0, "delete": 0, "insert": 0}
-    for operation in Levenshtein.editops(reference, hypothesis):
-        counts[operation.tag] += 1
-    return counts["replace"], counts["delete"], counts["insert"]
-
-
-@dataclass
-class ErrorCounts:
-    """Edits summed over trials; `rate` is edits per reference label (above 1 is possible)."""
-
-    substitutions: int = 0
-    deletions: int = 0
-    insertions: int = 0
-    reference_labels: int = 0
-
-    def add(self, reference: Sequence[int], hypothesis: Sequence[int]) -> None:
-        substitutions, deletions, insertions = edit_counts(reference, hypothesis)
-        self.substitutions += substitutions
-        self.deletions += deletions
-        self.insertions += insertions
-        self.reference_labels += len(reference)
-
-    def __add__(self, other: ErrorCounts) -> ErrorCounts:
-        return ErrorCounts(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.reference_labels + other.reference_labels,
-        )
-
-    @property
-    def edits(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
-
-    @property
-    def rate(self) -> float:
-        return self.edits / self.reference_labels if self.reference_labels else float("nan")
+# --- validation: counts, while the device goes on -------------------------------------------------
 
 
 @dataclass
@@ -90,15 +97,7 @@ class SessionScore:
     path: ErrorCounts = field(default_factory=ErrorCounts)  # phonemes of the decoded diphones
 
     def __add__(self, other: SessionScore) -> SessionScore:
-        return SessionScore(
-            self.n_trials + other.n_trials,
-            self.n_frames + other.n_frames,
-            self.n_labels + other.n_labels,
-            self.nats + other.nats,
-            self.classes + other.classes,
-            self.phonemes + other.phonemes,
-            self.path + other.path,
-        )
+        return SessionScore(*(getattr(self, n) + getattr(other, n) for n in vars(self)))
 
     def rates(self, diphones: bool) -> dict[str, float | int]:
         """DER and PER (PER alone for a phoneme model), loss, trials."""
@@ -162,50 +161,21 @@ class ValidationMeter:
 
     def add(self, logits: torch.Tensor, batch: Any, frame_lengths: torch.Tensor) -> None:
         """Take one batch: logits [B, T', C] and labels on the device, lengths on the CPU."""
-        self.add_parts([(slice(0, len(logits)), logits)], batch, frame_lengths)
-
-    def add_parts(
-        self,
-        parts: Iterable[tuple[slice, torch.Tensor]],
-        batch: Any,
-        frame_lengths: torch.Tensor,
-    ) -> None:
-        """Take one batch whose logits come as (rows, logits of those rows), in order."""
-        decoded = [
-            self._decode(logits, batch.labels[rows], frame_lengths[rows], batch.label_lengths[rows])
-            for rows, logits in parts
-        ]
-        pending: dict[str, Any] = {"frames": frame_lengths}
-        pending["nll"] = torch.cat([part["nll"] for part in decoded])
-        for name in decoded[0].keys() - {"nll"}:
-            pending[name] = [part[name] for part in decoded]
-        pending["batch"] = _Labels(
-            batch.labels.to(torch.int16),
-            batch.label_lengths,
-            batch.phoneme_labels.to(torch.int16),
-            batch.phoneme_lengths,
-            batch.day_indices,
-        )
-        self._pending.append(pending)
-
-    def _decode(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        frame_lengths: torch.Tensor,
-        label_lengths: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Loss [b] and best classes [b, T'] of some trials, on their device."""
         log_probs = logits.float().log_softmax(-1)
-        decoded = {
-            "nll": ctc_nll(log_probs, labels, frame_lengths, label_lengths),
+        pending: dict[str, Any] = {
+            "frames": frame_lengths,
+            "nll": ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths),
             "classes": log_probs.argmax(-1).to(torch.int16),
+            "labels": (batch.labels.to(torch.int16), batch.label_lengths),
+            "days": batch.day_indices,
         }
         if self.diphones:
             # the best phoneme needs no logarithm: sums of probabilities, as marginalise_log_probs
             marginal = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
-            decoded["phonemes"] = marginal.argmax(-1).to(torch.int16)
-        return decoded
+            pending["phonemes"] = marginal.argmax(-1).to(torch.int16)
+            phonemes = batch.phoneme_labels.to(torch.int16)
+            pending["phoneme_labels"] = (phonemes, batch.phoneme_lengths)
+        self._pending.append(pending)
 
     def result(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> ValidationResult:
         """Score everything taken so far.
@@ -239,45 +209,212 @@ class ValidationMeter:
         )
 
     def _score(self, pending: dict[str, Any]) -> None:
-        labels, frames = pending["batch"], pending["frames"].numpy()
-        decoded = _merged(pending["classes"], frames)
-        references = _unpad(labels.labels, labels.label_lengths)
-        phoneme_references = _unpad(labels.phoneme_labels, labels.phoneme_lengths)
+        frames = pending["frames"].numpy()
+        decoded = merge_frames(pending["classes"].cpu().numpy(), frames)
+        references = _unpad(*pending["labels"])
         if self.diphones:
-            marginal = _merged(pending["phonemes"], frames)
+            marginal = merge_frames(pending["phonemes"].cpu().numpy(), frames)
+            spoken = _unpad(*pending["phoneme_labels"])
         nats = pending["nll"].tolist()
-        for trial, day in enumerate(labels.day_indices.tolist()):
+        for trial, day in enumerate(pending["days"].tolist()):
             score = self.scores.setdefault(day, SessionScore())
             score.n_trials += 1
             score.n_frames += int(frames[trial])
             score.n_labels += len(references[trial])
             score.nats.append(nats[trial])
-            score.classes.add(references[trial], decoded[trial])
+            score.classes += ErrorCounts.between(references[trial], decoded[trial])
             if self.diphones:
-                reference = phoneme_references[trial]
-                score.phonemes.add(reference, marginal[trial])
-                score.path.add(reference, collapse_to_phonemes(decoded[trial], self.label_form))
-
-
-def _merged(parts: Sequence[torch.Tensor], frame_lengths: np.ndarray) -> list[list[int]]:
-    """Labels of every trial from parts of a batch, each [b, T'] best classes."""
-    merged: list[list[int]] = []
-    for part in parts:
-        lengths = frame_lengths[len(merged) : len(merged) + len(part)]
-        merged += merge_frames(part.cpu().numpy(), lengths)
-    return merged
-
-
-@dataclass
-class _Labels:
-    labels: torch.Tensor
-    label_lengths: torch.Tensor
-    phoneme_labels: torch.Tensor
-    phoneme_lengths: torch.Tensor
-    day_indices: torch.Tensor
+                path = collapse_to_phonemes(decoded[trial], self.label_form)
+                score.phonemes += ErrorCounts.between(spoken[trial], marginal[trial])
+                score.path += ErrorCounts.between(spoken[trial], path)
 
 
 def _unpad(labels: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
     return [
         row[:length] for row, length in zip(labels.cpu().tolist(), lengths.tolist(), strict=True)
     ]
+
+
+def evaluate(
+    model: GRUDecoder,
+    augmentation: Augmentation,
+    dataset: EvaluationDatasetS3,
+    sessions: Sequence[str],
+    *,
+    autocast: Autocast = nullcontext,
+    keep_logits: bool = False,
+    stop: Callable[[], bool] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
+) -> ValidationResult | None:
+    """Score every trial of `dataset`, as validation during training does.
+
+    Args:
+        model: on the dataset's device; its training mode is restored afterwards.
+        augmentation: only its smoothing is used.
+        sessions: names in day-layer order.
+        autocast: the precision of the forward pass.
+        keep_logits: also return every trial's logits, [T', C] float16 on the CPU by manifest index.
+        stop: asked between batches; when it says True the pass is given up.
+        gather: every process's part from this one's, when processes share the pass.
+
+    Returns:
+        The scores, or None when the pass was given up.
+    """
+    started = time.perf_counter()
+    meter = ValidationMeter(sessions, model.n_classes, dataset.manifest.label_form)
+    kept: dict[int, torch.Tensor] = {}
+    with closing(_pass_over(model, augmentation, dataset, autocast)) as batches:
+        for batch, logits, frames in batches:
+            if stop is not None and stop():
+                return None
+            if keep_logits:
+                indices = batch.trial_indices.tolist()
+                for index, own, length in zip(indices, logits, frames.tolist(), strict=True):
+                    kept[index] = own[:length].half().cpu()
+            meter.add(logits, batch, frames)
+    result = meter.result(gather)
+    result.seconds = time.perf_counter() - started
+    if keep_logits:
+        result.logits = {i: own for part in gather(kept) for i, own in part.items()}
+    return result
+
+
+# --- evaluation: every trial by itself ------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedTrial:
+    """What the model said about one trial, beside what was said.
+
+    Attributes:
+        index: into `TrialManifest.trials`.
+        record: the trial.
+        reference: phoneme ids; None without labels.
+        hypothesis: phoneme ids decoded from (marginalised) phoneme probabilities.
+        confidences: [len(hypothesis)] mean probability of each phoneme over its frames.
+        class_reference, class_hypothesis: diphone ids; None for a 41-class model. No reference,
+            either, where the labels are in another form than the model's.
+        path: phoneme ids that the decoded diphones stand for; None for a 41-class model.
+        phoneme_log_probs: [T', 41] float32.
+        class_log_probs: [T', n_classes] float32, for chosen trials only.
+        nats: CTC negative log-likelihood of the labels; None without labels of the model's classes
+            and form.
+    """
+
+    index: int
+    record: TrialRecord
+    reference: list[int] | None
+    hypothesis: list[int]
+    confidences: np.ndarray
+    class_reference: list[int] | None
+    class_hypothesis: list[int] | None
+    path: list[int] | None
+    phoneme_log_probs: np.ndarray
+    class_log_probs: np.ndarray | None
+    nats: float | None
+
+    @classmethod
+    def of_phonemes(
+        cls, index: int, record: TrialRecord, log_probs: np.ndarray, **classes: Any
+    ) -> DecodedTrial:
+        """A trial from its phoneme log-probabilities [T', 41], which are decoded here."""
+        nothing = dict.fromkeys(("class_reference", "class_hypothesis", "path"))
+        return cls(
+            index=index,
+            record=record,
+            reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
+            hypothesis=merge_frames(log_probs.argmax(-1)[None], np.array([len(log_probs)]))[0],
+            confidences=token_confidences(log_probs),
+            phoneme_log_probs=log_probs,
+            **{**nothing, "class_log_probs": None, "nats": None, **classes},
+        )
+
+
+def decode_trials(
+    model: GRUDecoder,
+    augmentation: Augmentation,
+    dataset: EvaluationDatasetS3,
+    *,
+    autocast: Autocast = nullcontext,
+    keep_classes: Collection[int] = (),
+    label_form: LabelForm | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[DecodedTrial]:
+    """Decode every trial of `dataset` greedily.
+
+    Args:
+        model: on the dataset's device; its training mode is restored afterwards.
+        augmentation: only its smoothing is used.
+        dataset: with or without labels.
+        autocast: the precision of the forward pass.
+        keep_classes: trials, by index, whose class log-probabilities are kept too.
+        label_form: of the model's diphones; None: that of the data.
+        progress: told after each batch how many trials it had.
+
+    Returns:
+        One entry per trial, in the manifest's order.
+    """
+    decoded: list[DecodedTrial] = []
+    with closing(_pass_over(model, augmentation, dataset, autocast)) as batches:
+        for batch, logits, frames in batches:
+            decoded += _decode_batch(
+                batch, logits, frames, dataset.manifest, keep_classes, label_form
+            )
+            if progress is not None:
+                progress(len(batch))
+    return sorted(decoded, key=lambda trial: trial.index)
+
+
+def _decode_batch(
+    batch: Batch,
+    logits: torch.Tensor,
+    frames: torch.Tensor,
+    manifest: TrialManifest,
+    keep_classes: Collection[int],
+    label_form: LabelForm | None,
+) -> Iterator[DecodedTrial]:
+    log_probs = logits.float().log_softmax(-1)
+    diphones = logits.shape[-1] == N_DIPHONES
+    lengths = frames.numpy()
+    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
+    same_classes = manifest.n_classes == logits.shape[-1]
+    if diphones:
+        same_classes = same_classes and manifest.label_form == form
+    nats: list[float | None] = [None] * len(logits)
+    if batch.labels is not None and batch.label_lengths is not None and same_classes:
+        nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths).tolist()
+    phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
+    classes = greedy_decode(log_probs, frames) if diphones else []
+    for row, index in enumerate(batch.trial_indices.tolist()):
+        record = manifest.trials[index]
+        kept = log_probs[row, : lengths[row]].cpu().numpy() if index in keep_classes else None
+        labels = record.class_ids if diphones and same_classes else None
+        yield DecodedTrial.of_phonemes(
+            index,
+            record,
+            phonemes[row, : lengths[row]].copy(),
+            class_reference=None if labels is None else labels.tolist(),
+            class_hypothesis=classes[row] if diphones else None,
+            path=collapse_to_phonemes(classes[row], form) if diphones else None,
+            class_log_probs=kept,
+            nats=nats[row],
+        )
+
+
+def token_confidences(log_probs: np.ndarray) -> np.ndarray:
+    """Confidence of each greedily decoded label: its mean probability over the frames it won.
+
+    Args:
+        log_probs: [T', C] normalised.
+
+    Returns:
+        [number of decoded labels] float64, in 0 … 1.
+    """
+    best = log_probs.argmax(-1)
+    if not len(best):
+        return np.zeros(0)
+    run = np.cumsum(np.concatenate([[True], best[1:] != best[:-1]])) - 1
+    probability = np.exp(log_probs.max(-1).astype(np.float64))
+    mean = np.bincount(run, probability) / np.bincount(run)
+    label = best[np.unique(run, return_index=True)[1]]
+    return np.minimum(mean[label != BLANK], 1.0)

@@ -1,15 +1,17 @@
-"""From a model and a dataset to results: all of `evaluate_model.py`, and a job's last act."""
+"""From models and a dataset to results: all of `evaluate_model.py`, and a job's last act."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +19,29 @@ from tqdm import tqdm
 
 from ..config import TrainingConfig
 from ..dataset.manifest import TrialManifest, load_or_build_manifest
-from ..dataset.selection import bad_trials
+from ..dataset.selection import select_for_evaluation
 from ..dataset.store import open_store
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
 from ..model.device import autocast_dtype
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
-from .report import read_metrics
-from .sentence_decoding import (
+from .decoding import DecodedTrial, decode_trials
+from .results import Evaluation, complete_or_nothing, write_results
+from .summary import compare, describe, label_form_remark, summarise
+from .tables import empty_rows, rescored_sentences, submission_remark
+from .trained_model import ModelArtefact, open_model
+from .word_decoder import WordDecoder
+from .words import (
+    DecodedSentences,
     WordOptions,
     check_words,
     decode_sentences,
     decodings,
-    empty_rows,
     make_decoder,
-    submission_remark,
+    score_sentences,
+    training_sentences,
 )
-from .summary import compare, describe, label_form_remark, summarise
-from .tables import Evaluation, complete_or_nothing, write_results
-from .trained_model import ModelArtefact, open_model
-from .trial_decoding import decode_trials, example_trials
-from .words import WordDecoder
 
 N_EXAMPLES = 4
 
@@ -48,7 +51,7 @@ class EvaluationOptions:
     """What `evaluate_model.py` was asked to do.
 
     Attributes:
-        model: folder, model.tar.gz or `s3://` URL.
+        models: folder, model.tar.gz or `s3://` URL; several are an ensemble.
         data: dataset folder or `s3://` URL.
         split: "val", "test" or "train".
         output_dir: where tables and the report go.
@@ -56,10 +59,11 @@ class EvaluationOptions:
         batch_size: trials per forward pass.
         device: None for the first GPU, else the CPU.
         export_logits: also write phoneme logits for the public language-model server.
-        words: decode sentences too, or None.
+        words: decode or score sentences too, or None.
+        overwrite: replace results of another model, dataset or split in output_dir.
     """
 
-    model: str
+    models: Sequence[str]
     data: str
     split: str
     output_dir: Path
@@ -68,6 +72,7 @@ class EvaluationOptions:
     device: str | None = None
     export_logits: bool = False
     words: WordOptions | None = None
+    overwrite: bool = False
 
 
 def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = print) -> Evaluation:
@@ -85,7 +90,14 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
     say(f"Using device: {device}")
     if options.words is not None:
         check_words(options.words)
-    with complete_or_nothing(options.output_dir) as folder:
+    purpose = {
+        "model": " + ".join(options.models),
+        "data": options.data,
+        "split": options.split,
+    }
+    words = options.words or WordOptions("none")
+    reads = [Path(f) for f in (words.language_model, words.lexicon, words.rescored) if f]
+    with complete_or_nothing(options.output_dir, purpose, options.overwrite, reads) as folder:
         evaluation = _evaluate(options, device, folder, say)
     say(f"Tables and report.html are in {options.output_dir}")
     return evaluation
@@ -95,42 +107,50 @@ def _evaluate(
     options: EvaluationOptions, device: torch.device, folder: Path, say: Callable[[str], None]
 ) -> Evaluation:
     """All of `evaluate_model` between the first checks and the results' final place."""
-    artefact = open_model(options.model)
+    artefacts = [open_model(model) for model in options.models]
+    _check_ensemble(artefacts)
     other = open_model(options.compare_with) if options.compare_with else None
     store = open_store(options.data)
     manifest = load_or_build_manifest(store, say)
-    chosen = choose_trials(manifest, artefact.sessions, options.split, artefact.config)
-    for sentence in chosen.remarks:
-        say(sentence)
+    for artefact in artefacts:
+        _, remarks = select_for_evaluation(
+            manifest, artefact.config, artefact.sessions, options.split
+        )
+        for sentence in remarks:
+            say(sentence if len(artefacts) == 1 else f"{artefact.location}: {sentence}")
     decoder: WordDecoder | None = None
     facts: dict[str, str] = {}
-    if options.words is not None:
-        decoder, facts = make_decoder(options.words, manifest, folder)
+    if options.words is not None and options.words.rescored is None:
+        decoder, facts = make_decoder(options.words, manifest, folder, options.split)
         for name, fact in facts.items():
             say(f"{name}: {fact}")
     stream = TrialStream(store, manifest)
+    run = partial(run_model, stream=stream, device=device, batch_size=options.batch_size)
     try:
-        run = partial(
-            run_model,
-            stream=stream,
-            split=options.split,
-            device=device,
-            batch_size=options.batch_size,
-        )
-        evaluation = run(artefact)
+        members = [run(artefact, split=options.split) for artefact in artefacts]
+        seconds = sum(member.seconds for member in members)
         say(
-            f"Decoded {len(evaluation.trials)} trials in {evaluation.seconds:.1f} s: "
-            f"{len(evaluation.trials) / max(evaluation.seconds, 1e-9):.1f} trials/s"
+            f"Decoded {len(members[0].trials)} trials in {seconds:.1f} s: "
+            f"{sum(len(m.trials) for m in members) / max(seconds, 1e-9):.1f} trials/s"
         )
+        evaluation = combine(members) if len(members) > 1 else members[0]
         comparison = None
         if other is not None:
-            comparison = compare(evaluation.trials, run(other).trials, other.location)
-        if options.words is not None and decoder is not None:
-            evaluation = _add_sentences(options.words, decoder, facts, evaluation, run)
+            rival = run(other, split=options.split).trials
+            comparison = compare(evaluation.trials, rival, other.location)
+        if options.words is not None:
+            tuning = None
+            if options.words.tune and options.split != "val":
+                on_val = [run(artefact, split="val") for artefact in artefacts]
+                tuning = (combine(on_val) if len(on_val) > 1 else on_val[0]).trials
+            evaluation = _add_sentences(
+                options.words, decoder, facts, evaluation, tuning, members if members[1:] else ()
+            )
     finally:
         stream.close()
-    for sentence in evaluation.remarks[len(chosen.remarks) :]:
-        say(sentence)
+    for sentence in evaluation.remarks:
+        if sentence not in remarks:
+            say(sentence)
     for line in describe(evaluation.all_numbers, comparison):
         say(line)
     write_results(evaluation, folder, comparison=comparison, logits=options.export_logits)
@@ -139,87 +159,133 @@ def _evaluate(
 
 def _add_sentences(
     words: WordOptions,
-    decoder: WordDecoder,
+    decoder: WordDecoder | None,
     facts: Mapping[str, str],
     evaluation: Evaluation,
-    run: Callable[..., Evaluation],
+    tuning: Sequence[DecodedTrial] | None,
+    members: Sequence[Evaluation],
 ) -> Evaluation:
-    """Decode sentences, with weights tuned on the validation split where asked."""
-    tuning = None
-    if words.tune and evaluation.split != "val":
-        tuning = run(evaluation.artefact, split="val").trials
-    total = decodings(words, evaluation.trials, tuning)
-    with tqdm(total=total, unit="sentence", desc="Sentences") as bar:
-        sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning, bar.update)
-    manifest, split = evaluation.manifest, evaluation.split
-    rows = len(manifest.select(split))
+    """Sentences and their error rates, those of an ensemble's members too."""
+    trials, manifest, split = evaluation.trials, evaluation.manifest, evaluation.split
+    trained_on = set(training_sentences(manifest))
+    summary = evaluation.summary
+    if decoder is None:
+        assert words.rescored is not None
+        text = rescored_sentences(words.rescored, trials)
+        facts = {"Sentences": f"those with the best score in {words.rescored}"}
+        sentences = score_sentences(trials, text, facts, trained_on)
+    else:
+        total = decodings(words, trials, tuning) + len(members) * len(trials)
+        with tqdm(total=total, unit="sentence", desc="Sentences") as bar:
+            sentences = decode_sentences(
+                words, decoder, facts, trials, tuning, bar.update, trained_on
+            )
+            if members:
+                rows = [
+                    _with_words(row, member, decoder, sentences, bar.update)
+                    for row, member in zip(summary["members"], members, strict=True)
+                ]
+                summary = {**summary, "members": rows}
+    rows_written = len(manifest.select(split))
     empty = empty_rows(manifest, split, sentences.text)
-    sentences.summary["submission"] = {"rows": rows, "empty": empty}
-    remark = submission_remark(rows, empty)
+    sentences.summary["submission"] = {"rows": rows_written, "empty": empty}
+    remark = submission_remark(rows_written, empty)
     return dataclasses.replace(
-        evaluation, sentences=sentences, remarks=(*evaluation.remarks, remark)
+        evaluation,
+        sentences=sentences,
+        summary=summary,
+        remarks=(*evaluation.remarks, remark),
     )
 
 
-@dataclass(frozen=True)
-class ChosenTrials:
-    """Trials by day index, and one sentence for everything left out."""
+def _with_words(
+    row: dict[str, Any],
+    member: Evaluation,
+    decoder: WordDecoder,
+    whole: DecodedSentences,
+    progress: Callable[[], object],
+) -> dict[str, Any]:
+    """An ensemble member's row with its word error rate, at the weights used for the whole."""
+    text = {}
+    shared = [trial for trial in member.trials if trial.index in whole.n_best]
+    for trial in shared:
+        text[trial.index] = decoder.decode(trial.phoneme_log_probs, whole.n_best[trial.index][0])
+        progress()
+    own = score_sentences(shared, text, {}).summary
+    return {**row, "rates": {**row["rates"], "WER": own["WER"]}} if "WER" in own else row
 
-    by_session: tuple[np.ndarray, ...]
-    remarks: tuple[str, ...]
+
+# --- ensembles ------------------------------------------------------------------------------------
 
 
-def choose_trials(
-    manifest: TrialManifest, sessions: Sequence[str], split: str, config: TrainingConfig
-) -> ChosenTrials:
-    """The trials of a split that a model with these day layers can decode.
+def _check_ensemble(artefacts: Sequence[ModelArtefact]) -> None:
+    """Raises: ConfigError: models whose frames are not at the same times."""
+    first = artefacts[0]
+    for other in artefacts[1:]:
+        for key in ("patch_size", "patch_stride"):
+            mine, theirs = (getattr(a.config.model, key) for a in (first, other))
+            if mine != theirs:
+                raise ConfigError(
+                    f"model.{key} is {mine} in {first.location} and {theirs} in {other.location}: "
+                    "models of an ensemble need frames at the same times; evaluate them apart, "
+                    "with --compare-with."
+                )
+
+
+def combine(members: Sequence[Evaluation]) -> Evaluation:
+    """An ensemble: the mean of its members' (marginalised) phoneme log-probabilities, decoded.
+
+    Only trials that every member decoded take part; there is no DER, as the mean has no diphones.
 
     Raises:
-        DataError: none at all, or features of another width.
-        ConfigError: dataset.bad_trials_dict lists something else than trials.
+        DataError: the members share no trial.
     """
-    if manifest.n_features != config.dataset.neural_dim:
+    first, manifest = members[0], members[0].manifest
+    by_index = [{trial.index: trial for trial in member.trials} for member in members]
+    shared = sorted(set.intersection(*(set(trials) for trials in by_index)))
+    if not shared:
         raise DataError(
-            f"The data has {manifest.n_features} features per bin and the model takes "
-            f"{config.dataset.neural_dim}: give the dataset the model was trained on."
+            "The models of this ensemble share no trial: give models that were trained on the "
+            "same sessions."
         )
-    remarks, chosen = [], []
-    too_short = []
-    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
-    for session, switch in zip(sessions, switches, strict=True):
-        kept: list[int] = []
-        bad = bad_trials(config, session)
-        if split == "val" and switch == 0:
-            if session in manifest.sessions and manifest.select(split, [session]):
-                remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
-            chosen.append(np.array(kept, dtype=np.int64))
-            continue
-        for index in manifest.select(split, [session]) if session in manifest.sessions else []:
-            trial = manifest.trials[index]
-            if (trial.block_num, trial.trial_num) in bad:
-                remarks.append(f"Left out: {trial.name}, listed in dataset.bad_trials_dict")
-            elif trial.n_time_steps < config.model.patch_size:
-                too_short.append(trial.name)
-            else:
-                kept.append(index)
-        chosen.append(np.array(kept, dtype=np.int64))
-    for name in too_short:
-        remarks.append(
-            f"Left out: {name}, shorter than one patch of {config.model.patch_size} bins"
+    examples = example_trials(manifest, shared, N_EXAMPLES)
+    trials = []
+    for index in shared:
+        mean = np.mean([trials_of[index].phoneme_log_probs for trials_of in by_index], axis=0)
+        mean -= np.logaddexp.reduce(mean, axis=-1, keepdims=True)
+        kept = mean if index in examples else None
+        trials.append(
+            DecodedTrial.of_phonemes(index, manifest.trials[index], mean, class_log_probs=kept)
         )
-    strangers = [s for s in manifest.sessions if s not in sessions]
-    lost = len(manifest.select(split, strangers)) if strangers else 0
-    if lost:
-        remarks.append(
-            f"Left out: {lost} trials of {len(strangers)} sessions that the model has no day layer "
-            f"for ({strangers[0]}{' …' if len(strangers) > 1 else ''})"
-        )
-    if not any(len(trials) for trials in chosen):
-        raise DataError(
-            f"The dataset has no {split} trials of the model's {len(sessions)} sessions "
-            f"({sessions[0]} … {sessions[-1]}): choose another --split or dataset."
-        )
-    return ChosenTrials(tuple(chosen), tuple(remarks))
+    rows, remarks = [], []
+    for member, trials_of in zip(members, by_index, strict=True):
+        own = [trials_of[index] for index in shared]
+        row = {
+            "model": member.artefact.location,
+            "step": member.artefact.step,
+            "rates": summarise(own).get("rates", {}),
+        }
+        if any(trial.reference for trial in own):
+            row["comparison"] = compare(trials, own, member.artefact.location)["metrics"]["PER"]
+        rows.append(row)
+        remarks += [f"{member.artefact.location}: {remark}" for remark in member.remarks]
+        if lost := len(trials_of) - len(shared):
+            remarks.append(
+                f"Left out: {lost:,} trials that {member.artefact.location} decoded and another "
+                "model of the ensemble did not"
+            )
+    summary = {**summarise(trials, set(training_sentences(manifest))), "members": rows}
+    return dataclasses.replace(
+        first,
+        trials=trials,
+        summary=summary,
+        seconds=sum(member.seconds for member in members),
+        remarks=tuple(remarks),
+        model=" + ".join(member.artefact.location for member in members),
+    )
+
+
+# --- one model ------------------------------------------------------------------------------------
 
 
 def run_model(
@@ -233,15 +299,15 @@ def run_model(
     """Decode one split with one model and score it."""
     config, manifest = artefact.config, stream.manifest
     model = artefact.build(device)
-    chosen = choose_trials(manifest, artefact.sessions, split, config)
+    chosen, remarks = select_for_evaluation(manifest, config, artefact.sessions, split)
     dataset = EvaluationDatasetS3(
         stream,
-        chosen.by_session,
+        chosen,
         batch_size=batch_size,
         device=device,
         feature_subset=config.dataset.feature_subset,
     )
-    indices = np.concatenate(chosen.by_session)
+    indices = np.concatenate(chosen)
     examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
     started = time.perf_counter()
     with tqdm(total=len(indices), unit="trial", disable=not progress, desc="Decoding") as bar:
@@ -262,10 +328,20 @@ def run_model(
         split,
         manifest,
         trials,
-        summarise(trials),
+        summarise(trials, set(training_sentences(manifest))),
         seconds,
-        remarks=(*chosen.remarks, *([doubt] if doubt else [])),
+        remarks=(*remarks, *([doubt] if doubt else [])),
     )
+
+
+def example_trials(manifest: TrialManifest, trials: Collection[int], most: int) -> list[int]:
+    """Up to `most` trials to look at: the middle ones of sessions spread over the recording."""
+    by_session: dict[str, list[int]] = {}
+    for index in trials:
+        by_session.setdefault(manifest.trials[index].session, []).append(index)
+    sessions = sorted(by_session)
+    places = np.unique(np.linspace(0, len(sessions) - 1, min(most, len(sessions))).round())
+    return [by_session[sessions[int(p)]][len(by_session[sessions[int(p)]]) // 2] for p in places]
 
 
 def write_run_report(
@@ -281,7 +357,7 @@ def write_run_report(
 
     Args:
         model_dir: holds checkpoint/best_checkpoint and checkpoint/args.yaml.
-        output_dir: where the results go.
+        output_dir: where the results go; those of the run's earlier starts are replaced.
         stream: the run's own; its cache may still hold the validation trials.
         metrics_file: the run's metrics.jsonl, for the curves.
 
@@ -292,9 +368,19 @@ def write_run_report(
     if metrics_file is not None:
         artefact = dataclasses.replace(artefact, metrics=read_metrics(metrics_file))
     evaluation = run_model(artefact, stream, "val", device, batch_size, progress=False)
-    with complete_or_nothing(output_dir) as folder:
+    with complete_or_nothing(output_dir, overwrite=True) as folder:
         write_results(evaluation, folder)
     return evaluation
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a run's metrics.jsonl by kind ("train", "validation"); {} without a file."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.setdefault(row.pop("kind"), []).append(row)
+    return rows
 
 
 def _device(name: str | None) -> torch.device:

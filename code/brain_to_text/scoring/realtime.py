@@ -85,7 +85,7 @@ class StreamingDecoder(nn.Module):
         if waiting.shape[1] < self.patch_size:
             n_frames = 0
         if n_frames == 0:
-            empty = torch.zeros(1, 0, self.out.out_features, device=bins.device)
+            empty = torch.zeros(1, 0, self.out.weight.shape[0], device=bins.device)
             return empty, (recent, waiting, hidden)
         patches = waiting.unfold(1, self.patch_size, self.patch_stride)
         patches = patches.permute(0, 1, 3, 2).reshape(1, n_frames, -1)

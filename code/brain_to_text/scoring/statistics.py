@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -17,11 +17,44 @@ from rapidfuzz.distance import Levenshtein
 
 from ..errors import DataError
 from ..labels.phonemes import BLANK, N_PHONEMES
-from .decoding import ErrorCounts, edit_counts
 
 N_RESAMPLES = 10_000
 EXACT_PAIRS = 14  # up to 2 ** 14 sign patterns are enumerated instead of drawn
 _BLOCK = 4_000_000  # random numbers drawn at once
+
+
+@dataclass
+class ErrorCounts:
+    """Edits summed over trials; `rate` is edits per reference label (above 1 is possible)."""
+
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+    reference_labels: int = 0
+
+    @classmethod
+    def between(cls, reference: Sequence[Any], hypothesis: Sequence[Any]) -> ErrorCounts:
+        """The edits of one cheapest alignment of two label sequences."""
+        counts = {"replace": 0, "delete": 0, "insert": 0}
+        for operation in Levenshtein.editops(reference, hypothesis):
+            counts[operation.tag] += 1
+        return cls(counts["replace"], counts["delete"], counts["insert"], len(reference))
+
+    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+        return ErrorCounts(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.reference_labels + other.reference_labels,
+        )
+
+    @property
+    def edits(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        return self.edits / self.reference_labels if self.reference_labels else float("nan")
 
 
 @dataclass(frozen=True)
@@ -31,9 +64,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -54,17 +84,6 @@ class PairedComparison:
     trials_worse: int
     n_trials: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "rate_a": self.rate_a,
-            "rate_b": self.rate_b,
-            "difference": self.difference.as_dict(),
-            "p_value": self.p_value,
-            "trials_better": self.trials_better,
-            "trials_worse": self.trials_worse,
-            "n_trials": self.n_trials,
-        }
-
 
 # --- alignment ------------------------------------------------------------------------------------
 
@@ -84,11 +103,6 @@ def align(
         else:
             pairs += list(zip(left, right, strict=True))
     return pairs
-
-
-def count_errors(reference: Sequence[int], hypothesis: Sequence[int]) -> ErrorCounts:
-    """Substitutions, deletions and insertions of one minimum-edit alignment."""
-    return ErrorCounts(*edit_counts(reference, hypothesis), len(reference))
 
 
 # --- uncertainty ----------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ def rates_by(
             error_counts[members], token_counts[members], resamples=resamples
         )
         table[name] = {
-            **interval.as_dict(),
+            **asdict(interval),
             "n_trials": len(members),
             "tokens": int(token_counts[members].sum()),
             "errors": int(error_counts[members].sum()),

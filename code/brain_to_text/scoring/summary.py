@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,33 +11,39 @@ import numpy as np
 from ..errors import DataError
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..labels.phonemes import BLANK, N_PHONEMES, PHONEMES
+from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
-from .decoding import ErrorCounts
+from .decoding import DecodedTrial
 from .statistics import (
+    ErrorCounts,
     align,
     bootstrap_interval,
     calibration,
     compare_paired,
     confusion_matrix,
-    count_errors,
     diphone_errors,
     length_group,
     rates_by,
     token_correctness,
     worst_diphones,
 )
-from .trial_decoding import DecodedTrial
 
 RATES = ("DER", "PER", "PER (diphone path)")
+_BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
 _NAMED = 5  # trials that a line names before it says "…"
 # Half of all self-loop labels are p→p; of transition labels, those of a repeated phoneme.
 _MANY_LOOPS, _FEW_LOOPS, _ENOUGH_DIPHONES = 0.25, 0.05, 50
 
 
-def summarise(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
+def summarise(
+    trials: Sequence[DecodedTrial], trained_on: Collection[str] | None = None
+) -> dict[str, Any]:
     """Everything the report and summary.json say about decoded trials, as plain types.
 
     Without labels only the number of trials is known.
+
+    Args:
+        trained_on: normalised sentences of the training split, for rates on seen and unseen ones.
     """
     labelled = [trial for trial in trials if trial.reference]
     summary: dict[str, Any] = {"n_trials": len(trials)}
@@ -45,8 +52,7 @@ def summarise(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
     counts = {name: _counts(labelled, name) for name in RATES}
     counts = {name: rows for name, rows in counts.items() if rows}
     summary["rates"] = {
-        name: bootstrap_interval(*_errors_and_labels(rows)).as_dict()
-        for name, rows in counts.items()
+        name: asdict(bootstrap_interval(*_errors_and_labels(rows))) for name, rows in counts.items()
     }
     summary["counts"] = {
         name: vars(sum(rows, ErrorCounts())).copy() for name, rows in counts.items()
@@ -61,6 +67,8 @@ def summarise(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
         "block": [f"{t.record.session} block {t.record.block_num}" for t in labelled],
         "length": [length_group(len(t.reference or ())) for t in labelled],
     }
+    if trained_on:
+        keys["sentence"] = [seen_in_training(t, trained_on) for t in labelled]
     summary["groups"] = {
         name: {kind: rates_by(key, *_errors_and_labels(rows)) for kind, key in keys.items()}
         for name, rows in counts.items()
@@ -89,6 +97,13 @@ def summarise(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
     return summary
 
 
+def seen_in_training(trial: DecodedTrial, trained_on: Collection[str]) -> str:
+    """Whether a trial's sentence is among the normalised sentences of the training split."""
+    if not trial.record.sentence_label:
+        return "unknown"
+    return "seen" if normalise_text(trial.record.sentence_label) in trained_on else "unseen"
+
+
 def compare(
     trials: Sequence[DecodedTrial], other: Sequence[DecodedTrial], other_name: str
 ) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def compare(
         if rows and rows_other:
             errors, labels = _errors_and_labels(rows)
             errors_other, _ = _errors_and_labels(rows_other)
-            metrics[name] = compare_paired(errors_other, errors, labels).as_dict()
+            metrics[name] = asdict(compare_paired(errors_other, errors, labels))
     decoded = {t.index: t.record.name for t in (*trials, *other)}
     left_out = {
         "decoded by this model only": mine.keys() - theirs.keys(),
@@ -195,6 +210,15 @@ def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -
             f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}"
             f"{edits or ''})"
         )
+    for name, kinds in summary.get("groups", {}).items():
+        sentences = kinds.get("sentence", {})
+        if name in _BY_SENTENCE and {"seen", "unseen"} <= sentences.keys():
+            parts = (
+                f"{sentences[kind]['value']:.4f} on the {sentences[kind]['n_trials']:,} trials "
+                f"whose sentence training has {kind_said}"
+                for kind, kind_said in (("seen", "seen"), ("unseen", "not seen"))
+            )
+            lines.append(f"{name}: {'; '.join(parts)}")
     if not lines:
         lines.append(f"{summary['n_trials']} trials without labels: no error rates")
     if comparison:
@@ -231,7 +255,7 @@ def _counts(trials: Sequence[DecodedTrial], name: str) -> list[ErrorCounts]:
     pairs = [sides(trial) for trial in trials]
     if any(reference is None or hypothesis is None for reference, hypothesis in pairs):
         return []
-    return [count_errors(reference, hypothesis) for reference, hypothesis in pairs]
+    return [ErrorCounts.between(reference, hypothesis) for reference, hypothesis in pairs]
 
 
 def _errors_and_labels(rows: Sequence[ErrorCounts]) -> tuple[list[int], list[int]]:

@@ -1,143 +1,26 @@
-"""What an evaluation leaves: tables per trial and session, a summary, logits, and the report."""
+"""The tables of an evaluation: per trial, session and hypothesis; what other programs read."""
 
 from __future__ import annotations
 
 import csv
-import json
-import platform
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-import torch
 
 from ..dataset.manifest import TrialManifest
-from ..errors import StorageError
-from ..labels.diphones import N_DIPHONES
-from ..labels.phonemes import BLANK, PHONEMES, SILENCE, phoneme_symbols
-from .report import write_report
-from .sentence_decoding import DecodedSentences, write_submission
-from .statistics import align, count_errors
-from .summary import corpus_name, diphone_name
-from .trained_model import ModelArtefact
-from .trial_decoding import DecodedTrial
-from .words import word_errors
+from ..errors import DataError, StorageError
+from ..labels.phonemes import BLANK, SILENCE, phoneme_symbols
+from ..labels.pronunciation import normalise_text
+from .decoding import DecodedTrial
+from .statistics import ErrorCounts
+from .summary import corpus_name
+from .word_decoder import word_errors
+from .words import DecodedSentences, some
 
-BIN_SECONDS = 0.02
-_SHOWN_CLASSES = 16  # rows of a posterior chart
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One model's results on one split.
-
-    Attributes:
-        data: where the trials were read from.
-        split: "val", "test" or "train".
-        manifest: of the dataset.
-        trials: in the manifest's order.
-        summary: rates with intervals, counts, groups, calibration; plain types.
-        seconds: of the pass over the trials.
-        sentences: the trials' text, when words were decoded.
-        remarks: one sentence for everything left out, and for every doubt about the numbers.
-    """
-
-    artefact: ModelArtefact
-    data: str
-    split: str
-    manifest: TrialManifest
-    trials: list[DecodedTrial]
-    summary: dict[str, Any]
-    seconds: float
-    sentences: DecodedSentences | None = None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def all_numbers(self) -> dict[str, Any]:
-        """The summary, with the word error rate beside the others when words were decoded."""
-        if self.sentences is None:
-            return self.summary
-        words = self.sentences.summary
-        numbers = {**self.summary, "words": words}
-        if "WER" in words:
-            numbers["rates"] = {**self.summary.get("rates", {}), "WER": words["WER"]}
-        return numbers
-
-
-@contextmanager
-def complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to write results into; they appear in `folder` when the block ends without an error.
-
-    Raises:
-        StorageError: `folder` cannot be written, which shows before the block begins.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    with draft:
-        yield Path(draft.name)
-        try:
-            for file in sorted(Path(draft.name).iterdir()):
-                file.replace(folder / file.name)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-
-
-def write_results(
-    evaluation: Evaluation,
-    folder: Path,
-    *,
-    comparison: Mapping[str, Any] | None = None,
-    logits: bool = False,
-) -> None:
-    """trials.csv, trials.jsonl, sessions.csv, summary.json, report.html; on request the logits.
-
-    submission.csv, too, where words were decoded.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    try:
-        text = evaluation.sentences.text if evaluation.sentences else {}
-        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
-        write_table(folder / "trials.csv", rows)
-        with (folder / "trials.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        write_table(folder / "sessions.csv", session_rows(evaluation.summary.get("groups", {})))
-        summary = {
-            "model": evaluation.artefact.location,
-            "step": evaluation.artefact.step,
-            "data": evaluation.data,
-            "split": evaluation.split,
-            "fingerprint": evaluation.manifest.fingerprint(),
-            "remarks": evaluation.remarks,
-            **evaluation.all_numbers,
-            **({"comparison": comparison} if comparison else {}),
-        }
-        (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
-        if logits:
-            write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
-        if evaluation.sentences is not None:
-            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    contents = report_contents(evaluation)
-    write_report(folder / "report.html", {**contents, "comparison": comparison})
-
-
-def _unwritable(folder: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
-        "folder with --output-dir."
-    )
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets
 
 
 def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any]:
@@ -164,7 +47,7 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
             words = word_errors(record.sentence_label, sentence)
             row |= {"words": words.reference_labels, "word_errors": words.edits}
     if trial.reference is not None:
-        counts = count_errors(trial.reference, trial.hypothesis)
+        counts = ErrorCounts.between(trial.reference, trial.hypothesis)
         row |= {
             "phonemes": counts.reference_labels,
             "errors": counts.edits,
@@ -173,7 +56,7 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
             "insertions": counts.insertions,
         }
     if trial.class_reference is not None and trial.class_hypothesis is not None:
-        diphones = count_errors(trial.class_reference, trial.class_hypothesis)
+        diphones = ErrorCounts.between(trial.class_reference, trial.class_hypothesis)
         row |= {"diphones": diphones.reference_labels, "diphone_errors": diphones.edits}
     return row
 
@@ -194,15 +77,150 @@ def session_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     return list(by_session.values())
 
 
+def n_best_rows(
+    trials: Sequence[DecodedTrial], sentences: DecodedSentences
+) -> list[dict[str, Any]]:
+    """One row per hypothesis, best first within a trial: its scores and the weights used."""
+    return [
+        {
+            "file": trial.record.name,
+            "rank": rank,
+            "hypothesis": one.text,
+            "acoustic": one.acoustic,
+            "language": one.language,
+            "words": len(one.text.split()),
+            "lm_weight": settings.lm_weight,
+            "word_score": settings.word_score,
+            "score": one.score,
+        }
+        for trial in trials
+        for settings, hypotheses in [sentences.n_best[trial.index]]
+        for rank, one in enumerate(hypotheses, 1)
+    ]
+
+
+def rescored_sentences(path: Path, trials: Sequence[DecodedTrial]) -> dict[int, str]:
+    """The best-scored sentence of every trial in a table of hypotheses.
+
+    Args:
+        path: a table as `nbest.csv`: columns file and hypothesis, and score where a trial has more
+            than one row.
+        trials: all of which must be there, and no others.
+
+    Raises:
+        DataError: another table. StorageError: unreadable.
+    """
+    index_of = {trial.record.name: trial.index for trial in trials}
+    best: dict[int, tuple[float, str]] = {}
+    for number, row in enumerate(read_table(path, ("file", "hypothesis")), 2):
+        index = index_of.get(row["file"])
+        if index is None:
+            raise DataError(
+                f"{path} row {number} is about {row['file']!r}, which is none of the "
+                f"{len(trials):,} decoded trials: rescore the nbest.csv of this very split."
+            )
+        try:
+            score = float(row["score"]) if "score" in row or index in best else 0.0
+        except (KeyError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise DataError(
+                f"{path} row {number} has {row.get('score', 'nothing')!r} as its score: where a "
+                "trial has several hypotheses, a number tells which is best."
+            )
+        if index not in best or score > best[index][0]:
+            best[index] = (score, normalise_text(row["hypothesis"]))
+    missing = [trial.record.name for trial in trials if trial.index not in best]
+    if missing:
+        raise DataError(
+            f"{path} has no row for {len(missing):,} of {len(trials):,} decoded trials "
+            f"({some(missing)}): hand back a row for each, with an empty hypothesis if need be."
+        )
+    return {index: text for index, (_, text) in best.items()}
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file; the fullest row's keys lead the header, and what a row lacks stays empty."""
+    """A CSV file; the fullest row's keys lead the header, and what a row lacks stays empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     fullest_first = sorted(rows, key=len, reverse=True)
     columns = list(dict.fromkeys(name for row in fullest_first for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         if rows:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and _runs(value) else value
+
+
+def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file, without the apostrophes of `write_table`.
+
+    Raises:
+        DataError: no CSV file, or without the columns needed. StorageError: unreadable.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            columns = list(reader.fieldnames or ())
+            rows = [{name: row[name] for name in columns} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path} is no CSV table in UTF-8 ({error}): give one like nbest.csv."
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror or error}): check the path."
+        ) from error
+    lacking = [name for name in needed if name not in columns]
+    if lacking:
+        raise DataError(
+            f"{path} has no column {lacking[0]!r}: give a table like nbest.csv, with the columns "
+            f"{', '.join(needed)}."
+        )
+    return [{name: _bare(cell) for name, cell in row.items()} for row in rows]
+
+
+def _bare(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _runs(cell) else cell
+
+
+def _runs(text: str) -> bool:
+    return text.lstrip("'").startswith(_FORMULA)
+
+
+def write_submission(
+    path: Path, manifest: TrialManifest, split: str, text: Mapping[int, str]
+) -> None:
+    """The competition's file: `id,text`, one row for every trial of the split, ids from 0.
+
+    The order is that of the public evaluation script: sessions by date, trials as in the file.
+    A trial without text keeps its row, so that no id after it moves.
+    """
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "text"])
+        rows = enumerate(manifest.select(split))
+        writer.writerows((number, text.get(index, "")) for number, index in rows)
+
+
+def empty_rows(manifest: TrialManifest, split: str, text: Mapping[int, str]) -> tuple[str, ...]:
+    """The trials whose row of the submission holds no text, by name."""
+    return tuple(manifest.trials[i].name for i in manifest.select(split) if not text.get(i))
+
+
+def submission_remark(n_rows: int, empty: Sequence[str]) -> str:
+    """What `write_submission` wrote, in one sentence."""
+    if not empty:
+        return f"submission.csv has {n_rows:,} rows, each with text"
+    return (
+        f"WARNING: submission.csv has {n_rows:,} rows, {len(empty):,} of them without text, as the "
+        f"trial was left out or no word was found: {some(empty)}"
+    )
 
 
 def write_logits(path: Path, trials: Iterable[DecodedTrial]) -> None:
@@ -222,101 +240,5 @@ def write_logits(path: Path, trials: Iterable[DecodedTrial]) -> None:
             dataset.attrs["trial_num"] = -1 if record.trial_num is None else record.trial_num
 
 
-def report_contents(evaluation: Evaluation) -> dict[str, Any]:
-    """What `report.model_report` shows about an evaluation."""
-    artefact, manifest = evaluation.artefact, evaluation.manifest
-    by_split = {s: len(manifest.select(s)) for s in ("train", "val", "test")}
-    text = evaluation.sentences.text if evaluation.sentences else {}
-    stride = max(artefact.config.model.patch_stride, 1)
-    sessions = manifest.sessions
-    return {
-        **evaluation.all_numbers,
-        "title": f"{artefact.location.rstrip('/')} on {evaluation.split}",
-        "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
-        "split": evaluation.split,
-        "metrics": artefact.metrics,
-        "examples": [
-            example(trial, stride * BIN_SECONDS, text.get(trial.index))
-            for trial in evaluation.trials
-            if trial.class_log_probs is not None
-        ],
-        "config": artefact.config.to_yaml(),
-        "data": {
-            "Location": evaluation.data,
-            "Fingerprint": manifest.fingerprint(),
-            "Trials": ", ".join(f"{count:,} {s}" for s, count in by_split.items() if count),
-            "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}",
-            "Features per bin": manifest.n_features,
-            "Label form": manifest.label_form,
-        },
-        "remarks": evaluation.remarks,
-        "environment": environment_facts(artefact, evaluation.seconds, len(evaluation.trials)),
-    }
-
-
-def environment_facts(artefact: ModelArtefact, seconds: float, n_trials: int) -> dict[str, Any]:
-    """What the numbers were made with."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    parameters = sum(weight.numel() for weight in artefact.weights.values())
-    return {
-        "Parameters": f"{parameters:,}",
-        "Training steps": artefact.step,
-        "Label form": artefact.label_form,
-        "Decoding": f"{n_trials / max(seconds, 1e-9):.1f} trials/s",
-        "Processor": gpu or platform.processor() or platform.machine(),
-        "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": str(np.__version__),
-    }
-
-
-def example(
-    trial: DecodedTrial, seconds_per_frame: float, decoded: str | None = None
-) -> dict[str, Any]:
-    """One trial for the report: its alignment, and its most probable classes over time."""
-    assert trial.class_log_probs is not None
-    probabilities = np.exp(trial.class_log_probs)
-    diphones = probabilities.shape[1] == N_DIPHONES
-    peaks = probabilities.max(axis=0)
-    peaks[BLANK] = 0
-    shown = np.argsort(-peaks, kind="stable")[:_SHOWN_CLASSES]
-    shown = shown[peaks[shown] >= 0.02]
-    shown = shown[np.argsort(probabilities[:, shown].argmax(axis=0), kind="stable")]
-    labels = [
-        diphone_name(*divmod(int(c), len(PHONEMES))) if diphones else PHONEMES[c].strip()
-        for c in shown
-    ]
-    pairs = (
-        align(trial.reference or [], trial.hypothesis)
-        if trial.reference
-        else [(p, p) for p in trial.hypothesis]
-    )
-    return {
-        "name": trial.record.name,
-        "sentence": trial.record.sentence_label,
-        "decoded": decoded,
-        "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],
-        "posteriors": probabilities[:, shown].T,
-        "labels": labels,
-        "kind": "diphones" if diphones else "phonemes",
-        "seconds_per_frame": seconds_per_frame,
-    }
-
-
 def _spelled(phonemes: Sequence[int]) -> str:
     return " ".join(phoneme_symbols(phonemes))
-
-
-def _strict_json(value: Any) -> str:
-    """Indented JSON without NaN, which other readers refuse: null instead."""
-
-    def finite(node: Any) -> Any:
-        if isinstance(node, float):
-            return node if np.isfinite(node) else None
-        if isinstance(node, Mapping):
-            return {str(k): finite(v) for k, v in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [finite(v) for v in node]
-        return node
-
-    return json.dumps(finite(value), indent=1) + "\n"

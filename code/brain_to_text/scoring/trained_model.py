@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import TrainingConfig, config_from_dict
+from ..config import TrainingConfig
+from ..config_reader import config_from_dict
 from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm
@@ -157,7 +158,6 @@ def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
         "lr": "learning_rate",
         "trials/s": "trials_per_second",
         "data wait": "data_wait_share",
-        "diphone": "diphone_loss",
         "phoneme": "phoneme_loss",
         "phoneme weight": "phoneme_weight",
         "DER (avg)": "der",

@@ -1,293 +1,342 @@
-"""Sentences from phoneme probabilities: beam search over a lexicon with a language model.
-
-Needs the optional packages of docker/requirements_sagemaker_words.txt, flashlight-text and kenlm;
-they are imported when a decoder is made.
-"""
+"""Sentences of decoded trials: from which words, with which language model, tuned how."""
 
 from __future__ import annotations
 
-import gzip
-import itertools
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..dataset.manifest import TrialManifest
 from ..errors import ConfigError, DataError, StorageError
-from ..labels.phonemes import BLANK, N_PHONEMES, SILENCE
-from ..labels.pronunciation import Lexicon, dictionary_words, normalise_text
-from .decoding import ErrorCounts
-from .statistics import count_errors
+from ..labels.pronunciation import lexicon_of, normalise_text, read_lexicon
+from .decoding import DecodedTrial
+from .language_model import check_language_model, estimate_ngrams, words_of_model
+from .statistics import bootstrap_interval, rates_by
+from .summary import seen_in_training
+from .word_decoder import (
+    Hypothesis,
+    WordDecoder,
+    WordSettings,
+    check_words_packages,
+    grid,
+    grid_errors,
+    word_errors,
+)
 
-LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
-WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
-_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
-_GZIP = b"\x1f\x8b"
+FROM_TRAINING = "training"
+LEXICON_ONLY = "none"
+NGRAM_ORDER = 3
+_NAMED = 8  # words or trials that a line names before it says "…"
 
 
 @dataclass(frozen=True)
-class WordSettings:
-    """Weights of the search.
+class WordOptions:
+    """How sentences are decoded.
 
     Attributes:
-        lm_weight: of the language model's log10 probabilities (as KenLM gives them) beside the
-            natural logarithms of the acoustic ones: w here is w / ln 10 = 0.43 w in a decoder that
-            takes natural logarithms of both.
-        word_score: added per word; positive values favour more, shorter words.
-        silence_score: added per silence between words.
-        beam_size: hypotheses kept per frame.
-        beam_threshold: hypotheses this much worse than the best are dropped.
+        language_model: an ARPA or KenLM file; "training": 3-grams of the training sentences;
+            "none": the lexicon alone; None where sentences come from `rescored`.
+        lexicon: a file of `WORD PHONEME …` lines; its words are added to the model's, and its
+            pronunciations replace the CMU dictionary's.
+        settings: weights of the search.
+        tune: choose the two main weights on the validation split.
+        n_best: hypotheses kept of every trial.
+        rescored: a table of hypotheses with new scores, whose best ones are the sentences.
 
     Raises:
-        ConfigError: a weight that is not a number, or no hypothesis to keep.
+        ConfigError: options that exclude each other.
     """
 
-    lm_weight: float = 2.0
-    word_score: float = 0.0
-    silence_score: float = 0.0
-    beam_size: int = 200
-    beam_threshold: float = 50.0
+    language_model: str | None
+    lexicon: Path | None = None
+    settings: WordSettings = field(default_factory=WordSettings)
+    tune: bool = False
+    n_best: int = 1
+    rescored: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.beam_size < 1:
-            raise ConfigError(f"--beam-size is {self.beam_size}: give at least 1.")
-        for name in ("lm_weight", "word_score"):
-            if not math.isfinite(getattr(self, name)):
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} is {getattr(self, name)}: give a finite number.")
-
-
-class WordDecoder:
-    """Decodes one trial at a time.
-
-    Args:
-        lexicon: word → ways to say it, in phoneme ids without silence.
-        language_model: ARPA or KenLM binary file over those words; None for the lexicon alone.
-
-    Raises:
-        ConfigError: the optional packages are not installed.
-        DataError: an empty lexicon, or a language model that KenLM cannot use.
-        StorageError: no such language model.
-    """
-
-    def __init__(self, lexicon: Lexicon, language_model: Path | None) -> None:
-        decoder, dictionary = _flashlight()
-        if not lexicon:
-            raise DataError(
-                "The lexicon is empty: give --lexicon FILE, or a language model whose words the "
-                "CMU dictionary knows."
+        if self.n_best < 1 or self.n_best > self.settings.beam_size:
+            raise ConfigError(
+                f"--nbest is {self.n_best}: give 1 to {self.settings.beam_size}, the hypotheses "
+                "that --beam-size keeps."
             )
-        self._api = decoder
-        self.words = sorted(lexicon)
-        self._dictionary = dictionary.Dictionary([*self.words, "<unk>"])
-        if language_model is None:
-            self._model = decoder.ZeroLM()
-        else:
-            check_language_model(language_model)
-            from flashlight.lib.text.decoder.kenlm import KenLM
+        if self.rescored is not None and (self.lexicon or self.tune or self.n_best > 1):
+            raise ConfigError(
+                "--rescored FILE holds the sentences: leave out --lexicon, --tune-words and "
+                "--nbest, which are about decoding them."
+            )
+        if (self.language_model is None) == (self.rescored is None):
+            raise ConfigError(
+                "Sentences come from one place: give --language-model to decode them, or "
+                "--rescored FILE to score those of a table."
+            )
 
-            with _explained(language_model):
-                self._model = KenLM(str(language_model), self._dictionary)
-        self._trie = self._spellings(lexicon)
 
-    def decode(self, log_probs: np.ndarray, settings: WordSettings) -> str:
-        """The most probable sentence.
+@dataclass(frozen=True)
+class DecodedSentences:
+    """The text of every trial.
 
-        Args:
-            log_probs: [T', 41] float32 phoneme log-probabilities.
-            settings: of the search.
-        """
-        api = self._api
-        search = api.LexiconDecoder(
-            api.LexiconDecoderOptions(
-                settings.beam_size,
-                N_PHONEMES,
-                settings.beam_threshold,
-                settings.lm_weight,
-                settings.word_score,
-                float("-inf"),
-                settings.silence_score,
-                False,
-                api.CriterionType.CTC,
-            ),
-            self._trie,
-            self._model,
-            SILENCE,
-            BLANK,
-            self._dictionary.get_index("<unk>"),
-            [],
-            False,
+    Attributes:
+        text: normalised sentence by trial index.
+        summary: WER with interval (with labels), counts, facts and examples, as plain types.
+        groups: WER by session and by whether training has the sentence, as `rates_by` gives it.
+        n_best: the best hypotheses of every trial, with the weights used.
+    """
+
+    text: Mapping[int, str]
+    summary: dict[str, Any]
+    groups: dict[str, Any] = field(default_factory=dict)
+    n_best: Mapping[int, tuple[WordSettings, list[Hypothesis]]] = field(default_factory=dict)
+
+
+def check_words(options: WordOptions) -> None:
+    """What can be said before anything is read or decoded: packages and files are there.
+
+    Raises:
+        ConfigError: optional packages are missing. DataError, StorageError: no usable file.
+    """
+    if options.rescored is not None:
+        return
+    check_words_packages()
+    if options.language_model not in (FROM_TRAINING, LEXICON_ONLY):
+        check_language_model(Path(options.language_model or ""))
+    if options.lexicon is not None:
+        read_lexicon(options.lexicon)
+
+
+def make_decoder(
+    options: WordOptions, manifest: TrialManifest, folder: Path, split: str = "val"
+) -> tuple[WordDecoder, dict[str, Any]]:
+    """The decoder, and facts about it; a model made from training sentences is kept in `folder`.
+
+    Raises:
+        ConfigError: optional packages are missing. DataError, StorageError: no usable words, or
+            a language model that speaks other words than the data.
+    """
+    source = options.language_model
+    model_file: Path | None = None
+    forms: dict[str, list[str]] = {}
+    strange: list[str] = []
+    if source in (None, FROM_TRAINING, LEXICON_ONLY):
+        sentences = training_sentences(manifest)
+        words = {word for sentence in sentences for word in sentence.split()}
+        vocabulary = f"{len(words):,} words of {len(sentences):,} training sentences"
+        model = "none, the lexicon alone"
+        if source == FROM_TRAINING:
+            model = f"{NGRAM_ORDER}-grams of {len(sentences):,} training sentences"
+            model_file = folder / "language_model.arpa"
+            try:
+                estimate_ngrams(sentences, NGRAM_ORDER).write_arpa(model_file)
+            except OSError as error:
+                raise StorageError(
+                    f"The language model cannot be written to {model_file} ({error.strerror}): "
+                    "give a writable folder with --output-dir."
+                ) from error
+    else:
+        model, model_file = str(source), Path(str(source))
+        forms, strange, vocabulary = words_of_model(model_file)
+        words = set(forms)
+    own = read_lexicon(options.lexicon) if options.lexicon else {}
+    if own:
+        vocabulary += f", and {len(own):,} of {options.lexicon}"
+    lexicon, unknown = lexicon_of(words - own.keys())
+    unknown += strange
+    facts = {
+        "Language model": model,
+        "Vocabulary": vocabulary,
+        "Words that can be decoded": f"{len(lexicon | own):,}",
+        "Words without a pronunciation": f"{len(unknown):,}"
+        + (f" ({some(unknown)})" if unknown else ""),
+    }
+    folded = sum(form != word for word, own_forms in forms.items() for form in own_forms)
+    if folded:
+        facts["Case of the language model"] = f"folded: {folded:,} words are not in lower case"
+    if forms and own:
+        missing = sorted(own.keys() - forms.keys())
+        share = f"{len(own) - len(missing):,} of {len(own):,}"
+        facts["Words of the lexicon that the language model knows"] = share + (
+            f" (not {some(missing)})" if missing else ""
         )
-        emissions = np.ascontiguousarray(log_probs, dtype=np.float32)
-        best = search.decode(emissions.ctypes.data, *emissions.shape)
-        if not best:
-            return ""
-        return " ".join(self._dictionary.get_entry(w) for w in best[0].words if w >= 0)
-
-    def _spellings(self, lexicon: Lexicon) -> Any:
-        """Every way to say every word, with the word's unigram score spread over its prefixes.
-
-        Each ends with the silence that follows a word in the labels. The search needs it, too: it
-        holds a token over several frames only inside a spelling, or if it is the silence.
-        """
-        trie = self._api.Trie(N_PHONEMES, SILENCE)
-        start = self._model.start(False)
-        for word in self.words:
-            index = self._dictionary.get_index(word)
-            _, score = self._model.score(start, index)
-            for sounds in lexicon[word]:
-                trie.insert([*sounds, SILENCE], index, score)
-        trie.smear(self._api.SmearingMode.MAX)
-        return trie
+    known = lexicon.keys() | (own.keys() & forms.keys() if forms else own.keys())
+    facts |= _transcripts(known, manifest, split, str(source), strict=bool(forms or strange))
+    decoder = WordDecoder(lexicon | own, model_file, forms)
+    if decoder.dropped:
+        facts["Left out, as too many words sound alike"] = some(decoder.dropped)
+    return decoder, facts
 
 
-def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Edits between two sentences in words, after the field's normalisation."""
-    words = sorted({*normalise_text(reference).split(), *normalise_text(hypothesis).split()})
-    ids = {word: index for index, word in enumerate(words)}
-    return count_errors(
-        [ids[w] for w in normalise_text(reference).split()],
-        [ids[w] for w in normalise_text(hypothesis).split()],
-    )
+def _transcripts(
+    known: Collection[str], manifest: TrialManifest, split: str, source: str, *, strict: bool
+) -> dict[str, str]:
+    """The share of the transcripts' words that decoder and language model know, as a fact.
+
+    Raises:
+        DataError: most are unknown though the model is one for words like these (`strict`).
+    """
+    for name in (split, "train"):
+        labels = [manifest.trials[i].sentence_label for i in manifest.select(name)]
+        spoken = Counter(word for label in labels for word in normalise_text(label or "").split())
+        if spoken:
+            break
+    else:
+        return {}
+    total = sum(spoken.values())
+    unknown = Counter({word: n for word, n in spoken.items() if word not in known})
+    share = 1 - sum(unknown.values()) / total
+    examples = [word for word, _ in unknown.most_common(_NAMED)]
+    said = f"{100 * share:.1f} % of {total:,} in {name}"
+    said += f" (not {some(examples)})" if examples else ""
+    if strict and share < 0.5:
+        raise DataError(
+            f"The language model {source} does not speak the words of the data: it knows {said}; "
+            "give --language-model a model of the transcripts' language, and --lexicon FILE for "
+            "words that the CMU dictionary lacks."
+        )
+    return {"Words of the transcripts that can be decoded": said}
 
 
-def grid(settings: WordSettings) -> list[WordSettings]:
-    """`settings` with every pair of language-model and word weights that tuning tries."""
-    return [
-        replace(settings, lm_weight=lm_weight, word_score=word_score)
-        for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
-    ]
+def training_sentences(manifest: TrialManifest) -> list[str]:
+    """Normalised sentences of the training split, in order."""
+    labels = [manifest.trials[i].sentence_label for i in manifest.select("train")]
+    return [normalise_text(label) for label in labels if label]
 
 
-def grid_errors(
+def decode_sentences(
+    options: WordOptions,
     decoder: WordDecoder,
-    log_probs: Sequence[np.ndarray],
-    sentences: Sequence[str],
-    settings: WordSettings,
-    progress: Callable[[], object] | None = None,
-) -> tuple[list[WordSettings], np.ndarray, np.ndarray]:
-    """Word errors of every trial at every point of the grid of language-model and word weights.
+    facts: Mapping[str, Any],
+    trials: Sequence[DecodedTrial],
+    tuning: Sequence[DecodedTrial] | None = None,
+    progress: Callable[[], object] = lambda: None,
+    trained_on: Collection[str] = (),
+) -> DecodedSentences:
+    """Decode every trial, with weights tuned where asked.
+
+    Tuned on the very trials that are scored (`tuning` is None), each half of them is decoded with
+    the weights that suit the other half, so that the word error rate stays honest.
 
     Args:
-        log_probs, sentences: of the trials to tune on.
-        settings: everything but the two weights.
-        progress: called after each decoded sentence.
+        trials: the trials to decode.
+        tuning: labelled trials of the validation split; None: `trials` themselves.
+        progress: called after each of `decodings` sentences.
+        trained_on: normalised sentences of the training split.
 
-    Returns:
-        (the points of the grid, errors [points, trials] int64, reference words [trials] int64).
+    Raises:
+        DataError: tuning without labelled trials.
     """
-    points = grid(settings)
-    errors = np.zeros((len(points), len(sentences)), dtype=np.int64)
-    for row, point in enumerate(points):
-        for column, (own, sentence) in enumerate(zip(log_probs, sentences, strict=True)):
-            errors[row, column] = word_errors(sentence, decoder.decode(own, point)).edits
-            if progress is not None:
-                progress()
-    words = np.array([len(normalise_text(sentence).split()) for sentence in sentences])
-    return points, errors, words
-
-
-def check_words_packages() -> None:
-    """Raises: ConfigError: an optional package is not installed."""
-    _flashlight()
-
-
-def check_language_model(path: Path) -> None:
-    """Raises: StorageError: there is no such file."""
-    if not path.is_file():
-        raise StorageError(
-            f"Language model {path} does not exist: give --language-model an ARPA or KenLM file, "
-            "or 'training' to make one from the training sentences."
+    halves = [(list(trials), options.settings)]
+    rows: list[dict[str, float]] = []
+    if options.tune:
+        known = _with_sentence(trials if tuning is None else tuning)
+        if len(known) < 2:
+            raise DataError(
+                "Tuning needs validation trials with sentences: use data with a val split, or "
+                "leave out --tune-words."
+            )
+        points, errors, words = grid_errors(
+            decoder,
+            [t.phoneme_log_probs for t in known],
+            [t.record.sentence_label or "" for t in known],
+            options.settings,
+            progress,
         )
+        totals = max(int(words.sum()), 1)
+        rows = [
+            {"lm_weight": p.lm_weight, "word_score": p.word_score, "WER": int(e.sum()) / totals}
+            for p, e in zip(points, errors, strict=True)
+        ]
+        if tuning is None:
+            even = np.arange(len(known)) % 2 == 0
+            place = {t.index: position for position, t in enumerate(known)}
+            split = [[t for t in trials if place.get(t.index, 1) % 2 == half] for half in (0, 1)]
+            halves = [
+                (split[0], points[int(errors[:, ~even].sum(1).argmin())]),
+                (split[1], points[int(errors[:, even].sum(1).argmin())]),
+            ]
+        else:
+            halves = [(list(trials), points[int(errors.sum(1).argmin())])]
+    n_best = {}
+    for members, settings in halves:
+        for trial in members:
+            found = decoder.hypotheses(trial.phoneme_log_probs, settings, options.n_best)
+            n_best[trial.index] = (settings, found)
+            progress()
+    used = [settings for members, settings in halves if members]
+    weights = {
+        name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used))
+        for name in asdict(options.settings)
+    }
+    text = {index: found[0].text for index, (_, found) in n_best.items()}
+    sentences = score_sentences(trials, text, {**facts, **weights}, trained_on)
+    if rows:
+        sentences.summary["grid"] = rows
+    if options.n_best == 1:
+        return sentences
+    labelled = _with_sentence(trials)
+    words_of = {t.index: word_errors(t.record.sentence_label or "", "") for t in labelled}
+    if total := sum(c.reference_labels for c in words_of.values()):
+        best = sum(
+            min(word_errors(t.record.sentence_label or "", h.text).edits for h in found)
+            for t in labelled
+            for _, found in [n_best[t.index]]
+        )
+        sentences.summary["WER of the best hypothesis"] = best / total
+    return DecodedSentences(text, sentences.summary, sentences.groups, n_best)
 
 
-def words_of_model(path: Path) -> tuple[set[str], str]:
-    """The words that a language model knows, told by its content, and what they are.
-
-    A KenLM binary names no words but knows them when asked: it is asked for every word of the CMU
-    dictionary.
-
-    Raises:
-        DataError: neither ARPA text nor a KenLM binary. StorageError: unreadable.
-    """
-    try:
-        with path.open("rb") as file:
-            first = file.read(len(_KENLM_BINARY))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if first != _KENLM_BINARY:
-        words = set(words_of_arpa(path, compressed=first.startswith(_GZIP)))
-        return words, f"{len(words):,} words of the ARPA file"
-    import kenlm
-
-    with _explained(path):
-        model = kenlm.Model(str(path))
-    words = {word for word in dictionary_words() if word in model}
-    return words, f"{len(words):,} words of the CMU dictionary that the KenLM binary knows"
+def decodings(
+    options: WordOptions,
+    trials: Sequence[DecodedTrial],
+    tuning: Sequence[DecodedTrial] | None = None,
+) -> int:
+    """How many sentences `decode_sentences` decodes, those of the grid included."""
+    known = _with_sentence(trials if tuning is None else tuning) if options.tune else []
+    return len(trials) + len(grid(options.settings)) * len(known)
 
 
-def words_of_arpa(path: Path, *, compressed: bool = False) -> list[str]:
-    """The vocabulary of an ARPA file.
-
-    Raises:
-        DataError: not ARPA text. StorageError: unreadable.
-    """
-    words: list[str] = []
-    inside = False
-    try:
-        with (gzip.open if compressed else open)(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("\\"):
-                    if inside:
-                        break
-                    inside = line.startswith("\\1-grams")
-                elif inside and line.strip():
-                    words.append(line.split("\t")[1].split()[0])
-    except (UnicodeDecodeError, IndexError, EOFError) as error:
-        raise _not_a_model(path, "it holds no list of 1-grams") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not inside:
-        raise _not_a_model(path, "it holds no list of 1-grams")
-    return [word for word in words if not word.startswith("<")]
+def _with_sentence(trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
+    return [trial for trial in trials if trial.record.sentence_label]
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """KenLM's complaints about a file as one sentence."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        text = " ".join(str(error).split())
-        raise _not_a_model(path, re.split(r"threw \w+\. ", text)[-1][:200].rstrip(".")) from error
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for a line."""
+    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
 
 
-def _not_a_model(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{path} cannot be used as a language model ({reason}): give ARPA text with 2-grams or "
-        "longer, or a KenLM binary."
-    )
-
-
-def _unreadable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"Language model {path} cannot be read ({error.strerror or error}): check the path."
-    )
-
-
-def _flashlight() -> tuple[Any, Any]:
-    try:
-        import flashlight.lib.text.decoder as decoder
-        import flashlight.lib.text.dictionary as dictionary
-        import kenlm  # noqa: F401  (the decoder's KenLM binding loads its library)
-    except ImportError as error:
-        raise ConfigError(
-            f"Decoding words needs an optional package ({error.name} is not installed): type "
-            "'pip install -r docker/requirements_sagemaker_words.txt'."
-        ) from error
-    return decoder, dictionary
+def score_sentences(
+    trials: Sequence[DecodedTrial],
+    text: Mapping[int, str],
+    settings: Mapping[str, Any],
+    trained_on: Collection[str] = (),
+) -> DecodedSentences:
+    """Sentences with their word error rate, whole and in groups, where the trials have labels."""
+    known = _with_sentence(trials)
+    scored = f"{len(known):,} of {len(trials):,} trials, those with a sentence"
+    summary: dict[str, Any] = {"settings": {**settings, "Scored": scored}}
+    counts = [word_errors(t.record.sentence_label or "", text[t.index]) for t in known]
+    edits, words = [c.edits for c in counts], [c.reference_labels for c in counts]
+    if not sum(words):
+        return DecodedSentences(text, summary)
+    order = sorted(range(len(known)), key=lambda i: (-counts[i].edits, known[i].index))
+    summary |= {
+        "WER": asdict(bootstrap_interval(edits, words)),
+        "n_sentences": len(known),
+        "sentences_right": sum(c.edits == 0 for c in counts) / len(counts),
+        "examples": [
+            {
+                "reference": normalise_text(known[i].record.sentence_label or ""),
+                "decoded": text[known[i].index],
+                "errors": counts[i].edits,
+            }
+            for i in [*order[:5], *order[len(order) // 2 : len(order) // 2 + 5]]
+        ],
+    }
+    groups = {"session": rates_by([t.record.session for t in known], edits, words)}
+    if trained_on:
+        keys = [seen_in_training(t, trained_on) for t in known]
+        groups["sentence"] = rates_by(keys, edits, words)
+    return DecodedSentences(text, summary, groups)

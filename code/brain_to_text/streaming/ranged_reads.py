@@ -8,30 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import os
-import re
 from pathlib import Path
 from typing import Protocol
 
 import fsspec.asyn
 
-S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
-
-
-class ReadError(Exception):
-    """An attempt that failed and may work when repeated; the message is the cause."""
-
-
-class CredentialsRejectedError(ReadError):
-    """The server no longer accepts the credentials in use, or the provider has no new ones."""
-
-
-class PersistentError(ReadError):
-    """An answer that seldom changes by asking again: access denied, no such object."""
-
-
-class ObjectReplacedError(Exception):
-    """The object under this key is not the one in the manifest."""
+from ..dataset.attempts import PersistentError, ReadError
 
 
 class RangedReader(Protocol):
@@ -53,8 +35,8 @@ class RangedReader(Protocol):
             ObjectReplacedError: the object's ETag is another one.
         """
 
-    async def renew_credentials(self) -> None:
-        """Ask the credential provider again; at most once in a few seconds.
+    async def renew_credentials(self) -> bool:
+        """Ask the credential provider again, at most once in a few seconds; True for others.
 
         Raises:
             CredentialsRejectedError: it has no credentials to give.
@@ -65,27 +47,24 @@ class RangedReader(Protocol):
 
 
 class LocalRangedReader:
-    """Ranged reads of files in a folder, on threads: the same path as S3 without a network."""
+    """Ranged reads of files in a folder, on threads: the same path as S3 without a network.
+
+    Whether a file is the one in the manifest is for the CRC-32 of its trials to say.
+    """
 
     def __init__(self, folder: Path, concurrency: int) -> None:
         self._folder = folder
         self.loop = fsspec.asyn.get_loop()
-        self._seen: dict[str, str] = {}
         self._threads = concurrent.futures.ThreadPoolExecutor(
             max_workers=min(concurrency, 8), thread_name_prefix="local-read"
         )
 
     async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
-        return await self.loop.run_in_executor(self._threads, self._read, key, offset, length, etag)
+        return await self.loop.run_in_executor(self._threads, self._read, key, offset, length)
 
-    def _read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
+    def _read(self, key: str, offset: int, length: int) -> bytearray:
         try:
             with (self._folder / key).open("rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                found = f"{status.st_mtime_ns}-{status.st_size}"
-                expected = self._seen.setdefault(key, found) if S3_ETAG.fullmatch(etag) else etag
-                if found != expected:
-                    raise ObjectReplacedError(f"its time and size are {found}, not {expected}")
                 file.seek(offset)
                 span = bytearray(length)
                 filled = 0
@@ -94,12 +73,12 @@ class LocalRangedReader:
                 del span[filled:]
                 return span
         except FileNotFoundError as error:
-            raise PersistentError("no such file") from error
+            raise PersistentError("no such file", "check that the folder is still there") from error
         except OSError as error:
             raise ReadError(f"{type(error).__name__}: {error.strerror}") from error
 
-    async def renew_credentials(self) -> None:
-        return
+    async def renew_credentials(self) -> bool:
+        return False
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

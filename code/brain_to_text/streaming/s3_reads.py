@@ -18,13 +18,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import botocore.credentials
 import botocore.exceptions
 import botocore.session
 import fsspec.asyn
-import s3fs
-from fsspec.exceptions import FSTimeoutError
 
 try:
     import obstore
@@ -32,29 +29,21 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
-from ..errors import StorageError
-from .ranged_reads import (
-    S3_ETAG,
-    CredentialsRejectedError,
-    ObjectReplacedError,
-    PersistentError,
-    ReadError,
+from ..dataset.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
+from ..dataset.locations import S3_ETAG, split_s3_url
+from ..dataset.s3_client import (
+    PROVIDER_ERRORS,
+    S3Client,
+    answer_fault,
+    is_web_page,
+    one_line,
+    read_at_most,
+    web_page_fault,
 )
+from ..errors import StorageError
 
 log = logging.getLogger("brain_to_text")
 
-# Answers after which the credentials in use are worth renewing at once: a token that the provider
-# still believed in, a key that was rotated, a clock that is off.
-_EXPIRED = {
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestExpired",
-    "RequestTimeTooSkewed",
-    "TokenRefreshRequired",
-}
-_FINAL = {"AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey", "403", "404"}
 _SWITCHES = (
     "use_fips_endpoint",
     "use_dualstack_endpoint",
@@ -63,16 +52,6 @@ _SWITCHES = (
 _REDIRECTS = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
 _OTHER_REGION = "the bucket is in another region than AWS_REGION"
 _RENEWAL_INTERVAL_SECONDS = 2.0
-# What providers of credentials raise: botocore's own, STS's answers, files that are not there,
-# answers without a key, credentials that come expired.
-_PROVIDER_ERRORS = (
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
-    OSError,
-    KeyError,
-    ValueError,
-    RuntimeError,
-)
 
 
 class _UnsuitableClientError(Exception):
@@ -100,7 +79,7 @@ class S3RangedReader:
         self._proven = False
         self._first_read = asyncio.Lock()
         self._renewal = _Renewal(lambda: self._client.renew_credentials())
-        self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds, self.loop)
+        self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds)
         self._client: _S3fsClient | _ObstoreClient = self._s3fs
         try:
             if _obstore_will_do(self._s3fs.bucket):
@@ -123,6 +102,8 @@ class S3RangedReader:
                     answer = await self._get(key, offset, length, expected)
                     self._proven = True
         found, span = answer or await self._get(key, offset, length, expected)
+        if len(span) != length and is_web_page(span):
+            raise web_page_fault()
         if found and found != (expected or self._seen.setdefault(key, found)):
             raise ObjectReplacedError(f"its ETag is {found}, no longer {expected}")
         return span
@@ -139,10 +120,11 @@ class S3RangedReader:
                 self._client = self._s3fs
             raise ReadError(str(error)) from error
 
-    async def renew_credentials(self) -> None:
-        await self._renewal.run()
+    async def renew_credentials(self) -> bool:
+        return await self._renewal.run()
 
     async def close(self) -> None:
+        self._client = self._s3fs  # the other one's connections end with it
         await self._s3fs.close()
 
 
@@ -152,23 +134,24 @@ class _Renewal:
     In between, its last answer stands, whether it gave credentials or failed.
     """
 
-    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[bool]]) -> None:
         self._ask = ask
         self._one_at_a_time = asyncio.Lock()
         self._asked = -_RENEWAL_INTERVAL_SECONDS
-        self._fault = ""
+        self._fault: CredentialsRejectedError | None = None
+        self._hope = False
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         async with self._one_at_a_time:
             if time.monotonic() - self._asked > _RENEWAL_INTERVAL_SECONDS:
                 try:
-                    await self._ask()
-                    self._fault = ""
-                except _PROVIDER_ERRORS as error:
-                    self._fault = f"credentials cannot be renewed ({_one_line(error)})"
+                    self._hope, self._fault = await self._ask(), None
+                except CredentialsRejectedError as fault:
+                    self._fault = fault
                 self._asked = time.monotonic()
-            if self._fault:
-                raise CredentialsRejectedError(self._fault)
+            if self._fault is not None:
+                raise CredentialsRejectedError(str(self._fault), self._fault.advice)
+            return self._hope
 
 
 def _obstore_will_do(bucket: str) -> bool:
@@ -181,11 +164,50 @@ def _obstore_will_do(bucket: str) -> bool:
     return not (asked or profile.keys() & {"endpoint_url", "services", "s3", *_SWITCHES})
 
 
+class _Credentials:
+    """What obstore signs with. It holds this, not the client: nothing sees a circle through it."""
+
+    def __init__(self) -> None:
+        self.session = botocore.session.Session()
+        self._current = self._find()
+
+    def __call__(self) -> Any:
+        """obstore asks again for nearly every request."""
+        frozen = self._current.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30),
+        }
+
+    def renew(self) -> bool:
+        """As `S3Client.renew_credentials`."""
+        before = self._current
+        try:
+            self.session = botocore.session.Session()
+            self._current = self._find()
+            after = self._current.get_frozen_credentials()
+        except PROVIDER_ERRORS as error:
+            raise CredentialsRejectedError(
+                f"credentials cannot be renewed ({one_line(error)})"
+            ) from error
+        if isinstance(self._current, botocore.credentials.RefreshableCredentials):
+            return True
+        return before.get_frozen_credentials() != after
+
+    def _find(self) -> botocore.credentials.Credentials:
+        credentials = self.session.get_credentials()
+        if credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        return credentials
+
+
 class _ObstoreClient:
     def __init__(self, url: str, read_timeout_seconds: float) -> None:
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        self._session = botocore.session.Session()
-        self._credentials = self._find_credentials()
+        bucket, prefix = split_s3_url(url)
+        self._credentials = _Credentials()
+        session = self._credentials.session
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         silence = datetime.timedelta(seconds=read_timeout_seconds)
         options: dict[str, Any] = {
@@ -194,35 +216,19 @@ class _ObstoreClient:
             "timeout": datetime.timedelta(days=1),  # the budget is our business
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
         }
-        bundle = self._session.get_config_variable("ca_bundle")
+        bundle = session.get_config_variable("ca_bundle")
         if bundle:
             options["root_certificate"] = Path(bundle).read_bytes()
         self._store = S3Store(
             bucket,
-            prefix=prefix.strip("/") or None,
-            region=self._session.get_config_variable("region") or "us-east-1",
+            prefix=prefix or None,
+            region=session.get_config_variable("region") or "us-east-1",
             virtual_hosted_style_request=False,
             client_options=options,  # type: ignore[arg-type]
             retry_config={"max_retries": 0},
-            credential_provider=self._frozen_credentials,
+            credential_provider=self._credentials,
             **({"endpoint": endpoint} if endpoint else {}),  # type: ignore[arg-type]
         )
-
-    def _find_credentials(self) -> botocore.credentials.Credentials:
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise botocore.exceptions.NoCredentialsError
-        return credentials
-
-    def _frozen_credentials(self) -> Any:
-        """What obstore signs with now; it asks again for nearly every request."""
-        frozen = self._credentials.get_frozen_credentials()
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30),
-        }
 
     async def get(
         self, key: str, offset: int, length: int, etag: str | None
@@ -237,9 +243,8 @@ class _ObstoreClient:
             raise _obstore_fault(error) from error
         return (answer.meta.get("e_tag") or "").strip('"'), memoryview(body)
 
-    async def renew_credentials(self) -> None:
-        self._session = botocore.session.Session()
-        self._credentials = await asyncio.to_thread(self._find_credentials)
+    async def renew_credentials(self) -> bool:
+        return await asyncio.to_thread(self._credentials.renew)
 
 
 def _obstore_fault(error: Exception) -> Exception:
@@ -259,117 +264,30 @@ def _obstore_fault(error: Exception) -> Exception:
         name = code[1] if code else status[1]
         if name in _REDIRECTS or status[1] in ("301", "307"):
             return _UnsuitableClientError(_OTHER_REGION)
-        return _answer_fault(status[1], name)
+        page = re.search(r"<(!doctype )?html", text, re.IGNORECASE)
+        return answer_fault(status[1], name, page[0].encode() if page else b"")
     summary = " ".join(text.split("Debug source")[0].split())
     detail = re.search(r"TimedOut|ConnectionRefused|ConnectionReset|UnexpectedEof|dns error", text)
     return ReadError(summary[:250] + (f" ({detail[0]})" if detail else ""))
 
 
-def _answer_fault(status: str, code: str) -> ReadError | ObjectReplacedError:
-    """What an error answer of the server means."""
-    text = f"HTTP {status} {code}" if status != code else f"HTTP {status}"
-    if "412" in (status, code) or code == "PreconditionFailed":
-        return ObjectReplacedError("the server says that its ETag is another one")
-    if code in _EXPIRED:
-        return CredentialsRejectedError(text)
-    return PersistentError(text) if code in _FINAL else ReadError(text)
-
-
-class _S3fsClient:
-    def __init__(
-        self,
-        url: str,
-        concurrency: int,
-        read_timeout_seconds: float,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._file_system = s3fs.S3FileSystem(
-            asynchronous=True,
-            loop=loop,
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            config_kwargs={
-                "retries": {"mode": "standard", "total_max_attempts": 1},
-                "max_pool_connections": concurrency,
-                "connect_timeout": read_timeout_seconds,
-                "read_timeout": read_timeout_seconds,
-                "parameter_validation": False,
-                # S3 has no checksum of a part of an object; ours is the manifest's CRC.
-                "response_checksum_validation": "when_required",
-            },
-        )
-        self._previous_client: Any = None  # requests in flight may still be using it
-
-    async def connect(self) -> Any:
-        return await self._file_system.set_session()
-
+class _S3fsClient(S3Client):
     async def get(
         self, key: str, offset: int, length: int, etag: str | None
     ) -> tuple[str, bytearray]:
         conditions = {"IfMatch": f'"{etag}"'} if etag else {}
-        try:
-            client = await self.connect()
+
+        async def request(client: Any) -> tuple[str, bytearray]:
             answer = await client.get_object(
                 Bucket=self.bucket,
-                Key=self._prefix + key,
+                Key=self.root + key,
                 Range=f"bytes={offset}-{offset + length - 1}",
                 **conditions,
             )
             body = answer["Body"]
             try:
-                return answer.get("ETag", "").strip('"'), await _read_at_most(body, length)
+                return answer.get("ETag", "").strip('"'), await read_at_most(body, length)
             finally:
                 body.close()
-        except (
-            botocore.exceptions.BotoCoreError,
-            botocore.exceptions.ClientError,
-            aiohttp.ClientError,
-            FSTimeoutError,
-            OSError,
-            RuntimeError,  # of a provider whose credentials come expired
-        ) as error:
-            raise _botocore_fault(error) from error
 
-    async def renew_credentials(self) -> None:
-        outdated = self._file_system._s3
-        await self._file_system.set_session(refresh=True)
-        if self._previous_client is not None:
-            await self._previous_client.close()
-        self._previous_client = outdated
-
-    async def close(self) -> None:
-        for client in (self._previous_client, self._file_system._s3):
-            if client is not None:
-                await client.close()
-
-
-async def _read_at_most(body: Any, length: int) -> bytearray:
-    """The body, cut off one byte after `length`: a server that ignores the range sends it all."""
-    span = bytearray(length)
-    view = memoryview(span)
-    filled = 0
-    while chunk := await body.read(length - filled or 1):
-        if filled == length:
-            return span + chunk
-        view[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    view.release()
-    del span[filled:]
-    return span
-
-
-def _botocore_fault(error: Exception) -> ReadError | ObjectReplacedError:
-    if isinstance(error, botocore.exceptions.ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        return _answer_fault(status, code)
-    if isinstance(error, botocore.exceptions.NoCredentialsError):
-        return PersistentError("no credentials found by the AWS provider chain")
-    return ReadError(_one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {reason}"[:300]
+        return await self.call(request)

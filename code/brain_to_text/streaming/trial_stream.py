@@ -19,28 +19,23 @@ from typing import Literal
 import numpy as np
 
 from ..config import DatasetConfig
+from ..dataset.attempts import (
+    Attempts,
+    ObjectReplacedError,
+    PersistentError,
+    ReadError,
+    RetryPolicy,
+)
+from ..dataset.locations import is_s3
 from ..dataset.manifest import TrialManifest
 from ..dataset.store import ObjectStore
 from ..dataset.trial_record import TrialRecord
 from ..errors import BrainToTextError, DataError, StorageError
-from .cache_plan import features_dtype
-from .ranged_reads import (
-    CredentialsRejectedError,
-    LocalRangedReader,
-    ObjectReplacedError,
-    PersistentError,
-    RangedReader,
-    ReadError,
-)
-from .retry import Attempts, RetryPolicy
-from .shared_trial_cache import Host, SharedTrialCache, open_cache
+from .ranged_reads import LocalRangedReader, RangedReader
 from .stream_stats import StreamStats
-from .trial_cache import TrialCache
+from .trial_cache import TrialCache, cache_budget_bytes, decoded_dtype, plan_cache
 
 CacheDtype = Literal["stored", "float16"]
-
-# An answer like "access denied", or the same wrong bytes, is final when it comes this often.
-_PATIENCE = 3
 
 
 class TrialStream:
@@ -69,7 +64,7 @@ class TrialStream:
         *,
         concurrency: int = 16,
         cache_bytes: int = 0,
-        cache: TrialCache | SharedTrialCache | None = None,
+        cache: TrialCache | None = None,
         cache_dtype: CacheDtype = "stored",
         retry: RetryPolicy | None = None,
         threads: int = 4,
@@ -79,7 +74,7 @@ class TrialStream:
         self.manifest = manifest
         self.cache = TrialCache(cache_bytes) if cache is None else cache
         self.cache_dtype = cache_dtype
-        self.dtype = features_dtype(manifest, cache_dtype)
+        self.dtype = _common_dtype(manifest, cache_dtype)
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
         self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
@@ -96,19 +91,21 @@ class TrialStream:
         store: ObjectStore,
         manifest: TrialManifest,
         dataset: DatasetConfig,
-        host: Host | None = None,
+        processes: int = 1,
     ) -> TrialStream:
         """The stream that a configuration describes, shared by training and validation.
 
         Args:
-            host: the world of training processes; those of one host share one cache. All of them
-                must call this at the same point.
+            processes: training processes on this host; an automatic cache is its share of the RAM.
         """
+        plan = plan_cache(manifest, dataset)
+        prefetch_bytes = int(dataset.prefetch_mb * 1e6)
+        budget = cache_budget_bytes(dataset.cache_gb, plan.n_bytes, prefetch_bytes, processes)
         return cls(
             store,
             manifest,
             concurrency=dataset.max_concurrent_reads,
-            cache=open_cache(manifest, dataset, host),
+            cache=TrialCache(budget, plan=plan),
             cache_dtype=dataset.cache_dtype,
             retry=RetryPolicy(
                 budget_seconds=dataset.retry_budget_seconds,
@@ -225,47 +222,28 @@ class TrialStream:
     async def _load_in_slot(self, index: int, record: TrialRecord) -> np.ndarray:
         self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
         attempts = Attempts(self._retry)
-        final: list[str] = []
-        rejected = False
+        get = functools.partial(self._get, record)
         while True:
             try:
-                span = await self._attempt(record, attempts, rejected)
+                span = await attempts.run(get, record.length)
                 return await self._reader.loop.run_in_executor(
                     self._decoders, self._accept, index, record, span
                 )
             except ObjectReplacedError as fault:
                 raise self._replaced(record, str(fault)) from fault
             except ReadError as fault:
-                attempts.last_cause = str(fault)
-                if isinstance(fault, (PersistentError, _WrongBytesError)):
-                    final.append(str(fault))
-                    if final.count(str(fault)) >= _PATIENCE:
-                        raise self._gave_up(record, attempts, fault) from fault
-                pause = attempts.pause_seconds()
-                if pause is None:
+                wrong = isinstance(fault, _WrongBytesError)
+                try:
+                    await attempts.wait_after(fault, self._reader.renew_credentials, wrong)
+                except ReadError:
                     raise self._gave_up(record, attempts, fault) from fault
-                rejected = isinstance(fault, CredentialsRejectedError)
                 self.stats.add(retries=1)
-                await asyncio.sleep(pause)
 
-    async def _attempt(
-        self, record: TrialRecord, attempts: Attempts, renew: bool
-    ) -> bytearray | memoryview:
-        """One GET, with new credentials where the last ones were rejected."""
-        attempts.count += 1
-        limit = attempts.timeout_seconds(record.length)
+    async def _get(self, record: TrialRecord) -> bytearray | memoryview:
+        """Exactly the trial's bytes, by one GET."""
+        self.stats.add(requests=1)
         etag = self.manifest.files[record.key].etag
-        try:
-            async with asyncio.timeout(limit):
-                if renew:
-                    await self._reader.renew_credentials()
-                self.stats.add(requests=1)
-                span = await self._reader.read(record.key, record.offset, record.length, etag)
-        except TimeoutError as error:
-            if attempts.last_cause and limit < self._retry.attempt_seconds(record.length):
-                # it was the budget's end that cut this attempt short: that is no cause
-                raise ReadError(attempts.last_cause) from error
-            raise ReadError(f"no complete answer within {limit:.1f} s") from error
+        span = await self._reader.read(record.key, record.offset, record.length, etag)
         self.stats.add(bytes_fetched=len(span))
         if len(span) < record.length:
             raise ReadError(f"got {len(span)} of {record.length} bytes")
@@ -305,15 +283,15 @@ class TrialStream:
                 f"{fault}; run `python code/prepare_dataset.py index {self.url}` if the file was "
                 "replaced, or upload it again if it is damaged."
             )
-        elapsed = self._retry.budget_seconds - attempts.remaining_seconds()
-        advice = (
+        advice = attempts.advice or (
             "check the role's s3:GetObject permission and that the object exists"
             if isinstance(fault, PersistentError)
             else "start the job again to resume, or raise dataset.retry_budget_seconds"
         )
         return StorageError(
-            f"Reading {place} failed after {attempts.count} attempts in {elapsed:.1f} s of the "
-            f"{self._retry.budget_seconds:g} s budget, last cause: {attempts.last_cause}; {advice}."
+            f"Reading {place} failed after {attempts.count} attempts in "
+            f"{attempts.elapsed_seconds:.1f} s of the {self._retry.budget_seconds:g} s budget, "
+            f"last cause: {attempts.last_cause}; {advice}."
         )
 
 
@@ -323,7 +301,7 @@ def _open_reader(url: str, concurrency: int, read_timeout_seconds: float) -> Ran
     Raises:
         StorageError: see `s3_reads.S3RangedReader`.
     """
-    if url.startswith("s3://"):
+    if is_s3(url):
         from .s3_reads import S3RangedReader  # local folders need no S3 client
 
         return S3RangedReader(url, concurrency, read_timeout_seconds)
@@ -340,6 +318,12 @@ class _SharedRead:
 
 class _WrongBytesError(ReadError):
     """As many bytes as asked for, but not the ones in the manifest."""
+
+
+def _common_dtype(manifest: TrialManifest, cache_dtype: str) -> np.dtype:
+    """Type that holds any trial's features: files of both precisions are possible."""
+    found = {decoded_dtype(trial, cache_dtype) for trial in manifest.trials}
+    return np.dtype("<f2") if found == {np.dtype("<f2")} else np.dtype("<f4")
 
 
 def _halved(features: np.ndarray, record: TrialRecord) -> np.ndarray:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TrainingConfig, config_from_dict, config_keys, differences
+from ..config import TrainingConfig, config_keys, differences
+from ..config_reader import config_from_dict
 from ..dataset.manifest import load_or_build_manifest
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
 from ..gpus import training_flops
 from ..model.augmentations import Augmentation
+from ..model.classifier import folded
 from ..model.device import allow_tf32, notes, peak_flops, unusable
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
@@ -37,9 +39,8 @@ from ..model.weights_file import (
     save_atomically,
     state_to_cpu,
 )
-from ..scoring.decoding import ValidationResult
+from ..scoring.decoding import ValidationResult, evaluate
 from ..scoring.evaluate import write_run_report
-from ..scoring.evaluation import evaluate
 from ..scoring.trained_model import initial_weights
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
@@ -355,7 +356,8 @@ class BrainToTextDecoder_Trainer_S3:
             )
         )
         selection = self.selection = select_trials(self.manifest, config)
-        config.dataset.sessions = list(selection.sessions)
+        for sentence in selection.warnings:
+            log.warning(sentence)
         for sentence in selection.excluded:
             log.info(f"Left out: {sentence}")
         if selection.excluded:
@@ -367,10 +369,12 @@ class BrainToTextDecoder_Trainer_S3:
         self.day_of_trial = {
             int(trial): day for day, trials in enumerate(selection.train) for trial in trials
         }
-        self.stream = TrialStream.from_config(store, self.manifest, config.dataset, host=world)
+        self.stream = TrialStream.from_config(
+            store, self.manifest, config.dataset, world.local_size
+        )
         self.closing.callback(self.stream.close)
         self.closing.callback(self._say_traffic)
-        log.info(f"Cache: {self.stream.cache.describe()}")
+        log.info(f"Cache: {self.stream.cache.budget_bytes / 1e9:.1f} GB for this process")
         share: dict[str, Any] = {
             "device": self.device,
             "rank": world.rank,
@@ -399,7 +403,9 @@ class BrainToTextDecoder_Trainer_S3:
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed)
-        self.model = GRUDecoder.from_config(config, len(self.selection.sessions)).to(self.device)
+        self.model = GRUDecoder.from_config(
+            config, len(self.selection.sessions), for_training=True
+        ).to(self.device)
         for name, parameter in self.model.named_parameters():
             frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
                 name.startswith("day_") and not config.model.input_network.input_trainable
@@ -413,12 +419,12 @@ class BrainToTextDecoder_Trainer_S3:
             f"Model has {n_day:,} day-specific parameters ({100 * n_day / n_parameters:.1f}%)"
         )
         self.augmentation = Augmentation(config.dataset.data_transforms)
-        self.objective = JointObjective(config.objective, config.dataset.n_classes)
+        self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, self.device)
         self.scheduler = build_scheduler(self.optimizer, config)
         after_backward = None
         if self.world.size > 1:
-            gradients = GradientSum(self.model, self.world, config.gradient_compression)
+            gradients = GradientSum(self.model, self.world)
 
             def after_backward(batch: Any) -> None:
                 trials = self.train_set.plan.trials(batch.step)
@@ -480,7 +486,7 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _find_state(self) -> dict[str, Any] | None:
         """On the main rank: the newest valid state of this very run, if there is one."""
-        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir, self.config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
         self.closing.callback(self.checkpoints.close)
         state, passed_over = self.checkpoints.load_latest()
         for sentence in passed_over:
@@ -544,7 +550,7 @@ class BrainToTextDecoder_Trainer_S3:
         step, interval = self.state.step, self._interval
         terms: dict[str, torch.Tensor | None] = {"loss": result.nats_per_frame}
         if self.objective.is_joint:
-            terms |= {"diphone_loss": result.diphone, "phoneme_loss": result.phoneme}
+            terms["phoneme_loss"] = result.phoneme
         # reading them first makes the time that of the work, not of handing it to the device
         own_terms = {name: float(value) for name, value in terms.items() if value is not None}
         elapsed = time.perf_counter() - interval.started
@@ -658,7 +664,7 @@ class BrainToTextDecoder_Trainer_S3:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.train_step.averaged_weights():
-            weights = state_to_cpu(self.model.state_dict())
+            weights = state_to_cpu(folded(self.model))
         content = {
             "model_state_dict": weights,
             "step": self.state.step,

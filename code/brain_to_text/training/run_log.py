@@ -24,7 +24,6 @@ LOGGER = logging.getLogger("brain_to_text")
 # Fields of a training line after the contract's, in this order: number, text, factor. A number that
 # a run does not have (MFU on an unlisted device, terms of a joint loss elsewhere) is left out.
 _STEP_FIELDS = (
-    ("diphone_loss", "diphone: {:.3f}", 1),
     ("phoneme_loss", "phoneme: {:.3f}", 1),
     ("phoneme_weight", "phoneme weight: {:.2f}", 1),
     ("learning_rate", "lr: {:.2e}", 1),

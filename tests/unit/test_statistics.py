@@ -8,14 +8,14 @@ import jiwer
 import numpy as np
 import pytest
 from brain_to_text.errors import DataError
-from brain_to_text.scoring.decoding import ErrorCounts
 from brain_to_text.scoring.statistics import (
+    ErrorCounts,
+    Interval,
     align,
     bootstrap_interval,
     calibration,
     compare_paired,
     confusion_matrix,
-    count_errors,
     diphone_errors,
     length_group,
     rates_by,
@@ -45,7 +45,8 @@ def test_rates_equal_jiwer_exactly():
     references = [random.integers(1, 41, random.integers(1, 40)).tolist() for _ in range(200)]
     hypotheses = [corrupted(random, reference) for reference in references]
     total = sum(
-        (count_errors(r, h) for r, h in zip(references, hypotheses, strict=True)), ErrorCounts()
+        (ErrorCounts.between(r, h) for r, h in zip(references, hypotheses, strict=True)),
+        ErrorCounts(),
     )
     as_words = [" ".join(map(str, sequence)) for sequence in references + hypotheses]
     expected = jiwer.process_words(as_words[:200], as_words[200:])
@@ -58,7 +59,7 @@ def test_alignment_spells_both_sequences_and_costs_the_edit_distance(reference, 
     pairs = align(reference, hypothesis)
     assert [r for r, _ in pairs if r is not None] == reference
     assert [h for _, h in pairs if h is not None] == hypothesis
-    assert sum(r != h for r, h in pairs) == count_errors(reference, hypothesis).edits
+    assert sum(r != h for r, h in pairs) == ErrorCounts.between(reference, hypothesis).edits
     assert len(token_correctness(reference, hypothesis)) == len(hypothesis)
 
 
@@ -104,7 +105,7 @@ def test_few_differing_trials_give_the_exact_p_value():
 def test_equal_models_differ_by_nothing():
     comparison = compare_paired([1, 2, 3], [1, 2, 3], [10, 10, 10])
     assert comparison.p_value == 1.0
-    assert comparison.difference.as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert comparison.difference == Interval(0.0, 0.0, 0.0)
 
 
 def test_different_trials_are_refused():

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from brain_to_text.labels.diphones import collapse_to_phonemes, marginalise_log_probs
+from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.losses import ctc_nll
-from brain_to_text.scoring.decoding import ValidationMeter, edit_counts, greedy_decode
+from brain_to_text.model.rnn_model import GRUDecoder
+from brain_to_text.scoring.decoding import ValidationMeter, batch_logits, greedy_decode
+from brain_to_text.scoring.statistics import ErrorCounts
 from hypothesis import given
 from hypothesis import strategies as st
-from support.training_examples import example_batch
+from support.training_examples import example_batch, small_config
 
 sequences = st.lists(st.integers(1, 5), max_size=12)
 
@@ -24,6 +27,12 @@ def levenshtein(a: list[int], b: list[int]) -> int:
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1]
+
+
+def edit_counts(reference: list[int], hypothesis: list[int]) -> tuple[int, int, int]:
+    counts = ErrorCounts.between(reference, hypothesis)
+    assert counts.reference_labels == len(reference)
+    return counts.substitutions, counts.deletions, counts.insertions
 
 
 @given(sequences, sequences)
@@ -126,15 +135,11 @@ def tensors_in(value) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_nothing_heavier_than_class_ids_waits_to_be_scored(whole: bool) -> None:
+def test_nothing_heavier_than_class_ids_waits_to_be_scored() -> None:
     batch = example_batch([40, 28], [0, 1])
     meter = ValidationMeter(["a", "b"], 1681)
     logits, frames = torch.randn(2, 18, 1681), torch.tensor([18, 12])
-    if whole:
-        meter.add(logits, batch, frames)
-    else:
-        meter.add_parts([(slice(i, i + 1), logits[i : i + 1]) for i in (0, 1)], batch, frames)
+    meter.add(logits, batch, frames)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(meter)}
     ids = 2 * 18 * 2 * 2  # int16 diphones and phonemes
     labels = 2 * (batch.labels.numel() + batch.phoneme_labels.numel())
@@ -142,3 +147,38 @@ def test_nothing_heavier_than_class_ids_waits_to_be_scored(whole: bool) -> None:
     assert sum(storage.nbytes() for storage in storages.values()) == ids + labels + per_trial
     meter.result()
     assert not meter._pending
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+# 13 bins are too short for a frame
+LENGTHS = [30, 14, 171, 13, 333, 90, 17]
+DAYS = [0, 1, 1, 0, 2, 2, 1]
+
+
+def decoder(**changes):
+    config = small_config(model__patch_size=14, model__patch_stride=4, **changes)
+    torch.manual_seed(0)
+    model = GRUDecoder.from_config(config, n_days=3).eval()
+    with torch.no_grad():
+        for weight in model.day_weights:
+            weight.add_(0.1 * torch.randn_like(weight))
+    return model, Augmentation(config.dataset.data_transforms)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__bidirectional": True}], ids=["one way", "both"])
+def test_a_trial_has_the_same_logits_in_any_company(changes):
+    model, smooth = decoder(**changes)
+    batch = example_batch(LENGTHS, DAYS)
+    frames = model.frame_lengths(batch.n_time_steps)
+    together = batch_logits(model, smooth, batch)
+    for trial in (2, 6):
+        alone = batch_logits(model, smooth, batch.take([trial]))[0]
+        count = int(frames[trial])
+        assert torch.allclose(alone[:count], together[trial, :count], atol=2e-6)
+
+
+def test_autocast_is_obeyed():
+    batch = example_batch([60, 40], [0, 1])
+    logits = batch_logits(*decoder(), batch, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert logits.dtype == torch.bfloat16

@@ -10,17 +10,19 @@ import pytest
 from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
-from brain_to_text.scoring.sentence_decoding import empty_rows, submission_remark, write_submission
+from brain_to_text.scoring.decoding import token_confidences
+from brain_to_text.scoring.results import complete_or_nothing, example
 from brain_to_text.scoring.statistics import bootstrap_interval
 from brain_to_text.scoring.summary import summarise
 from brain_to_text.scoring.tables import (
-    complete_or_nothing,
-    example,
+    empty_rows,
+    read_table,
     session_rows,
+    submission_remark,
     trial_row,
+    write_submission,
     write_table,
 )
-from brain_to_text.scoring.trial_decoding import token_confidences
 from support.decoded_trials import decoded, manifest_of, record
 
 FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
@@ -42,6 +44,16 @@ def test_columns_do_not_depend_on_the_first_trial(tmp_path):
     assert (first["words"], first["word_errors"]) == ("", "")
     assert (second["words"], second["word_errors"]) == ("2", "1")
     assert (first["phonemes"], second["errors"]) == ("1", "1")
+
+
+def test_text_that_begins_like_a_formula_is_text_and_comes_back(tmp_path):
+    cells = ["=HYPERLINK(1)", "+1", "-x", "@a", "\tb", "'quoted", "plain", "'=not a formula"]
+    write_table(tmp_path / "table.csv", [{"text": cell, "number": -1.5} for cell in cells])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        raw = list(csv.DictReader(file))
+    assert all(row["text"][0] not in "=+-@\t\r" for row in raw)
+    assert {row["number"] for row in raw} == {"-1.5"}
+    assert [row["text"] for row in read_table(tmp_path / "table.csv")] == cells
 
 
 def test_sessions_have_every_rate_with_its_interval():

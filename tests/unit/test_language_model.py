@@ -6,7 +6,7 @@ import math
 
 import pytest
 from brain_to_text.errors import DataError
-from brain_to_text.scoring.ngram import END, START, UNKNOWN, estimate_ngrams
+from brain_to_text.scoring.language_model import END, START, UNKNOWN, estimate_ngrams
 
 SENTENCES = ["i see the cat", "i see the dog", "the cat sees the dog", "i see", "you see the cat"]
 

@@ -1,0 +1,267 @@
+"""Word language models: n-grams estimated from sentences, and what a given file knows.
+
+Interpolated Witten-Bell smoothing (Bell, Cleary & Witten, "Text Compression", 1990): a history seen
+c times with t different words after it gives 1/(c + t) of its mass per count and t/(c + t) to the
+shorter history. Good enough for a few thousand sentences; for more, train with KenLM's lmplz.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import subprocess
+import sys
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DataError, StorageError
+from ..labels.pronunciation import dictionary_words, normalise_text
+
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+Gram = tuple[str, ...]
+_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+_GZIP = b"\x1f\x8b"
+_LONGEST_LINE = 1 << 16  # bytes; an n-gram's line is far shorter
+# Loads a file as the decoder will: damaged ones make KenLM crash, hang or ask for all memory.
+_TRIAL_LOAD = """
+import resource, sys
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+import kenlm
+try:
+    kenlm.Model(sys.argv[1])
+except Exception as error:
+    print(error)
+    raise SystemExit(3)
+"""
+
+
+@dataclass(frozen=True)
+class NgramModel:
+    """Log10 probabilities of n-grams and log10 back-off weights of histories.
+
+    Attributes:
+        order: longest n-gram.
+        probability: (w1, …, wn) → log10 P(wn | w1 … wn-1).
+        backoff: history → log10 weight of the shorter history.
+    """
+
+    order: int
+    probability: dict[Gram, float]
+    backoff: dict[Gram, float]
+
+    def score(self, history: Sequence[str], word: str) -> float:
+        """Log10 P(word | history); words never seen count as <unk>."""
+        gram = (*history[-(self.order - 1) :], word) if self.order > 1 else (word,)
+        weight = 0.0
+        while len(gram) > 1:
+            if gram in self.probability:
+                return weight + self.probability[gram]
+            weight += self.backoff.get(gram[:-1], 0.0)
+            gram = gram[1:]
+        return weight + self.probability.get(gram, self.probability[(UNKNOWN,)])
+
+    def sentence_score(self, sentence: str) -> float:
+        """Log10 probability of a whole sentence, its end included."""
+        history, total = [START], 0.0
+        for word in [*sentence.split(), END]:
+            known = word if (word,) in self.probability else UNKNOWN
+            total += self.score(history, known)
+            history.append(known)
+        return total
+
+    def write_arpa(self, path: Path) -> None:
+        """Write the model as ARPA text."""
+        by_order: list[list[Gram]] = [[] for _ in range(self.order)]
+        for gram in self.probability:
+            by_order[len(gram) - 1].append(gram)
+        by_order[0].append((START,))
+        lines = ["\\data\\", *(f"ngram {n}={len(g)}" for n, g in enumerate(by_order, 1))]
+        for n, grams in enumerate(by_order, 1):
+            lines += ["", f"\\{n}-grams:"]
+            for gram in sorted(grams):
+                value = self.probability.get(gram, -99.0)
+                weight = f"\t{self.backoff[gram]:.6f}" if gram in self.backoff else ""
+                lines.append(f"{value:.6f}\t{' '.join(gram)}{weight}")
+        path.write_text("\n".join([*lines, "", "\\end\\", ""]), encoding="utf-8")
+
+
+def estimate_ngrams(sentences: Iterable[str], order: int = 3) -> NgramModel:
+    """Count n-grams of normalised sentences (words separated by spaces) and smooth them.
+
+    Raises:
+        DataError: no words at all.
+    """
+    counts: list[Counter[Gram]] = [Counter() for _ in range(order)]
+    for sentence in sentences:
+        words = [START, *sentence.split(), END]
+        for end in range(1, len(words)):
+            for n in range(1, min(order, end + 1) + 1):
+                counts[n - 1][tuple(words[end + 1 - n : end + 1])] += 1
+    if not counts[0]:
+        raise DataError(
+            "There are no sentences to train a language model on: the training split needs "
+            "sentence_label attributes; give a model with --language-model FILE."
+        )
+    vocabulary = [*(gram[0] for gram in counts[0]), UNKNOWN]
+    total, different = sum(counts[0].values()), len(counts[0])
+    uniform = 1 / len(vocabulary)
+    linear: dict[Gram, float] = {
+        (word,): (counts[0][(word,)] + different * uniform) / (total + different)
+        for word in vocabulary
+    }
+    backoff: dict[Gram, float] = {}
+    for table in counts[1:]:
+        seen: Counter[Gram] = Counter()
+        followers: Counter[Gram] = Counter()
+        for gram, count in table.items():
+            seen[gram[:-1]] += count
+            followers[gram[:-1]] += 1
+        for history, count in seen.items():
+            backoff[history] = followers[history] / (count + followers[history])
+        for gram, count in table.items():
+            mass = seen[gram[:-1]] + followers[gram[:-1]]
+            linear[gram] = count / mass + backoff[gram[:-1]] * linear[gram[1:]]
+    return NgramModel(
+        order,
+        {gram: math.log10(value) for gram, value in linear.items()},
+        {history: math.log10(value) for history, value in backoff.items()},
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def check_language_model(path: Path) -> None:
+    """Raises: StorageError: there is no such file. DataError: KenLM cannot load it."""
+    if not path.is_file():
+        raise StorageError(
+            f"Language model {path} does not exist: give --language-model an ARPA or KenLM file, "
+            "or 'training' to make one from the training sentences."
+        )
+    size = path.stat().st_size
+    command = [sys.executable, "-c", _TRIAL_LOAD, str(path), str((4 << 30) + 30 * size)]
+    deadline = 60 + size / 1e6
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=deadline, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise not_a_model(path, f"KenLM read it for {deadline:.0f} s without an end") from error
+    if done.returncode:
+        said = _reason(done.stdout.decode("utf-8", "replace"))
+        raise not_a_model(path, said or f"KenLM ended with status {done.returncode}")
+
+
+def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
+    """The words that a language model knows, told by its content.
+
+    A KenLM binary names no words but knows them when asked: it is asked for every word of the CMU
+    dictionary, in lower case, in capitals and with a capital.
+
+    Returns:
+        (normalised word → the ways in which the model writes it; what the model knows and nothing
+        here can say, as it has other letters; what all these words are, as a phrase).
+
+    Raises:
+        DataError: neither ARPA text nor a KenLM binary. StorageError: unreadable.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.read(len(_KENLM_BINARY))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if first == _KENLM_BINARY:
+        import kenlm
+
+        try:
+            model = kenlm.Model(str(path))
+        except (RuntimeError, OSError) as error:
+            raise not_a_model(path, _reason(str(error))) from error
+        forms: Iterable[str] = (
+            form
+            for word in dictionary_words()
+            for form in dict.fromkeys((word, word.upper(), word.capitalize()))
+            if form in model
+        )
+        what = "words of the CMU dictionary that the KenLM binary knows"
+    else:
+        forms = words_of_arpa(path, compressed=first.startswith(_GZIP))
+        what = "words of the ARPA file"
+    known: dict[str, list[str]] = {}
+    strange = []
+    for form in forms:
+        word = normalise_text(form)
+        if word and _letters(word) == _letters(form):
+            known.setdefault(word, []).append(form)
+        else:
+            strange.append(form)
+    count = len(known) + len(strange)
+    return known, strange, f"{count:,} {what}"
+
+
+def words_of_arpa(path: Path, *, compressed: bool = False) -> list[str]:
+    """The vocabulary of an ARPA file, as it is written there.
+
+    Raises:
+        DataError: not ARPA text. StorageError: unreadable.
+    """
+    words: list[str] = []
+    inside = False
+    try:
+        for number, line in enumerate(_lines(path, compressed), 1):
+            if line.startswith(b"\\"):
+                if inside:
+                    break
+                inside = line.startswith(b"\\1-grams")
+            elif inside and line.strip():
+                fields = line.split(b"\t")
+                if len(fields) < 2 or not fields[1].strip():
+                    raise not_a_model(path, f"line {number} is no 1-gram")
+                words.append(fields[1].strip(b" \r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise not_a_model(path, f"line {number} is not UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise not_a_model(path, f"it is damaged: {error}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not inside:
+        raise not_a_model(path, "it holds no list of 1-grams")
+    return [word for word in words if not word.startswith("<")]
+
+
+def not_a_model(path: Path, reason: str) -> DataError:
+    """The error that says why KenLM cannot use a file."""
+    return DataError(
+        f"{path} cannot be used as a language model ({reason}): give ARPA text with 2-grams or "
+        "longer, or a KenLM binary."
+    )
+
+
+def _reason(complaint: str) -> str:
+    """KenLM's complaint without the places in its own source that it begins with."""
+    text = " ".join(complaint.split())
+    return re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
+
+
+def _lines(path: Path, compressed: bool) -> Iterator[bytes]:
+    with (gzip.open if compressed else open)(path, "rb") as file:
+        while line := file.readline(_LONGEST_LINE):
+            if len(line) == _LONGEST_LINE:
+                raise not_a_model(path, f"a line is longer than {_LONGEST_LINE} bytes")
+            yield line
+
+
+def _letters(text: str) -> int:
+    """Letters and digits, of which none may get lost where a word is normalised."""
+    return sum(character.isalnum() for character in unicodedata.normalize("NFC", text))
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"Language model {path} cannot be read ({error.strerror or error}): check the path."
+    )

@@ -1,0 +1,301 @@
+"""What an evaluation is, and what it leaves in a folder: tables, a summary, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..dataset.manifest import TrialManifest
+from ..errors import StorageError
+from ..labels.diphones import N_DIPHONES
+from ..labels.phonemes import BLANK, PHONEMES
+from .decoding import DecodedTrial
+from .report import model_report
+from .statistics import align
+from .summary import diphone_name
+from .tables import (
+    n_best_rows,
+    session_rows,
+    trial_row,
+    write_logits,
+    write_submission,
+    write_table,
+)
+from .trained_model import ModelArtefact
+from .words import DecodedSentences, some
+
+BIN_SECONDS = 0.02
+RESULTS = (
+    *("trials.csv", "sessions.csv", "summary.json", "report.html", "phoneme_logits.hdf5"),
+    *("submission.csv", "nbest.csv", "language_model.arpa"),
+)
+_SHOWN_CLASSES = 16  # rows of a posterior chart
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One model's results on one split, or those of several models together.
+
+    Attributes:
+        artefact: the model; of an ensemble the first.
+        data: where the trials were read from.
+        split: "val", "test" or "train".
+        manifest: of the dataset.
+        trials: in the manifest's order.
+        summary: rates with intervals, counts, groups, calibration; plain types.
+        seconds: of the pass over the trials.
+        sentences: the trials' text, when words were decoded.
+        remarks: one sentence for everything left out, and for every doubt about the numbers.
+        model: what was evaluated, by its location, or those of an ensemble.
+    """
+
+    artefact: ModelArtefact
+    data: str
+    split: str
+    manifest: TrialManifest
+    trials: list[DecodedTrial]
+    summary: dict[str, Any]
+    seconds: float
+    sentences: DecodedSentences | None = None
+    remarks: tuple[str, ...] = ()
+    model: str = ""
+
+    @property
+    def all_numbers(self) -> dict[str, Any]:
+        """The summary, with the word error rate beside the others when words were decoded."""
+        if self.sentences is None:
+            return self.summary
+        words = self.sentences.summary
+        numbers = {**self.summary, "words": words}
+        if "WER" in words:
+            numbers["rates"] = {**self.summary.get("rates", {}), "WER": words["WER"]}
+            numbers["groups"] = {**self.summary.get("groups", {}), "WER": self.sentences.groups}
+        return numbers
+
+
+@contextmanager
+def complete_or_nothing(
+    folder: Path,
+    purpose: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    reads: Collection[Path] = (),
+) -> Iterator[Path]:
+    """A folder to write results into; they appear in `folder` when the block ends without an error.
+
+    Results that an evaluation for the same purpose left there are replaced, all of them.
+
+    Args:
+        purpose: the model, data and split, as summary.json names them.
+        overwrite: replace any results.
+        reads: files that the block reads, and which therefore stay.
+
+    Raises:
+        StorageError: `folder` cannot be written, or holds results of something else, which shows
+            before the block begins.
+    """
+    if not overwrite:
+        _check_same_purpose(folder, purpose or {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with draft:
+        yield Path(draft.name)
+        try:
+            written = sorted(Path(draft.name).iterdir())
+            for file in written:
+                file.replace(folder / file.name)
+            kept = {os.path.realpath(path) for path in reads}
+            for name in set(RESULTS) - {file.name for file in written}:
+                if os.path.realpath(folder / name) not in kept:
+                    (folder / name).unlink(missing_ok=True)  # of the evaluation before
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _check_same_purpose(folder: Path, purpose: Mapping[str, str]) -> None:
+    present = [name for name in RESULTS if (folder / name).exists()]
+    if not present:
+        return
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        theirs = {name: str(found[name]) for name in ("model", "data", "split")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        theirs = {}
+    places = {name: _place(value) for name, value in theirs.items()}
+    if theirs and places == {name: _place(value) for name, value in purpose.items()}:
+        return
+    whose = (
+        f"the results of {theirs['model']} on {theirs['split']} of {theirs['data']}"
+        if theirs
+        else f"{some(present)}, which nothing says an evaluation wrote"
+    )
+    raise StorageError(
+        f"{folder} holds {whose}: give another folder with --output-dir, or --overwrite to replace "
+        "them."
+    )
+
+
+def _place(location: str) -> str:
+    """A location in one spelling."""
+    parts = location.split(" + ")
+    return " + ".join(p.rstrip("/") if "://" in p else os.path.realpath(p) for p in parts)
+
+
+def write_results(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    comparison: Mapping[str, Any] | None = None,
+    logits: bool = False,
+) -> None:
+    """trials.csv, sessions.csv, summary.json, report.html; on request the logits.
+
+    submission.csv, too, where words were decoded, and nbest.csv where there are N-best lists.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    sentences = evaluation.sentences
+    try:
+        text = sentences.text if sentences else {}
+        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
+        write_table(folder / "trials.csv", rows)
+        numbers = evaluation.all_numbers
+        write_table(folder / "sessions.csv", session_rows(numbers.get("groups", {})))
+        summary = {
+            "model": evaluation.model or evaluation.artefact.location,
+            "step": evaluation.artefact.step,
+            "data": evaluation.data,
+            "split": evaluation.split,
+            "fingerprint": evaluation.manifest.fingerprint(),
+            "remarks": evaluation.remarks,
+            **numbers,
+            **({"comparison": comparison} if comparison else {}),
+        }
+        (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
+        if logits:
+            write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
+        if sentences is not None:
+            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
+            if sentences.n_best:
+                write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
+        contents = {**report_contents(evaluation), "comparison": comparison}
+        (folder / "report.html").write_text(model_report(contents), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
+        "folder with --output-dir."
+    )
+
+
+def report_contents(evaluation: Evaluation) -> dict[str, Any]:
+    """What `report.model_report` shows about an evaluation."""
+    artefact, manifest = evaluation.artefact, evaluation.manifest
+    by_split = {s: len(manifest.select(s)) for s in ("train", "val", "test")}
+    text = evaluation.sentences.text if evaluation.sentences else {}
+    stride = max(artefact.config.model.patch_stride, 1)
+    sessions = manifest.sessions
+    return {
+        **evaluation.all_numbers,
+        "title": f"{evaluation.model or artefact.location} on {evaluation.split}",
+        "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
+        "split": evaluation.split,
+        "metrics": artefact.metrics,
+        "examples": [
+            example(trial, stride * BIN_SECONDS, text.get(trial.index))
+            for trial in evaluation.trials
+            if trial.class_log_probs is not None
+        ],
+        "config": artefact.config.to_yaml(),
+        "data": {
+            "Location": evaluation.data,
+            "Fingerprint": manifest.fingerprint(),
+            "Trials": ", ".join(f"{count:,} {s}" for s, count in by_split.items() if count),
+            "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}",
+            "Features per bin": manifest.n_features,
+            "Label form": manifest.label_form,
+        },
+        "remarks": evaluation.remarks,
+        "environment": environment_facts(artefact, evaluation.seconds, len(evaluation.trials)),
+    }
+
+
+def environment_facts(artefact: ModelArtefact, seconds: float, n_trials: int) -> dict[str, Any]:
+    """What the numbers were made with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    parameters = sum(weight.numel() for weight in artefact.weights.values())
+    return {
+        "Parameters": f"{parameters:,}",
+        "Training steps": artefact.step,
+        "Label form": artefact.label_form,
+        "Decoding": f"{n_trials / max(seconds, 1e-9):.1f} trials/s",
+        "Processor": gpu or platform.processor() or platform.machine(),
+        "Python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": str(np.__version__),
+    }
+
+
+def example(
+    trial: DecodedTrial, seconds_per_frame: float, decoded: str | None = None
+) -> dict[str, Any]:
+    """One trial for the report: its alignment, and its most probable classes over time."""
+    assert trial.class_log_probs is not None
+    probabilities = np.exp(trial.class_log_probs)
+    diphones = probabilities.shape[1] == N_DIPHONES
+    peaks = probabilities.max(axis=0)
+    peaks[BLANK] = 0
+    shown = np.argsort(-peaks, kind="stable")[:_SHOWN_CLASSES]
+    shown = shown[peaks[shown] >= 0.02]
+    shown = shown[np.argsort(probabilities[:, shown].argmax(axis=0), kind="stable")]
+    labels = [
+        diphone_name(*divmod(int(c), len(PHONEMES))) if diphones else PHONEMES[c].strip()
+        for c in shown
+    ]
+    pairs = (
+        align(trial.reference or [], trial.hypothesis)
+        if trial.reference
+        else [(p, p) for p in trial.hypothesis]
+    )
+    return {
+        "name": trial.record.name,
+        "sentence": trial.record.sentence_label,
+        "decoded": decoded,
+        "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],
+        "posteriors": probabilities[:, shown].T,
+        "labels": labels,
+        "kind": "diphones" if diphones else "phonemes",
+        "seconds_per_frame": seconds_per_frame,
+    }
+
+
+def _strict_json(value: Any) -> str:
+    """Indented JSON without NaN, which other readers refuse: null instead."""
+
+    def finite(node: Any) -> Any:
+        if isinstance(node, float):
+            return node if np.isfinite(node) else None
+        if isinstance(node, Mapping):
+            return {str(k): finite(v) for k, v in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [finite(v) for v in node]
+        return node
+
+    return json.dumps(finite(value), indent=1) + "\n"

@@ -1,0 +1,255 @@
+"""Sentences from phoneme probabilities: beam search over a lexicon with a language model.
+
+Needs the optional packages flashlight-text and kenlm (docker/requirements_sagemaker_words.txt);
+they are imported when a decoder is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from ..labels.phonemes import BLANK, N_PHONEMES, SILENCE
+from ..labels.pronunciation import Lexicon, normalise_text
+from .language_model import not_a_model
+from .statistics import ErrorCounts
+
+LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
+WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
+HOMOPHONES = 6  # words of one pronunciation that flashlight's trie holds; it drops the others
+
+
+@dataclass(frozen=True)
+class WordSettings:
+    """Weights of the search.
+
+    Attributes:
+        lm_weight: of the language model's log10 probabilities (as KenLM gives them) beside the
+            natural logarithms of the acoustic ones: w here is w / ln 10 = 0.43 w in a decoder that
+            takes natural logarithms of both.
+        word_score: added per word; positive values favour more, shorter words.
+        silence_score: added per silence between words.
+        beam_size: hypotheses kept per frame.
+        beam_threshold: hypotheses this much worse than the best are dropped.
+
+    Raises:
+        ConfigError: a weight that is not a number, or no hypothesis to keep.
+    """
+
+    lm_weight: float = 2.0
+    word_score: float = 0.0
+    silence_score: float = 0.0
+    beam_size: int = 200
+    beam_threshold: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam_size <= 1_000_000:
+            raise ConfigError(
+                f"--beam-size is {self.beam_size}: give at least 1, and at most 1,000,000."
+            )
+        for name in ("lm_weight", "word_score"):
+            if not math.isfinite(getattr(self, name)):
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} is {getattr(self, name)}: give a finite number.")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One sentence of an N-best list; score = acoustic + lm_weight x language + word_score x words.
+
+    Attributes:
+        acoustic: natural logarithm of the probability of its best path of phonemes.
+        language: log10 probability of the sentence, its end included; 0 without a model.
+    """
+
+    text: str
+    acoustic: float
+    language: float
+    score: float
+
+
+class WordDecoder:
+    """Decodes one trial at a time.
+
+    Args:
+        lexicon: normalised word → ways to say it, in phoneme ids without silence.
+        language_model: ARPA or KenLM binary file; None for the lexicon alone.
+        forms: word → the ways in which the model writes it, where they differ from the word.
+
+    Attributes:
+        words: that can be decoded, sorted.
+        dropped: words that share a pronunciation with too many others to be decoded.
+
+    Raises:
+        ConfigError: the optional packages are not installed.
+        DataError: an empty lexicon, or a language model that KenLM cannot use.
+    """
+
+    def __init__(
+        self,
+        lexicon: Lexicon,
+        language_model: Path | None,
+        forms: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        decoder, dictionary = _flashlight()
+        if not lexicon:
+            raise DataError(
+                "The lexicon is empty: give --lexicon FILE, or a language model whose words the "
+                "CMU dictionary knows."
+            )
+        self._api = decoder
+        self.words = sorted(lexicon)
+        self._word_of = {
+            form: word for word in self.words for form in (forms or {}).get(word, (word,))
+        }
+        self._dictionary = dictionary.Dictionary([*self._word_of, "<unk>"])
+        if language_model is None:
+            self._model = decoder.ZeroLM()
+        else:
+            from flashlight.lib.text.decoder.kenlm import KenLM
+
+            try:
+                self._model = KenLM(str(language_model), self._dictionary)
+            except (RuntimeError, OSError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise not_a_model(language_model, reason) from error
+        self.dropped: list[str] = []
+        self._trie = self._spellings(lexicon)
+
+    def decode(self, log_probs: np.ndarray, settings: WordSettings) -> str:
+        """The most probable sentence; "" where no word was found."""
+        return self.hypotheses(log_probs, settings)[0].text
+
+    def hypotheses(
+        self, log_probs: np.ndarray, settings: WordSettings, most: int = 1
+    ) -> list[Hypothesis]:
+        """The `most` best different sentences, best first; at least one, which may be empty.
+
+        Args:
+            log_probs: [T', 41] float32 phoneme log-probabilities.
+            settings: of the search.
+        """
+        api = self._api
+        search = api.LexiconDecoder(
+            api.LexiconDecoderOptions(
+                settings.beam_size,
+                N_PHONEMES,
+                settings.beam_threshold,
+                settings.lm_weight,
+                settings.word_score,
+                float("-inf"),
+                settings.silence_score,
+                False,
+                api.CriterionType.CTC,
+            ),
+            self._trie,
+            self._model,
+            SILENCE,
+            BLANK,
+            self._dictionary.get_index("<unk>"),
+            [],
+            False,
+        )
+        emissions = np.ascontiguousarray(log_probs, dtype=np.float32)
+        found: dict[str, Hypothesis] = {}
+        for path in search.decode(emissions.ctypes.data, *emissions.shape):
+            forms = (self._dictionary.get_entry(w) for w in path.words if w >= 0)
+            text = " ".join(self._word_of[form] for form in forms)
+            if text not in found:
+                scores = (path.emittingModelScore, path.lmScore, path.score)
+                found[text] = Hypothesis(text, *scores)
+            if len(found) == most:
+                break
+        return list(found.values()) or [Hypothesis("", 0.0, 0.0, 0.0)]
+
+    def _spellings(self, lexicon: Lexicon) -> Any:
+        """Every way to say every word, with the word's unigram score spread over its prefixes.
+
+        Each ends with the silence that follows a word in the labels. The search needs it, too: it
+        holds a token over several frames only inside a spelling, or if it is the silence.
+        """
+        trie = self._api.Trie(N_PHONEMES, SILENCE)
+        start = self._model.start(False)
+        sharing: Counter[tuple[int, ...]] = Counter()
+        scored = []
+        for form, word in self._word_of.items():
+            index = self._dictionary.get_index(form)
+            scored.append((-self._model.score(start, index)[1], word, index))
+        for score, word, index in sorted(scored):
+            for sounds in lexicon[word]:
+                sharing[sounds] += 1
+                if sharing[sounds] > HOMOPHONES:
+                    self.dropped.append(word)
+                    continue
+                trie.insert([*sounds, SILENCE], index, -score)
+        trie.smear(self._api.SmearingMode.MAX)
+        return trie
+
+
+def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Edits between two sentences in words, after the field's normalisation."""
+    return ErrorCounts.between(
+        normalise_text(reference).split(), normalise_text(hypothesis).split()
+    )
+
+
+def grid(settings: WordSettings) -> list[WordSettings]:
+    """`settings` with every pair of language-model and word weights that tuning tries."""
+    return [
+        replace(settings, lm_weight=lm_weight, word_score=word_score)
+        for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
+    ]
+
+
+def grid_errors(
+    decoder: WordDecoder,
+    log_probs: Sequence[np.ndarray],
+    sentences: Sequence[str],
+    settings: WordSettings,
+    progress: Callable[[], object] | None = None,
+) -> tuple[list[WordSettings], np.ndarray, np.ndarray]:
+    """Word errors of every trial at every point of the grid of language-model and word weights.
+
+    Args:
+        log_probs, sentences: of the trials to tune on.
+        settings: everything but the two weights.
+        progress: called after each decoded sentence.
+
+    Returns:
+        (the points of the grid, errors [points, trials] int64, reference words [trials] int64).
+    """
+    points = grid(settings)
+    errors = np.zeros((len(points), len(sentences)), dtype=np.int64)
+    for row, point in enumerate(points):
+        for column, (own, sentence) in enumerate(zip(log_probs, sentences, strict=True)):
+            errors[row, column] = word_errors(sentence, decoder.decode(own, point)).edits
+            if progress is not None:
+                progress()
+    words = np.array([len(normalise_text(sentence).split()) for sentence in sentences])
+    return points, errors, words
+
+
+def check_words_packages() -> None:
+    """Raises: ConfigError: an optional package is not installed."""
+    _flashlight()
+
+
+def _flashlight() -> tuple[Any, Any]:
+    try:
+        import flashlight.lib.text.decoder as decoder
+        import flashlight.lib.text.dictionary as dictionary
+        import kenlm  # noqa: F401  (the decoder's KenLM binding loads its library)
+    except ImportError as error:
+        raise ConfigError(
+            f"Decoding words needs an optional package ({error.name} is not installed): type "
+            "'pip install -r docker/requirements_sagemaker_words.txt'."
+        ) from error
+    return decoder, dictionary

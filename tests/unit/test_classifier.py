@@ -1,0 +1,202 @@
+"""The factored classifier: its mathematics, its way into and out of plain weights, its training."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from brain_to_text.labels.diphones import encode_diphones, marginalise_log_probs
+from brain_to_text.model.classifier import FactoredClassifier, folded, unfolded
+from brain_to_text.model.losses import ctc_nll
+from brain_to_text.model.optimizer import build_optimizer
+from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
+from brain_to_text.model.weights_file import state_to_cpu
+from support.training_examples import build, example_batch, small_config
+
+SETTINGS = {"model__classifier": "factored", "objective__schedule": [[0.3, 1.0], [0.7, 0.4]]}
+INPUTS, FRAMES = 5, 5
+
+
+def random_classifier(dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredClassifier:
+    classifier = FactoredClassifier(INPUTS).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / 2)
+    return classifier
+
+
+def decoder(for_training: bool = True, **changes: object) -> GRUDecoder:
+    return GRUDecoder.from_config(small_config(**SETTINGS | changes), 3, for_training=for_training)
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def reference_log_probs(classifier: FactoredClassifier, hidden: torch.Tensor) -> torch.Tensor:
+    """[T', 1681] class by class: residual, previous and current phoneme, one sum each."""
+    logits = []
+    for previous, current in itertools.product(range(41), repeat=2):
+        logit = torch.zeros(len(hidden), dtype=hidden.dtype)
+        for part, row in (
+            (classifier.residual, 41 * previous + current),
+            (classifier.previous, previous),
+            (classifier.current, current),
+        ):
+            logit = logit + (hidden * part.weight[row]).sum(1) + part.bias[row]
+        logits.append(logit)
+    exponentials = torch.stack([logit.exp() for logit in logits], 1)
+    return torch.stack(logits, 1) - exponentials.sum(1, keepdim=True).log()
+
+
+def enumerated_nll(log_probs: torch.Tensor, labels: list[int]) -> torch.Tensor:
+    """-log of the summed probability of every alignment of `labels` to the frames."""
+    classes = [0, *sorted(set(labels))]
+    paths = []
+    for path in itertools.product(classes, repeat=len(log_probs)):
+        merged = [c for c, before in zip(path, (None, *path), strict=False) if c != before]
+        if [c for c in merged if c] == labels:
+            paths.append(sum(log_probs[t, c] for t, c in enumerate(path)))
+    return -torch.logsumexp(torch.stack(paths), 0)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_loss_and_gradients_are_those_of_brute_force_in_float64(weight: float) -> None:
+    classifier = random_classifier(torch.float64)
+    hidden = torch.randn(
+        FRAMES, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    leaves = [hidden, *classifier.parameters()]
+    phonemes = [7, 40]
+    diphones = encode_diphones(phonemes, "transition").tolist()
+
+    expected = reference_log_probs(classifier, hidden)
+    marginal = torch.stack([expected[:, c::41].exp().sum(1).log() for c in range(41)], 1)
+    loss = (1 - weight) * enumerated_nll(expected, diphones)
+    loss = loss + weight * enumerated_nll(marginal, phonemes)
+    wanted = torch.autograd.grad(loss, leaves)
+
+    found = classifier(hidden).log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def nll(log_probs: torch.Tensor, labels: list[int]) -> torch.Tensor:
+        lengths = torch.tensor([FRAMES]), torch.tensor([len(labels)])
+        return ctc_nll(log_probs.unsqueeze(0), torch.tensor([labels]), *lengths).sum()
+
+    ours = (1 - weight) * nll(found, diphones) + weight * nll(
+        marginalise_log_probs(found), phonemes
+    )
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(torch.autograd.grad(ours, leaves), wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_a_fresh_classifier_is_a_phoneme_classifier_whose_previous_phoneme_is_open() -> None:
+    classifier = FactoredClassifier(INPUTS).double()
+    hidden = torch.randn(9, INPUTS, dtype=torch.float64)
+    log_probs = classifier(hidden).log_softmax(-1)
+    phonemes = classifier.current(hidden).log_softmax(-1)
+    torch.testing.assert_close(marginalise_log_probs(log_probs), phonemes)
+    by_previous = log_probs.unflatten(-1, (41, 41)).logsumexp(-1)
+    torch.testing.assert_close(by_previous.exp(), torch.full((9, 41), 1 / 41, dtype=torch.float64))
+
+
+def test_what_is_learnt_of_the_previous_phoneme_does_not_steer_the_layers_below_at_first() -> None:
+    classifier = FactoredClassifier(INPUTS)
+    hidden = torch.randn(9, INPUTS, requires_grad=True)
+    log_probs = classifier(hidden).log_softmax(-1).unflatten(-1, (41, 41))
+    log_probs.logsumexp(-1)[:, 3].sum().backward()
+    assert hidden.grad.abs().max() < 1e-5 < 1e-2 < classifier.previous.weight.grad.abs().max()
+
+
+# --- in and out of plain weights ------------------------------------------------------------------
+
+
+def test_a_folded_model_is_the_baselines_and_computes_the_same() -> None:
+    model = decoder()
+    model.out = random = FactoredClassifier(model.n_units)
+    random.load_state_dict({n: torch.randn_like(v) for n, v in random.state_dict().items()})
+    plain = decoder(for_training=False)
+    weights = folded(model)
+    assert weights.keys() == plain.state_dict().keys()
+    plain.load_state_dict(weights)
+    x, days = torch.randn(3, 40, 6), torch.tensor([0, 1, 2])
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        assert torch.equal(plain(x, days), model(x, days))
+    assert folded(plain).keys() == weights.keys()
+
+
+def test_plain_weights_become_residual_and_come_back_to_the_bit() -> None:
+    plain = decoder(for_training=False)
+    with torch.no_grad():
+        plain.out.bias.normal_()
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    assert unfolded(weights).keys() == decoder().state_dict().keys()
+    model = decoder()
+    assert load_public_state_dict(model, weights) == []
+    for name, value in folded(model).items():
+        assert torch.equal(value, weights[name]), name
+    assert not model.out.previous.weight.any() and not model.out.current.bias.any()
+
+
+def test_a_phoneme_checkpoint_leaves_the_factors_fresh() -> None:
+    phonemes = decoder(for_training=False, dataset__n_classes=41, objective__schedule=None)
+    model = decoder()
+    fresh = {name: value.clone() for name, value in model.out.state_dict().items()}
+    (said,) = load_public_state_dict(model, phonemes.state_dict())
+    assert "41 classes" in said and "starts from fresh weights" in said
+    for name, value in model.out.state_dict().items():
+        assert torch.equal(value, fresh[name]), name
+    assert torch.equal(model.gru.weight_ih_l0, phonemes.gru.weight_ih_l0)
+
+
+def test_only_a_diphone_model_in_training_has_factors() -> None:
+    assert isinstance(decoder().out, FactoredClassifier)
+    for changes in (
+        {"for_training": False},
+        {"model__classifier": "plain"},
+        {"dataset__n_classes": 41, "objective__schedule": None},
+    ):
+        assert isinstance(decoder(**changes).out, torch.nn.Linear), changes
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_biases_of_all_factors_are_not_decayed() -> None:
+    config, model = small_config(**SETTINGS), decoder()
+    optimizer = build_optimizer(model, config, torch.device("cpu"))
+    group = {id(p): g["group_type"] for g in optimizer.param_groups for p in g["params"]}
+    groups = {n: group[id(p)] for n, p in model.named_parameters() if n.startswith("out.")}
+    assert groups == {
+        f"out.{factor}.{kind}": "bias" if kind == "bias" else "other"
+        for factor in ("residual", "previous", "current")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_averaged_factors_fold_to_the_average_of_folded_weights() -> None:
+    step = build(small_config(**SETTINGS, ema_decay=0.5, lr_max=0.05, lr_warmup_steps=0))
+    batch = example_batch([40, 31, 38], [0, 1, 2])
+    kept = [state_to_cpu(folded(step.model))]
+    for k in range(4):
+        step(batch, k)
+        kept.append(state_to_cpu(folded(step.model)))
+    average = kept[0]
+    for k, weights in enumerate(kept[1:]):
+        decay = min(0.5, (1 + k) / (10 + k))
+        average = {n: decay * average[n] + (1 - decay) * weights[n] for n in average}
+    with step.averaged_weights():
+        found = state_to_cpu(folded(step.model))
+    for name, value in found.items():
+        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_trial_without_frames_refuses_the_update() -> None:
+    step = build(small_config(**SETTINGS, lr_warmup_steps=0))
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    assert not step(example_batch([40, 3, 38], [0, 1, 2]), 0).finite
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
