@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from brain_to_text.model.device import send
-from brain_to_text.model.trial_logits import TrialLogits
+from brain_to_text.scoring.decoding import evaluate
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 
@@ -121,21 +122,27 @@ def to_cpu(value: Any) -> Any:
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def test_logits_of_an_evaluation_are_the_cpus_and_nothing_waits_for_them(gpu: StandInGpu) -> None:
+def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGpu) -> None:
     config = small_config(use_amp=False, compile="false")
-    on_cpu, on_gpu = build(config), build(config, device=GPU)
-    batch = example_batch([40, 31, 22, 3], [0, 1, 1, 2])
-    expected = [
-        row
-        for _, rows in TrialLogits(on_cpu.model.eval(), on_cpu.augmentation)(batch)
-        for row in rows
-    ]
-    batch = sent(batch)
-    gpu.reset()
-    ((rows, logits),) = TrialLogits(on_gpu.model.eval(), on_gpu.augmentation)(batch)
-    assert gpu.waits == {} and rows == slice(0, 4)
-    for found, wanted in zip(logits, expected, strict=True):
-        torch.testing.assert_close(found.values[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+
+    def scores(device: torch.device):
+        step, given = build(config, device=device), batches(device, 3)
+        gpu.reset()
+
+        def one_by_one() -> Iterator[ExampleBatch]:
+            for batch in given:
+                yield batch
+                assert gpu.waits == {}
+
+        dataset = SimpleNamespace(
+            manifest=SimpleNamespace(label_form="self_loop"),
+            batches=lambda: nullcontext(one_by_one()),
+        )
+        return evaluate(step.model, step.augmentation, dataset, ["a", "b", "c"])
+
+    found, expected = scores(GPU), scores(CPU)
+    assert (found.der, found.per, found.counts) == (expected.der, expected.per, expected.counts)
+    assert found.ctc_loss == pytest.approx(expected.ctc_loss, rel=1e-5)
 
 
 def test_the_watch_sees_what_waits_and_what_mixes_devices(gpu: StandInGpu) -> None:
