@@ -26,6 +26,7 @@ from typing import TextIO
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
 
+from brain_to_text.log_lines import rows_of_log  # noqa: E402
 from support import local_mode  # noqa: E402
 from support.container_job import write_configuration  # noqa: E402
 from support.engine import ImageError, build_image, container_host  # noqa: E402
@@ -344,18 +345,9 @@ class CurvePoint:
 
 def read_curve(training_log: str) -> list[CurvePoint]:
     """The validations in a training log, in order; a step validated again counts once, the last."""
-    pattern = re.compile(
-        r"Val batch (?P<step>\d+): DER \(avg\): (?P<der>[\d.]+) CTC Loss \(avg\): (?P<loss>[\d.]+)"
-        r"(?:.*?\bPER(?: \(avg\))?: (?P<per>[\d.]+))?"
-    )
     points = {
-        int(found["step"]): CurvePoint(
-            int(found["step"]),
-            float(found["der"]),
-            float(found["loss"]),
-            None if found["per"] is None else float(found["per"]),
-        )
-        for found in pattern.finditer(training_log)
+        row["step"]: CurvePoint(row["step"], row["der"], row["ctc_loss"], row.get("per"))
+        for row in rows_of_log(training_log).get("validation", [])
     }
     return [points[step] for step in sorted(points)]
 

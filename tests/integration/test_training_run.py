@@ -364,7 +364,7 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(
     data, train, monkeypatch, fits, words
 ):
     # memory cannot run out on purpose here: only the answer of the probe is made up
-    monkeypatch.setattr(TrainStep, "try_batch", lambda self, *sizes: fits)
+    monkeypatch.setattr(rnn_trainer_s3, "largest_batch", lambda step, *sizes: fits)
     run = train("job", "--data-dir", str(data), try_largest_batches_first="true")
     assert run.code == 1
     assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure

@@ -25,13 +25,14 @@ from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
 from ..gpus import training_flops
+from ..log_lines import best_line, total_line, train_line, validation_line
 from ..model.augmentations import Augmentation
 from ..model.classifier import folded
-from ..model.device import allow_tf32, peak_flops
+from ..model.device import allow_tf32, notes, peak_flops, unusable
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
-from ..model.train_step import Health, StepResult, TrainStep
+from ..model.train_step import Health, StepResult, TrainStep, largest_batch
 from ..model.weights_file import (
     CheckpointFolder,
     copy_atomically,
@@ -47,7 +48,7 @@ from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .distributed import GradientSum, World
 from .interruption import Interruption, RunInterrupted
-from .run_log import RunLog, process_seconds, train_line
+from .run_log import RunLog, process_seconds
 from .trackers import announce, open_trackers
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
@@ -260,7 +261,7 @@ class BrainToTextDecoder_Trainer_S3:
             if config.save_all_val_steps:
                 self._write_model(self.paths.model_dir / "checkpoint" / f"step_{step}", result)
             if value < state.best_value:
-                self.log.info(f"New best test {metric} {state.best_value:.4f} --> {value:.4f}")
+                self.log.info(best_line(metric, state.best_value, value))
                 state.best_value, state.best_step = value, state.step
                 state.validations_without_improvement = 0
                 if config.save_best_checkpoint:
@@ -339,6 +340,11 @@ class BrainToTextDecoder_Trainer_S3:
             announce(self.log)
         if self.world.size > 1:
             self.log.info(f"Training on {self.world.size} processes")
+        problem = unusable(self.device)
+        if problem is not None:
+            raise TrainingError(problem)
+        for sentence in notes(self.config, self.device):
+            self.log.info(sentence)
         allow_tf32(self.config.allow_tf32)
 
     def _open_data(self) -> None:
@@ -382,7 +388,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.val_set = EvaluationDatasetS3.from_config(self.stream, selection.val, config, **share)
         self.closing.callback(self.val_set.close)
         log.info("Successfully initialized S3-backed datasets")
-        log.info(f"Train batches: {config.num_training_batches}")
+        log.info(total_line(config.num_training_batches))
         log.info(f"Val batches: {len(self.val_set)}")
         log.info(
             f"Trials: {sum(map(len, selection.train))} train, {sum(map(len, selection.val))} val, "
@@ -522,7 +528,7 @@ class BrainToTextDecoder_Trainer_S3:
         wanted = self.config.dataset.batch_size
         share = -(-wanted // self.world.size)
         fits = self.world.size * min(
-            self.world.gather(self.train_step.try_batch(share, n_bins, n_labels))
+            self.world.gather(largest_batch(self.train_step, share, n_bins, n_labels))
         )
         if fits < wanted:
             raise TrainingError(
@@ -633,21 +639,14 @@ class BrainToTextDecoder_Trainer_S3:
         )
 
     def _log_validation(self, step: int, result: ValidationResult) -> None:
-        primary = f"DER (avg): {result.der:.4f} " if self.config.primary_metric == "DER" else ""
-        self.log.info(
-            f"Val batch {step}: {primary}"
-            + (f"PER (avg): {result.per:.4f} " if not primary else "")
-            + f"CTC Loss (avg): {result.ctc_loss:.4f} time: {result.seconds:.3f}"
-            + (f" PER (avg): {result.per:.4f}" if primary else "")
-            + (f" PER (diphone path): {result.per_path:.4f}" if result.per_path is not None else "")
-        )
+        numbers = {"step": step, **result.as_dict()}
+        self.log.info(validation_line(numbers, self.config.primary_metric))
         if self.config.log_individual_day_val_PER:
             for session, rates in result.per_session.items():
                 text = " ".join(f"{k}: {v:.4f}" for k, v in rates.items() if isinstance(v, float))
                 self.log.info(f"  {session} {text}")
-        numbers = result.as_dict()
-        self.state.validations.append({"step": step, **numbers})
-        self.log.metrics("validation", step=step, **numbers)
+        self.state.validations.append(numbers)
+        self.log.metrics("validation", **numbers)
         if self.config.save_val_metrics and self.world.is_main:
             self._write_validations()
 
