@@ -145,8 +145,8 @@ def _word_options(options: argparse.Namespace) -> WordOptions | None:
     from brain_to_text.scoring.words import WordOptions
 
     if options.language_model is None and options.rescored is None:
-        for name in ("lexicon", "tune_words", "nbest"):
-            if getattr(options, name) not in (None, False, 1):
+        for name, absent in (("lexicon", None), ("tune_words", False), ("nbest", 1)):
+            if getattr(options, name) != absent:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
                     "too (an ARPA or KenLM file, 'training' or 'none')."

@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brain_to_text.config import resolve_key
+from brain_to_text.config_reader import resolve_key
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch

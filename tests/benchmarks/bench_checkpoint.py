@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "code"))
 
 import torch  # noqa: E402
-from brain_to_text.config import load_config  # noqa: E402
+from brain_to_text.config_reader import load_config  # noqa: E402
 from brain_to_text.model.optimizer import build_optimizer  # noqa: E402
 from brain_to_text.model.rnn_model import GRUDecoder  # noqa: E402
 from brain_to_text.model.weights_file import CheckpointFolder, load_verified  # noqa: E402

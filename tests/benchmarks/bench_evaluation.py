@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import numpy as np
 import torch
-from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import config_from_dict
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
 from brain_to_text.model.rnn_model import GRUDecoder
@@ -171,7 +172,7 @@ def main() -> None:
 
     print(
         f"{options.trials} trials, {config.model.n_layers} x {config.model.n_units} units, "
-        f"{config.model.n_input_features} features, {options.dtype}, {device}, "
+        f"{config.width} features, {options.dtype}, {device}, "
         f"{torch.get_num_threads()} threads"
     )
     contenders = {

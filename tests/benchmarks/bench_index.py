@@ -29,11 +29,15 @@ from brain_to_text.dataset.manifest import (
     load_or_build_manifest,
 )
 from brain_to_text.dataset.store import open_store
-from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.dataset.synthetic import (
+    SyntheticDataset,
+    random_sentences,
+    sentence_phonemes,
+    synthesize,
+)
 from brain_to_text.dataset.trial_record import ChunkLayout, TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.recording_blocks import recording_blocks
-from brain_to_text.labels.sentences import random_sentences, sentence_phonemes
 from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
 

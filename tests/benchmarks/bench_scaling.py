@@ -29,7 +29,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 
-from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.gpus import GPUS, step_time
 from brain_to_text.launch.pricing import hourly_price, instance_type
 
@@ -81,7 +82,7 @@ STEPS = 150_000
 def gradient_bytes(config: TrainingConfig, bytes_per_value: int) -> int:
     """What travels each step: everything but day layers, and those of one batch's sessions."""
     model = config.model
-    width, units = model.n_input_features, model.n_units
+    width, units = config.width, model.n_units
     first = width * model.patch_size
     gru = 3 * units * (first + units + 2)
     gru += (model.n_layers - 1) * 3 * units * (2 * units + 2)

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_step.py                          # phases and whole step
     python tests/benchmarks/bench_step.py --config code/rnn_args_diphone_sagemaker.yaml
     python tests/benchmarks/bench_step.py --device cuda --units 1024 --batch-size 48
-    python tests/benchmarks/bench_step.py --with-data              # trials streamed, GPU cache on
+    python tests/benchmarks/bench_step.py --with-data              # trials streamed, cache warm
     python tests/benchmarks/bench_step.py --sweep                  # batch sizes x lengths
     python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
     python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
@@ -37,7 +37,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
 
-from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.manifest import index_dataset
 from brain_to_text.dataset.store import open_store
@@ -83,7 +84,7 @@ def synthetic_batch(
 ) -> Batch:
     """Trials of `bins` bins each ('equal'), or lognormal with that mean ('spread')."""
     random = np.random.default_rng(seed)
-    B, C = config.dataset.batch_size, config.model.n_input_features
+    B, C = config.dataset.batch_size, config.width
     n = trial_lengths(config, B, bins, lengths, random)
     n_labels = np.maximum(1, (n * LABELS_PER_BIN).astype(np.int64))
     features = torch.zeros(B, int(n.max()), C)
@@ -307,7 +308,7 @@ def write_sessions(folder: Path, config: TrainingConfig, args: argparse.Namespac
         for i, n in enumerate(trial_lengths(config, per_session, args.bins, args.lengths, random)):
             phonemes = random.integers(1, 40, max(int(n * LABELS_PER_BIN) // 2, 1)).astype(np.int32)
             diphones = config.dataset.n_classes == 1681
-            features = random.standard_normal((n, config.dataset.neural_dim), dtype=np.float32)
+            features = random.standard_normal((n, config.width), dtype=np.float32)
             labels = encode_diphones(phonemes) if diphones else phonemes
             trials.append(
                 TrialContents(
@@ -328,7 +329,7 @@ def write_sessions(folder: Path, config: TrainingConfig, args: argparse.Namespac
 def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> float:
     """Steps as a run makes them, from `next` on the dataset to the update; returns their seconds.
 
-    Trials lie in a folder and, from the warm-up on, in the cache on the device. Nothing waits for
+    Trials lie in a folder and, from the warm-up on, in the cache in RAM. Nothing waits for
     the device between two steps, so that preparing and copying batches may overlap computing.
     """
     config = copy.deepcopy(config)
@@ -340,7 +341,7 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
         store = open_store(folder)
         manifest = index_dataset(store)
         everything = sum(trial.length for trial in manifest.trials)
-        config.dataset.gpu_cache_gb = 2 * everything / 1e9  # one of them for the batch under way
+        config.dataset.cache_gb = 2 * everything / 1e9
         stream = TrialStream.from_config(store, manifest, config.dataset)
         sessions = sorted({trial.session for trial in manifest.trials})
         by_session = [
@@ -365,14 +366,13 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
                 before = stream.stats.snapshot()
                 seconds.append(timed(loop(batches, steps), device) / steps)
                 traffic = stream.stats.snapshot() - before
-                asked = traffic.device_hits + traffic.cache_hits + traffic.cache_misses
                 rows.append(
                     [
                         "streamed",
                         f"{seconds[-1] * 1e3:.1f}",
                         f"{config.dataset.batch_size / seconds[-1]:.1f}",
                         f"{100 * traffic.wait_seconds / (seconds[-1] * steps):.1f}",
-                        f"{100 * traffic.device_hits / max(asked, 1):.0f}",
+                        f"{100 * traffic.hit_rate:.0f}",
                     ]
                 )
             kept = [next(batches) for _ in range(3)]
@@ -382,7 +382,7 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
         dataset.close()
     table(
         f"Steps with their data, means over {steps} steps after {warm_up}",
-        ["batches", "ms", "trials/s", "% waiting for data", "% of trials on the device"],
+        ["batches", "ms", "trials/s", "% waiting for data", "% of trials in the cache"],
         rows,
     )
     return statistics.median(seconds)

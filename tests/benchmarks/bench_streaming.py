@@ -473,7 +473,7 @@ def run_trainer(
 
     With `busy` the step computes in Python instead of sleeping, as one that launches kernels does.
     """
-    from brain_to_text.config import load_config
+    from brain_to_text.config_reader import load_config
     from brain_to_text.model.train_step import StepResult, TrainStep
     from brain_to_text.streaming import s3_reads
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths

@@ -21,7 +21,7 @@ class PlainDecoder(nn.Module):
         super().__init__()
         model = config.model
         self.patch, self.stride = model.patch_size, model.patch_stride
-        C, H = model.n_input_features, model.n_units
+        C, H = config.width, model.n_units
         self.day_weights = nn.ParameterList(nn.Parameter(torch.eye(C)) for _ in range(n_days))
         self.day_biases = nn.ParameterList(nn.Parameter(torch.zeros(1, C)) for _ in range(n_days))
         self.dropout = nn.Dropout(model.input_network.input_layer_dropout)

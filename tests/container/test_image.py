@@ -32,6 +32,17 @@ def test_it_says_where_it_comes_from(config):
     assert labels["brain-to-text.mlflow"] == "no"
 
 
+def test_its_label_names_the_content_of_every_file_it_runs(image, config):
+    label = json.loads(config["Labels"]["brain-to-text.code-fingerprints"])
+    hashes = "cd /opt/ml && find code -type f | xargs sha256sum"
+    found = dict(line.split()[::-1] for line in in_image(image, "sh", "-c", hashes).splitlines())
+    assert found.pop("code/LICENSE")  # laid beside the code for the image
+    ours = {name: digest[:16] for name, digest in found.items()}
+    assert {name: digest for name, digest in label.items() if name.startswith("code/")} == ours
+    locks = ["docker/requirements_sagemaker.txt", "docker/requirements_sagemaker_torch.txt"]
+    assert [name for name in label if name.startswith("docker/")] == locks
+
+
 def test_no_secret_is_in_its_environment_or_history(image, config):
     said = json.dumps(config["Env"]) + docker("history", "--no-trunc", image)
     for word in ("AWS_SECRET", "AWS_ACCESS_KEY", "PASSWORD", "TOKEN", "BEGIN CERTIFICATE"):

@@ -1,21 +1,21 @@
-"""The unmodified build_and_push.sh against a registry that answers for ECR's host name; then the
-user's whole way: launch what was pushed from its digest URI, fetch what it made.
+"""The unmodified build_and_push.sh against a registry that answers for ECR's host name, and a job
+from what it pushed.
 
-Programs run in processes of their own, as typed; only variables say where this machine's AWS is.
+The script runs on a PATH that holds the tools it names and no Python (the AWS command line is a
+program with an interpreter of its own, named by its path); only variables say where AWS is.
 """
 
 import json
 import os
-import re
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import boto3
 import pytest
-from brain_to_text.scoring.trained_model import open_model
 from moto.server import ThreadedMotoServer
-from support.container_job import BUCKET, TINY_JOB
+from support.bare_path import bare_path
+from support.container_job import BUCKET
 from support.ecr_emulation import missing_part, serve_registry
 from support.engine import docker
 
@@ -61,14 +61,40 @@ def ecr(aws):
     )
 
 
-def build_and_push(aws, *arguments):
-    return subprocess.run(
-        [str(TOP / "build_and_push.sh"), "--cpu", "--repository", REPOSITORY, *arguments],
-        env={**os.environ, **aws},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def find(program):
+    found = shutil.which(program)
+    assert found, f"{program} is not installed"
+    return found
+
+
+@pytest.fixture(scope="module")
+def build_and_push(aws, tmp_path_factory):
+    """build_and_push(*arguments, **variables): the script, as typed on a machine without Python."""
+    tools = bare_path(tmp_path_factory.mktemp("tools"))
+    # the AWS command line may be a Python program: it alone sees this machine's own path
+    (tools / "aws").write_text(f'#!/bin/sh\nPATH={os.environ["PATH"]} exec {find("aws")} "$@"\n')
+    (tools / "aws").chmod(0o755)
+    folders = [tools]
+    for place in os.get_exec_path():  # each docker in a folder of its own, in their order
+        if (Path(place) / "docker").exists():
+            folders.append(tmp_path_factory.mktemp("docker"))
+            (folders[-1] / "docker").symlink_to(Path(place) / "docker")
+    path = os.pathsep.join(map(str, folders))
+    assert shutil.which("python3", path=path) is None
+
+    def run(*arguments, without=(), **variables):
+        env = {**os.environ, **aws, "PATH": path, **variables}
+        for name in without:
+            env.pop(name, None)
+        return subprocess.run(
+            [str(TOP / "build_and_push.sh"), "--cpu", "--repository", REPOSITORY, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.fixture
@@ -83,11 +109,13 @@ def own_image_uri():
         file.write_text(before)
 
 
-def test_push_skip_pull_and_run(image, registry, aws, ecr, own_image_uri, tmp_path):
+def test_push_skip_pull_and_train(
+    image, registry, build_and_push, ecr, own_image_uri, make_job, container_s3, tmp_path
+):
     # the image fixture has built these layers, with whatever base this machine has
     # (a tag by name: the revision's own may change while somebody edits the tree)
     tag = "first"
-    first = build_and_push(aws, "--tag", tag)
+    first = build_and_push("--tag", tag)
     assert first.returncode == 0, first.stderr
     uri = first.stdout.strip()
     host, _, name_and_digest = uri.partition("/")
@@ -116,7 +144,7 @@ def test_push_skip_pull_and_run(image, registry, aws, ecr, own_image_uri, tmp_pa
     ecr.put_image(
         repositoryName=REPOSITORY, imageManifest=manifest, imageTag=tag, imageDigest=digest
     )
-    second = build_and_push(aws, "--tag", tag)
+    second = build_and_push("--tag", tag)
     assert second.returncode == 0, second.stderr
     assert second.stdout.strip() == uri
     assert "nothing to build or push" in second.stderr
@@ -130,85 +158,37 @@ def test_push_skip_pull_and_run(image, registry, aws, ecr, own_image_uri, tmp_pa
         *("--username", registry.user, "--password", registry.password),
     )
     docker("--config", str(login), "pull", uri)
-    assert "usage" in docker("run", "--rm", uri, "python", "train_model_sagemaker.py", "--help")
-
-
-@pytest.fixture
-def user(aws, container_s3, tmp_path):
-    """A user's variables, and what keeps the test from the machine's own settings."""
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "sdk.yaml").write_text(
-        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
-    )
-    return {
-        **os.environ,
-        **aws,
-        "AWS_ENDPOINT_URL_S3": container_s3.endpoint_url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "DOCKER_CONFIG": str(tmp_path / "docker"),
-        "SAGEMAKER_USER_CONFIG_OVERRIDE": str(tmp_path / "sdk.yaml"),
-    }
-
-
-def run(user, *command):
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=TOP, env=user, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture
-def job_name():
-    """A local job's name; the launcher's note of it is removed after the test."""
-    yield "journey"
-    (TOP / ".local" / "local-jobs" / "journey.json").unlink(missing_ok=True)
-
-
-def test_push_launch_and_fetch(
-    image, registry, user, container_s3, own_image_uri, job_name, tmp_path
-):
-    launcher = (sys.executable, "code/launch_sagemaker_job.py")
-    pushed = run(user, "./build_and_push.sh", "--cpu")
-    uri = pushed.stdout.strip()
-    name = f"{registry.host}/brain-to-text-training"
-    assert re.fullmatch(rf"{re.escape(name)}@sha256:[0-9a-f]{{64}}", uri)
-    # it is to be pulled back: nothing of that name stays here
-    tags = docker("images", "--format", "{{.Repository}}:{{.Tag}}", name).split()
-    docker("rmi", "--force", uri, *tags, check=False)
-
-    settings = [w for key, value in TINY_JOB.items() for w in (f"--{key}", str(value))]
-    where = ("--instance-type", "local", "--job-name", job_name)
-    launched = run(user, *launcher, *where, *settings)
-    assert "Checked: 0 errors" in launched.stderr
-    assert f"--fetch {job_name}" in launched.stdout
-    assert uri in docker("images", "--digests", "--format", "{{.Repository}}@{{.Digest}}")
-
-    fetched = run(user, *launcher, "--fetch", job_name, "--to", tmp_path / "fetched")
-    assert "best" in fetched.stdout and f"--s3-bucket {BUCKET}" in fetched.stdout
-    assert open_model(tmp_path / "fetched/model").config.dataset.batch_size == 4
-    assert (tmp_path / "fetched/output/report.html").stat().st_size > 10_000
-    assert list((tmp_path / "fetched/output/tensorboard").iterdir())
-    logs = container_s3.root / BUCKET / "sagemaker-outputs" / job_name / "logs"
+    result = make_job({"output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/pushed"}, image=uri).run()
+    assert result.exit_code == 0, result.log
+    logs = container_s3.root / BUCKET / "sagemaker-outputs/pushed/logs"
     assert "Finished at step 6" in (logs / "training_log").read_text()
     assert list((logs / "tensorboard").iterdir())
-    said = "".join(done.stdout + done.stderr for done in (pushed, launched, fetched))
-    assert registry.password not in said and user["AWS_SECRET_ACCESS_KEY"] not in said
 
 
-def test_without_push_no_account_is_asked(image, aws):
-    nowhere = {**aws, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    done = build_and_push(nowhere, "--no-push", "--tag", "local-only")
+def test_without_push_no_account_is_asked(image, build_and_push):
+    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = build_and_push("--no-push", "--tag", "local-only", **nowhere)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{REPOSITORY}:local-only"
 
 
-def test_each_way_to_fail_is_one_sentence(image, registry, aws):
-    no_region = {name: value for name, value in aws.items() if "REGION" not in name}
-    done = build_and_push(no_region)
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith("no AWS region: give --region, or set AWS_REGION.")
-    unreachable = {**aws, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
-    done = build_and_push(unreachable)
-    assert done.returncode == 1
-    assert "AWS cannot be reached" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_each_way_to_fail_is_one_sentence(build_and_push, ecr):
+    def said(*arguments, **settings):
+        done = build_and_push("--tag", "never", *arguments, **settings)
+        assert (done.returncode, done.stdout) == (1, ""), done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    no_region = said(without=["AWS_DEFAULT_REGION", "AWS_REGION"])
+    assert no_region.endswith("no AWS region: give --region, or set AWS_REGION.")
+    keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    assert "no AWS credentials" in said(without=keys, AWS_EC2_METADATA_DISABLED="true")
+    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    assert "AWS cannot be reached" in said(**nowhere)
+    assert "no AWS credentials" in said(AWS_PROFILE="nobody")
+    refused = said("--repository", "A Bad Name")
+    assert "AWS refused DescribeRepositories: " in refused or "InvalidParameter" in refused
+    assert [r["repositoryName"] for r in ecr.describe_repositories()["repositories"]] in (
+        [],
+        [REPOSITORY],
+    )

@@ -8,16 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.selection import select_trials
 from brain_to_text.dataset.store import open_store
-from brain_to_text.launch.account import AwsAccount
-from brain_to_text.launch.launch import launch_training_job
-from brain_to_text.launch.request import CODE_FOLDER
 from brain_to_text.streaming.batch_plan import BatchPlan
+from support import local_mode
 from support.container_job import BUCKET, PREFIX, TINY_JOB, Cluster, Job
-from support.engine import docker
+from support.engine import REPOSITORY, docker
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -78,7 +76,7 @@ def as_printed(values):
 def distinct_trials(data):
     """Trials to fetch when each is fetched once per batch and validation, whoever trains on it."""
     overrides = {key: str(value) for key, value in JOB.items() if key not in ("s3-bucket", FILE)}
-    config = load_config(CODE_FOLDER / JOB[FILE], overrides)
+    config = load_config(REPOSITORY / "code" / JOB[FILE], overrides)
     manifest = load_manifest(open_store(data))
     chosen = select_trials(manifest, config)
     plan = BatchPlan(chosen.train, config.dataset.batch_size, 2, config.dataset.seed)
@@ -90,30 +88,15 @@ def reads(log):
     return int(re.search(r"Streaming: ([\d,]+) GETs", log)[1].replace(",", ""))
 
 
-def test_local_mode_on_two_hosts_computes_the_same_run(
-    image, container_s3, alone, monkeypatch, tmp_path
-):
-    pytest.importorskip("sagemaker.estimator", reason="SDK v2 is not installed")
-    for name, value in container_s3.environment().items():
-        monkeypatch.setenv(name, value)
-    defaults = tmp_path / "sagemaker.yaml"
-    defaults.write_text(
-        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
+def test_local_mode_on_two_hosts_computes_the_same_run(image, container_s3, alone, tmp_path):
+    variables = {"BRAIN_TO_TEXT_PROCESSES_PER_HOST": "2", "OMP_NUM_THREADS": "1"}
+    scratch = tmp_path / "local-mode"
+    scratch.mkdir()
+    local_mode.fit(
+        *("two-hosts", image, BUCKET, JOB, container_s3, scratch), hosts=2, variables=variables
     )
-    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(defaults))
-    own = {"s3-bucket", FILE, "num_training_batches"}
-    job = launch_training_job(
-        BUCKET,
-        account=AwsAccount(),
-        instance_type="local",
-        instance_count=2,
-        image_uri=image,
-        job_name="two-hosts",
-        num_training_batches=JOB["num_training_batches"],
-        overrides={key: str(value) for key, value in JOB.items() if key not in own},
-        environment={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": "2", "OMP_NUM_THREADS": "1"},
-    )
-    archive = container_s3.root / job.output_uri.removeprefix("s3://") / "output" / "model.tar.gz"
+    outputs = container_s3.root / BUCKET / local_mode.OUTPUT_PREFIX
+    archive = outputs / "two-hosts" / "output" / "model.tar.gz"
     with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as packed:
         packed.extractall(tmp_path / "model", filter="data")
     log = (tmp_path / "model" / "training_log").read_text()

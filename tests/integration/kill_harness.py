@@ -129,6 +129,7 @@ class Job:
             time.sleep(0.001 if kind == "SIGKILL in a save" else 0.01)
         if not self.process.is_alive():
             return None
+        assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
         return kind
 

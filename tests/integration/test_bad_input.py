@@ -17,9 +17,11 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.dataset import encoding as dataset_encoding
+from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
 from brain_to_text.dataset.manifest import MANIFEST_NAME
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import DataError
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -101,6 +103,14 @@ def other_form(trial: h5py.Group) -> None:
     labels = encode_diphones(phonemes, "transition")
     trial["seq_class_ids"][:] = np.pad(labels, (0, MAX_SEQ_ELEMENTS - len(labels)))
     trial.attrs["seq_len"] = len(labels)
+
+
+def no_diphones(trial: h5py.Group) -> None:
+    """Labels in an alphabet of 60."""
+    del trial["seq_class_ids_phoneme"]
+    trial["seq_class_ids"][:3] = [7, 58, 12]
+    trial["seq_class_ids"][3:] = 0
+    trial.attrs["seq_len"] = 3
 
 
 def exchanged_labels(folder: Path) -> None:
@@ -205,9 +215,10 @@ CASES = [
     Case("no features", without("input_features"), "dataset input_features is missing"),
     Case("no labels", without("seq_class_ids"), "dataset seq_class_ids is missing"),
     Case(
-        "no phoneme labels",
-        without("seq_class_ids_phoneme"),
-        "dataset seq_class_ids_phoneme is missing",
+        "neither phoneme labels nor diphones",
+        in_trial(no_diphones),
+        "label 58 is no phoneme (1 … 40), and the labels are no diphones of them in either form: "
+        "only the alphabet of 41 phoneme classes is read here",
     ),
     Case("trial is no group", trial_is_a_dataset, "is not a group"),
     # attributes
@@ -230,7 +241,11 @@ CASES = [
     Case("one dimension", features(lambda old: old[:, 0].copy()), "not [T, C]"),
     Case("three dimensions", features(lambda old: old[None]), "not [T, C]"),
     Case("narrower than the rest", narrower, "has 5 features where most trials have 6"),
-    Case("double precision", features(lambda old: old.astype(np.float64)), "is float64, not"),
+    Case(
+        "double precision",
+        features(lambda old: old.astype(np.float64)),
+        "is float64, not float32 or float16: 'python code/prepare_dataset.py encode' converts it",
+    ),
     Case("integers", features(lambda old: old.astype(np.int16)), "is int16, not float32"),
     Case("big endian", features(lambda old: old.astype(">f4")), "not float32 or float16"),
     Case("text", replaced("input_features", "hello"), "not [T, C]"),
@@ -252,8 +267,10 @@ CASES = [
     Case("labels are a table", replaced("seq_class_ids", np.ones((5, 5), int)), "not a list of"),
     # layout
     Case("compact layout", in_trial(compact), "not stored as one run of bytes"),
-    Case("never written", in_trial(never_written), "not stored as one run of bytes"),
-    Case("missing chunks", in_trial(missing_chunk), "has 1 of its 10 chunks"),
+    Case("never written", in_trial(never_written), "input_features was never written"),
+    Case(
+        "missing chunks", in_trial(missing_chunk), "has 1 of its 10 chunks: the others were never"
+    ),
     Case("unknown filter", in_trial(scale_offset), "HDF5 filter 6"),
     Case("damaged chunk", flipped_in_chunk, "cannot be decompressed"),
     # sessions
@@ -442,7 +459,7 @@ def test_validate_names_it(damage, code, reason, dataset, capsys) -> None:
 
 def test_trials_that_are_no_copies_are_not_taken_for_copies(tmp_path, capsys) -> None:
     """As many bins each, and features of one distribution."""
-    with_equal_lengths = ["--sessions", 1, "--train-trials", 40, "--electrodes", 4]
+    with_equal_lengths = ["--sessions", 1, "--trials", 40, "--electrodes", 4]
     assert run("synthesize", tmp_path, *with_equal_lengths) == 0
     for path in tmp_path.rglob("*.hdf5"):
         with h5py.File(path, "r+") as file:
@@ -537,23 +554,24 @@ def other_phonemes(trial: h5py.Group) -> None:
     ],
 )
 def test_encode_proves_every_trial_before_it_writes_a_file(
-    change, reason, tmp_path, monkeypatch, capsys
+    change, reason, tmp_path, monkeypatch
 ) -> None:
     write_small_dataset(tmp_path / "old", form=None)
-    real = dataset_encoding.encode_file
+    real = encoding.encode_file
 
     def mistaken(key, data, options):
         encoded, left_out = real(key, data, options)
-        if key != FILE:
-            return encoded, left_out
         buffer = io.BytesIO(encoded)
         with h5py.File(buffer, "r+") as file:
             change(file[TRIAL])
         return buffer.getvalue(), left_out
 
-    monkeypatch.setattr(dataset_encoding, "encode_file", mistaken)
-    assert run("encode", tmp_path / "old", tmp_path / "new") == 1
-    assert capsys.readouterr().err == f"ERROR: {FILE}:{TRIAL}: {reason}.\n"
+    monkeypatch.setattr(encoding, "encode_file", mistaken)
+    source, target = str(tmp_path / "old"), str(tmp_path / "new")
+    info = open_store(source).list()[FILE]
+    with pytest.raises(DataError) as stopped:
+        encoding._encode_job(source, target, info, encoding.EncodingOptions())
+    assert str(stopped.value) == f"{FILE}:{TRIAL}: {reason}."
     assert not (tmp_path / "new" / FILE).exists()
 
 
@@ -574,7 +592,7 @@ def test_float16_overflow_is_named(tmp_path, capsys) -> None:
 
 
 def test_usage_errors_exit_with_2(capsys) -> None:
-    for wrong in (["encode", "a"], ["index"], ["paint"], ["synthesize", "x", "--layout", "zip"]):
+    for wrong in (["encode", "a"], ["index"], ["paint"], ["synthesize", "x", "--trials", "zip"]):
         with pytest.raises(SystemExit) as stopped:
             prepare_dataset.main(wrong)
         assert stopped.value.code == 2

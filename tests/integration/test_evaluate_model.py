@@ -15,13 +15,14 @@ import pytest
 import torch
 import yaml
 from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.selection import select_for_evaluation
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.scoring.decoding import evaluate
-from brain_to_text.scoring.evaluate import choose_trials, run_model, write_run_report
+from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
@@ -56,7 +57,7 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     store = open_store(data)
     manifest = load_or_build_manifest(store, print)
     stream = TrialStream(store, manifest)
-    chosen = choose_trials(manifest, SESSIONS, "val", artefact.config).by_session
+    chosen, _ = select_for_evaluation(manifest, artefact.config, SESSIONS, "val")
     dataset = EvaluationDatasetS3(stream, chosen, batch_size=2, device=torch.device("cpu"))
     transforms = artefact.config.dataset.data_transforms
     result = evaluate(artefact.build(), Augmentation(transforms), dataset, SESSIONS)
@@ -120,6 +121,107 @@ def test_a_comparison_is_on_the_trials_of_both_models_and_names_the_others(
     assert lost[2] in (tmp_path / "out" / "report.html").read_text()
 
 
+# --- ensembles ------------------------------------------------------------------------------------
+
+
+def log_probs(folder, names):
+    with h5py.File(folder / "phoneme_logits.hdf5") as file:
+        return {name: file[name][:].astype(np.float64) for name in names}
+
+
+def test_an_ensemble_decodes_the_mean_of_its_members_log_probabilities(
+    model_folder, tiny_dataset, tmp_path
+):
+    """Also when the members number their sessions differently and have other classes."""
+    rival = tmp_path / "phonemes"
+    write_model(rival, SESSIONS[::-1], n_classes=41, seed=3)
+    data = ("--data-dir", tiny_dataset.folder, "--export-logits")
+    for name, models in {"a": [model_folder], "b": [rival], "whole": [model_folder, rival]}.items():
+        named = [word for model in models for word in ("--model", model)]
+        assert run(*named, *data, "--output-dir", tmp_path / name) == 0
+    names = [f"{session}/trial_{n:04d}" for session in SESSIONS for n in range(3)]
+    a, b, whole = (log_probs(tmp_path / name, names) for name in ("a", "b", "whole"))
+    for name in names:
+        mean = (a[name] + b[name]) / 2
+        expected = mean - np.log(np.exp(mean).sum(1, keepdims=True))
+        np.testing.assert_allclose(whole[name], expected, atol=1e-4)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert list(summary["rates"]) == ["PER"], "a mean over phonemes has no diphones"
+    for folder, member in zip(("a", "b"), summary["members"], strict=True):
+        alone = json.loads((tmp_path / folder / "summary.json").read_text())
+        assert member["rates"] == alone["rates"]
+        difference = summary["rates"]["PER"]["value"] - alone["rates"]["PER"]["value"]
+        assert member["comparison"]["difference"]["value"] == pytest.approx(difference)
+    page = (tmp_path / "whole" / "report.html").read_text()
+    section = page.split('<section id="ensemble">')[1].split("</section>")[0]
+    assert str(model_folder) in section and str(rival) in section
+
+
+def test_an_ensemble_is_scored_on_the_trials_of_all_members(model_folder, tiny_dataset, tmp_path):
+    write_model(tmp_path / "rival", SESSIONS[1:], seed=3)
+    models = ("--model", model_folder, "--model", tmp_path / "rival")
+    out = tmp_path / "out"
+    assert run(*models, "--data-dir", tiny_dataset.folder, "--output-dir", out) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["n_trials"] == 6
+    assert any(f"Left out: 3 trials that {model_folder}" in line for line in summary["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sessions", "sentence"),
+    [
+        ({"patch_stride": 3}, SESSIONS, "model.patch_stride is 2 in"),
+        ({"patch_size": 8}, SESSIONS, "model.patch_size is 6 in"),
+        ({}, ("t15.2023.08.13",), "share no trial"),
+    ],
+)
+def test_models_that_make_no_ensemble_are_one_sentence(
+    changes, sessions, sentence, tiny_dataset, tmp_path, capsys
+):
+    write_model(tmp_path / "a", ("t15.2023.08.11",))
+    write_model(tmp_path / "b", sessions, **changes)
+    models = ("--model", tmp_path / "a", "--model", tmp_path / "b")
+    out = tmp_path / "out"
+    assert run(*models, "--data-dir", tiny_dataset.folder, "--output-dir", out) == 1
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert list(out.iterdir()) == []
+
+
+# --- what is in the folder already ----------------------------------------------------------------
+
+
+def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, tmp_path, capsys):
+    write_model(tmp_path / "b", SESSIONS, seed=3)
+    out = tmp_path / "out"
+    data = ("--data-dir", tiny_dataset.folder, "--output-dir", out)
+    assert run("--model", model_folder, *data, "--export-logits") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (("--model", tmp_path / "b"), ("--model", model_folder, "--split", "train")):
+        assert run(*other, *data) == 1
+        assert f"{out} holds the results of {model_folder}" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("--model", model_folder, *data) == 0, "the same again"
+    assert not (out / "phoneme_logits.hdf5").exists(), "nothing of the evaluation before stays"
+    (out / "phoneme_logits.hdf5").write_text("of another evaluation")
+    assert run("--model", tmp_path / "b", *data, "--overwrite") == 0
+    assert not (out / "phoneme_logits.hdf5").exists()
+    assert json.loads((out / "summary.json").read_text())["model"] == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["trials.csv", "report.html", "submission.csv"])
+def test_what_no_evaluation_wrote_is_left_alone(name, model_folder, tiny_dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("somebody's own")
+    (out / "notes.txt").write_text("mine")
+    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder, "--output-dir", out)
+    assert run(*arguments) == 1
+    assert f"{name}, which nothing says an evaluation wrote" in capsys.readouterr().err
+    assert (out / name).read_text() == "somebody's own"
+    assert run(*arguments, "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
     data = tmp_path / "data"
     write_dataset(data, SESSIONS[:2], {"train": 1, "test": 3})
@@ -165,9 +267,9 @@ def test_sessions_switched_off_in_training_are_left_out_by_name(
     config = open_model(model_folder).config
     config.dataset.dataset_probability_val = [0.0, 1.0, 1.0]
     manifest = load_or_build_manifest(open_store(tiny_dataset.folder), print)
-    chosen = choose_trials(manifest, SESSIONS, "val", config)
-    assert [len(trials) for trials in chosen.by_session] == [0, 3, 3]
-    assert chosen.remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
+    chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
+    assert [len(trials) for trials in chosen] == [0, 3, 3]
+    assert remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
 
 
 def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
@@ -179,13 +281,13 @@ def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
         trial["input_features"] = np.zeros((5, 32), np.float32)  # a patch has 6 bins
         trial.attrs["n_time_steps"] = 5
     config = open_model(model_folder).config
-    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: 4}, SESSIONS[1]: {1: [0]}}
+    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: [4]}, SESSIONS[1]: {1: [0]}}
     manifest = load_or_build_manifest(open_store(tmp_path), print)
-    chosen = choose_trials(manifest, SESSIONS, "val", config)
-    names = [manifest.trials[i].name for i in chosen.by_session[0]]
+    chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
+    names = [manifest.trials[i].name for i in chosen[0]]
     key = f"{SESSIONS[0]}/data_val.hdf5"
     assert names == [f"{key}:trial_0000", f"{key}:trial_0005"]
-    assert chosen.remarks == (
+    assert remarks == (
         *(f"Left out: {key}:trial_000{n}, listed in dataset.bad_trials_dict" for n in (1, 2, 4)),
         f"Left out: {key}:trial_0003, shorter than one patch of 6 bins",
     )

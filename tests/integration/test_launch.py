@@ -9,7 +9,7 @@ import time
 
 import launch_sagemaker_job as front_door
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
 from brain_to_text.launch.jobs import job_state
 from brain_to_text.launch.launch import launch_training_job

@@ -14,9 +14,10 @@ from pathlib import Path
 import evaluate_model
 import prepare_dataset
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
 CONFIG = Path(prepare_dataset.__file__).with_name("rnn_args_smoke.yaml")
@@ -64,7 +65,7 @@ def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
     assert reference["per"] < 0.10
     # the same electrodes and sentences, but a weaker signal: else no word would be wrong
     data = tmp_path / "data"
-    assert prepare_dataset.main(["synthesize", str(data), "--gain", "0.3"]) == 0
+    assert synthesize(open_store(data), SyntheticDataset(gain=0.3)).trials
     manifest = load_manifest(open_store(str(data)))
     assert manifest is not None
     train, val = (
@@ -84,7 +85,7 @@ def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
 
 def test_nothing_is_learnt_from_permuted_labels(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    assert prepare_dataset.main(["synthesize", str(data), "--permute-labels"]) == 0
+    assert synthesize(open_store(data), SyntheticDataset(permute_labels=True)).trials
     result = trained(tmp_path / "run", data, num_training_batches=200)
     assert result["der"] > 0.8
     assert result["per"] > 0.8
@@ -93,7 +94,7 @@ def test_nothing_is_learnt_from_permuted_labels(tmp_path: Path) -> None:
 def test_without_day_layers_it_is_clearly_worse(tmp_path: Path) -> None:
     # sessions that mix their electrodes unrelated to each other, so that only a day layer helps
     data = tmp_path / "data"
-    assert prepare_dataset.main(["synthesize", str(data), "--session-change", "1"]) == 0
+    assert synthesize(open_store(data), SyntheticDataset(session_change=1)).trials
     own = trained(tmp_path / "own", data, num_training_batches=300)
     fixed = trained(
         tmp_path / "fixed",

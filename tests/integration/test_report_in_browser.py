@@ -6,12 +6,10 @@ import json
 import shutil
 import subprocess
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.dataset.drift import SessionDrift
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest
 from brain_to_text.dataset.trial_record import Finding, TrialRecord
 from brain_to_text.dataset.validation import SplitSummary, ValidationReport
@@ -151,7 +149,7 @@ def long_contents() -> dict:
 
 
 def long_dataset() -> ValidationReport:
-    """45 sessions with drift, hundreds of findings, long names."""
+    """45 sessions, hundreds of findings, long names."""
     random = np.random.default_rng(0)
     sessions = [f"t15.2024.{1 + i // 28:02d}.{1 + i % 28:02d}" for i in range(45)]
     url = "s3://a-bucket-with-a-long-name/" + "hdf5_data_diphone_encoded-" * 8
@@ -180,10 +178,6 @@ def long_dataset() -> ValidationReport:
                         phoneme_ids=None if split == "test" else phonemes,
                     )
                 )
-    drift = [
-        SessionDrift(a, b, 0.1, 12, 0.2, 7, 0.9, ((511, 0.61), (3, -0.5), (17, 0.4)))
-        for a, b in pairwise(sessions)
-    ]
     findings = [
         Finding(
             f"{sessions[0]}/data_train.hdf5", f"trial_{n:04d}", "some reason " * 20, kind, level
@@ -193,12 +187,12 @@ def long_dataset() -> ValidationReport:
     ] + [Finding("a" * 200, None, "is not used", "unknown file", "warning")]
     files = {trial.key: FileRecord(123_456_789, "etag") for trial in trials}
     manifest = TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
-    return ValidationReport(url, manifest, rows, findings, drift, 17, ["a note " * 30])
+    return ValidationReport(url, manifest, rows, findings, 17, ["a note " * 30])
 
 
 PAGES = {
     "model": (lambda: model_report(long_contents()), 12),
-    "dataset": (lambda: dataset_page(long_dataset()), 8),
+    "dataset": (lambda: dataset_page(long_dataset()), 5),
 }
 
 

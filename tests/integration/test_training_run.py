@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
@@ -364,7 +364,7 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(
     data, train, monkeypatch, fits, words
 ):
     # memory cannot run out on purpose here: only the answer of the probe is made up
-    monkeypatch.setattr(TrainStep, "try_batch", lambda self, *sizes: fits)
+    monkeypatch.setattr(rnn_trainer_s3, "largest_batch", lambda step, *sizes: fits)
     run = train("job", "--data-dir", str(data), try_largest_batches_first="true")
     assert run.code == 1
     assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure
@@ -553,11 +553,11 @@ BAD_SETTINGS = {
     ),
     "bad trials as a list": (
         {"bad_trials_dict": "{t15.2023.08.11: [1, 2]}"},
-        "must map block numbers",
+        "block numbers to lists of trial numbers",
     ),
     "bad trials as words": (
         {"bad_trials_dict": "{t15.2023.08.11: {1: [first]}}"},
-        "must list trial numbers",
+        "block numbers to lists of trial numbers",
     ),
     "phoneme weight of two": ({"phoneme_weight": 2}, "from 0 to 1"),
     "two objectives": (

@@ -43,7 +43,7 @@ def commands() -> list[str]:
 def archive(tmp_path: Path) -> Path:
     """An empty folder with the public archive's synthetic twin: phoneme labels, four sessions."""
     source = tmp_path / "source"
-    sizes = ["--sessions", "4", "--train-trials", "6", "--val-trials", "3", "--test-trials", "2"]
+    sizes = ["--sessions", "4", "--trials", "15"]
     assert prepare_dataset.main(["synthesize", str(source), "--phonemes", *sizes]) == 0
     folder = tmp_path / "reader"
     (folder / DOWNLOAD).parent.mkdir(parents=True)

@@ -21,10 +21,10 @@ pytest.importorskip(
 )
 
 from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.errors import DataError, StorageError
-from brain_to_text.labels.phonemes import N_PHONEMES
+from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_symbols
 from brain_to_text.labels.pronunciation import lexicon_of
-from brain_to_text.labels.sentences import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.scoring.language_model import (
     START,
     estimate_ngrams,
@@ -202,6 +202,88 @@ def test_what_is_no_language_model_is_one_sentence(content, tmp_path):
         words_of_model(tmp_path / "absent")
 
 
+# --- case and alphabet ----------------------------------------------------------------------------
+
+SPOKEN = random_sentences(4, np.random.default_rng(7), size=60)
+
+
+def arpa(path, sentences, written):
+    """A model whose words are written as `written` says."""
+    model = estimate_ngrams([" ".join(map(written, s.split())) for s in sentences])
+    model.write_arpa(path)
+    return path
+
+
+def test_a_model_in_capitals_decodes_what_the_same_model_in_lower_case_does(tmp_path):
+    manifest = manifest_of([record(split="val", sentence=sentence) for sentence in SPOKEN])
+    lexicon = tmp_path / "mine.txt"
+    spelled = {w: phoneme_symbols(ways[0]) for w, ways in lexicon_of(SPOKEN[0].split())[0].items()}
+    lexicon.write_text("".join(f"{w.upper()} {' '.join(p)}\n" for w, p in spelled.items()))
+    random = np.random.default_rng(3)
+    heard = [posteriors(sentence, random, 1.0) for sentence in SPOKEN]
+    found = {}
+    for name, written in {"lower": str.lower, "upper": str.upper, "Title": str.title}.items():
+        path = arpa(tmp_path / name, SPOKEN, written)
+        for own in (None, lexicon):
+            decoder, facts = make_decoder(WordOptions(str(path), own), manifest, tmp_path)
+            found[name, own] = [decoder.hypotheses(h, WordSettings())[0] for h in heard]
+            known = facts["Words of the transcripts that can be decoded"]
+            assert known.startswith("100.0 % of ")
+            assert ("Case of the language model" in facts) == (name != "lower")
+    assert [h.text for h in found["lower", None]] == SPOKEN
+    for own in (None, lexicon):
+        for name in ("upper", "Title"):
+            for mine, other in zip(found["lower", own], found[name, own], strict=True):
+                assert mine.text == other.text
+                assert mine.language == pytest.approx(other.language, abs=1e-4)
+
+
+def test_words_in_several_cases_are_each_worth_their_own_score(tmp_path):
+    sentences = ["the Cat sat", "the cat sat", "a Cat", "CAT"]
+    path = arpa(tmp_path / "mixed", sentences, str)
+    words, strange, what = words_of_model(path)
+    assert sorted(words["cat"]) == ["CAT", "Cat", "cat"] and not strange
+    assert what == "4 words of the ARPA file"
+    decoder, facts = make_decoder(WordOptions(str(path)), manifest_of([record()]), tmp_path)
+    assert decoder.words == ["a", "cat", "sat", "the"]
+    assert facts["Case of the language model"] == "folded: 2 words are not in lower case"
+
+
+@pytest.mark.parametrize("alphabet", ["кот сидит тут", "die Größe zählt für Mädchen", "猫 が 座る"])
+def test_a_model_of_another_language_is_refused_with_its_share(alphabet, tmp_path):
+    path = arpa(tmp_path / "lm", [alphabet, alphabet], str)
+    manifest = manifest_of([record(split="train", sentence="the dog is near the tree")])
+    with pytest.raises(DataError, match=r"knows 0\.0 % of 6 in train \(not the, dog"):
+        make_decoder(WordOptions(str(path)), manifest, tmp_path)
+
+
+def test_a_word_that_loses_letters_is_no_other_word(tmp_path):
+    words, strange, _ = words_of_model(arpa(tmp_path / "lm", ["naïve we’ll cat3", "it's"], str))
+    assert strange == ["cat3", "naïve"] or set(strange) >= {"cat3"}
+    assert "nave" not in words and "cat" not in words
+
+
+def test_words_that_sound_alike_beyond_what_the_search_holds_are_named(tmp_path):
+    lexicon = {f"word{chr(97 + i)}": [(5, 6)] for i in range(8)}
+    decoder = WordDecoder(lexicon, None)
+    assert decoder.dropped == ["wordg", "wordh"]
+
+
+# --- N-best lists ---------------------------------------------------------------------------------
+
+
+def test_scores_of_a_hypothesis_add_up(decoders):
+    settings = WordSettings(beam_size=50, lm_weight=1.5, word_score=0.7)
+    decoder, one = decoders[1], decoders[2][0]
+    found = decoder.hypotheses(one.phoneme_log_probs, settings, 8)
+    assert len(found) > 1 and len({h.text for h in found}) == len(found)
+    assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+    assert found[0].text == decoder.decode(one.phoneme_log_probs, settings)
+    for h in found:
+        total = h.acoustic + 1.5 * h.language + 0.7 * len(h.text.split())
+        assert h.score == pytest.approx(total, abs=1e-3)
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -292,3 +374,100 @@ def test_files_that_do_not_serve_are_found_before_anything_is_decoded(
     assert run("--model", model_folder, "--data-dir", data, *words, "--output-dir", out) == 1
     assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    arguments = ("--model", model_folder, "--data-dir", data)
+    options = ("--language-model", "training", "--beam-size", "20", "--nbest", "5")
+    assert run(*arguments, *options, "--output-dir", out) == 0
+    with (out / "nbest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = json.loads((out / "summary.json").read_text())["words"]
+    assert {row["file"] for row in rows} == {
+        f"{s}/data_val.hdf5:trial_{n:04d}" for s in SESSIONS[:2] for n in range(2)
+    }
+    assert first["WER of the best hypothesis"] <= first["WER"]["value"]
+    # as it went out, it gives the same sentences
+    assert run(*arguments, "--rescored", out / "nbest.csv", "--output-dir", again) == 0
+    second = json.loads((again / "summary.json").read_text())["words"]
+    assert second["WER"] == first["WER"]
+    # a rescoring program prefers the truth
+    for row in rows:
+        row["score"] = "-1"
+    truth = {"file": rows[0]["file"], "hypothesis": "Hello, world!", "score": "0"}
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), restval="")
+        writer.writeheader()
+        writer.writerows([*rows, truth])
+    mine = ("--rescored", tmp_path / "mine.csv", "--output-dir", again)
+    assert run(*arguments, *mine) == 0
+    with (again / "trials.csv").open(newline="") as file:
+        trials = {row["file"]: row for row in csv.DictReader(file)}
+    assert trials[truth["file"]]["decoded_sentence"] == "hello world"
+    assert trials[truth["file"]]["word_errors"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("", "has no column 'file'"),
+        ("file,score\n", "has no column 'hypothesis'"),
+        ("file,hypothesis\nnobody,hi\n", "row 2 is about 'nobody', which is none of the 4"),
+        ("file,hypothesis,score\nNAME,hi,nan\n", "row 2 has 'nan' as its score"),
+        ("file,hypothesis,score\nNAME,hi,best\n", "row 2 has 'best' as its score"),
+        ("file,hypothesis\nNAME,hi\nNAME,ho\n", "row 3 has 'nothing' as its score"),
+        ("file,hypothesis,score\nNAME,hi,1\n", "has no row for 3 of 4 decoded trials"),
+        ('file,hypothesis\n"NAME,hi\n', "is no CSV table in UTF-8"),
+        (b"file,hypothesis\nNAME,\xff\n", "is no CSV table in UTF-8"),
+        (b"file,hypothesis\nNAME\0,hi\n", "row 2 is about"),
+    ],
+)
+def test_a_table_that_cannot_be_scored_is_one_sentence(
+    table, sentence, model_folder, data, tmp_path, capsys
+):
+    name = f"{SESSIONS[0]}/data_val.hdf5:trial_0000"
+    table = table.encode() if isinstance(table, str) else table
+    (tmp_path / "mine.csv").write_bytes(table.replace(b"NAME", name.encode()))
+    arguments = ("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path / "out")
+    assert run(*arguments, "--rescored", tmp_path / "mine.csv") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ERROR: ") and sentence in error
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--nbest", "0", "--language-model", "none"), "--nbest is 0: give 1 to 200"),
+        (("--nbest", "201", "--language-model", "none"), "--nbest is 201: give 1 to 200"),
+        (("--nbest", "3"), "--nbest is about decoding words: give --language-model"),
+        (("--lexicon", "a.txt"), "--lexicon is about decoding words"),
+        (("--tune-words",), "--tune-words is about decoding words"),
+        (("--rescored", "a.csv", "--language-model", "none"), "Sentences come from one place"),
+        (("--rescored", "a.csv", "--nbest", "3"), "leave out --lexicon, --tune-words and --nbest"),
+        (("--rescored", "absent.csv"), "absent.csv cannot be read"),
+    ],
+)
+def test_options_about_words_that_say_nothing_are_one_sentence(
+    options, sentence, model_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("--model", model_folder, "--data-dir", data, *options) == 1
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_seen_and_unseen_sentences_are_scored_apart(model_folder, data, tmp_path, capsys):
+    with h5py.File(data / SESSIONS[0] / "data_val.hdf5", "r+") as file:
+        file["trial_0000"].attrs["sentence_label"] = "Never said before."
+    out = tmp_path / "out"
+    arguments = ("--model", model_folder, "--data-dir", data, "--language-model", "training")
+    assert run(*arguments, "--beam-size", "20", "--output-dir", out) == 0
+    groups = json.loads((out / "summary.json").read_text())["groups"]
+    for rate in ("PER", "DER", "WER"):
+        found = {name: row["n_trials"] for name, row in groups[rate]["sentence"].items()}
+        assert found == {"seen": 3, "unseen": 1}
+    assert groups["WER"]["sentence"]["unseen"]["tokens"] == 3
+    said = capsys.readouterr().out
+    assert "on the 3 trials whose sentence training has seen" in said
+    assert "on the 1 trials whose sentence training has not seen" in said
+    assert "on sentences seen in training, and others" in (out / "report.html").read_text()

@@ -95,8 +95,7 @@ class EmulatedAccount:
         backend = iam_backends[ACCOUNT]["aws"]
         name = name.rpartition("/")[2]
         owner = backend.get_user(name) if kind == "user" else backend.get_role(name)
-        texts = list(owner.policies.values())
-        texts += [policy.document for policy in owner.managed_policies.values()]
+        texts: list[Any] = list(owner.policies.values())
         # a stack's policies are kept as Python writes them, which YAML reads
         documents = [yaml.safe_load(text) if isinstance(text, str) else text for text in texts]
         return [_without_gaps(document) for document in documents]
@@ -113,6 +112,8 @@ class EmulatedAccount:
         if call.key == ADMINISTRATOR:
             return None
         user = iam_backends[ACCOUNT]["aws"].get_user_from_access_key_id(call.key)
+        if user is None:
+            return f"The access key {call.key} belongs to nobody."
         for asked in call.asked(ACCOUNT):
             found = self.decision(user.arn, asked.action, asked.resource, dict(asked.context))
             if found != "allowed":
@@ -138,7 +139,7 @@ class EmulatedAccount:
         return _json({"Quotas": found, **more})
 
     def _pricing_GetProducts(self, call: Call, request: Request) -> Response:
-        products = []
+        products: list[dict[str, Any]] = []
         for name, price in self.prices.items():
             for use, factor in (("Host", 2.0), ("Train", 1.0)):
                 usage = {"usagetype": f"USE1-{use}:{name}", "component": use}

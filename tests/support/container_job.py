@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ class Result:
         return {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
 
 
+def write_configuration(
+    base: Path, hyperparameters: Mapping[str, Any], hosts: Sequence[str], host: str
+) -> None:
+    """Make `base` a folder like /opt/ml, with what SageMaker says of a job in input/config."""
+    for folder in ("input/config", "output/data", "model", "checkpoints"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    config = {
+        "hyperparameters.json": {k: json.dumps(v) for k, v in hyperparameters.items()},
+        "resourceconfig.json": {
+            "current_host": host,
+            "hosts": list(hosts),
+            "network_interface_name": "lo" if host == "localhost" else "eth0",
+        },
+        "inputdataconfig.json": {},
+    }
+    for name, content in config.items():
+        (base / "input" / "config" / name).write_text(json.dumps(content))
+
+
 @dataclass
 class Job:
     """One training job: its /opt/ml folder outlives its containers, as on SageMaker."""
@@ -73,19 +93,7 @@ class Job:
     host: str = "algo-1"
 
     def __post_init__(self) -> None:
-        for folder in ("input/config", "output/data", "model", "checkpoints"):
-            (self.base / folder).mkdir(parents=True, exist_ok=True)
-        config = {
-            "hyperparameters.json": {k: json.dumps(v) for k, v in self.hyperparameters.items()},
-            "resourceconfig.json": {
-                "current_host": self.host,
-                "hosts": list(self.hosts),
-                "network_interface_name": "eth0",
-            },
-            "inputdataconfig.json": {},
-        }
-        for name, content in config.items():
-            (self.base / "input" / "config" / name).write_text(json.dumps(content))
+        write_configuration(self.base, self.hyperparameters, self.hosts, self.host)
 
     def start(self) -> None:
         """`docker run --detach IMAGE train`, with the mounts and variables of SageMaker."""

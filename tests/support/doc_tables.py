@@ -12,7 +12,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from brain_to_text.config import LEGACY_KEYS, TrainingConfig, config_keys, load_config
+from brain_to_text.config import TrainingConfig, config_keys
+from brain_to_text.config_reader import LEGACY_KEYS, load_config
 from brain_to_text.gpus import OLDEST_CAPABILITY
 from brain_to_text.launch.pricing import estimate, gpu_of, table
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
@@ -52,7 +53,7 @@ def config_table() -> str:
 
 def legacy_table() -> str:
     return markdown(
-        ["key", "instead"], [[f"`{key}`", reason] for key, reason in LEGACY_KEYS.items()]
+        ["key", "instead"], [[f"`{key}`", legacy.reason] for key, legacy in LEGACY_KEYS.items()]
     )
 
 
@@ -107,7 +108,8 @@ def filled(text: str) -> str:
     """The guide's text with every marked table made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+        if match := pattern.search(text):
+            text = f"{text[: match.end(1)]}{make()}\n{text[match.start(2) :]}"
     return text
 
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
-from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.dataset.hdf5_writer import Layout, TrialContents, data_file_bytes
+from brain_to_text.labels.diphones import LabelForm, encode_diphones
+from brain_to_text.labels.phonemes import phoneme_ids
 
+WORDS = (
+    {"we": "W IY", "you": "Y UW", "they": "DH EY"},
+    {"go": "G OW", "see": "S IY", "say": "S EY", "know": "N OW"},
+)
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
 N_FEATURES = 6
 
 
 def small_trial(
-    session: str, index: int, seed: int, *, form: str | None = "self_loop", split: str = "train"
+    session: str,
+    index: int,
+    seed: int,
+    *,
+    form: LabelForm | None = "self_loop",
+    split: str = "train",
 ) -> TrialContents:
     """A trial with long enough features for its few labels; form None gives phoneme labels."""
     rng = np.random.default_rng(seed)
-    phonemes = rng.integers(1, 41, int(rng.integers(2, 5))).astype(np.int32)
+    chosen = [list(words)[seed % len(words)] for words in WORDS]
+    spoken = " ".join(f"{words[word]} |" for words, word in zip(WORDS, chosen, strict=True))
+    phonemes = phoneme_ids(spoken.split())
     features = rng.standard_normal((90 + 7 * index, N_FEATURES)).astype(np.float32)
     block = {"train": 2, "val": 8, "test": 9}[split]
     trial = TrialContents(f"trial_{index:04d}", session, block, index, features)
@@ -32,15 +44,19 @@ def small_trial(
         features,
         labels,
         None if form is None else phonemes,
-        f"hello you {seed}",
+        " ".join(chosen),
     )
 
 
 def write_small_dataset(
-    folder: Path, *, form: str | None = "self_loop", layout: str = "contiguous", trials: int = 3
+    folder: Path,
+    *,
+    form: LabelForm | None = "self_loop",
+    layout: Layout = "contiguous",
+    trials: int = 3,
 ) -> dict[str, np.ndarray]:
     """Two sessions with train and val, the second with test too; returns features by trial name."""
-    features = {}
+    features: dict[str, np.ndarray] = {}
     for s, session in enumerate(SESSIONS):
         for p, split in enumerate(("train", "val", "test")):
             if split == "test" and s == 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from brain_to_text.config import TrainingConfig, config_from_dict
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import config_from_dict
 from brain_to_text.model.rnn_model import GRUDecoder
 
 

@@ -1,24 +1,27 @@
 """The configuration: files load, overrides apply, every mistake is named."""
 
 import contextlib
+import os
+import random
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from brain_to_text.config import (
+from brain_to_text.config import TrainingConfig, config_keys, differences
+from brain_to_text.config_reader import (
     LEGACY_KEYS,
-    TrainingConfig,
     config_from_dict,
-    config_keys,
-    differences,
     load_config,
     resolve_key,
+    split_overrides,
 )
 from brain_to_text.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
 
 CODE = Path(__file__).parents[2] / "code"
+FUZZING_ROUNDS = int(os.environ.get("FUZZING_ROUNDS", "4"))
 SHIPPED = sorted(CODE.glob("rnn_args_*.yaml"))
 
 
@@ -67,6 +70,10 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
     document |= {"gpu_number": "1", "mode": "train", "output_dir": "x", "checkpoint_dir": "x/c"}
     document |= {"save_val_data": False, "init_checkpoint_path": "None"}
     document["dataset"] |= {"dataset_dir": "d", "loader_shuffle": False, "test_percentage": 0.1}
+    document["dataset"] |= {"gpu_cache_gb": 4.0}
+    document["dataset"]["data_transforms"] |= {"random_walk_std": 0.0, "random_walk_axis": -1}
+    document["model"]["input_network"] |= {"n_input_layers": 1}
+    document |= {"keep_checkpoints": 3, "gradient_compression": "none"}  # of this program, once
     path = tmp_path / "rnn_args.yaml"
     path.write_text(yaml.safe_dump(document))
     with caplog.at_level("WARNING", logger="brain_to_text"):
@@ -107,6 +114,17 @@ def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path,
     [
         ({"n_unit": 1}, ["Unknown setting 'n_unit'", "model.n_units"]),
         ({"dataset.bach_size": 1}, ["dataset.bach_size", "dataset.batch_size"]),
+        ({"use_composite_loss": True}, ["objective.phoneme_weight", "objective.schedule"]),
+        ({"alpha_schedule_start": 0.0}, ["objective.schedule"]),
+        ({"batch_size": 2, "dataset.batch_size": 3}, ["dataset.batch_size", "given twice"]),
+        ({"seed": 2**32}, ["seed", "4294967296", "from 0 to 4294967295"]),
+        ({"dataset.seed": "9" * 400}, ["dataset.seed", "from 0 to"]),
+        ({"lr_max": "9" * 400}, ["lr_max", "must be a number"]),
+        ({"n_units": 2**31}, ["model.n_units", "2147483647"]),
+        ({"sessions": "[2023-08-11]", "days_per_batch": "2023-08-11"}, ["whole number"]),
+        ({"bad_trials_dict": "{t15: {x: [1]}}"}, ["bad_trials_dict", "block numbers"]),
+        ({"feature_subset": "[" * 500}, ["feature_subset", "list"]),
+        ({"model": 5, "model.n_units": 4}, ["Unknown setting 'model'"]),
         ({"seed": 1.5}, ["seed", "1.5", "whole number"]),
         ({"seed": "true"}, ["seed", "whole number"]),
         ({"use_amp": "perhaps"}, ["use_amp", "perhaps", "true or false"]),
@@ -124,11 +142,11 @@ def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path,
         ({"dataset_probability_val": "[1]"}, ["needs dataset.sessions"]),
         ({"days_per_batch": 65}, ["days_per_batch", "batch_size"]),
         ({"must_include_days": "[0,1,2,3,4]"}, ["must_include_days", "days_per_batch"]),
-        ({"neural_dim": 256}, ["n_input_features", "256"]),
-        ({"feature_subset": "[0, 1]"}, ["n_input_features", "2"]),
-        ({"feature_subset": str([*range(511), 512])}, ["feature_subset", "512 is outside"]),
-        ({"input_layer_sizes": "[256]"}, ["input_layer_sizes", "[512]"]),
-        ({"n_input_layers": 2}, ["n_input_layers", "from 1 to 1"]),
+        ({"neural_dim": 256, "n_input_features": 512}, ["n_input_features", "256", "null"]),
+        ({"feature_subset": "[0, 1]", "n_input_features": 3}, ["n_input_features", "2"]),
+        ({"feature_subset": "[0, 512]", "neural_dim": 512}, ["feature_subset", "512 is outside"]),
+        ({"input_layer_sizes": "[256]", "neural_dim": 512}, ["input_layer_sizes", "[512]"]),
+        ({"n_input_layers": 2}, ["n_input_layers", "only 1"]),
         ({"random_walk_std": 0.1}, ["random_walk_std", "only 0"]),
         ({"lr_min": 1}, ["lr_min", "exceeds lr_max"]),
         ({"lr_min_day": 1}, ["lr_min_day", "exceeds lr_max_day"]),
@@ -164,6 +182,13 @@ def test_each_mistake_is_one_sentence_that_names_key_and_value(overrides, words)
         (b"model: 5\n", ["'model'", "mapping of keys"]),
         (b"learning_rate: 5\n", ["Unknown setting 'learning_rate'"]),
         (b"\xff\xfe\x00", ["not valid YAML"]),
+        (b"seed: 1\nlr_max: 1\nseed: 2\n", ["'seed' stands on line 1 and again on line 3"]),
+        (b"model:\n  n_units: 1\n  n_units: 1\n", ["'n_units'", "line 2", "line 3"]),
+        (b"a: &a [x, x]\nb: [*a, *a]\n", ["line 2 has an alias"]),
+        (b"[" * 100_000, ["nested too deeply"]),
+        (b"seed: " + b"9" * 5000, ["line 1 cannot be read"]),
+        (b"seed: !!timestamp x\n", ["line 1 cannot be read"]),
+        (b"# x\n" * 100_000, ["more than 256,000 bytes"]),
     ],
 )
 def test_a_bad_file_is_named(content, words, tmp_path):
@@ -179,15 +204,82 @@ def test_a_missing_file_says_what_to_type():
         load_config("/nowhere/x.yaml")
 
 
-@given(st.text(max_size=40))
-def test_no_text_for_a_number_escapes_as_another_error(text):
-    with contextlib.suppress(ConfigError):
-        load_config(None, {"batch_size": text, "days_per_batch": 1})
+def test_a_date_is_text():
+    config = load_config(None, {"sessions": "[2023-08-11, 2023-08-13]"})
+    assert config.dataset.sessions == ["2023-08-11", "2023-08-13"]
+
+
+def test_exclusions_are_the_same_however_their_numbers_are_written():
+    written = ("{t15: {1: [3, 4]}}", '{"t15": {"1": ["3", 4.0]}}')
+    first, second = (load_config(None, {"bad_trials_dict": text}) for text in written)
+    assert first.dataset.bad_trials_dict == second.dataset.bad_trials_dict == {"t15": {1: [3, 4]}}
+
+
+def test_options_are_pairs():
+    assert split_overrides(["--seed", "-1", "--a.b=c=d", "--x", ""]) == {
+        "seed": "-1",
+        "a.b": "c=d",
+        "x": "",
+    }
+    for words, said in (
+        (["seed", "1"], "'seed' was not understood"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "--lr_max", "1"], "--seed needs a value"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            split_overrides(words)
+
+
+NASTY = [
+    *("2024-01-01", "2024-13-45", "9" * 400, "-" + "9" * 5000, "1e400", ".nan", "-.inf", "0x10"),
+    *("[", "[" * 100, "{a: {b: {c: {}}}}", "&a [*a]", "*a", "!!python/object:os.system x"),
+    *("!!int x", "!!timestamp x", "!!bool 3", "!!binary '='", "!!set {a}", "!!omap [a]", "1:30"),
+    *("~", "yes", "'", '"', "\x00", "\ufeff", "\ud800", "é", "? [a]", "{? [a] : 1}", "{<<: 3}"),
+    *("- a", "a: b: c", "|", "%YAML 9", "@", "''", "true", "-1", "0", "1e3", "[1,2,[3]]", "{1: 2}"),
+    *("{null: 1}", "{1.5: 2}", "{t15: {1: [0]}}", "{t15: {1: {2: 3}}}", "4294967296", "[.nan]"),
+    *("[4294967296]", "1" + "0" * 30),
+]
+
+
+def sentence_or_success(*arguments):
+    try:
+        load_config(*arguments)
+    except ConfigError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600, str(error)
+
+
+@pytest.mark.parametrize("value", NASTY, ids=lambda value: ascii(value)[:20])
+def test_no_value_of_any_key_escapes_as_another_error(value):
+    for path in (*(path for path, _, _ in config_keys()), *LEGACY_KEYS):
+        sentence_or_success(None, {path: value})
+
+
+@pytest.mark.parametrize("seed", range(FUZZING_ROUNDS))
+def test_no_damaged_file_escapes_as_another_error(seed, tmp_path):
+    rng = random.Random(seed)
+    path = tmp_path / "mine.yaml"
+    for _ in range(60):
+        content = bytearray(rng.choice(SHIPPED).read_bytes())
+        for _ in range(rng.choice([1, 1, 3, 10])):
+            place = rng.randrange(len(content))
+            match rng.randrange(4):
+                case 0:
+                    content[place] ^= 1 << rng.randrange(8)
+                case 1:
+                    text = rng.choice(NASTY).encode("utf-8", "surrogatepass")
+                    content[place:place] = text
+                case 2:
+                    del content[place : place + rng.randrange(30)]
+                case 3:
+                    content[place:place] = content[place : place + rng.randrange(60)]
+        path.write_bytes(content)
+        sentence_or_success(path)
 
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
         lambda inner: (
             st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
         ),

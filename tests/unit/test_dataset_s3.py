@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +15,14 @@ import torch
 from brain_to_text.config import TrainingConfig
 from brain_to_text.dataset.manifest import TrialManifest, index_dataset
 from brain_to_text.dataset.store import open_store
-from brain_to_text.errors import ConfigError, DataError, StorageError
+from brain_to_text.errors import DataError, StorageError
 from brain_to_text.streaming.batch import Batch, pad_features
-from brain_to_text.streaming.cache_plan import plan_ram
 from brain_to_text.streaming.dataset_s3 import (
     BrainToTextDatasetS3,
     EvaluationDatasetS3,
     StreamedBatches,
 )
-from brain_to_text.streaming.device_cache import DeviceCache
 from brain_to_text.streaming.prefetch import PrefetchLimits
-from brain_to_text.streaming.shared_trial_cache import SharedTrialCache, layout
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.tiny_data import LAYOUTS, append_in_turns, write_dataset
 
@@ -84,7 +80,6 @@ def assert_equal(batches: list[Batch], expected: list[Batch]) -> None:
 
 def trials_of(batch: Batch) -> list[tuple[int, bytes]]:
     """Index and feature bytes of every trial, without the padding."""
-    assert batch.features is not None
     return [
         (int(index), features[:n_bins].numpy().tobytes())
         for index, features, n_bins in zip(
@@ -103,7 +98,7 @@ def test_a_batch_holds_what_the_files_hold(
     tiny_dataset, manifest: TrialManifest, expected: list[Batch]
 ) -> None:
     for batch in expected:
-        assert batch.features is not None and batch.labels is not None
+        assert batch.labels is not None
         for row, index in enumerate(batch.trial_indices.tolist()):
             trial = manifest.trials[index]
             features = tiny_dataset.features[trial.name]
@@ -163,99 +158,14 @@ def test_the_union_over_ranks_is_the_same_batch_and_each_trial_is_read_once(
     assert read == sum(len(np.unique(batch.trial_indices)) for batch in expected)
 
 
-def device_cache(manifest: TrialManifest, kept: slice, n_features: int = 32) -> DeviceCache:
-    """Some of the training trials' places on the CPU, and room for a batch of others."""
-    lengths = {i: manifest.trials[i].n_time_steps for i in manifest.select("train")[kept]}
-    return DeviceCache(torch.device("cpu"), lengths, n_features, torch.float32, 12 * 160)
-
-
-def test_a_batch_gathered_on_the_device_is_the_same(
-    manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
-) -> None:
-    cache = device_cache(manifest, slice(None, None, 2))  # some stay, some pass through
-    dataset = open_dataset(device_cache=cache, device=torch.device("cpu"))
-    assert_equal(list(dataset.batches()), expected)
-    before = dataset.stats.snapshot()
-    assert_equal(list(dataset.batches()), expected)
-    counts = dataset.stats.snapshot() - before
-    assert counts.device_hits > 0 and counts.cache_misses > 0
-    assert_equal([dataset[step] for step in range(N_BATCHES)], expected)
-
-
-def test_everything_on_the_device_needs_no_reads(
-    manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
-) -> None:
-    dataset = open_dataset(device_cache=device_cache(manifest, slice(None)))
-    list(dataset.batches())
-    before = dataset.stats.snapshot()
-    assert_equal(list(dataset.batches()), expected)
-    counts = dataset.stats.snapshot() - before
-    assert counts.requests == 0 and counts.cache_misses == 0 and counts.hit_rate == 1.0
-
-
-def tiered(manifest: TrialManifest, ram: float, gpu: float) -> TrainingConfig:
-    """A configuration whose caches hold these shares of the training trials."""
-    trials = [manifest.trials[i] for i in manifest.select("train")]
-    everything = sum(trial.feature_bytes for trial in trials)
-    config = TrainingConfig(num_training_batches=200)
-    config.dataset.batch_size, config.dataset.days_per_batch = 6, 2
-    scratch = sum(sorted(trial.feature_bytes for trial in trials)[-6:])
-    config.dataset.gpu_cache_gb = (gpu * everything + scratch + 128) / 1e9 if gpu else 0.0
-    config.dataset.cache_gb = ram * everything / 1e9
-    return config
-
-
-@pytest.mark.parametrize("start", [0, 100], ids=["from_the_start", "resumed"])
-def test_half_in_ram_and_half_on_the_device_is_everything(
-    start: int, tiny_dataset, manifest: TrialManifest
-) -> None:
-    config = tiered(manifest, ram=0.55, gpu=0.55)
-    store = open_store(tiny_dataset.folder)
-    stream = TrialStream.from_config(store, manifest, config.dataset)
-    validation = EvaluationDatasetS3.from_config(stream, by_session(manifest, "val"), config)
-    training = BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
-    with training.batches(start, start + 100) as batches:
-        next(batches)
-        list(validation.batches())  # as the trainer does: it must not take their places
-        list(batches)
-    before = stream.stats.snapshot()
-    list(training.batches(start + 50))
-    counts = stream.stats.snapshot() - before
-    training.close()
-    assert counts.device_hits > 0 and counts.cache_hits > 0
-    assert counts.cache_misses == 0 and counts.hit_rate == 1.0
-
-
-def test_ranks_share_ram_for_what_no_device_holds(tiny_dataset, manifest: TrialManifest) -> None:
-    config = tiered(manifest, ram=0.0, gpu=0.55)
-    plan = plan_ram(manifest, config.dataset, world_size=2, shared=True)
-    budget = mmap.PAGESIZE + sum(plan.first.values()) + 64 * len(plan.first)
-    slots, size = layout(manifest, plan, "stored", budget)
-    memory = bytearray(size)
-    store = open_store(tiny_dataset.folder)
-    ranks = []
-    for rank in range(2):
-        cache = SharedTrialCache(memory, slots, len(manifest.trials))
-        stream = TrialStream(store, manifest, cache=cache)
-        trials = by_session(manifest)
-        ranks.append(
-            BrainToTextDatasetS3.from_config(stream, trials, config, rank=rank, world_size=2)
-        )
-    for training in ranks:
-        list(training.batches(0, 150))
-    for training in ranks:
-        before = training.stats.snapshot()
-        list(training.batches(150))
-        counts = training.stats.snapshot() - before
-        assert counts.device_hits > 0 and counts.cache_hits > 0 and counts.cache_misses == 0
-        training.close()
-
-
 @pytest.mark.parametrize("ram", [0.5, 2.0], ids=["too_little", "enough"])
 def test_a_validation_pass_leaves_training_trials_their_cache(
     ram: float, tiny_dataset, manifest: TrialManifest
 ) -> None:
-    config = tiered(manifest, ram=ram, gpu=0)
+    config = TrainingConfig(num_training_batches=200)
+    config.dataset.batch_size, config.dataset.days_per_batch = 6, 2
+    everything = sum(manifest.trials[i].feature_bytes for i in manifest.select("train"))
+    config.dataset.cache_gb = ram * everything / 1e9
     store = open_store(tiny_dataset.folder)
     hits = []
     for validate_first in (True, False):
@@ -285,7 +195,6 @@ def test_half_precision_does_not_depend_on_the_cache(
     dataset = open_dataset(cache_bytes=cache_bytes, cache_dtype="float16")
     for _ in range(2):
         for batch, exact in zip(dataset.batches(), expected, strict=True):
-            assert batch.features is not None and exact.features is not None
             assert torch.equal(batch.features, exact.features.half().float())
 
 
@@ -369,12 +278,8 @@ def test_feature_subset_picks_columns_in_order(
     manifest: TrialManifest, open_dataset: Open, expected: list[Batch]
 ) -> None:
     subset = [30, 2, 7]
-    cache = device_cache(manifest, slice(None), n_features=3)
-    for options in ({}, {"device_cache": cache}):
-        batches = open_dataset(feature_subset=subset, **options).batches()
-        for batch, whole in zip(batches, expected, strict=True):
-            assert batch.features is not None and whole.features is not None
-            assert torch.equal(batch.features, whole.features[..., subset])
+    for batch, whole in zip(open_dataset(feature_subset=subset).batches(), expected, strict=True):
+        assert torch.equal(batch.features, whole.features[..., subset])
 
 
 def held_bytes(manifest: TrialManifest, batches: list[np.ndarray]) -> int:
@@ -504,7 +409,6 @@ def test_datasets_from_a_configuration(tiny_dataset, manifest: TrialManifest) ->
     config = TrainingConfig()
     config.dataset.batch_size, config.dataset.days_per_batch = 6, 2
     config.num_training_batches = 3
-    config.dataset.gpu_cache_gb = 0.001
     store = open_store(tiny_dataset.folder)
     stream = TrialStream.from_config(store, manifest, config.dataset)
     train = BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
@@ -514,11 +418,6 @@ def test_datasets_from_a_configuration(tiny_dataset, manifest: TrialManifest) ->
     with pytest.raises(IndexError):
         train[3]
     train.close()
-
-    config.dataset.gpu_cache_gb = 1e-6
-    with TrialStream.from_config(store, manifest, config.dataset) as stream:
-        with pytest.raises(ConfigError, match="gpu_cache_gb"):
-            BrainToTextDatasetS3.from_config(stream, by_session(manifest), config)
 
 
 def test_padding_is_exact_and_zero() -> None:

@@ -41,7 +41,7 @@ def test_a_process_alone_asks_nobody(monkeypatch):
     for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier"):
         monkeypatch.setattr(dist, name, forbidden)
     alone = World()
-    assert alone.from_main(lambda: 3) == alone.from_host_main(lambda: 3) == 3
+    assert alone.from_main(lambda: 3) == 3
     assert alone.gather(3) == [3]
     assert alone.any(True) and not alone.any(False)
     assert alone.all_on_device(torch.tensor(True)) and not alone.all_on_device(torch.tensor(False))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import launch_sagemaker_job
 import pytest
-from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.launch.request import CODE_FOLDER, METRIC_DEFINITIONS
 from support.doc_tables import GUIDE, filled, value_of
 

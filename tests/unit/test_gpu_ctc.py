@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from brain_to_text.errors import ConfigError
 from brain_to_text.model import gpu_ctc
 from support import reference_float64 as reference
+from support.stand_in_gpu import plain_alphas
 from support.training_examples import CPU
 
 # What the kernel is asked on every machine that has Triton: (frames, labels, lengths) by trial, and
@@ -78,21 +79,6 @@ print(json.dumps({
     "reason against": gpu_ctc.reason_against(torch.device("cpu")),
 }))
 """
-
-
-def plain_alphas(emit: torch.Tensor, may_skip: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """The kernel's contract in tensor operations; NaN beyond a problem's frames."""
-    P, T, S = emit.shape
-    out = torch.full_like(emit, torch.nan)
-    lowest = torch.full((P, 2), -torch.inf, dtype=emit.dtype)
-    now = emit[:, 0].masked_fill(torch.arange(S) >= 2, -torch.inf)
-    out[:, 0] = now
-    for t in range(1, T):
-        padded = torch.cat([lowest, now], 1)
-        two = padded[:, :-2].masked_fill(~may_skip, -torch.inf)
-        now = torch.stack([now, padded[:, 1:-1], two]).logsumexp(0) + emit[:, t]
-        out[:, t] = torch.where((t < frames).unsqueeze(1), now, torch.nan)
-    return out
 
 
 @pytest.fixture

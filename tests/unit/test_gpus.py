@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from brain_to_text.config import TrainingConfig, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.gpus import GPUS, flops_per_step, known_as, n_frames, step_time
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 

@@ -5,6 +5,7 @@ import subprocess
 
 import local_run
 import pytest
+from support import local_mode
 
 LOG = """\
 2026-01-01 10:00:00: Train batch 0: loss: 6.62 grad norm: 31.16 time: 2.927
@@ -50,7 +51,6 @@ def fake_docker(tmp_path, monkeypatch):
         if standalone:
             script(tools / "docker-compose", f'echo "{standalone}"')
         monkeypatch.setenv("PATH", str(tools))
-        monkeypatch.setattr(local_run, "LOCAL", tmp_path)
 
     def script(path, body):
         path.write_text(f"#!/bin/sh\n{body}\n")
@@ -61,9 +61,9 @@ def fake_docker(tmp_path, monkeypatch):
 
 def test_a_compose_plugin_of_any_version_becomes_docker_compose(fake_docker, tmp_path):
     fake_docker("Docker Compose version v5.0.1", None)
-    local_run.provide_compose(gpu=True)
+    local_mode.provide_compose(True, tmp_path)
     said = subprocess.run(
-        [str(tmp_path / "bin" / "docker-compose"), "version"],
+        [str(tmp_path / "docker-compose"), "version"],
         capture_output=True,
         text=True,
         check=True,
@@ -73,20 +73,20 @@ def test_a_compose_plugin_of_any_version_becomes_docker_compose(fake_docker, tmp
 
 def test_a_standalone_compose_serves_without_a_gpu(fake_docker, tmp_path):
     fake_docker(None, "1.29.2")
-    local_run.provide_compose(gpu=False)
-    assert not (tmp_path / "bin").exists()
+    local_mode.provide_compose(False, tmp_path)
+    assert not (tmp_path / "docker-compose").exists()
 
 
-def test_a_compose_too_old_for_a_gpu_is_named(fake_docker):
+def test_a_compose_too_old_for_a_gpu_is_named(fake_docker, tmp_path):
     fake_docker(None, "1.29.2")
-    with pytest.raises(local_run.LocalRunError, match="gives containers no GPU"):
-        local_run.provide_compose(gpu=True)
+    with pytest.raises(RuntimeError, match="gives containers no GPU"):
+        local_mode.provide_compose(True, tmp_path)
 
 
-def test_without_compose_it_says_what_to_install(fake_docker):
+def test_without_compose_it_says_what_to_install(fake_docker, tmp_path):
     fake_docker(None, None)
-    with pytest.raises(local_run.LocalRunError, match="docker-compose-plugin"):
-        local_run.provide_compose(gpu=False)
+    with pytest.raises(RuntimeError, match="docker-compose-plugin"):
+        local_mode.provide_compose(False, tmp_path)
 
 
 @pytest.mark.parametrize("steps", ["0", "-3", "many"])

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll, min_frames
 from support.training_examples import example_batch

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.gpus import GPUS, known_as
 from brain_to_text.launch import pricing
 from brain_to_text.launch.pricing import (

@@ -6,6 +6,7 @@ import pytest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.phonemes import phoneme_ids, phoneme_symbols
 from brain_to_text.labels.pronunciation import (
+    dictionary_words,
     lexicon_of,
     normalise_text,
     pronunciations_of,
@@ -38,6 +39,11 @@ def test_words_compounds_and_possessives():
     assert spoken("cat-dog") == spoken("cat") + spoken("dog")
     assert spoken("aardvark's") == [*spoken("aardvark"), "S"]
     assert spoken("walrus's")[-2:] == ["IH", "Z"]
+
+
+def test_the_dictionary_is_whole():
+    assert len(set(dictionary_words())) == 126_052
+    assert spoken("zywicki") == ["Z", "IH", "W", "IH", "K", "IY"]  # one of the last
 
 
 def test_unknown_words_are_named():

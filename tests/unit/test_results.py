@@ -16,6 +16,7 @@ from brain_to_text.scoring.statistics import bootstrap_interval
 from brain_to_text.scoring.summary import summarise
 from brain_to_text.scoring.tables import (
     empty_rows,
+    read_table,
     session_rows,
     submission_remark,
     trial_row,
@@ -43,6 +44,16 @@ def test_columns_do_not_depend_on_the_first_trial(tmp_path):
     assert (first["words"], first["word_errors"]) == ("", "")
     assert (second["words"], second["word_errors"]) == ("2", "1")
     assert (first["phonemes"], second["errors"]) == ("1", "1")
+
+
+def test_text_that_begins_like_a_formula_is_text_and_comes_back(tmp_path):
+    cells = ["=HYPERLINK(1)", "+1", "-x", "@a", "\tb", "'quoted", "plain", "'=not a formula"]
+    write_table(tmp_path / "table.csv", [{"text": cell, "number": -1.5} for cell in cells])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        raw = list(csv.DictReader(file))
+    assert all(row["text"][0] not in "=+-@\t\r" for row in raw)
+    assert {row["number"] for row in raw} == {"-1.5"}
+    assert [row["text"] for row in read_table(tmp_path / "table.csv")] == cells
 
 
 def test_sessions_have_every_rate_with_its_interval():

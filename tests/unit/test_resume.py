@@ -29,6 +29,6 @@ def test_a_folder_without_code_is_an_error():
 
 def test_only_what_leaves_results_alone_may_differ_on_resume():
     free = {name for name, _, entry in config_keys() if entry.metadata["free_on_resume"]}
-    assert {"dataset.cache_gb", "keep_checkpoints", "batches_per_train_log"} <= free
+    assert {"dataset.cache_gb", "batches_per_save", "batches_per_train_log"} <= free
     assert not {name for name in free if name.startswith(("model.", "objective.", "lr_"))}
     assert not {"seed", "dataset.seed", "dataset.batch_size", "num_training_batches"} & free

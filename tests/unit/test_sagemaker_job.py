@@ -8,7 +8,7 @@ import botocore.session
 import launch_sagemaker_job
 import pytest
 from botocore.validate import ParamValidator
-from brain_to_text.config import load_config
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
 from brain_to_text.launch.image import fingerprints
 from brain_to_text.launch.request import (

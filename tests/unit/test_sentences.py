@@ -1,8 +1,8 @@
 """Sentences stay in their vocabulary, cover the alphabet, and come with silence after each word."""
 
 import numpy as np
+from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.labels.phonemes import SILENCE
-from brain_to_text.labels.sentences import random_sentences, sentence_phonemes, vocabulary
 
 
 def test_the_vocabulary_covers_every_phoneme():

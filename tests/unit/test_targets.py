@@ -170,10 +170,10 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
 def test_reports_replace_reports_only(tmp_path):
     report = tmp_path / "report.html"
     for _ in range(2):
-        replace_own(report, b"<p>mark</p>", b"mark", tmp_path)
+        replace_own(report, b"<p>mark</p>", b"mark")
     report.write_bytes(b"a thesis")
     for path in (report, tmp_path, tmp_path / "data_train.hdf5", tmp_path / "manifest.json.gz"):
         with pytest.raises(DataError, match=r"give (another|the) name"):
-            replace_own(path, b"<p>mark</p>", b"mark", tmp_path)
+            replace_own(path, b"<p>mark</p>", b"mark")
     assert report.read_bytes() == b"a thesis"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

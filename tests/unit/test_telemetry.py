@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from brain_to_text.errors import StorageError
-from brain_to_text.training.run_log import LogUploader, RunLog, scalars, scrub, train_line
+from brain_to_text.log_lines import scrub, train_line
+from brain_to_text.training.run_log import LogUploader, RunLog, scalars
 
 
 @contextmanager

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.streaming.cache_plan import RamPlan
-from brain_to_text.streaming.memory import available_bytes
-from brain_to_text.streaming.trial_cache import SEGMENT_BYTES, TrialCache, cache_budget_bytes
+from brain_to_text.config import DatasetConfig
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.trial_record import TrialRecord
+from brain_to_text.streaming.trial_cache import (
+    SEGMENT_BYTES,
+    CachePlan,
+    TrialCache,
+    available_bytes,
+    cache_budget_bytes,
+    plan_cache,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +59,7 @@ def test_training_trials_find_their_room_whatever_was_read_before(
     """Trials 0 to 7 are first, 8 to 10 the rest; 11 is not to be kept."""
     trial = np.ones((16, 4), np.float32)  # a multiple of the alignment: no room is lost
     size = trial.nbytes
-    plan = RamPlan(dict.fromkeys(range(8), size), dict.fromkeys(range(8, 11), size))
+    plan = CachePlan(dict.fromkeys(range(8), size), dict.fromkeys(range(8, 11), size))
     cache = TrialCache(room * size, segment_bytes=per_segment * size, plan=plan)
     for index in order:
         cache.put(index, trial)
@@ -59,6 +67,28 @@ def test_training_trials_find_their_room_whatever_was_read_before(
     assert len(kept & set(range(8))) == min(room, 8)
     assert len(kept & {8, 9, 10}) == min(max(room - 8, 0), 3)
     assert 11 not in kept
+
+
+def test_the_plan_is_for_the_runs_own_trials_training_apart_from_validation() -> None:
+    trials = tuple(
+        TrialRecord(
+            session=f"t15.2023.08.{10 + day}",
+            split=split,
+            key=f"t15.2023.08.{10 + day}/data_{split}.hdf5",
+            trial="trial_0000",
+            n_time_steps=100,
+            n_features=4,
+            dtype="<f4",
+            offset=0,
+            length=1600,
+        )
+        for day in (0, 1)
+        for split in ("train", "val", "test")
+    )
+    manifest = TrialManifest(trials, {}, 4, 1681, "self_loop")
+    plan = plan_cache(manifest, DatasetConfig(sessions=["t15.2023.08.11"], cache_dtype="float16"))
+    assert (plan.first, plan.rest, plan.n_bytes) == ({3: 800}, {4: 800}, 1600)
+    assert list(plan_cache(manifest, DatasetConfig()).first) == [0, 3]
 
 
 def test_a_budget_of_zero_keeps_nothing() -> None:

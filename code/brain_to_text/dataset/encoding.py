@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import io
-import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from ..errors import DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
-from ..labels.pronunciation import Lexicon, read_lexicon
-from ..labels.text_labels import text_phonemes
+from ..labels.pronunciation import (
+    Lexicon,
+    dictionary_fingerprint,
+    read_lexicon,
+    text_phonemes,
+)
 from .hdf5_reader import (
     DATA_FILE,
-    HDF5_ERRORS,
     TRIAL_NAME,
-    DamagedTrial,
     FileInspection,
-    attribute_text,
     inspect_file,
+    is_labelled,
     read_labels,
+    read_sentence,
 )
+from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, read_dataset
 from .hdf5_writer import FeatureType, Layout, padded, write_features
-from .manifest import (
-    FileRecord,
-    TrialManifest,
-    data_files,
-    manifest_from_inspections,
-    write_manifest,
-)
+from .manifest import TrialManifest, data_files, manifest_from_inspections, write_manifest
 from .store import ObjectInfo, ObjectStore, listing_after_writing, open_store
+from .targets import Target
+from .workers import Lost, in_workers, limited
 
-PROGRESS_NAME = "encode_progress.json.gz"
-_WRITTEN_ANEW = ("input_features", "seq_class_ids", "seq_class_ids_phoneme")
+COMMAND = "prepare_dataset.py encode"
+_LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
+_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")  # of content; a folder's is of times
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,30 @@ class EncodingOptions:
     lexicon: str | None = None
     exclude_damaged: bool = False
 
+    def purpose(self) -> dict[str, Any]:
+        """What decides the target's content: of a lexicon its words, not its name.
+
+        Raises:
+            StorageError, DataError: the lexicon cannot be read.
+        """
+        purpose = asdict(self)
+        if self.from_text:
+            words = repr(sorted((_lexicon(self) or {}).items())).encode()
+            purpose["lexicon"] = f"{zlib.crc32(words):08x}" if self.lexicon else None
+            purpose["dictionary"] = dictionary_fingerprint()
+        return purpose
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One file done. left_out: lines about what is not in it. compared: trials, label sequences."""
+
+    inspection: FileInspection
+    left_out: list[str]
+    source_crc32: int
+    crc32: int
+    compared: tuple[int, int]
+
 
 def encode_dataset(
     source: ObjectStore,
@@ -67,51 +91,70 @@ def encode_dataset(
     options: EncodingOptions | None = None,
     *,
     processes: int = 1,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = print,
 ) -> TrialManifest:
     """Write the diphone form of every data file of `source` to `target`, and a manifest.
 
     Files are written whole or not at all. A file that is already in the target, encoded from the
-    same source file with the same options, is skipped, so an interrupted run is simply repeated.
+    same content with the same options, is skipped, so an interrupted run is simply repeated.
     Before a file is written, each of its trials is decoded back and compared with the source.
 
     Args:
         processes: files encoded at once, each in memory.
+        overwrite: replace files of these names that this command did not write.
         progress: called with (files done, files in all).
-        log: receives one line per trial left out, and one about files skipped.
+        log: receives one line per thing left out, about files skipped, and what was compared.
 
     Raises:
         DataError: damage in the source, a target that holds something else.
         StorageError: source or target cannot be read or written.
     """
     options = options or EncodingOptions()
-    if source.url.rstrip("/") == target.url.rstrip("/"):
-        raise DataError(f"Source and target are both {source.url}: give another target.")
     sources = data_files(source.list(), source.url)
-    state = _State.load(source, target, options, sources)
-    todo = [info for key, info in sources.items() if key not in state.done]
-    if state.done:
-        log(f"{len(state.done)} of {len(sources)} files are encoded already and are skipped")
-    total = len(sources)
-    if progress is not None:
-        progress(len(state.done), total)
-    jobs = [(source.url, target.url, info, options) for info in todo]
-    for inspection, left_out in _encoded(jobs, processes):
-        for line in left_out:
-            log(f"Left out: {line}")
-        state.add(target, sources[inspection.key], inspection)
+    purpose = options.purpose()
+    with Target.claim(
+        target, COMMAND, purpose, sources, reads=[source.url], alone=DATA_FILE, overwrite=overwrite
+    ) as claimed:
+        state = _State(claimed, source)
+        state.keep_what_holds(sources, processes)
+        if state.done:
+            log(f"{len(state.done)} of {len(sources)} files are encoded already and are skipped")
         if progress is not None:
-            progress(len(state.done), total)
-    manifest = state.manifest()
-    write_manifest(target, manifest)
+            progress(len(state.done), len(sources))
+        jobs = {
+            key: (source.url, target.url, info, options)
+            for key, info in sources.items()
+            if key not in state.done
+        }
+        for key, encoded in in_workers(_encode_job, jobs, processes):
+            if isinstance(encoded, Lost):
+                raise DataError(f"{source.url}/{key}: {encoded.damage}.")
+            for line in encoded.left_out:
+                log(f"Left out: {line}")
+            state.add(sources[key], encoded)
+            if progress is not None:
+                progress(len(state.done), len(sources))
+        manifest = state.manifest()
+        write_manifest(target, manifest)
+    trials, labelled = np.sum([file["compared"] for file in state.files.values()], axis=0)
+    log(
+        f"Compared with the source: the features of {trials:,} trials value by value, the labels "
+        f"of {labelled:,} by decoding them; all are equal"
+    )
     return manifest
 
 
-def encode_file(key: str, data: bytes, options: EncodingOptions) -> tuple[bytes, list[str]]:
-    """The encoded file of a file's bytes, and one line per trial left out.
+def encode_file(
+    key: str, data: bytes, options: EncodingOptions, without: frozenset[str] = frozenset()
+) -> tuple[bytes, list[str]]:
+    """The encoded file of a file's bytes, and one line for everything left out.
 
     Attributes and datasets beside features and labels are copied as they are.
+
+    Args:
+        without: names of trials to leave out.
 
     Raises:
         DataError: damage, unless options.exclude_damaged.
@@ -121,26 +164,27 @@ def encode_file(key: str, data: bytes, options: EncodingOptions) -> tuple[bytes,
     buffer = io.BytesIO()
     try:
         with h5py.File(io.BytesIO(data), "r") as old, h5py.File(buffer, "w") as new:
-            new.attrs.update(old.attrs)
-            for name in old:
-                if not TRIAL_NAME.fullmatch(name):
-                    old.copy(name, new)
-                    continue
+            others = [name for name in old if not TRIAL_NAME.fullmatch(name)]
+            left_out += [f"{key}: {what}" for what in _copy(old, new, others)]
+            for name in sorted({*old} - {*others} - without):
+                where = f"{key}:{name}"
                 try:
-                    _encode_trial(key, old[name], new.create_group(name), options, lexicon)
+                    lost = _encode_trial(key, old[name], new.create_group(name), options, lexicon)
                 except (DamagedTrial, DataError, *HDF5_ERRORS) as error:
-                    reason = " ".join(str(error).split()).removeprefix(f"{key}:{name}: ")
+                    reason = one_line(error).removeprefix(f"{where}: ").rstrip(".")
                     if not options.exclude_damaged:
                         raise DataError(
-                            f"{key}:{name}: {reason.rstrip('.')}; repair it, or leave such trials "
-                            "out with --exclude-damaged."
+                            f"{where}: {reason}; repair it, or leave such trials out with "
+                            "--exclude-damaged."
                         ) from error
-                    left_out.append(f"{key}:{name}: {reason}")
+                    left_out.append(f"{where}: {reason}")
                     del new[name]
+                else:
+                    left_out += [f"{where}: {what}" for what in lost]
     except HDF5_ERRORS as error:
-        raise DataError(
-            f"{key}: cannot be read as HDF5 ({' '.join(str(error).split())}); copy it again."
-        ) from error
+        raise DataError(f"{key}: cannot be read as HDF5 ({one_line(error)}); copy it again.") from (
+            error
+        )
     return buffer.getvalue(), left_out
 
 
@@ -157,72 +201,106 @@ def _encode_trial(
     new: h5py.Group,
     options: EncodingOptions,
     lexicon: Lexicon | None,
-) -> None:
+) -> list[str]:
+    """Fill `new`; returns what of `old` could not be copied."""
+    if not isinstance(old, h5py.Group):
+        raise DamagedTrial("is not a group", "wrong kind")
     where = f"{key}:{new.name.lstrip('/')}"
-    if "input_features" not in old:
-        raise DataError(f"{where}: dataset input_features is missing")
-    for name, value in old.attrs.items():
-        new.attrs[name] = value
-    for name in old:
-        if name not in _WRITTEN_ANEW:
-            old.copy(name, new)
-    write_features(new, old["input_features"][:], options.layout, options.dtype, where)
+    features = _source_features(old)
     phonemes = _source_phonemes(key, old, lexicon)
+    anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
+    left_out = list(_copy(old, new, [name for name in old if name not in anew]))
+    write_features(new, features, options.layout, options.dtype, where)
+    left_out += _copy(old["input_features"], new["input_features"], [])
     if phonemes is not None:
         labels = encode_diphones(phonemes, options.form)
         new["seq_class_ids"] = padded(labels, where)
         new["seq_class_ids_phoneme"] = padded(phonemes, where)
         new.attrs["seq_len"] = len(labels)
         new.attrs["seq_len_phoneme"] = len(phonemes)
+    return left_out
+
+
+def _copy(old: Any, new: Any, names: list[str]) -> Iterator[str]:
+    """Copy all attributes and the members `names`; says of which that is impossible, and why."""
+    for name in old.attrs:
+        try:
+            new.attrs[name] = old.attrs[name]
+        except HDF5_ERRORS as error:
+            yield f"attribute {name} cannot be copied ({one_line(error)})"
+    for name in names:
+        try:
+            old.copy(name, new)
+        except HDF5_ERRORS as error:
+            yield f"{name} cannot be copied ({one_line(error)})"
+
+
+def _source_features(trial: h5py.Group) -> np.ndarray:
+    """Features [T, C] of a source trial, every value of which is really there."""
+    dataset = read_dataset(trial, "input_features")
+    if dataset.dtype.kind not in "fiu":
+        raise DamagedTrial(f"input_features is {dataset.dtype}, not numbers", "wrong dtype")
+    check_stored(dataset, "input_features")
+    return dataset[()]
 
 
 def _source_phonemes(key: str, trial: h5py.Group, lexicon: Lexicon | None) -> np.ndarray | None:
-    """Phoneme labels of a source trial, None in the test split."""
+    """Phoneme labels of a source trial, None of one in the test split that has none."""
     match = DATA_FILE.fullmatch(key)
-    if match is not None and match["split"] == "test":
-        return None
-    attributes = dict(trial.attrs)
-    if lexicon is not None:
-        sentence = attribute_text(attributes, "sentence_label")
-        if sentence is None:
-            raise DataError("attribute sentence_label is missing, so there is no text to label")
+    assert match is not None  # keys come from data_files
+    if lexicon is None:
+        return read_labels(trial)[1] if is_labelled(trial, match["split"]) else None
+    sentence = read_sentence(trial, lambda *_: None)
+    if sentence is not None:
         return text_phonemes(sentence, lexicon)
-    return read_labels(trial, attributes)[1]
+    if match["split"] == "test":
+        return None
+    raise DataError("attribute sentence_label is missing, so there is no text to label")
 
 
 def _encode_job(
     source_url: str, target_url: str, info: ObjectInfo, options: EncodingOptions
-) -> tuple[FileInspection, list[str]]:
+) -> _Encoded:
     """Read, encode, prove and write one file."""
     key = info.key
     original = open_store(source_url).read(key, info.size)
-    encoded, left_out = encode_file(key, original, options)
-    inspection = inspect_file(key, encoded)
-    broken = [f for f in inspection.findings if f.severity == "error"]
-    if broken:
-        raise DataError(
-            f"{source_url}/{broken[0]}; see all with 'python code/prepare_dataset.py validate "
-            f"{source_url}'."
-        )
-    _prove(original, encoded, inspection, options)
+    with limited(len(original)):
+        encoded, left_out = encode_file(key, original, options)
+        inspection = inspect_file(key, encoded)
+        broken = [f for f in inspection.findings if f.severity == "error"]
+        if broken and options.exclude_damaged and all(f.trial for f in broken):
+            without = frozenset(f.trial for f in broken if f.trial)
+            encoded, left_out = encode_file(key, original, options, without)
+            inspection = inspect_file(key, encoded)
+            left_out += map(str, broken)
+            broken = [f for f in inspection.findings if f.severity == "error"]
+        if broken:
+            raise DataError(
+                f"{source_url}/{broken[0]}; see all with 'python code/prepare_dataset.py validate "
+                f"{source_url}'."
+            )
+        compared = _prove(original, encoded, inspection, options)
     open_store(target_url).write(key, encoded)
-    return inspection, left_out
+    return _Encoded(inspection, left_out, zlib.crc32(original), zlib.crc32(encoded), compared)
 
 
 def _prove(
     original: bytes, encoded: bytes, inspection: FileInspection, options: EncodingOptions
-) -> None:
+) -> tuple[int, int]:
     """Decode every encoded trial by the manifest's record and compare it with the source.
+
+    Returns how many features and how many label sequences were compared.
 
     Raises:
         DataError: labels or features differ.
     """
     lexicon = _lexicon(options)
+    labelled = 0
     with h5py.File(io.BytesIO(original), "r") as file:
         for record in inspection.records:
             trial = file[record.trial]
             span = memoryview(encoded)[record.offset : record.offset + record.length]
-            expected = trial["input_features"][:].astype(options.dtype)
+            expected = _source_features(trial).astype(options.dtype)
             if not np.array_equal(record.decode(span), expected):
                 raise DataError(f"{record.name}: the encoded features differ from the source's.")
             phonemes = _source_phonemes(record.key, trial, lexicon)
@@ -232,113 +310,98 @@ def _prove(
                 decode_diphones(record.class_ids, options.form), phonemes
             ):
                 raise DataError(f"{record.name}: the encoded labels do not decode to the source's.")
-
-
-def _encoded(
-    jobs: list[tuple[str, str, ObjectInfo, EncodingOptions]], processes: int
-) -> Iterator[tuple[FileInspection, list[str]]]:
-    if processes <= 1:
-        for job in jobs:
-            yield _encode_job(*job)
-        return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(_encode_job, *job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
+            labelled += 1
+    return len(inspection.records), labelled
 
 
 class _State:
-    """What has been encoded so far, kept in the target as one small object."""
+    """What has been encoded so far, kept in the target's record.
 
-    def __init__(self, options: EncodingOptions) -> None:
-        self.options = options
-        self.sources: dict[str, FileRecord] = {}
-        self.targets: dict[str, ObjectInfo] = {}
+    files: by key, of source and target what tells their content, and how much was compared.
+    """
+
+    def __init__(self, target: Target, source: ObjectStore) -> None:
+        self.target, self.source = target, source
+        self.files: dict[str, dict[str, Any]] = {}
         self.inspections: dict[str, FileInspection] = {}
 
     @property
     def done(self) -> set[str]:
         return set(self.inspections)
 
-    @classmethod
-    def load(
-        cls,
-        source: ObjectStore,
-        target: ObjectStore,
-        options: EncodingOptions,
-        sources: Mapping[str, ObjectInfo],
-    ) -> _State:
-        """What of an earlier run still holds.
+    def keep_what_holds(self, sources: dict[str, ObjectInfo], processes: int) -> None:
+        """Take over the files of an earlier run whose source and target have not changed since.
 
         Raises:
-            DataError: the target was begun with other options, or holds files of another source.
+            DataError: they were made of another place's files, with other content.
         """
-        state = cls(options)
-        listing = target.list()
-        strangers = [k for k in listing if DATA_FILE.fullmatch(k) and k not in sources]
-        if strangers:
+        notes = self.target.notes
+        files = {key: file for key, file in notes.get("files", {}).items() if key in sources}
+        there = self.target.store.list()
+        earlier = {k: v for k, v in files.items() if k in there and there[k].size == v["size"]}
+        same_source = self._unchanged(self.source, sources, files, "source", processes)
+        same_target = self._unchanged(self.target.store, there, earlier, "target", processes)
+        other = sorted(files.keys() - same_source)
+        if other and notes["source"] != self.source.url:
             raise DataError(
-                f"{target.url} already holds {strangers[0]}, which {source.url} does not have: "
-                "give an empty target, or remove what is there."
+                f"{self.target.store.url} was encoded from {notes['source']}, whose {other[0]} is "
+                f"another than that of {self.source.url}: give an empty target, or say --overwrite."
             )
-        if PROGRESS_NAME not in listing:
-            return state
-        try:
-            saved = json.loads(gzip.decompress(target.read(PROGRESS_NAME)))
-            earlier, files = saved["options"], saved["sources"]
-            partial = TrialManifest.from_bytes(base64.b64decode(saved["manifest"]))
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{target.url}/{PROGRESS_NAME} is damaged: remove it to encode everything again."
-            ) from error
-        if earlier != asdict(options):
-            changed = [
-                f"{k} was {earlier.get(k)}"
-                for k, v in asdict(options).items()
-                if earlier.get(k) != v
-            ]
-            raise DataError(
-                f"{target.url} was begun with other options ({', '.join(changed)}): repeat them, "
-                "or give an empty target."
-            )
-        for key, (size, etag) in files.items():
-            info, there = sources.get(key), listing.get(key)
-            written = partial.files.get(key)
-            if info is None or there is None or written is None:
-                continue
-            if (info.size, info.etag) == (size, etag) and written == FileRecord(
-                there.size, there.etag
-            ):
-                records = [trial for trial in partial.trials if trial.key == key]
-                forms: list[str | None] = [
-                    None if trial.class_ids is None else options.form for trial in records
-                ]
-                state.sources[key] = FileRecord(size, etag)
-                state.targets[key] = there
-                state.inspections[key] = FileInspection(key, there.size, records, forms)
-        return state
+        if not same_source & same_target:
+            return
+        partial = TrialManifest.from_bytes(base64.b64decode(notes["manifest"]))
+        for key in same_source & same_target:
+            records = [trial for trial in partial.trials if trial.key == key]
+            forms = [None if t.class_ids is None else partial.label_form for t in records]
+            self.files[key] = files[key]
+            self.inspections[key] = FileInspection(key, files[key]["size"], records, forms)
 
-    def add(self, target: ObjectStore, info: ObjectInfo, inspection: FileInspection) -> None:
+    def _unchanged(
+        self,
+        store: ObjectStore,
+        listing: dict[str, ObjectInfo],
+        files: dict[str, dict[str, Any]],
+        side: str,
+        processes: int,
+    ) -> set[str]:
+        """Keys whose content is what it was: by S3's ETag, or else by a CRC-32 of all bytes."""
+        same = {k for k, f in files.items() if f[side][0] and f[side][0] == _etag(listing[k])}
+        jobs = {key: (store.url, listing[key]) for key in files.keys() - same}
+        for key, crc32 in in_workers(_crc32_job, jobs, processes):
+            if crc32 == files[key][side][1]:
+                same.add(key)
+        return same
+
+    def add(self, info: ObjectInfo, encoded: _Encoded) -> None:
         """Record a file just written, and keep that in the target."""
-        key = inspection.key
-        self.targets |= listing_after_writing(target, {key: inspection.size})
-        self.sources[key] = FileRecord(info.size, info.etag)
-        self.inspections[key] = inspection
-        document = {
-            "options": asdict(self.options),
-            "sources": {k: [record.size, record.etag] for k, record in self.sources.items()},
-            "manifest": base64.b64encode(self.manifest().to_bytes()).decode(),
+        key, size = info.key, encoded.inspection.size
+        written = listing_after_writing(self.target.store, {key: size})[key]
+        self.files[key] = {
+            "size": size,
+            "source": [_etag(info), encoded.source_crc32],
+            "target": [_etag(written), encoded.crc32],
+            "compared": encoded.compared,
         }
-        target.write(PROGRESS_NAME, gzip.compress(json.dumps(document).encode(), mtime=0))
+        self.inspections[key] = encoded.inspection
+        partial = {k: ObjectInfo(k, f["size"], f["target"][0] or "") for k, f in self.files.items()}
+        manifest = manifest_from_inspections(partial, list(self.inspections.values()))
+        self.target.notes = {
+            "source": self.source.url,
+            "files": self.files,
+            "manifest": base64.b64encode(manifest.to_bytes()).decode(),
+        }
+        self.target.save()
 
     def manifest(self) -> TrialManifest:
         """The manifest of what is there."""
-        keys = sorted(self.inspections)
-        return manifest_from_inspections(
-            {key: self.targets[key] for key in keys}, [self.inspections[key] for key in keys]
-        )
+        sizes = {key: self.files[key]["size"] for key in sorted(self.files)}
+        listing = listing_after_writing(self.target.store, sizes)
+        return manifest_from_inspections(listing, [self.inspections[key] for key in listing])
+
+
+def _etag(info: ObjectInfo) -> str | None:
+    return info.etag if _S3_ETAG.fullmatch(info.etag) else None
+
+
+def _crc32_job(url: str, info: ObjectInfo) -> int:
+    return zlib.crc32(open_store(url).read(info.key, info.size))

@@ -348,7 +348,7 @@ def index_dataset(
         StorageError: a file cannot be read. DataError: no data files, or damage.
     """
     files = data_files(store.list() if listing is None else listing, store.url)
-    inspections = inspect_dataset(store, files, processes, checksums, False, progress)
+    inspections = inspect_dataset(store, files, processes, checksums, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
     if manifest.damaged and on_damage == "raise":
         raise _damage_error(store.url, manifest.damaged)
@@ -360,7 +360,7 @@ def inspect_dataset(
     files: Mapping[str, ObjectInfo],
     processes: int | None = None,
     checksums: bool = True,
-    statistics: bool = False,
+    look: Callable[[np.ndarray], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FileInspection]:
     """What every file holds, in the order of `files`; see `index_dataset`."""
@@ -369,7 +369,7 @@ def inspect_dataset(
         largest = max(info.size for info in files.values())
         fit = max(1, _INDEXING_MEMORY // max(largest * 2, 1))
         processes = 1 if total < _SMALL_DATASET else min(os.cpu_count() or 1, len(files), fit)
-    jobs = {key: (store.url, key, info.size, checksums, statistics) for key, info in files.items()}
+    jobs = {key: (store.url, key, info.size, checksums, look) for key, info in files.items()}
     results: dict[str, FileInspection] = {}
     for key, result in in_workers(_inspect_job, jobs, processes):
         if isinstance(result, Lost):
@@ -420,11 +420,11 @@ def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
 
 
 def _inspect_job(
-    url: str, key: str, size: int, checksums: bool, statistics: bool
+    url: str, key: str, size: int, checksums: bool, look: Callable[[np.ndarray], Any] | None
 ) -> FileInspection:
     data = open_store(url).read(key, size)
     with limited(len(data)):
-        return inspect_file(key, data, checksums=checksums, statistics=statistics)
+        return inspect_file(key, data, checksums=checksums, look=look)
 
 
 def _same_file(record: FileRecord, info: ObjectInfo) -> bool:

@@ -1,16 +1,35 @@
-"""Which trials a run uses: sessions, exclusions and feasibility, decided once before step 0."""
+"""Data against configuration: what does not fit, and which trials a run or an evaluation uses.
+
+The trainer, the launcher's checks and evaluation all ask here, before anything is computed.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..config import TrainingConfig
 from ..errors import ConfigError, DataError
-from .manifest import TrialManifest, TrialRecord
+from .manifest import TrialManifest
+from .trial_record import TrialRecord
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Something that a configuration says and the data does not bear out.
+
+    Attributes:
+        name: stable and short, e.g. "data-classes".
+        text: one line: what, where, why, what to type next.
+        is_error: a run cannot start; else it would do something other than was meant.
+    """
+
+    name: str
+    text: str
+    is_error: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class TrialSelection:
         val: per session, the trials validation scores; empty where it is switched off or absent.
         excluded: one sentence per trial left out on purpose, with its reason.
         val_skipped: sessions that have validation trials but are switched off.
+        warnings: one sentence per thing in the configuration that matched nothing.
     """
 
     sessions: tuple[str, ...]
@@ -30,38 +50,26 @@ class TrialSelection:
     val: tuple[np.ndarray, ...]
     excluded: tuple[str, ...] = field(default=())
     val_skipped: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
 
 def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelection:
     """Apply the dataset section of the configuration to a manifest.
+
+    What the configuration leaves to the data is filled in: widths and sessions that are null, days
+    counted from the end.
 
     Raises:
         ConfigError: sessions, classes or features that the dataset does not have.
         DataError: a trial that CTC cannot align, or nothing left to train on.
     """
     dataset = config.dataset
-    _check_shape(manifest, config)
+    found = list(against_config(manifest, config))
+    for mismatch in found:
+        if mismatch.is_error:
+            raise ConfigError(mismatch.text)
     sessions = tuple(dataset.sessions or manifest.sessions)
-    for session in sessions:
-        if session not in manifest.sessions:
-            close = difflib.get_close_matches(session, manifest.sessions, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(
-                f"dataset.sessions lists {session}, which the dataset does not have{hint}: it has "
-                f"{len(manifest.sessions)} sessions, from {manifest.sessions[0]} to "
-                f"{manifest.sessions[-1]}."
-            )
-    if dataset.days_per_batch > len(sessions):
-        raise ConfigError(
-            f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {len(sessions)} "
-            f"sessions: set it to at most {len(sessions)}."
-        )
-    beyond = [day for day in dataset.must_include_days or () if not 0 <= day < len(sessions)]
-    if beyond:
-        raise ConfigError(
-            f"dataset.must_include_days names session {beyond[0]} but sessions are numbered from 0 "
-            f"to {len(sessions) - 1}."
-        )
+    _fill_in(config, manifest, sessions)
 
     excluded: list[str] = []
     train = tuple(_usable(manifest, config, s, "train", excluded) for s in sessions)
@@ -85,37 +93,221 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
             "No session has validation trials: upload data_val.hdf5 files, or switch a session on "
             "in dataset.dataset_probability_val."
         )
-    return TrialSelection(sessions, train, tuple(val), tuple(excluded), skipped)
+    warnings = tuple(mismatch.text for mismatch in found)
+    return TrialSelection(sessions, train, tuple(val), tuple(excluded), skipped, warnings)
 
 
-def frames_of(n_time_steps: int, config: TrainingConfig) -> int:
-    """Model frames that a trial is sure to have: the random cut may take its leading bins."""
-    cut = max(config.dataset.data_transforms.random_cut - 1, 0)
-    return (n_time_steps - cut - config.model.patch_size) // config.model.patch_stride + 1
+def select_for_evaluation(
+    manifest: TrialManifest, config: TrainingConfig, sessions: Sequence[str], split: str
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+    """The trials of a split that a model with these day layers can decode.
 
-
-def bad_trials(config: TrainingConfig, session: str) -> set[tuple[int, int]]:
-    """(block, trial number) of every trial of a session that dataset.bad_trials_dict lists.
+    Returns:
+        (trials by day index, one sentence for everything left out)
 
     Raises:
-        ConfigError: what it lists is not blocks with trial numbers.
+        DataError: none at all, or features of another width.
     """
-    blocks = (config.dataset.bad_trials_dict or {}).get(session, {})
-    if not isinstance(blocks, dict):
-        raise ConfigError(
-            f"dataset.bad_trials_dict.{session} must map block numbers to lists of trial numbers."
+    if manifest.n_features != config.dataset.neural_dim:
+        raise DataError(
+            f"The data has {manifest.n_features} features per bin and the model takes "
+            f"{config.dataset.neural_dim}: give the dataset the model was trained on."
         )
-    pairs = set()
-    for block, trials in blocks.items():
-        listed_trials: Sequence = trials if isinstance(trials, list) else [trials]
-        try:
-            pairs |= {(int(block), int(trial)) for trial in listed_trials}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"dataset.bad_trials_dict.{session}.{block} must list trial numbers, "
-                f"not {trials!r}."
-            ) from error
-    return pairs
+    remarks: list[str] = []
+    chosen: list[np.ndarray] = []
+    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
+    for session, switch in zip(sessions, switches, strict=True):
+        kept: list[int] = []
+        indices = manifest.select(split, [session]) if session in manifest.sessions else []
+        if split == "val" and switch == 0:
+            if indices:
+                remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
+            indices = []
+        bad = _bad_trials(config, session)
+        for index in indices:
+            trial = manifest.trials[index]
+            if (trial.block_num, trial.trial_num) in bad:
+                remarks.append(f"Left out: {trial.name}, listed in dataset.bad_trials_dict")
+            elif trial.n_time_steps < config.model.patch_size:
+                remarks.append(
+                    f"Left out: {trial.name}, shorter than one patch of "
+                    f"{config.model.patch_size} bins"
+                )
+            else:
+                kept.append(index)
+        chosen.append(np.array(kept, dtype=np.int64))
+    strangers = [s for s in manifest.sessions if s not in sessions]
+    lost = len(manifest.select(split, strangers)) if strangers else 0
+    if lost:
+        remarks.append(
+            f"Left out: {lost} trials of {len(strangers)} sessions that the model has no day layer "
+            f"for ({strangers[0]}{' …' if len(strangers) > 1 else ''})"
+        )
+    if not any(len(trials) for trials in chosen):
+        raise DataError(
+            f"The dataset has no {split} trials of the model's {len(sessions)} sessions "
+            f"({sessions[0]} … {sessions[-1]}): choose another --split or dataset."
+        )
+    return tuple(chosen), tuple(remarks)
+
+
+def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+    """Everything in a configuration that this data does not have, errors first."""
+    yield from _classes_and_width(manifest, config)
+    yield from _sessions(manifest, config)
+    yield from _exclusions(manifest, config)
+
+
+def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+    dataset = config.dataset
+    if manifest.n_classes == 0:
+        yield Mismatch(
+            "data-classes", "The dataset has no labels to train on: upload labelled train files."
+        )
+    elif manifest.n_classes != dataset.n_classes:
+        other = "phoneme" if manifest.n_classes == 41 else "diphone"
+        yield Mismatch(
+            "data-classes",
+            f"dataset.n_classes is {dataset.n_classes} but the dataset's labels have "
+            f"{manifest.n_classes} classes: use --config-file rnn_args_{other}_sagemaker.yaml"
+            + (", or prepare_dataset.py encode." if manifest.n_classes == 41 else "."),
+        )
+    if dataset.neural_dim not in (None, manifest.n_features):
+        yield Mismatch(
+            "data-features",
+            f"dataset.neural_dim is {dataset.neural_dim} but the dataset has "
+            f"{manifest.n_features} features per bin: set dataset.neural_dim, "
+            "model.n_input_features and model.input_network.input_layer_sizes to null, and they "
+            "are taken from the data.",
+        )
+        return
+    beyond = [f for f in dataset.feature_subset or () if f >= manifest.n_features]
+    if beyond:
+        yield Mismatch(
+            "data-features",
+            f"dataset.feature_subset lists {beyond[0]} but features are numbered from 0 to "
+            f"{manifest.n_features - 1}.",
+        )
+    used = len(dataset.feature_subset or range(manifest.n_features))
+    if config.model.n_input_features not in (None, used):
+        yield Mismatch(
+            "data-features",
+            f"model.n_input_features is {config.model.n_input_features} but the dataset gives "
+            f"{used} features per bin: set it to null.",
+        )
+    sizes = config.model.input_network.input_layer_sizes
+    if sizes not in (None, [used]):
+        yield Mismatch(
+            "data-features",
+            f"model.input_network.input_layer_sizes is {sizes} but the day layer is as wide as the "
+            f"data's {used} features: set it to null.",
+        )
+
+
+def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+    dataset, present = config.dataset, manifest.sessions
+    absent = [session for session in dataset.sessions or () if session not in present]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        yield Mismatch(
+            "data-sessions",
+            f"dataset.sessions lists {absent[0]}{more}, which the dataset does not have"
+            f"{_nearest(absent[0], present)}: it has {len(present)} sessions, from {present[0]} to "
+            f"{present[-1]}.",
+        )
+    usable = [session for session in dataset.sessions or present if session in present]
+    n = len(usable)
+    if dataset.days_per_batch > n:
+        yield Mismatch(
+            "data-few-sessions",
+            f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {n} "
+            f"sessions: use --dataset.days_per_batch {max(n, 1)}.",
+        )
+    beyond = [day for day in dataset.must_include_days or () if not -n <= day < n]
+    if beyond:
+        yield Mismatch(
+            "data-days",
+            f"dataset.must_include_days names session {beyond[0]} but sessions are numbered from 0 "
+            f"to {n - 1} (or from -1, the last, down to {-n}).",
+        )
+    weights = dataset.dataset_probability_val or ()
+    for session, weight in zip(dataset.sessions or (), weights, strict=False):
+        if weight and session in present and not manifest.select("val", [session]):
+            yield Mismatch(
+                "data-no-val-trials",
+                f"dataset.dataset_probability_val is {weight:g} for {session}, which has no "
+                "validation trials: nothing of it is validated; write 0.",
+                is_error=False,
+            )
+
+
+def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+    """Each session, block or trial of dataset.bad_trials_dict that excludes nothing."""
+    for session, blocks in (config.dataset.bad_trials_dict or {}).items():
+        known: dict[int, set[int]] = {}
+        for record in manifest.trials:
+            if record.session == session and None not in (record.block_num, record.trial_num):
+                known.setdefault(int(record.block_num or 0), set()).add(int(record.trial_num or 0))
+        listed = {block: set(trials) for block, trials in blocks.items()}
+        if not known:
+            what = f"session {session}{_nearest(session, manifest.sessions)}"
+        elif absent := sorted(listed.keys() - known.keys()):
+            what = f"block {absent[0]} of session {session}, whose blocks are {_some(known)}"
+        elif strange := [
+            (block, trial) for block in listed for trial in sorted(listed[block] - known[block])
+        ]:
+            block, trial = strange[0]
+            more = f" (nor {len(strange) - 1} more)" if len(strange) > 1 else ""
+            what = (
+                f"trial {trial} in block {block} of session {session}{more}, whose trials are "
+                f"{_some(known[block])}"
+            )
+        else:
+            continue
+        yield Mismatch(
+            "data-exclusions",
+            f"dataset.bad_trials_dict excludes nothing by {what}: correct it, or a bad trial is "
+            "used.",
+            is_error=False,
+        )
+
+
+def ctc_problem(
+    trial: TrialRecord, patch_size: int, patch_stride: int, random_cut: int
+) -> str | None:
+    """Why CTC has no path for a labelled trial, or None.
+
+    Each label needs a frame of its own, and a blank between two equal ones; the random cut may take
+    leading bins.
+    """
+    labels = trial.class_ids
+    if labels is None:
+        return "it has no labels"
+    needed = max(len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1])), 1)
+    bins = trial.n_time_steps - max(random_cut - 1, 0)
+    frames = max((bins - patch_size) // patch_stride + 1, 0)
+    if frames >= needed:
+        return None
+    return (
+        f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins every "
+        f"{patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
+    )
+
+
+def _fill_in(config: TrainingConfig, manifest: TrialManifest, sessions: Sequence[str]) -> None:
+    dataset, model = config.dataset, config.model
+    dataset.sessions = list(sessions)
+    if dataset.must_include_days:
+        dataset.must_include_days = [day % len(sessions) for day in dataset.must_include_days]
+    dataset.neural_dim = manifest.n_features
+    model.n_input_features = len(dataset.feature_subset or range(manifest.n_features))
+    model.input_network.input_layer_sizes = [model.n_input_features]
+
+
+def _bad_trials(config: TrainingConfig, session: str) -> set[tuple[int, int]]:
+    """(block, trial number) of every trial of a session that dataset.bad_trials_dict lists."""
+    blocks = (config.dataset.bad_trials_dict or {}).get(session, {})
+    return {(block, trial) for block, trials in blocks.items() for trial in trials}
 
 
 def _usable(
@@ -125,7 +317,7 @@ def _usable(
     split: str,
     excluded: list[str],
 ) -> np.ndarray:
-    bad = bad_trials(config, session)
+    bad = _bad_trials(config, session)
     kept = []
     for index in manifest.select(split, [session]):
         trial = manifest.trials[index]
@@ -146,34 +338,21 @@ def _usable(
 
 
 def _infeasible(trial: TrialRecord, config: TrainingConfig) -> str | None:
-    """Why CTC has no path for this trial, or None."""
-    if trial.class_ids is None:
-        return "it has no labels"
-    labels = trial.class_ids
-    if len(labels) > config.dataset.max_seq_elements:
-        return f"{len(labels)} labels exceed dataset.max_seq_elements"
-    needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-    frames = frames_of(trial.n_time_steps, config)
-    if frames < max(needed, 1):
-        return (
-            f"{trial.n_time_steps} bins give {max(frames, 0)} frames but its {len(labels)} labels "
-            f"need {max(needed, 1)}"
-        )
-    return None
+    limit = config.dataset.max_seq_elements
+    if trial.class_ids is not None and len(trial.class_ids) > limit:
+        return f"{len(trial.class_ids)} labels exceed dataset.max_seq_elements ({limit})"
+    model, cut = config.model, config.dataset.data_transforms.random_cut
+    return ctc_problem(trial, model.patch_size, model.patch_stride, cut)
 
 
-def _check_shape(manifest: TrialManifest, config: TrainingConfig) -> None:
-    if manifest.n_classes != config.dataset.n_classes:
-        other = "phoneme" if manifest.n_classes == 41 else "diphone"
-        raise ConfigError(
-            f"dataset.n_classes is {config.dataset.n_classes} but the dataset's labels have "
-            f"{manifest.n_classes} classes: use rnn_args_{other}_sagemaker.yaml"
-            + (", or prepare_dataset.py encode." if manifest.n_classes == 41 else ".")
-        )
-    if manifest.n_features != config.dataset.neural_dim:
-        raise ConfigError(
-            f"dataset.neural_dim is {config.dataset.neural_dim} but the dataset has "
-            f"{manifest.n_features} features per bin: set dataset.neural_dim, "
-            f"model.n_input_features and model.input_network.input_layer_sizes to "
-            f"{manifest.n_features}."
-        )
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _some(numbers: Collection[int]) -> str:
+    """Numbers for a sentence: all of a few, else the first and the last."""
+    ordered = sorted(numbers)
+    if len(ordered) <= 6:
+        return ", ".join(map(str, ordered))
+    return f"{len(ordered)} from {ordered[0]} to {ordered[-1]}"

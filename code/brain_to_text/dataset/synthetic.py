@@ -9,28 +9,44 @@ power is gamma noise around the same rate, both z-scored per block.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
-from ..labels.phonemes import N_PHONEMES, SILENCE
+from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
-from ..labels.sentences import random_sentences, sentence_phonemes
-from .hdf5_reader import FileInspection, inspect_file
+from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_writer import FeatureType, Layout, TrialContents, data_file_bytes
 from .manifest import TrialManifest, manifest_from_inspections, write_manifest
 from .store import ObjectStore, listing_after_writing, open_store
+from .targets import Target
+from .workers import Lost, in_workers
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
 _ARTICULATORS = 16  # dimensions of the articulatory space
 _ONSET_BINS = 3.0  # time constant of the pull at a phoneme's onset
 _BASE_RATE = 0.5  # threshold crossings per 20 ms bin at rest, i.e. 25 per second
 _POWER_SHAPE = 4.0  # shape of the gamma noise on spike power
+# Each item is a word class; "?" after it: present half of the time. NP is a noun phrase.
+_TEMPLATES = (
+    "subject auxiliary verb NP",
+    "subject auxiliary verb NP adverb?",
+    "subject verb NP preposition NP",
+    "subject adverb? verb NP",
+    "NP auxiliary verb NP",
+    "question auxiliary subject verb NP",
+    "auxiliary subject verb NP preposition? NP",
+    "greeting subject auxiliary verb NP",
+    "subject verb NP conjunction subject verb NP",
+    "adverb subject auxiliary verb preposition NP",
+)
+_NOUN_PHRASES = ("determiner noun", "possessive noun", "determiner adjective noun")
 
 
 @dataclass(frozen=True)
@@ -95,42 +111,47 @@ def synthesize(
     dataset: SyntheticDataset | None = None,
     *,
     processes: int = 1,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrialManifest:
     """Write a dataset and its manifest to `target`; the same description gives the same bytes.
 
     Args:
         processes: worker processes, each making one session at a time in memory.
+        overwrite: replace files of these names that this command did not write.
         progress: called with (sessions done, sessions in all).
 
     Raises:
-        DataError: a description that cannot be made. StorageError: the target cannot be written.
+        DataError: a description that cannot be made, a target that holds something else.
+        StorageError: the target cannot be written.
     """
     dataset = dataset or SyntheticDataset()
     plans = list(_plan(dataset).items())
+    keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans for trial in plan}
+    jobs = {p[0]: (target.url, dataset, index, *p) for index, p in enumerate(plans)}
     inspections: list[FileInspection] = []
-    jobs = [(target.url, dataset, index, *plan) for index, plan in enumerate(plans)]
-    for done, files in enumerate(_sessions_made(jobs, processes), start=1):
-        inspections += files
-        if progress is not None:
-            progress(done, len(jobs))
-    listing = listing_after_writing(target, {i.key: i.size for i in inspections})
-    manifest = manifest_from_inspections(listing, inspections)
-    if manifest.damaged:
-        raise DataError(f"{target.url}/{manifest.damaged[0]}: the generator made a wrong trial.")
-    write_manifest(target, manifest)
+    with Target.claim(
+        target,
+        "prepare_dataset.py synthesize",
+        asdict(dataset),
+        keys,
+        alone=DATA_FILE,
+        overwrite=overwrite,
+    ):
+        for done, (session, files) in enumerate(in_workers(_make_session, jobs, processes), 1):
+            if isinstance(files, Lost):
+                raise DataError(f"{target.url}/{session} was not made: {files.damage}.")
+            inspections += files
+            if progress is not None:
+                progress(done, len(jobs))
+        listing = listing_after_writing(target, {i.key: i.size for i in inspections})
+        manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
+        if manifest.damaged:
+            raise DataError(
+                f"{target.url}/{manifest.damaged[0]}: the generator made a wrong trial."
+            )
+        write_manifest(target, manifest)
     return manifest
-
-
-def _sessions_made(jobs: list[tuple], processes: int) -> Iterator[list[FileInspection]]:
-    if processes <= 1:
-        for job in jobs:
-            yield _make_session(*job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in [pool.submit(_make_session, *job) for job in jobs]:
-            yield future.result()
 
 
 # --- which sentences are said when ----------------------------------------------------------------
@@ -319,3 +340,74 @@ def _contents(
         return replace(contents, class_ids=phonemes, sentence=trial.label)
     labels = encode_diphones(phonemes, dataset.label_form)
     return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.label)
+
+
+# --- random English-like sentences ----------------------------------------------------------------
+# The vocabulary (common_words.csv) covers all 39 phonemes; its pronunciations follow the CMU
+# Pronouncing Dictionary. Word order follows a small grammar and word choice falls off with rank, so
+# that a language model has something to learn.
+
+
+@cache
+def _vocabulary(size: int | None) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Words by class, and phoneme ids by word; `size` words in all, spread over the classes."""
+    with Path(__file__).with_name("common_words.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    classes: dict[str, list[str]] = {}
+    for row in rows:
+        classes.setdefault(row["class"], []).append(row["word"])
+    if size is not None:
+        share = size / len(rows)
+        classes = {
+            name: words[: max(1, round(len(words) * share))] for name, words in classes.items()
+        }
+    sounds = {row["word"]: phoneme_ids(row["phonemes"].split()) for row in rows}
+    return classes, sounds
+
+
+def vocabulary(size: int | None = None) -> list[str]:
+    """The words that sentences are made of, sorted."""
+    return sorted({word for words in _vocabulary(size)[0].values() for word in words})
+
+
+def sentence_phonemes(sentence: str) -> np.ndarray:
+    """Phoneme ids [n] int32 of a sentence of known words, silence after each word."""
+    sounds = _vocabulary(None)[1]
+    return np.concatenate([np.append(sounds[word], SILENCE) for word in sentence.split()]).astype(
+        np.int32
+    )
+
+
+def random_sentences(
+    count: int,
+    rng: np.random.Generator,
+    *,
+    size: int | None = None,
+    distinct_from: set[str] | None = None,
+) -> list[str]:
+    """`count` sentences; none of them is in `distinct_from`.
+
+    Args:
+        size: about how many words the vocabulary has; None for all.
+    """
+    classes, _ = _vocabulary(size)
+    weights = {
+        name: np.cumsum(1 / np.arange(2, len(words) + 2) ** 0.7) for name, words in classes.items()
+    }
+    avoided = distinct_from or set()
+    sentences: list[str] = []
+    while len(sentences) < count:
+        template = _TEMPLATES[rng.integers(len(_TEMPLATES))]
+        words: list[str] = []
+        for item in template.split():
+            if item.endswith("?") and rng.random() < 0.5:
+                continue
+            name = item.rstrip("?")
+            parts = _NOUN_PHRASES[rng.integers(len(_NOUN_PHRASES))] if name == "NP" else name
+            for part in parts.split():
+                place = rng.random() * weights[part][-1]
+                words.append(classes[part][int(np.searchsorted(weights[part], place))])
+        sentence = " ".join(words)
+        if sentence not in avoided:
+            sentences.append(sentence)
+    return sentences

@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping
@@ -51,18 +52,17 @@ def check_apart(source: str | Path, target: str | Path) -> None:
         raise DataError(f"{inner} lies in {outer}: give a target beside the source.")
 
 
-def replace_own(path: Path, data: bytes, mark: bytes, reads: str | Path) -> None:
+def replace_own(path: Path, data: bytes, mark: bytes) -> None:
     """Write a file that a person named, unless that would replace something else.
 
     Args:
         mark: stands in every file that this command writes there.
-        reads: the dataset that the command reads; none of its data files may be replaced.
 
     Raises:
         DataError: a file without the mark is there. StorageError: writing is not possible.
     """
     if path.suffix in (".hdf5", ".gz"):
-        raise DataError(f"{path} has the name of data, in or beside {reads}: give another name.")
+        raise DataError(f"{path} has the name of data: give another name.")
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the name of a file.")
     with contextlib.suppress(OSError):
@@ -96,6 +96,7 @@ class Target:
         keys: Iterable[str],
         *,
         reads: Iterable[str | Path] = (),
+        alone: re.Pattern[str] | None = None,
         overwrite: bool = False,
     ) -> Target:
         """Take the place, before anything is written there.
@@ -105,6 +106,8 @@ class Target:
             purpose: what decides the content of the files, as plain types.
             keys: every object that will be written, beside the record and the manifest.
             reads: folders or URLs that the command reads.
+            alone: no other object whose key it matches may be there, because readers would take it
+                for a part of what is written.
             overwrite: replace objects of these names, whoever wrote them.
 
         Raises:
@@ -120,15 +123,21 @@ class Target:
                     check_apart(place, folder)
         self._lock()
         try:
-            self._take(wanted, overwrite)
+            self._take(wanted, alone, overwrite)
         except BaseException:
             self.close()
             raise
         return self
 
-    def _take(self, wanted: set[str], overwrite: bool) -> None:
+    def _take(self, wanted: set[str], alone: re.Pattern[str] | None, overwrite: bool) -> None:
         url = self.store.url
         listing = self.store.list()
+        strangers = [k for k in listing if alone and alone.fullmatch(k) and k not in wanted]
+        if strangers:
+            raise DataError(
+                f"{url} already holds {strangers[0]}, which '{self._command}' would not write now: "
+                "give an empty target, or remove what is there."
+            )
         record = self._read() if RECORD_NAME in listing else {}
         earlier = record.get("purpose", {})
         if record and not overwrite:

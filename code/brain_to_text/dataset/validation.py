@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .drift import (
-    MEAN_MOVED,
-    MUCH_DRIFT,
-    STD_MOVED,
-    SessionDrift,
-    SilentChannels,
-    drift_between,
-    silent_channels,
-    sums_by_session,
-)
-from .hdf5_reader import DATA_FILE, FileInspection, ValueStatistics
+from .hdf5_reader import DATA_FILE, FileInspection
+from .label_check import labels_against_sentences
 from .manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -30,7 +21,9 @@ from .manifest import (
     inspect_dataset,
     manifest_from_inspections,
 )
+from .selection import ctc_problem
 from .store import ObjectInfo, ObjectStore
+from .targets import RECORD_NAME
 from .trial_record import Finding, TrialRecord
 
 PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
@@ -39,8 +32,67 @@ _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
 _SAME_FEATURES = 1e-3  # standard deviations by which copies' means may differ
 _SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
-_ENOUGH_TRIALS = 10  # in a session, before its drift deserves a warning
-_KNOWN_COMPANION = re.compile(r"encode_progress\.json\.gz|.*\.(md|txt|csv|json)")
+_KNOWN_COMPANION = re.compile(rf"{re.escape(RECORD_NAME)}|.*\.(md|txt|csv|json|html)")
+
+
+@dataclass(frozen=True)
+class ValueStatistics:
+    """Sums over features, from which means and deviations are combined."""
+
+    count: int = 0
+    total: float = 0.0
+    total_of_squares: float = 0.0
+    minimum: float = np.inf
+    maximum: float = -np.inf
+
+    @staticmethod
+    def of(features: np.ndarray) -> ValueStatistics:
+        """Of one trial [T, C]."""
+        flat = features.reshape(-1).astype(np.float32, copy=False)
+        return ValueStatistics(
+            flat.size,
+            float(flat.sum(dtype=np.float64)),
+            float(np.dot(flat, flat)),
+            float(flat.min()),
+            float(flat.max()),
+        )
+
+    @staticmethod
+    def merged(parts: Sequence[ValueStatistics]) -> ValueStatistics:
+        """Of all parts together."""
+        return ValueStatistics(
+            sum(p.count for p in parts),
+            sum(p.total for p in parts),
+            sum(p.total_of_squares for p in parts),
+            min((p.minimum for p in parts), default=np.inf),
+            max((p.maximum for p in parts), default=-np.inf),
+        )
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else np.nan
+
+    @property
+    def std(self) -> float:
+        if not self.count:
+            return np.nan
+        return float(np.sqrt(max(self.total_of_squares / self.count - self.mean**2, 0.0)))
+
+
+def look_at(features: np.ndarray) -> tuple[ValueStatistics, np.ndarray]:
+    """A trial's [T, C] value statistics, and how it looks from afar: [n + 1] float64.
+
+    Means over up to 4 parts of its time × 8 parts of its channels, then the standard deviation:
+    copies are found by them, because they hardly feel how features are stored or rounded.
+    """
+    rows, columns = (
+        np.linspace(0, size, min(size, parts) + 1).astype(int)
+        for size, parts in zip(features.shape, (4, 8), strict=True)
+    )
+    sums = np.add.reduceat(features, rows[:-1], axis=0, dtype=np.float64)
+    sums = np.add.reduceat(sums, columns[:-1], axis=1)
+    means = sums / np.outer(np.diff(rows), np.diff(columns))
+    return ValueStatistics.of(features), np.append(means, features.std(dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -67,15 +119,13 @@ class SplitSummary:
 class ValidationReport:
     """What was found. `findings` holds errors first, then warnings.
 
-    drift: each session against the one before. shared_sentences: distinct sentences that occur in
-    training and in validation.
+    shared_sentences: distinct sentences that occur in training and in validation.
     """
 
     url: str
     manifest: TrialManifest
     rows: list[SplitSummary]
     findings: list[Finding]
-    drift: list[SessionDrift] = field(default_factory=list)
     shared_sentences: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -100,7 +150,6 @@ class ValidationReport:
             "label_form": self.manifest.label_form,
             "shared_sentences": self.shared_sentences,
             "splits": [_json_numbers(asdict(row)) for row in self.rows],
-            "drift": [_json_numbers(asdict(row)) for row in self.drift],
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
             "notes": self.notes,
@@ -124,7 +173,7 @@ class ValidationReport:
                 f"{labels:>10} {row.mean:>7.3f} {row.std:>6.3f} {row.minimum:>7.2f} "
                 f"{row.maximum:>7.2f}"
             )
-        lines += ["", *_drift_lines(self.drift, self.manifest.n_features)]
+        lines.append("")
         for note in self.notes:
             lines.append(f"Note: {note}")
         for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
@@ -152,8 +201,8 @@ def validate_dataset(
     """Read every file whole and check everything that a training run relies on.
 
     Schema and types, finite values, labels against phonemes and label form, room for CTC at the
-    given patching, repeated trials within and between splits, missing files, channels that drift
-    from session to session or never change, the manifest.
+    given patching, labels against sentences, repeated trials within and between splits, missing
+    files, the manifest.
 
     Args:
         processes: worker processes; None decides by size.
@@ -168,7 +217,7 @@ def validate_dataset(
             raise ConfigError(f"{option} is {bins}: give at least 1 bin.")
     listing = store.list()
     files = data_files(listing, store.url)
-    inspections = inspect_dataset(store, files, processes, statistics=True, progress=progress)
+    inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
@@ -180,16 +229,12 @@ def validate_dataset(
     findings += scattered_chunks(manifest.trials)
     findings += _odd_values(inspections)
     findings += _odd_pace(manifest.trials)
-    sums = sums_by_session(inspections, manifest.n_features)
-    drift = drift_between(sums)
-    enough = {name for name, own in sums.items() if own.trials >= _ENOUGH_TRIALS}
-    findings += _much_drift(drift, manifest.n_features, enough)
-    findings += _silent(silent_channels(sums), manifest.n_features)
+    findings += labels_against_sentences(manifest.trials)
     findings += _manifest_state(store, manifest, listing)
     findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
     shared, notes = _shared_sentences(manifest.trials)
     return ValidationReport(
-        store.url, manifest, _summaries(manifest, inspections), findings, drift, shared, notes
+        store.url, manifest, _summaries(manifest, inspections), findings, shared, notes
     )
 
 
@@ -206,7 +251,7 @@ def _summaries(
         trials = by_file[inspection.key]
         bins = [trial.n_time_steps for trial in trials] or [0]
         labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
-        values = inspection.statistics if trials else ValueStatistics()
+        values = ValueStatistics.merged([look[0] for look in inspection.looks] if trials else [])
         rows.append(
             SplitSummary(
                 match["session"],
@@ -230,15 +275,8 @@ def _infeasible(
     for trial in trials:
         if trial.class_ids is None:
             continue
-        labels = trial.class_ids
-        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-        bins = trial.n_time_steps - max(random_cut - 1, 0)
-        frames = max((bins - patch_size) // patch_stride + 1, 0)
-        if frames < needed:
-            reason = (
-                f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins "
-                f"every {patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
-            )
+        reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
+        if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 
@@ -249,7 +287,7 @@ def _repeated_features(
     sketches = {
         record.name: sketch
         for inspection in inspections
-        for record, sketch in zip(inspection.records, inspection.sketches, strict=True)
+        for record, (_, sketch) in zip(inspection.records, inspection.looks, strict=True)
     }
     alike: dict[tuple[int, int], list[TrialRecord]] = defaultdict(list)
     for trial in trials:
@@ -337,7 +375,7 @@ def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
 
 def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:
     for inspection in inspections:
-        values = inspection.statistics
+        values = ValueStatistics.merged([look[0] for look in inspection.looks])
         if not values.count:
             continue
         if not _STD_RANGE[0] <= values.std <= _STD_RANGE[1]:
@@ -359,47 +397,6 @@ def _odd_pace(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
         if not median / _ODD_PACE <= pace <= median * _ODD_PACE:
             reason = f"has {pace:.1f} bins per phoneme where the median trial has {median:.1f}"
             yield Finding(trial.key, trial.trial, reason, "odd pace", "warning")
-
-
-def _much_drift(
-    drift: Sequence[SessionDrift], n_features: int, enough: Set[str]
-) -> Iterator[Finding]:
-    for row in drift:
-        moved = max(row.mean_moved, row.std_moved)
-        if moved > MUCH_DRIFT * n_features and {row.before, row.session} <= enough:
-            reason = (
-                f"{row.mean_moved} of {n_features} channels have another mean and {row.std_moved} "
-                f"another standard deviation than in {row.before}: are both z-scored alike?"
-            )
-            yield Finding(row.session, None, reason, "drift", "warning")
-
-
-def _silent(found: Sequence[SilentChannels], n_features: int) -> Iterator[Finding]:
-    for row in found:
-        some = ", ".join(map(str, row.channels[:8])) + (" …" if len(row.channels) > 8 else "")
-        reason = f"{len(row.channels)} of {n_features} channels never change ({some})"
-        yield Finding(row.session, None, reason, "silent channels", "warning")
-
-
-def _drift_lines(drift: Sequence[SessionDrift], n_features: int) -> Iterator[str]:
-    """The table of drift, and how to read it; nothing for one session."""
-    if not drift:
-        return
-    yield (
-        f"{'drift to':<16} {'mean shift':>10} {'moved':>6} {'std shift':>10} {'moved':>6} "
-        f"{'correlations':>13}   of {n_features} channels, against the session before"
-    )
-    for row in drift:
-        yield (
-            f"{row.session:<16} {row.mean_shift:>10.3f} {row.mean_moved:>6} {row.std_shift:>10.3f} "
-            f"{row.std_moved:>6} {row.likeness:>13.3f}"
-        )
-    yield (
-        f"Means in standard deviations (moved: by {MEAN_MOVED} and beyond chance), deviations in "
-        f"log2 (moved: {STD_MOVED}-fold),"
-    )
-    yield "correlations between channels: 1 where they go together as before."
-    yield ""
 
 
 def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:

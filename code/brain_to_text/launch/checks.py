@@ -103,7 +103,7 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None =
     model, dataset = config.model, config.dataset
     trials = -(-(batch_size or dataset.batch_size) // n_gpus)
     frames = max(n_frames(config, LONG_TRIAL_BINS), 1)
-    directions, width = 1 + model.bidirectional, model.n_input_features or 512
+    directions, width = 1 + model.bidirectional, config.width
     patch = width * max(model.patch_size, 1)
     inputs = patch + (model.n_layers - 1) * model.n_units * directions
     weights = 3 * model.n_units * directions * (inputs + model.n_units * model.n_layers)
@@ -321,7 +321,7 @@ def _against_config(
     """What the trainer would say of manifest and configuration, said now."""
     try:
         from ..dataset.manifest import TrialManifest
-        from ..dataset.selection import select_trials
+        from ..dataset.selection import against_config
     except ImportError as problem:
         yield warning(
             "manifest-unchecked",
@@ -337,10 +337,8 @@ def _against_config(
     except BrainToTextError as problem:
         yield error("manifest-stale", str(problem))
         return
-    try:
-        select_trials(manifest, config)
-    except BrainToTextError as problem:
-        yield error("data-config", str(problem))
+    for mismatch in against_config(manifest, config):
+        yield (error if mismatch.is_error else warning)(mismatch.name, mismatch.text)
 
 
 def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from ..config import TrainingConfig, load_config
+from ..config import TrainingConfig
+from ..config_reader import load_config
 from ..gpus import GPUS, Gpu, step_time
 from .account import AwsAccount, no_answer
 

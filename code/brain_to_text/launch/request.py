@@ -16,8 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import TrainingConfig, config_keys, load_config, resolve_key
+from ..config import TrainingConfig, config_keys
+from ..config_reader import load_config, resolve_key
 from ..errors import JobError
+from ..log_lines import METRIC_DEFINITIONS
 from .image import unchanged_in_image
 from .service_model import breaches
 
@@ -28,24 +30,6 @@ OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
 TENSORBOARD_FOLDER = "/opt/ml/output/tensorboard"
-
-_NUMBER = r"([-+]?[0-9]*[.]?[0-9]+(?:[eE][-+]?[0-9]+)?)"
-# CloudWatch finds these in the job's log; the lines are a contract of `telemetry`.
-METRIC_DEFINITIONS: tuple[dict[str, str], ...] = tuple(
-    {"Name": name, "Regex": regex}
-    for name, regex in (
-        ("train:loss", rf"Train batch [0-9]+: loss: {_NUMBER}"),
-        ("train:grad_norm", rf"Train batch [0-9]+: .*?grad norm: {_NUMBER}"),
-        ("train:seconds_per_batch", rf"Train batch [0-9]+: .*?time: {_NUMBER}"),
-        ("train:trials_per_second", rf"Train batch [0-9]+: .*?trials/s: {_NUMBER}"),
-        ("train:data_wait_percent", rf"Train batch [0-9]+: .*?data wait: {_NUMBER}%"),
-        ("validation:DER", rf"Val batch [0-9]+: .*?DER \(avg\): {_NUMBER}"),
-        ("validation:PER", rf"Val batch [0-9]+: .*?PER \(avg\): {_NUMBER}"),
-        ("validation:CTC_loss", rf"Val batch [0-9]+: .*?CTC Loss \(avg\): {_NUMBER}"),
-        ("validation:best_DER", rf"New best test DER .*--> {_NUMBER}"),
-        ("validation:best_PER", rf"New best test PER .*--> {_NUMBER}"),
-    )
-)
 
 MLFLOW_ARN = re.compile(
     r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"

@@ -54,7 +54,7 @@ def ctc_nll(
     labels: torch.Tensor,
     frame_lengths: torch.Tensor,
     label_lengths: torch.Tensor,
-    kernel: str = "torch",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """[B] negative log-likelihood of each label sequence, in nats; infinite if it cannot fit.
 

@@ -104,7 +104,7 @@ class GRUDecoder(nn.Module):
         """The decoder that `config` describes; in training, with its classifier's own factors."""
         model = config.model
         decoder = cls(
-            neural_dim=model.n_input_features,
+            neural_dim=config.width,
             n_units=model.n_units,
             n_days=n_days,
             n_classes=config.dataset.n_classes,

@@ -1,7 +1,7 @@
 """One training step: augment, forward, loss, backward, clip, update.
 
 No value that was computed is read back in it, so nothing here makes the host wait for the device;
-torch's CTC on a GPU does all the same (see `gpu_ctc`).
+torch's own CTC on a GPU would (see `gpu_ctc`).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class TrainStep:
         """
         if batch.features is None or batch.features.device != self.device:
             batch = batch.to(self.device)
-        self._begin_average()
+        self.begin_average()
         self.model.train()
         generator = step_generator(self.device, self.config.seed, step, self.rank)
         torch.manual_seed(generator.initial_seed())  # dropout
@@ -190,72 +190,6 @@ class TrainStep:
         total, longest, *steps = torch.cat([counts, state["refused_steps"]]).tolist()
         state["longest_in_a_row"].zero_()
         return Health(total, longest, sorted(step for step in steps if step >= 0))
-
-    def try_batch(self, batch_size: int, n_bins: int, n_labels: int) -> int:
-        """The largest batch of trials this long that fits the memory, found by trying.
-
-        Runs forward and backward on zeros at the costliest step of the objective's schedule, beside
-        all that a real step finds in memory, halving the batch while memory runs out; weights,
-        optimizer, counters and generators are left as they were.
-
-        Returns:
-            `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
-        """
-        cpu_state = torch.get_rng_state()
-        device_state = torch.cuda.get_rng_state(self.device) if self._on_gpu else None
-        fits = batch_size
-        while fits > 0:
-            try:
-                self._forward_and_backward(fits, n_bins, n_labels)
-                break
-            except torch.OutOfMemoryError:
-                fits //= 2
-            finally:
-                self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(cpu_state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, self.device)
-            torch.cuda.empty_cache()
-        return fits
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def _forward_and_backward(self, batch_size: int, n_bins: int, n_labels: int) -> None:
-        def labels(length: int) -> torch.Tensor:
-            return torch.ones(batch_size, length, dtype=torch.int64, device=self.device)
-
-        n_time_steps = torch.full((batch_size,), n_bins)
-        n_labels = min(n_labels, max(int(self.model.frame_lengths(n_time_steps)[0]) // 2, 1))
-        self._begin_average()
-        features = torch.zeros(batch_size, n_bins, self.model.neural_dim, device=self.device)
-        held = [*self._moments_to_come(), torch.empty_like(features)]  # the next batch travels
-        days = torch.arange(batch_size) * self.model.n_days // batch_size
-        batch = SimpleNamespace(
-            labels=labels(n_labels),
-            label_lengths=torch.full((batch_size,), n_labels),
-            phoneme_labels=labels(n_labels),
-            phoneme_lengths=torch.full((batch_size,), n_labels),
-        )
-        self.model.train()
-        features, n_time_steps = self.augmentation(
-            features,
-            n_time_steps,
-            training=True,
-            generator=step_generator(self.device, self.config.seed, 0, self.rank),
-        )
-        frame_lengths = self.model.frame_lengths(n_time_steps)
-        with self.autocast():
-            logits = self.model(features, days, n_time_steps=n_time_steps)
-        step = self.objective.costliest_step(self.config.num_training_batches)
-        self.objective(logits, batch, frame_lengths, step).total.backward()
-        del held
-
-    def _moments_to_come(self) -> list[torch.Tensor]:
-        """Room for AdamW's two moments of every parameter that has none yet."""
-        new = [p for p in self.parameters if p not in self.optimizer.state]
-        return [torch.empty_like(p) for p in new for _ in range(2)]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -313,7 +247,7 @@ class TrainStep:
         in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
         torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
 
-    def _begin_average(self) -> None:
+    def begin_average(self) -> None:
         """From the weights of now: by the first step those of a checkpoint are loaded."""
         if self.average is None and self.config.ema_decay > 0:
             self.average = [p.detach().clone() for p in self.parameters]
@@ -324,3 +258,66 @@ class TrainStep:
         # a young average follows faster, so that it does not remember the initial weights
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+
+def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> int:
+    """The largest batch of trials this long that fits the memory, found by trying.
+
+    Runs forward and backward on zeros at the costliest step of the objective's schedule, beside all
+    that a real step finds in memory, halving the batch while memory runs out; weights, optimizer,
+    counters and generators are left as they were.
+
+    Returns:
+        `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
+    """
+    on_gpu = step.device.type == "cuda"
+    cpu_state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state(step.device) if on_gpu else None
+    fits = batch_size
+    while fits > 0:
+        try:
+            _forward_and_backward(step, fits, n_bins, n_labels)
+            break
+        except torch.OutOfMemoryError:
+            fits //= 2
+        finally:
+            step.optimizer.zero_grad(set_to_none=True)
+    torch.set_rng_state(cpu_state)
+    if device_state is not None:
+        torch.cuda.set_rng_state(device_state, step.device)
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _forward_and_backward(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> None:
+    model, device = step.model, step.device
+    n_time_steps = torch.full((batch_size,), n_bins)
+    n_labels = min(n_labels, max(int(model.frame_lengths(n_time_steps)[0]) // 2, 1))
+    labels = torch.ones(batch_size, n_labels, dtype=torch.int64, device=device)
+    lengths = torch.full((batch_size,), n_labels)
+    batch = SimpleNamespace(
+        labels=labels, label_lengths=lengths, phoneme_labels=labels, phoneme_lengths=lengths
+    )
+    step.begin_average()
+    features = torch.zeros(batch_size, n_bins, model.neural_dim, device=device)
+    held = [*_moments_to_come(step), torch.empty_like(features)]  # the next batch travels
+    days = torch.arange(batch_size) * model.n_days // batch_size
+    model.train()
+    features, n_time_steps = step.augmentation(
+        features,
+        n_time_steps,
+        training=True,
+        generator=step_generator(device, step.config.seed, 0, step.rank),
+    )
+    with step.autocast():
+        logits = model(features, days, n_time_steps=n_time_steps)
+    costliest = step.objective.costliest_step(step.config.num_training_batches)
+    terms = step.objective(logits, batch, model.frame_lengths(n_time_steps), costliest)
+    terms.total.backward()
+    del held
+
+
+def _moments_to_come(step: TrainStep) -> list[torch.Tensor]:
+    """Room for AdamW's two moments of every parameter that has none yet."""
+    new = [p for p in step.parameters if p not in step.optimizer.state]
+    return [torch.empty_like(p) for p in new for _ in range(2)]

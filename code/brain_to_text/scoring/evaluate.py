@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..config import TrainingConfig
 from ..dataset.manifest import TrialManifest, load_or_build_manifest
-from ..dataset.selection import bad_trials
+from ..dataset.selection import select_for_evaluation
 from ..dataset.store import open_store
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
@@ -113,8 +113,10 @@ def _evaluate(
     store = open_store(options.data)
     manifest = load_or_build_manifest(store, say)
     for artefact in artefacts:
-        chosen = choose_trials(manifest, artefact.sessions, options.split, artefact.config)
-        for sentence in chosen.remarks:
+        _, remarks = select_for_evaluation(
+            manifest, artefact.config, artefact.sessions, options.split
+        )
+        for sentence in remarks:
             say(sentence if len(artefacts) == 1 else f"{artefact.location}: {sentence}")
     decoder: WordDecoder | None = None
     facts: dict[str, str] = {}
@@ -147,7 +149,7 @@ def _evaluate(
     finally:
         stream.close()
     for sentence in evaluation.remarks:
-        if sentence not in chosen.remarks:
+        if sentence not in remarks:
             say(sentence)
     for line in describe(evaluation.all_numbers, comparison):
         say(line)
@@ -286,67 +288,6 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
 # --- one model ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ChosenTrials:
-    """Trials by day index, and one sentence for everything left out."""
-
-    by_session: tuple[np.ndarray, ...]
-    remarks: tuple[str, ...]
-
-
-def choose_trials(
-    manifest: TrialManifest, sessions: Sequence[str], split: str, config: TrainingConfig
-) -> ChosenTrials:
-    """The trials of a split that a model with these day layers can decode.
-
-    Raises:
-        DataError: none at all, or features of another width.
-        ConfigError: dataset.bad_trials_dict lists something else than trials.
-    """
-    if manifest.n_features != config.dataset.neural_dim:
-        raise DataError(
-            f"The data has {manifest.n_features} features per bin and the model takes "
-            f"{config.dataset.neural_dim}: give the dataset the model was trained on."
-        )
-    remarks, chosen = [], []
-    too_short = []
-    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
-    for session, switch in zip(sessions, switches, strict=True):
-        kept: list[int] = []
-        bad = bad_trials(config, session)
-        if split == "val" and switch == 0:
-            if session in manifest.sessions and manifest.select(split, [session]):
-                remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
-            chosen.append(np.array(kept, dtype=np.int64))
-            continue
-        for index in manifest.select(split, [session]) if session in manifest.sessions else []:
-            trial = manifest.trials[index]
-            if (trial.block_num, trial.trial_num) in bad:
-                remarks.append(f"Left out: {trial.name}, listed in dataset.bad_trials_dict")
-            elif trial.n_time_steps < config.model.patch_size:
-                too_short.append(trial.name)
-            else:
-                kept.append(index)
-        chosen.append(np.array(kept, dtype=np.int64))
-    for name in too_short:
-        remarks.append(
-            f"Left out: {name}, shorter than one patch of {config.model.patch_size} bins"
-        )
-    strangers = [s for s in manifest.sessions if s not in sessions]
-    lost = len(manifest.select(split, strangers)) if strangers else 0
-    if lost:
-        remarks.append(
-            f"Left out: {lost} trials of {len(strangers)} sessions that the model has no day layer "
-            f"for ({strangers[0]}{' …' if len(strangers) > 1 else ''})"
-        )
-    if not any(len(trials) for trials in chosen):
-        raise DataError(
-            f"The dataset has no {split} trials of the model's {len(sessions)} sessions "
-            f"({sessions[0]} … {sessions[-1]}): choose another --split or dataset."
-        )
-    return ChosenTrials(tuple(chosen), tuple(remarks))
-
-
 def run_model(
     artefact: ModelArtefact,
     stream: TrialStream,
@@ -358,15 +299,15 @@ def run_model(
     """Decode one split with one model and score it."""
     config, manifest = artefact.config, stream.manifest
     model = artefact.build(device)
-    chosen = choose_trials(manifest, artefact.sessions, split, config)
+    chosen, remarks = select_for_evaluation(manifest, config, artefact.sessions, split)
     dataset = EvaluationDatasetS3(
         stream,
-        chosen.by_session,
+        chosen,
         batch_size=batch_size,
         device=device,
         feature_subset=config.dataset.feature_subset,
     )
-    indices = np.concatenate(chosen.by_session)
+    indices = np.concatenate(chosen)
     examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
     started = time.perf_counter()
     with tqdm(total=len(indices), unit="trial", disable=not progress, desc="Decoding") as bar:
@@ -389,7 +330,7 @@ def run_model(
         trials,
         summarise(trials, set(training_sentences(manifest))),
         seconds,
-        remarks=(*chosen.remarks, *([doubt] if doubt else [])),
+        remarks=(*remarks, *([doubt] if doubt else [])),
     )
 
 

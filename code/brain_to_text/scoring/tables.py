@@ -154,7 +154,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and _runs(value) else value
 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -186,7 +186,11 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
 
 
 def _bare(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+    return cell[1:] if cell.startswith("'") and _runs(cell) else cell
+
+
+def _runs(text: str) -> bool:
+    return text.lstrip("'").startswith(_FORMULA)
 
 
 def write_submission(

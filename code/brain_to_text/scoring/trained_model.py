@@ -6,9 +6,8 @@ Nothing is unpacked to disk and no pickled code runs.
 from __future__ import annotations
 
 import io
-import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import TrainingConfig, config_from_dict
+from ..config import TrainingConfig
+from ..config_reader import config_from_dict
 from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm
+from ..log_lines import rows_of_log
 from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from ..model.weights_file import load_verified
 
@@ -27,10 +28,6 @@ CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
 _ARGS = ("checkpoint/args.yaml", "args.yaml")
 _LOGS = ("training_log",)
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
-
-_TRAIN_LINE = re.compile(r"Train batch (\d+): loss: (\S+) grad norm: (\S+) time: (\S+)(.*)")
-_VAL_LINE = re.compile(r"Val batch (\d+): (.*)")
-_FIELD = re.compile(r"([A-Za-z/][A-Za-z/() ]*?): ([0-9.eE+-]+)(%?)")
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def open_model(location: str | Path) -> ModelArtefact:
         sessions=sessions,
         weights=_weights(content, location),
         step=content.get("step"),
-        metrics=metrics_of_log((log or b"").decode("utf-8", "replace")),
+        metrics=rows_of_log((log or b"").decode("utf-8", "replace")),
         label_form=form if form in LABEL_FORMS else None,
     )
 
@@ -149,44 +146,6 @@ def initial_weights(
             "of that very training run beside it."
         )
     return weights, sessions
-
-
-def metrics_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
-    """The numbers in a training log, ours or the public baseline's, as rows for the curves."""
-    names = {
-        "lr": "learning_rate",
-        "trials/s": "trials_per_second",
-        "data wait": "data_wait_share",
-        "phoneme": "phoneme_loss",
-        "phoneme weight": "phoneme_weight",
-        "DER (avg)": "der",
-        "PER (avg)": "per",
-        "PER (diphone path)": "per_path",
-        "CTC Loss (avg)": "ctc_loss",
-    }
-
-    def fields(rest: str) -> Iterator[tuple[str, float]]:
-        for name, number, percent in _FIELD.findall(rest):
-            if name.strip() in names:
-                yield names[name.strip()], float(number) / (100 if percent else 1)
-
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for line in text.splitlines():
-        if match := _TRAIN_LINE.search(line):
-            step, loss, norm, seconds, rest = match.groups()
-            rows.setdefault("train", []).append(
-                {
-                    "step": int(step),
-                    "loss": float(loss),
-                    "grad_norm": float(norm),
-                    "seconds_per_step": float(seconds),
-                    **dict(fields(rest)),
-                }
-            )
-        elif match := _VAL_LINE.search(line):
-            row = {"step": int(match[1]), **dict(fields(match[2]))}
-            rows.setdefault("validation", []).append(row)
-    return rows
 
 
 # --- files of an artefact, wherever they are ------------------------------------------------------

@@ -162,7 +162,7 @@ def make_decoder(
             f" (not {some(missing)})" if missing else ""
         )
     known = lexicon.keys() | (own.keys() & forms.keys() if forms else own.keys())
-    facts |= _transcripts(known, manifest, split, str(source), strict=bool(forms))
+    facts |= _transcripts(known, manifest, split, str(source), strict=bool(forms or strange))
     decoder = WordDecoder(lexicon | own, model_file, forms)
     if decoder.dropped:
         facts["Left out, as too many words sound alike"] = some(decoder.dropped)

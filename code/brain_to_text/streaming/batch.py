@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ..dataset.trial_record import TrialRecord
-from .device_cache import GatherPlan
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class Batch:
 
     Attributes:
         step: training step, or position of a validation batch.
-        features: [B, T, C] float32, zero beyond n_time_steps. None until `.to(device)` when the
-            batch is gathered on the device.
+        features: [B, T, C] float32, zero beyond n_time_steps; float16 on its way to a GPU.
         n_time_steps: [B] int64, CPU: bins of each trial.
         labels: [B, L] int64 class ids, zero beyond label_lengths; None without labels (test split).
         label_lengths: [B] int64, CPU.
@@ -30,7 +28,7 @@ class Batch:
     """
 
     step: int
-    features: torch.Tensor | None
+    features: torch.Tensor
     n_time_steps: torch.Tensor
     labels: torch.Tensor | None
     label_lengths: torch.Tensor | None
@@ -38,7 +36,6 @@ class Batch:
     phoneme_lengths: torch.Tensor | None
     day_indices: torch.Tensor
     trial_indices: torch.Tensor
-    gather: GatherPlan | None = None
 
     def __len__(self) -> int:
         return len(self.n_time_steps)
@@ -48,22 +45,15 @@ class Batch:
 
         Copies from pinned memory do not wait. Half-precision features become float32 on arrival.
         """
-        device = torch.device(device)
-        if self.gather is not None:
-            features = self.gather.run()
-        else:
-            assert self.features is not None
-            features = self.features.to(device, non_blocking=True).float()
         return dataclasses.replace(
             self,
-            features=features,
+            features=self.features.to(device, non_blocking=True).float(),
             labels=_move(self.labels, device),
             phoneme_labels=_move(self.phoneme_labels, device),
-            gather=None,
         )
 
 
-def _move(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def _move(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
@@ -105,11 +95,10 @@ def collate(
     trial_indices: np.ndarray,
     records: Sequence[TrialRecord],
     day_indices: np.ndarray,
-    features: torch.Tensor | None,
-    gather: GatherPlan | None = None,
+    features: torch.Tensor,
     pin: bool = False,
 ) -> Batch:
-    """A batch from features that are already padded (or will be gathered) and the manifest."""
+    """A batch from features that are already padded, and what the manifest says about them."""
 
     def labels(field: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         sequences = [getattr(record, field) for record in records]
@@ -129,5 +118,4 @@ def collate(
         phoneme_lengths=phoneme_lengths,
         day_indices=torch.from_numpy(day_indices),
         trial_indices=torch.from_numpy(trial_indices.copy()),
-        gather=gather,
     )

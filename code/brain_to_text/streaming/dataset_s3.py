@@ -17,12 +17,10 @@ import numpy as np
 import torch
 
 from ..config import TrainingConfig
-from ..errors import ConfigError
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
-from .cache_plan import decoded_bytes, plan_device
-from .device_cache import DeviceCache, GatherPlan
 from .prefetch import Prefetcher, PrefetchLimits
+from .trial_cache import decoded_bytes
 from .trial_stream import TrialStream
 
 # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
@@ -40,7 +38,6 @@ class StreamedBatches(abc.ABC):
         device: where iterated batches end up; None leaves them on the CPU.
         limits: how far batches are prepared ahead.
         feature_subset: feature columns to use, in order.
-        device_cache: trials kept on the device.
         pin_memory: page-locked batches; by default when the device is a GPU.
     """
 
@@ -52,7 +49,6 @@ class StreamedBatches(abc.ABC):
         device: torch.device | None = None,
         limits: PrefetchLimits | None = None,
         feature_subset: Sequence[int] | None = None,
-        device_cache: DeviceCache | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         self.stream = stream
@@ -61,7 +57,6 @@ class StreamedBatches(abc.ABC):
         self.device = device
         self._limits = limits or PrefetchLimits()
         self._subset = None if feature_subset is None else np.array(feature_subset, dtype=np.int64)
-        self._device_cache = device_cache
         on_gpu = device is not None and device.type == "cuda"
         self._pin = on_gpu if pin_memory is None else pin_memory
         self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
@@ -85,7 +80,7 @@ class StreamedBatches(abc.ABC):
         """This rank's trials of batch `step`: [B] int64 into `manifest.trials`."""
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch at `step`, read now, on the CPU (or gathered on the caching device).
+        """The batch at `step`, read now, on the CPU.
 
         Raises:
             IndexError: no such batch.
@@ -93,8 +88,7 @@ class StreamedBatches(abc.ABC):
         """
         if not 0 <= step < len(self):
             raise IndexError(f"batch {step} of {len(self)}")
-        batch = self._begin(step).finish()
-        return batch if batch.gather is None else batch.to(self._gathering_device)
+        return self._begin(step).finish()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -122,11 +116,6 @@ class StreamedBatches(abc.ABC):
             feeder.close()
         self.stream.close()
 
-    @property
-    def _gathering_device(self) -> torch.device:
-        assert self._device_cache is not None
-        return self._device_cache.device
-
     def _batch_bytes(self, step: int) -> int:
         """Memory that preparing batch `step` needs: the padded tensor, and its trials."""
         trials = self.trial_indices(step)
@@ -138,42 +127,12 @@ class StreamedBatches(abc.ABC):
 
     def _begin(self, step: int) -> _BatchUnderWay:
         trials = self.trial_indices(step)
-        cache = self._device_cache
-        if cache is None:
-            return _BatchUnderWay(self, step, trials, trials, self.stream.submit(trials))
-        distinct = np.unique(trials)
-        absent = np.array([i for i in distinct if not cache.holds(int(i))], dtype=np.int64)
-        self.stats.add(device_hits=len(distinct) - len(absent))
-        return _BatchUnderWay(self, step, trials, absent, self.stream.submit(absent))
+        return _BatchUnderWay(self, step, trials, self.stream.submit(trials))
 
-    def _assemble(
-        self, step: int, trials: np.ndarray, fetched: np.ndarray, arrays: list[np.ndarray]
-    ) -> Batch:
-        """Pad on the CPU, or leave a plan for the device that holds the trials."""
-        features, gather = None, None
-        if self._device_cache is None:
-            features = pad_features(arrays, self._dtype, self._subset, self._pin)
-        else:
-            lengths = [len(a) for a in arrays]
-            starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-            gather = GatherPlan(
-                cache=self._device_cache,
-                indices=tuple(trials.tolist()),
-                n_time_steps=tuple(self._n_time_steps[trials].tolist()),
-                rows=self._stack(arrays) if arrays else None,
-                places=dict(zip(fetched.tolist(), starts.tolist(), strict=True)),
-            )
+    def _assemble(self, step: int, trials: np.ndarray, arrays: list[np.ndarray]) -> Batch:
+        features = pad_features(arrays, self._dtype, self._subset, self._pin)
         records = [self.manifest.trials[i] for i in trials]
-        return collate(step, trials, records, self._day[trials], features, gather, self._pin)
-
-    def _stack(self, arrays: list[np.ndarray]) -> torch.Tensor:
-        assert self._device_cache is not None
-        n_features = arrays[0].shape[1] if self._subset is None else len(self._subset)
-        shape = (sum(len(a) for a in arrays), n_features)
-        rows = torch.empty(shape, dtype=self._device_cache.dtype, pin_memory=self._pin)
-        columns = slice(None) if self._subset is None else self._subset
-        np.concatenate([a[:, columns] for a in arrays], out=rows.numpy(), casting="same_kind")
-        return rows
+        return collate(step, trials, records, self._day[trials], features, self._pin)
 
 
 class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
@@ -226,11 +185,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> BrainToTextDatasetS3:
-        """The dataset that a configuration describes.
-
-        Raises:
-            ConfigError: `dataset.gpu_cache_gb` does not even hold one batch.
-        """
+        """The dataset that a configuration describes."""
         dataset = config.dataset
         return cls(
             stream,
@@ -245,7 +200,6 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             device=device,
             limits=_limits(config, TRAINING_SHARE),
             feature_subset=dataset.feature_subset,
-            device_cache=_device_cache(stream, config, device, world_size),
         )
 
     def __len__(self) -> int:
@@ -320,7 +274,6 @@ class _BatchUnderWay:
     dataset: StreamedBatches
     step: int
     trials: np.ndarray
-    fetched: np.ndarray
     reads: concurrent.futures.Future[list[np.ndarray]]
 
     def finish(self) -> Batch:
@@ -328,7 +281,7 @@ class _BatchUnderWay:
             arrays = self.reads.result()
         finally:
             self.reads.cancel()  # when waiting was interrupted; without effect once it is done
-        return self.dataset._assemble(self.step, self.trials, self.fetched, arrays)
+        return self.dataset._assemble(self.step, self.trials, arrays)
 
     def cancel(self) -> None:
         self.reads.cancel()
@@ -374,10 +327,10 @@ class DeviceFeeder(Iterator[Batch]):
         return batch
 
     def _moved(self, batch: Batch) -> Batch:
-        if self._device is None and batch.gather is None:
+        if self._device is None:
             return batch
         with torch.cuda.stream(self._copy_stream):
-            return batch.to(self._device or "cpu")
+            return batch.to(self._device)
 
     def close(self) -> None:
         """Give up batches under way."""
@@ -399,21 +352,3 @@ def _limits(config: TrainingConfig, share: float) -> PrefetchLimits:
         n_bytes=int(share * dataset.prefetch_mb * 1e6),
         threads=dataset.num_dataloader_workers,
     )
-
-
-def _device_cache(
-    stream: TrialStream, config: TrainingConfig, device: torch.device | None, world_size: int
-) -> DeviceCache | None:
-    """The GPU tier of `dataset.gpu_cache_gb`, no larger than the training set."""
-    dataset = config.dataset
-    if dataset.gpu_cache_gb == 0:
-        return None
-    plan = plan_device(stream.manifest, dataset, world_size)
-    if dataset.gpu_cache_gb * 1e9 < plan.smallest_bytes:
-        raise ConfigError(
-            f"dataset.gpu_cache_gb is {dataset.gpu_cache_gb:g} but the largest batch alone needs "
-            f"{plan.smallest_bytes / 1e9:.2f}: raise it, or write 0 to turn the GPU cache off."
-        )
-    dtype = torch.float16 if plan.dtype == np.float16 else torch.float32
-    device = device or torch.device("cpu")
-    return DeviceCache(device, plan.n_time_steps, plan.n_features, dtype, plan.scratch_rows)

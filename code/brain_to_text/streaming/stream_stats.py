@@ -25,7 +25,6 @@ class StreamCounts:
             between the chunks of a trial, which its one GET reads too.
         trials_read: trials that had to be read.
         cache_hits, cache_misses: distinct trials of batches found in RAM, or not.
-        device_hits: distinct trials of batches found in GPU memory.
         retries: attempts after the first.
         batches: batches handed out.
         wait_seconds: time the training loop waited for a batch.
@@ -37,7 +36,6 @@ class StreamCounts:
     trials_read: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
-    device_hits: int = 0
     retries: int = 0
     batches: int = 0
     wait_seconds: float = 0.0
@@ -56,9 +54,8 @@ class StreamCounts:
     @property
     def hit_rate(self) -> float:
         """Share of distinct trials that needed no read; 0 when none was asked for."""
-        hits = self.cache_hits + self.device_hits
-        asked = hits + self.cache_misses
-        return hits / asked if asked else 0.0
+        asked = self.cache_hits + self.cache_misses
+        return self.cache_hits / asked if asked else 0.0
 
     @property
     def request_cost_usd(self) -> float:

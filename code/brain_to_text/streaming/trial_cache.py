@@ -1,27 +1,61 @@
-"""Trials kept in RAM under a byte budget.
+"""Trials kept in RAM under a byte budget, one cache per process.
 
 What comes first stays: nothing is ever evicted. Simulated on the plan's draws this hits a little
 more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory and hands
-out views that stay valid. So that a validation pass does not fill it for good, a plan says which
-trials it is for.
+out views that stay valid. A training trial comes up again and again, a validation trial once per
+validation: a plan keeps the former's room free of the latter.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from . import memory
-from .cache_plan import RamPlan
+from ..config import DatasetConfig
+from ..dataset.manifest import TrialManifest
+from ..dataset.trial_record import TrialRecord
 
 SEGMENT_BYTES = 256 << 20
 _ALIGNMENT = 64
 # Left to everything that is not cache when the budget is chosen automatically.
 _HEADROOM_BYTES = 2 << 30
 _SHARE_OF_REST = 0.75
+_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Decoded bytes of a run's trials, by index into `TrialManifest.trials`.
+
+    Attributes:
+        first: training trials; their bytes of the budget are theirs alone.
+        rest: validation trials, kept in what the first leave.
+    """
+
+    first: Mapping[int, int]
+    rest: Mapping[int, int]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of everything worth keeping."""
+        return sum(self.first.values()) + sum(self.rest.values())
+
+
+def plan_cache(manifest: TrialManifest, dataset: DatasetConfig) -> CachePlan:
+    """What the RAM of a process is for."""
+    first, rest = (
+        {
+            index: decoded_bytes(manifest.trials[index], dataset.cache_dtype)
+            for index in manifest.select(split, dataset.sessions)
+        }
+        for split in ("train", "val")
+    )
+    return CachePlan(first, rest)
 
 
 class TrialCache:
@@ -41,7 +75,7 @@ class TrialCache:
         self,
         budget_bytes: int,
         segment_bytes: int = SEGMENT_BYTES,
-        plan: RamPlan | None = None,
+        plan: CachePlan | None = None,
     ) -> None:
         self.budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
@@ -55,10 +89,6 @@ class TrialCache:
 
     def __len__(self) -> int:
         return len(self._trials)
-
-    def describe(self) -> str:
-        """How much there is and for whom, for the log."""
-        return f"{self.budget_bytes / 1e9:.1f} GB for this process"
 
     def get(self, index: int) -> np.ndarray | None:
         """The trial's features [T, C], read-only, or None."""
@@ -99,12 +129,23 @@ class TrialCache:
             return self._segment[start : start + n_bytes]
 
 
+def decoded_dtype(trial: TrialRecord, cache_dtype: str) -> np.dtype:
+    """Type of a trial's features as they are handed out."""
+    return np.dtype("<f2" if cache_dtype == "float16" else trial.dtype)
+
+
+def decoded_bytes(trial: TrialRecord, cache_dtype: str) -> int:
+    """Size of a trial's features as they are handed out."""
+    itemsize = decoded_dtype(trial, cache_dtype).itemsize
+    return trial.n_time_steps * trial.n_features * itemsize
+
+
 def cache_budget_bytes(
     setting: float | Literal["auto"],
     dataset_bytes: int,
     prefetch_bytes: int,
     processes: int = 1,
-    available: Callable[[], int] = memory.available_bytes,
+    available: Callable[[], int] | None = None,
 ) -> int:
     """Bytes that one process may cache.
 
@@ -114,10 +155,74 @@ def cache_budget_bytes(
         dataset_bytes: size of everything that can be cached; more is never taken.
         prefetch_bytes: memory for batches prepared ahead, per process.
         processes: training processes on this host.
-        available: bytes that can still be allocated on this host.
+        available: bytes that can still be allocated on this host; by default asks the system.
     """
     if setting != "auto":
         return min(int(setting * 1e9), dataset_bytes + SEGMENT_BYTES)
-    rest = available() - _HEADROOM_BYTES - processes * prefetch_bytes
+    rest = (available or available_bytes)() - _HEADROOM_BYTES - processes * prefetch_bytes
     budget = int(_SHARE_OF_REST * rest / processes)
     return max(0, min(budget, dataset_bytes + SEGMENT_BYTES))
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be allocated before the machine or the container runs out.
+
+    The least of what the kernel calls available and, for each cgroup (v1 or v2) from this process's
+    own up to the root, its limit less its use; file pages the kernel can drop count as free.
+
+    Args:
+        proc, cgroup: where procfs and the cgroup file system are mounted.
+
+    Returns:
+        Bytes; 0 at least. Where nothing can be read (no Linux), 4 GiB.
+    """
+    rooms = [*_machine(proc), *_groups(proc, cgroup)]
+    return max(0, min(rooms)) if rooms else 4 << 30
+
+
+def _machine(proc: Path) -> list[int]:
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _groups(proc: Path, root: Path) -> list[int]:
+    """Room left in every cgroup this process is in."""
+    try:
+        entries = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        entries = []
+    rooms: list[int] = []
+    for entry in [*entries, "0::/"]:
+        _, controllers, path = entry.split(":", 2)
+        if controllers == "":
+            names, base = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base = root / "memory"
+        else:
+            continue
+        # Inside a container the path may be the host's, which does not exist here: then only the
+        # mount's own root, which is the container's group, says anything.
+        folder = base / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            room = _room(group, *names)
+            if room is not None:
+                rooms.append(room)
+            if group == base:
+                break
+    return rooms
+
+
+def _room(group: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
+    try:
+        limit_text = (group / limit_name).read_text().strip()
+        if limit_text == "max" or int(limit_text) >= _UNLIMITED:
+            return None
+        used = int((group / usage_name).read_text())
+        stat = dict(line.split()[:2] for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(limit_text) - used + int(stat.get(droppable, 0))

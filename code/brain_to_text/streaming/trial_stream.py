@@ -31,11 +31,9 @@ from ..dataset.manifest import TrialManifest
 from ..dataset.store import ObjectStore
 from ..dataset.trial_record import TrialRecord
 from ..errors import BrainToTextError, DataError, StorageError
-from .cache_plan import features_dtype
 from .ranged_reads import LocalRangedReader, RangedReader
-from .shared_trial_cache import Host, SharedTrialCache, open_cache
 from .stream_stats import StreamStats
-from .trial_cache import TrialCache
+from .trial_cache import TrialCache, cache_budget_bytes, decoded_dtype, plan_cache
 
 CacheDtype = Literal["stored", "float16"]
 
@@ -66,7 +64,7 @@ class TrialStream:
         *,
         concurrency: int = 16,
         cache_bytes: int = 0,
-        cache: TrialCache | SharedTrialCache | None = None,
+        cache: TrialCache | None = None,
         cache_dtype: CacheDtype = "stored",
         retry: RetryPolicy | None = None,
         threads: int = 4,
@@ -76,7 +74,7 @@ class TrialStream:
         self.manifest = manifest
         self.cache = TrialCache(cache_bytes) if cache is None else cache
         self.cache_dtype = cache_dtype
-        self.dtype = features_dtype(manifest, cache_dtype)
+        self.dtype = _common_dtype(manifest, cache_dtype)
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
         self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
@@ -93,19 +91,21 @@ class TrialStream:
         store: ObjectStore,
         manifest: TrialManifest,
         dataset: DatasetConfig,
-        host: Host | None = None,
+        processes: int = 1,
     ) -> TrialStream:
         """The stream that a configuration describes, shared by training and validation.
 
         Args:
-            host: the world of training processes; those of one host share one cache. All of them
-                must call this at the same point.
+            processes: training processes on this host; an automatic cache is its share of the RAM.
         """
+        plan = plan_cache(manifest, dataset)
+        prefetch_bytes = int(dataset.prefetch_mb * 1e6)
+        budget = cache_budget_bytes(dataset.cache_gb, plan.n_bytes, prefetch_bytes, processes)
         return cls(
             store,
             manifest,
             concurrency=dataset.max_concurrent_reads,
-            cache=open_cache(manifest, dataset, host),
+            cache=TrialCache(budget, plan=plan),
             cache_dtype=dataset.cache_dtype,
             retry=RetryPolicy(
                 budget_seconds=dataset.retry_budget_seconds,
@@ -318,6 +318,12 @@ class _SharedRead:
 
 class _WrongBytesError(ReadError):
     """As many bytes as asked for, but not the ones in the manifest."""
+
+
+def _common_dtype(manifest: TrialManifest, cache_dtype: str) -> np.dtype:
+    """Type that holds any trial's features: files of both precisions are possible."""
+    found = {decoded_dtype(trial, cache_dtype) for trial in manifest.trials}
+    return np.dtype("<f2") if found == {np.dtype("<f2")} else np.dtype("<f4")
 
 
 def _halved(features: np.ndarray, record: TrialRecord) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BrainToTextError
+from ..log_lines import one_line
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def failure_text(error: BaseException) -> str:
         said = getattr(cause, "strerror", None) or reason
         if reason and said not in text:
             text += f" Cause: {type(cause).__name__}: {reason}"
+    text = one_line(text)
     return text if len(text) <= 1024 else text[:1021] + "..."
 
 

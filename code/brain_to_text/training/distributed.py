@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from ..errors import BrainToTextError, TrainingError
 from .interruption import RunInterrupted
 
 T = TypeVar("T")
-Compression = Literal["none", "bfloat16"]
 
 # One rank works while the others wait: indexing a dataset without a manifest, the final report.
 PATIENCE = timedelta(hours=2)
@@ -131,11 +130,6 @@ class World:
         if failure is not None or message[1] is not None:
             raise failure or message[1]
         return message[0]
-
-    def from_host_main(self, make: Callable[[], T]) -> T:
-        """`make()` on the first rank of each host, its result on every rank of that host."""
-        made = make() if self.local_rank == 0 else None
-        return self.gather(made)[self.rank - self.local_rank]  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one; all ranks must ask at the same point."""
@@ -259,17 +253,15 @@ class GradientSum:
     Args:
         model: its day layers are `day_weights` and `day_biases`.
         world: at least two processes.
-        compression: "bfloat16" halves what travels.
     """
 
-    def __init__(self, model: nn.Module, world: World, compression: Compression = "none") -> None:
+    def __init__(self, model: nn.Module, world: World) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._always = [p for name, p in named if not name.startswith("day_")]
         self._days: dict[int, list[nn.Parameter]] = {}
         for name, parameter in named:
             if name.startswith("day_"):
                 self._days.setdefault(int(name.split(".")[1]), []).append(parameter)
-        self._compression = compression
         self._world = world
         self._known = 0
         self._travelling: _Sum | None = None
@@ -287,7 +279,7 @@ class GradientSum:
         parameters = [p for day in sorted(set(days)) for p in self._days.get(day, ())]
         assert self._travelling is not None
         with self._world.in_contact():
-            day_sum = _Sum(parameters, self._compression) if parameters else None
+            day_sum = _Sum(parameters) if parameters else None
             self._travelling.finish()
             if day_sum is not None:
                 day_sum.finish()
@@ -299,27 +291,24 @@ class GradientSum:
             self._start()
 
     def _start(self) -> None:
-        self._travelling = _Sum(self._always, self._compression)
+        self._travelling = _Sum(self._always)
 
 
 class _Sum:
     """One all-reduce of many gradients under way; an absent gradient counts as zero."""
 
-    def __init__(self, parameters: list[nn.Parameter], compression: Compression) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in self._gradients])
-        self._flat = flat.bfloat16() if compression == "bfloat16" else flat
+        self._flat = torch.cat([gradient.flatten() for gradient in self._gradients])
         self._work = dist.all_reduce(self._flat, async_op=True)
 
     def finish(self) -> None:
         self._work.wait()
-        parts = self._flat.to(self._gradients[0].dtype).split(
-            [gradient.numel() for gradient in self._gradients]
-        )
+        parts = self._flat.split([gradient.numel() for gradient in self._gradients])
         torch._foreach_copy_(
             self._gradients,
             [part.view_as(g) for part, g in zip(parts, self._gradients, strict=True)],

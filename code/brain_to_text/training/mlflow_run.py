@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .run_log import scalars, scrub
+from ..log_lines import scrub
+from .run_log import scalars
 
 LOGGER = logging.getLogger("brain_to_text")
 Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # as MLflow names them

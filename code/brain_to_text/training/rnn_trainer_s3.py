@@ -18,19 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TrainingConfig, config_from_dict, config_keys, differences
+from ..config import TrainingConfig, config_keys, differences
+from ..config_reader import config_from_dict
 from ..dataset.manifest import load_or_build_manifest
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
 from ..gpus import training_flops
+from ..log_lines import best_line, total_line, train_line, validation_line
 from ..model.augmentations import Augmentation
 from ..model.classifier import folded
-from ..model.device import allow_tf32, peak_flops
+from ..model.device import allow_tf32, notes, peak_flops, unusable
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler, restore
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
-from ..model.train_step import Health, StepResult, TrainStep
+from ..model.train_step import Health, StepResult, TrainStep, largest_batch
 from ..model.weights_file import (
     CheckpointFolder,
     copy_atomically,
@@ -46,7 +48,7 @@ from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .distributed import GradientSum, World
 from .interruption import Interruption, RunInterrupted
-from .run_log import RunLog, process_seconds, train_line
+from .run_log import RunLog, process_seconds
 from .trackers import announce, open_trackers
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
@@ -259,7 +261,7 @@ class BrainToTextDecoder_Trainer_S3:
             if config.save_all_val_steps:
                 self._write_model(self.paths.model_dir / "checkpoint" / f"step_{step}", result)
             if value < state.best_value:
-                self.log.info(f"New best test {metric} {state.best_value:.4f} --> {value:.4f}")
+                self.log.info(best_line(metric, state.best_value, value))
                 state.best_value, state.best_step = value, state.step
                 state.validations_without_improvement = 0
                 if config.save_best_checkpoint:
@@ -338,6 +340,11 @@ class BrainToTextDecoder_Trainer_S3:
             announce(self.log)
         if self.world.size > 1:
             self.log.info(f"Training on {self.world.size} processes")
+        problem = unusable(self.device)
+        if problem is not None:
+            raise TrainingError(problem)
+        for sentence in notes(self.config, self.device):
+            self.log.info(sentence)
         allow_tf32(self.config.allow_tf32)
 
     def _open_data(self) -> None:
@@ -350,7 +357,8 @@ class BrainToTextDecoder_Trainer_S3:
             )
         )
         selection = self.selection = select_trials(self.manifest, config)
-        config.dataset.sessions = list(selection.sessions)
+        for sentence in selection.warnings:
+            log.warning(sentence)
         for sentence in selection.excluded:
             log.info(f"Left out: {sentence}")
         if selection.excluded:
@@ -362,10 +370,12 @@ class BrainToTextDecoder_Trainer_S3:
         self.day_of_trial = {
             int(trial): day for day, trials in enumerate(selection.train) for trial in trials
         }
-        self.stream = TrialStream.from_config(store, self.manifest, config.dataset, host=world)
+        self.stream = TrialStream.from_config(
+            store, self.manifest, config.dataset, world.local_size
+        )
         self.closing.callback(self.stream.close)
         self.closing.callback(self._say_traffic)
-        log.info(f"Cache: {self.stream.cache.describe()}")
+        log.info(f"Cache: {self.stream.cache.budget_bytes / 1e9:.1f} GB for this process")
         share: dict[str, Any] = {
             "device": self.device,
             "rank": world.rank,
@@ -378,7 +388,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.val_set = EvaluationDatasetS3.from_config(self.stream, selection.val, config, **share)
         self.closing.callback(self.val_set.close)
         log.info("Successfully initialized S3-backed datasets")
-        log.info(f"Train batches: {config.num_training_batches}")
+        log.info(total_line(config.num_training_batches))
         log.info(f"Val batches: {len(self.val_set)}")
         log.info(
             f"Trials: {sum(map(len, selection.train))} train, {sum(map(len, selection.val))} val, "
@@ -415,7 +425,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.scheduler = build_scheduler(self.optimizer, config)
         after_backward = None
         if self.world.size > 1:
-            gradients = GradientSum(self.model, self.world, config.gradient_compression)
+            gradients = GradientSum(self.model, self.world)
 
             def after_backward(batch: Any) -> None:
                 trials = self.train_set.plan.trials(batch.step)
@@ -477,7 +487,7 @@ class BrainToTextDecoder_Trainer_S3:
 
     def _find_state(self) -> dict[str, Any] | None:
         """On the main rank: the newest valid state of this very run, if there is one."""
-        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir, self.config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
         self.closing.callback(self.checkpoints.close)
         state, passed_over = self.checkpoints.load_latest()
         for sentence in passed_over:
@@ -518,7 +528,7 @@ class BrainToTextDecoder_Trainer_S3:
         wanted = self.config.dataset.batch_size
         share = -(-wanted // self.world.size)
         fits = self.world.size * min(
-            self.world.gather(self.train_step.try_batch(share, n_bins, n_labels))
+            self.world.gather(largest_batch(self.train_step, share, n_bins, n_labels))
         )
         if fits < wanted:
             raise TrainingError(
@@ -629,21 +639,14 @@ class BrainToTextDecoder_Trainer_S3:
         )
 
     def _log_validation(self, step: int, result: ValidationResult) -> None:
-        primary = f"DER (avg): {result.der:.4f} " if self.config.primary_metric == "DER" else ""
-        self.log.info(
-            f"Val batch {step}: {primary}"
-            + (f"PER (avg): {result.per:.4f} " if not primary else "")
-            + f"CTC Loss (avg): {result.ctc_loss:.4f} time: {result.seconds:.3f}"
-            + (f" PER (avg): {result.per:.4f}" if primary else "")
-            + (f" PER (diphone path): {result.per_path:.4f}" if result.per_path is not None else "")
-        )
+        numbers = {"step": step, **result.as_dict()}
+        self.log.info(validation_line(numbers, self.config.primary_metric))
         if self.config.log_individual_day_val_PER:
             for session, rates in result.per_session.items():
                 text = " ".join(f"{k}: {v:.4f}" for k, v in rates.items() if isinstance(v, float))
                 self.log.info(f"  {session} {text}")
-        numbers = result.as_dict()
-        self.state.validations.append({"step": step, **numbers})
-        self.log.metrics("validation", step=step, **numbers)
+        self.state.validations.append(numbers)
+        self.log.metrics("validation", **numbers)
         if self.config.save_val_metrics and self.world.is_main:
             self._write_validations()
 

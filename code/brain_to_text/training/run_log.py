@@ -1,15 +1,10 @@
-"""What a run says while it runs: log lines, a metrics file, copies of both on S3.
-
-CloudWatch metric patterns match the log lines; their wording is a contract (README_SAGEMAKER.md,
-Monitoring).
-"""
+"""What a run says while it runs: a log, a metrics file, copies of both on S3."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -19,42 +14,9 @@ from typing import Any, Protocol
 
 from ..dataset.store import ObjectStore, open_store
 from ..errors import StorageError
+from ..log_lines import one_line
 
 LOGGER = logging.getLogger("brain_to_text")
-# Fields of a training line after the contract's, in this order: number, text, factor. A number that
-# a run does not have (MFU on an unlisted device, terms of a joint loss elsewhere) is left out.
-_STEP_FIELDS = (
-    ("phoneme_loss", "phoneme: {:.3f}", 1),
-    ("phoneme_weight", "phoneme weight: {:.2f}", 1),
-    ("learning_rate", "lr: {:.2e}", 1),
-    ("trials_per_second", "trials/s: {:.1f}", 1),
-    ("frames_per_second", "frames/s: {:.0f}", 1),
-    ("mfu", "MFU: {:.3f}", 1),
-    ("gpu_memory_gb", "GPU GB: {:.1f}", 1),
-    ("data_wait_share", "data wait: {:.1f}%", 100),
-    ("requests", "GETs: {}", 1),
-    ("bytes_fetched", "MB: {:.1f}", 1e-6),
-    ("cache_hit_rate", "cache hits: {:.0f}%", 100),
-    ("retries", "retries: {}", 1),
-)
-_SECRET_VARIABLES = (
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-)
-# an access key's id; a user and password inside a URL
-_SECRET_PATTERN = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-
-
-def scrub(text: str) -> str:
-    """`text` with this process's credentials, and anything shaped like some, masked."""
-    for name in _SECRET_VARIABLES:
-        secret = os.environ.get(name)
-        if secret and len(secret) > 7:
-            text = text.replace(secret, "***")
-    return _SECRET_PATTERN.sub("***", text)
 
 
 def process_seconds() -> float:
@@ -65,18 +27,6 @@ def process_seconds() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
-
-
-def train_line(numbers: Mapping[str, Any]) -> str:
-    """The log line of a training step from its entry in metrics.jsonl."""
-    said = [
-        f"Train batch {numbers['step']}: loss: {numbers['loss']:.2f} "
-        f"grad norm: {numbers['grad_norm']:.2f} time: {numbers['seconds_per_step']:.3f}"
-    ]
-    for name, text, factor in _STEP_FIELDS:
-        if name in numbers:
-            said.append(text.format(factor * numbers[name]))
-    return " ".join(said)
 
 
 class Follower(Protocol):
@@ -109,7 +59,7 @@ class _ScrubbingFormatter(logging.Formatter):
             record = logging.makeLogRecord(
                 {**record.__dict__, "msg": f"{record.levelname}: {record.msg}"}
             )
-        return scrub(super().format(record))
+        return one_line(super().format(record))
 
 
 class RunLog:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..log_lines import scrub
 from .mlflow_run import MlflowRun, MlflowSettings
-from .run_log import RunLog, scrub
+from .run_log import RunLog
 from .tensorboard import EventFile, open_event_file
 
 

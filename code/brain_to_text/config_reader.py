@@ -1,0 +1,398 @@
+"""YAML and overrides in, a typed configuration out; every wrong key or value is one clear sentence.
+
+The way of a key: text (a YAML file, an option, a hyperparameter) -> plain YAML values, without
+aliases, duplicates or depth -> the type its field in `config` names, within its limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .config import (
+    INT_LIMIT,
+    TrainingConfig,
+    check_combinations,
+    config_keys,
+    hints_of,
+)
+from .errors import ConfigError
+from .strict_yaml import read_yaml, shown
+
+log = logging.getLogger("brain_to_text")
+MOST_BYTES = 256_000  # of a configuration file; a real one has 3,000
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """A key that is accepted, so that existing files load, and has no effect.
+
+    Attributes:
+        reason: what to use instead, or why it means nothing here.
+        only: the one value under which that is true; None for any value.
+    """
+
+    reason: str
+    only: Any = None
+
+
+LEGACY_KEYS: dict[str, Legacy] = {
+    "gpu_number": Legacy("SageMaker decides which GPU a process gets"),
+    "mode": Legacy("this program only trains; evaluate_model.py evaluates"),
+    "output_dir": Legacy("use --output-data-dir"),
+    "checkpoint_dir": Legacy("use --checkpoint-dir"),
+    "save_val_data": Legacy("the validation data is the dataset itself"),
+    "dataset.dataset_dir": Legacy("use --s3-bucket and --s3-data-prefix, or --data-dir"),
+    "dataset.loader_shuffle": Legacy("batches are drawn at random by (seed, step)"),
+    "dataset.test_percentage": Legacy("the split is given by the files' names"),
+    "model.input_network.n_input_layers": Legacy("there is one day layer per session", only=1),
+    "dataset.data_transforms.random_walk_std": Legacy(
+        "the public recipe does not use a random walk", only=0
+    ),
+    "dataset.data_transforms.random_walk_axis": Legacy("there is no random walk"),
+    "dataset.gpu_cache_gb": Legacy("trials are kept in RAM (dataset.cache_gb)"),
+    "keep_checkpoints": Legacy("the last two resume states are kept"),
+    "gradient_compression": Legacy("gradients travel as they are", only="none"),
+}
+
+
+# Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).
+_JOINT_LOSS = re.compile(r"(^|[._])(composite|alpha)(_|$)")
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainingConfig:
+    """Read a YAML file, apply overrides by (dotted) key, check everything.
+
+    Args:
+        path: YAML file; None for the defaults.
+        overrides: values by dotted path ("model.n_units") or by a last part that is unambiguous
+            ("n_units", "batch-size"); text values are read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, value out of range, or a combination
+            that cannot work; names the key, the value, what is allowed and the nearest valid key.
+    """
+    document = {} if path is None else _read_file(Path(path))
+    given: dict[str, str] = {}
+    for name, value in (overrides or {}).items():
+        full = resolve_key(name)
+        if full in given:
+            raise ConfigError(
+                f"Setting '{full}' is given twice, as {given[full]} and as {name}: give it once."
+            )
+        given[full] = name
+        _set_path(document, full, value)
+    return config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
+
+
+def config_from_dict(document: Mapping[str, Any], source: str = "") -> TrainingConfig:
+    """A checked configuration from nested plain types.
+
+    Args:
+        document: keys as in the YAML files; absent keys take their defaults.
+        source: " in FILE" for error messages, or empty.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    legacy: list[str] = []
+    config = _build(TrainingConfig, document, "", source, legacy)
+    if legacy:
+        named = "; ".join(f"{name} ({LEGACY_KEYS[name].reason})" for name in legacy)
+        log.warning("Ignored settings that have no effect here: %s", named)
+    check_combinations(config)
+    return config
+
+
+def resolve_key(name: str) -> str:
+    """The dotted path that a command-line or hyperparameter name means.
+
+    Raises:
+        ConfigError: no key has that name, or several do.
+    """
+    wanted = name.replace("-", "_")
+    paths = [*(path for path, _, _ in config_keys()), *LEGACY_KEYS]
+    if wanted in paths:
+        return wanted
+    matches = [path for path in paths if path.rsplit(".", 1)[-1] == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"Setting '{name}' is ambiguous: write one of {', '.join(matches)}.")
+    raise _unknown(name, "")
+
+
+def split_overrides(words: Iterable[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` words as {key: value}; a value may begin with a minus.
+
+    Raises:
+        ConfigError: a word that is no option, an option without a value, or one given twice.
+    """
+    overrides: dict[str, str] = {}
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(
+                f"Argument {shown(word)} was not understood: options are --key value pairs."
+            )
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"Option --{name} needs a value: write --{name} VALUE.")
+            value = following
+        if name in overrides:
+            raise ConfigError(f"Option --{name} is given twice: give it once.")
+        overrides[name] = value
+    return overrides
+
+
+# --- text to plain values -------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Config file {shown(str(path))} cannot be read "
+            f"({getattr(error, 'strerror', None) or error}): "
+            "give an existing YAML file with --config-file."
+        ) from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(
+            f"Config file {path} has more than {MOST_BYTES:,} bytes, so it is no configuration: "
+            "give a YAML file with --config-file."
+        )
+    try:
+        document = read_yaml(content) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"Config file {path} is not valid YAML: {reason}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"Config file {path} must hold keys and values, not {_kind(document)}.")
+    return document
+
+
+def _text_as_yaml(value: Any) -> Any:
+    """What a text stands for, as far as it is YAML: hyperparameters and options are all text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_yaml(value)
+    except yaml.YAMLError:
+        return value
+
+
+# --- plain values to typed ones -------------------------------------------------------------------
+
+
+def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str]) -> Any:
+    document = _text_as_yaml(document)  # an override: --objective.schedule '{start: 0, end: 0.6}'
+    if not isinstance(document, Mapping):
+        raise ConfigError(
+            f"Setting '{prefix.rstrip('.')}'{source} must be a mapping of keys, "
+            f"not {shown(document)} ({_kind(document)})."
+        )
+    hints = hints_of(cls)
+    entries = {entry.name: entry for entry in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for name, value in document.items():
+        path = f"{prefix}{name}"
+        if path in LEGACY_KEYS:
+            _check_legacy(path, value, source)
+            legacy.append(path)
+            continue
+        if name not in entries:
+            raise _unknown(path, source)
+        hint = hints[name]
+        if path == "objective.schedule":
+            value = _schedule_as_list(value)
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, f"{path}.", source, legacy)
+        else:
+            values[name] = _typed(value, hint, entries[name].metadata, path, source)
+    return cls(**values)
+
+
+def _check_legacy(path: str, value: Any, source: str) -> None:
+    known = LEGACY_KEYS[path]
+    if known.only is not None and _text_as_yaml(value) not in (known.only, None):
+        raise ConfigError(
+            f"Setting '{path}'{source} is {shown(value)} but only {known.only} is supported: "
+            f"{known.reason}."
+        )
+
+
+def _schedule_as_list(value: Any) -> Any:
+    """`objective.schedule` with the older {start, end, step_size, interval} as a list of points."""
+    value = _text_as_yaml(value)
+    if not isinstance(value, Mapping):
+        return value
+    old = {"start": 0.0, "end": 0.6, "step_size": 0.1, "interval": 10000} | dict(value)
+    try:
+        start, end, size, interval = (float(v) for v in old.values())
+        changes = math.ceil(round((end - start) / size, 9))
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(
+            f"objective.schedule is {shown(value)} but must list pairs of a step (or a share of "
+            "the run, up to 1) and a weight: write it like [[0.3, 1.0], [0.7, 0.4]]."
+        ) from error
+    points = [[0.0, start], [changes * interval, end]] if changes > 0 else [[0.0, start]]
+    log.warning(
+        "objective.schedule is a list of [step, weight] now, linear in between: %s is read as %s",
+        shown(value),
+        points,
+    )
+    return points
+
+
+def _typed(value: Any, hint: Any, limits: Mapping[str, Any], path: str, source: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that says what is allowed."""
+    options = _options_of(hint)
+    if isinstance(value, str) and value.strip().lower() in ("none", "null", "~", ""):
+        value = None if type(None) in options else value
+    for option in options:
+        converted, ok = _convert(value, option)
+        if ok:
+            _check_limits(converted, limits, path, source)
+            return converted
+    raise ConfigError(
+        f"Setting '{path}'{source} is {shown(value)} ({_kind(value)}) but must be "
+        f"{_describe(hint)}."
+    )
+
+
+def _convert(value: Any, option: Any) -> tuple[Any, bool]:
+    origin = typing.get_origin(option)
+    if option is type(None):
+        return None, value is None
+    if option is str:
+        return value, isinstance(value, str)
+    if origin is Literal:
+        for choice in typing.get_args(option):
+            same_type = isinstance(value, bool) == isinstance(choice, bool)
+            if (value == choice and same_type) or str(value).lower() == str(choice).lower():
+                return choice, True
+        return None, False
+    value = _text_as_yaml(value)
+    if option is bool:
+        return value, isinstance(value, bool)
+    if option is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # hyperparameters arrive as JSON numbers
+        return value, isinstance(value, int) and not isinstance(value, bool)
+    if option is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return None, False
+        try:
+            return float(value), True  # YAML 1.1 reads 1e-3 as text
+        except (ValueError, OverflowError):
+            return None, False
+    if origin is list and isinstance(value, (list, tuple)):
+        pairs = [_convert(v, typing.get_args(option)[0]) for v in value]
+        return [v for v, _ in pairs], all(ok for _, ok in pairs)
+    if origin is dict and isinstance(value, Mapping):
+        name_kind, value_kind = typing.get_args(option)
+        names = [_convert(name, name_kind) for name in value]
+        # {block: trial} for {block: [trial]}
+        alone = typing.get_origin(value_kind) is list
+        held = [
+            _convert([item] if alone and isinstance(item, int) else item, value_kind)
+            for item in value.values()
+        ]
+        both = zip(names, held, strict=True)
+        return {n: v for (n, _), (v, _) in both}, all(ok for _, ok in [*names, *held])
+    return None, False
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any], path: str, source: str) -> None:
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _check_limits(item, limits, path, source)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    low, high = limits.get("minimum"), limits.get("maximum")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"Setting '{path}'{source} is {value} but must be a finite number.")
+    if high is None and isinstance(value, int) and value > INT_LIMIT:
+        low, high = None, INT_LIMIT
+    if (low is not None and value < low) or (high is not None and value > high):
+        ends = (f"at least {low:g}" if low is not None else "", f"at most {high}")
+        allowed = ends[low is None] if None in (low, high) else f"from {low:g} to {high:.10g}"
+        raise ConfigError(f"Setting '{path}'{source} is {shown(value)} but must be {allowed}.")
+
+
+def _set_path(document: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        existing = document.get(parent)
+        if existing is None:
+            existing = document[parent] = {}
+        if not isinstance(existing, dict):
+            return  # the section is no mapping: `_build` says so
+        document = existing
+    document[last] = value
+
+
+def _options_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint admits: those of a union, or itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _unknown(name: str, source: str) -> ConfigError:
+    said = f"Unknown setting {shown(name)}{source}."
+    if _JOINT_LOSS.search(name):
+        return ConfigError(
+            f"{said} The joint loss is set by objective.phoneme_weight, or by objective.schedule: "
+            "[[step, weight], ...]."
+        )
+    known = [path for path, _, _ in config_keys()]
+    leaf = {path.rsplit(".", 1)[-1]: path for path in known}
+    wanted = name[:80].replace("-", "_")
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    close += difflib.get_close_matches(wanted.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.6)
+    if not close:
+        return ConfigError(f"{said} See README_SAGEMAKER.md, Configuration.")
+    return ConfigError(f"{said} Did you mean '{leaf.get(close[0], close[0])}'?")
+
+
+def _describe(hint: Any) -> str:
+    options = _options_of(hint)
+    if len(options) > 1:
+        return " or ".join(_describe(option) for option in options)
+    if hint is type(None):
+        return "null"
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if origin is list:
+        return f"a list of {_describe(typing.get_args(hint)[0]).removeprefix('a ')}s"
+    if origin is dict:
+        return "a mapping of sessions to block numbers to lists of trial numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
+
+
+def _kind(value: Any) -> str:
+    names = {int: "number", float: "number", bool: "true/false", str: "text", list: "list"}
+    return "null" if value is None else names.get(type(value), "mapping")

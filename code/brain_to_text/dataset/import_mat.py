@@ -1,0 +1,225 @@
+"""Read the 2024 benchmark's MATLAB files (participant T12) into a dataset of the public schema.
+
+Willett et al., "A high-performance speech neuroprosthesis", Nature 620, 2023; the files of the
+Brain-to-Text Benchmark '24: train, test and competitionHoldOut, one .mat per session, each with
+sentenceText, blockIdx, tx1 … tx4 (threshold crossings) and spikePow, 20 ms bins. As the
+benchmark's baseline does, the first 128 channels (area 6v) of tx1 and spikePow are taken, 256
+features in all, z-scored over each block.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError, StorageError
+from ..labels.diphones import LabelForm, encode_diphones
+from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
+from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
+from .hdf5_values import DamagedTrial, one_line, text_of
+from .hdf5_writer import TrialContents, data_file_bytes
+from .manifest import TrialManifest, manifest_from_inspections, write_manifest
+from .store import ObjectStore, listing_after_writing, open_store
+from .targets import Target
+from .workers import Lost, in_workers, limited
+
+COMMAND = "prepare_dataset.py import-mat"
+SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
+_SESSION = re.compile(r"[A-Za-z0-9]+(\.\d+)+")
+_CHANNELS = 128
+_LEAST_STD = 1e-8  # added to deviations, as the baseline does
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """form: of the diphone labels. lexicon: file of one's own words.
+
+    exclude_damaged: leave trials out, by name, whose sentence cannot be pronounced.
+    """
+
+    form: LabelForm = "self_loop"
+    lexicon: str | None = None
+    exclude_damaged: bool = False
+
+
+def import_mat(
+    folder: Path,
+    target: ObjectStore,
+    options: ImportOptions | None = None,
+    *,
+    processes: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] = print,
+) -> TrialManifest:
+    """Write every session of the benchmark's `folder` to `target`, and a manifest.
+
+    Trials of train and test must have a sentence, from which their labels are made; those of
+    competitionHoldOut become the test split, labelled only where they have one.
+
+    Args:
+        processes: files read at once.
+        overwrite: replace files of these names that this command did not write.
+        progress: called with (files done, files in all).
+        log: receives one line per trial left out.
+
+    Raises:
+        DataError: no such files, damage, words that nobody can pronounce.
+        StorageError: folder or target cannot be read or written.
+        ConfigError: a package is not installed.
+    """
+    options = options or ImportOptions()
+    sources = _mat_files(folder)
+    lexicon = read_lexicon(Path(options.lexicon)) if options.lexicon else {}
+    words = f"{zlib.crc32(repr(sorted(lexicon.items())).encode()):08x}"
+    purpose = asdict(options) | {"lexicon": words if options.lexicon else None}
+    inspections: list[FileInspection] = []
+    with Target.claim(
+        target, COMMAND, purpose, sources, reads=[folder], alone=DATA_FILE, overwrite=overwrite
+    ):
+        jobs = {key: (path, target.url, key, options, lexicon) for key, path in sources.items()}
+        for key, answer in in_workers(_import_job, jobs, processes):
+            if isinstance(answer, Lost):
+                raise DataError(f"{sources[key]}: {answer.damage}.")
+            inspection, left_out = answer
+            inspections.append(inspection)
+            for line in left_out:
+                log(f"Left out: {line}")
+            if progress is not None:
+                progress(len(inspections), len(jobs))
+        listing = listing_after_writing(target, {i.key: i.size for i in inspections})
+        manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
+        if manifest.damaged:
+            raise DataError(f"{target.url}/{manifest.damaged[0]}; look at its .mat file.")
+        write_manifest(target, manifest)
+    return manifest
+
+
+def _mat_files(folder: Path) -> dict[str, Path]:
+    """The benchmark's files by the key of the data file that each becomes."""
+    found = {}
+    for name, split in SPLITS.items():
+        for path in sorted((folder / name).glob("*.mat")):
+            if not _SESSION.fullmatch(path.stem):
+                raise DataError(f"{path} is not named like a session, e.g. t12.2022.04.28.mat.")
+            found[f"{path.stem}/data_{split}.hdf5"] = path
+    if not found:
+        raise DataError(
+            f"{folder} has no train/*.mat (or test, competitionHoldOut): give the folder "
+            "competitionData of the unpacked archive."
+        )
+    return found
+
+
+def _import_job(
+    path: Path, target_url: str, key: str, options: ImportOptions, lexicon: Lexicon
+) -> tuple[FileInspection, list[str]]:
+    """Read, convert and write one file; returns what it holds, and lines about what it does not."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror}): check it with 'ls -l'."
+        ) from error
+    match = DATA_FILE.fullmatch(key)
+    assert match is not None
+    with limited(10 * len(data)):  # MATLAB compresses its files
+        session, split = match["session"], match["split"]
+        contents, left_out = _trials(path, data, session, split, options, lexicon)
+        written = data_file_bytes(contents)
+        inspection = inspect_file(key, written)
+    broken = [finding for finding in inspection.findings if finding.severity == "error"]
+    if broken:
+        raise DataError(f"{path}: {broken[0].trial or 'the file'} {broken[0].reason}.")
+    open_store(target_url).write(key, written)
+    return inspection, left_out
+
+
+def _trials(
+    path: Path, data: bytes, session: str, split: str, options: ImportOptions, lexicon: Lexicon
+) -> tuple[list[TrialContents], list[str]]:
+    variables = _variables(path, data)
+    try:
+        sentences = [text_of(s, "sentenceText") for s in variables["sentenceText"].reshape(-1)]
+    except DamagedTrial as damage:
+        raise DataError(f"{path}: {damage.reason}.") from damage
+    crossings, power = (variables[name].reshape(-1) for name in ("tx1", "spikePow"))
+    blocks = variables["blockIdx"].reshape(-1)
+    if not len(sentences) == len(crossings) == len(power) == len(blocks):
+        raise DataError(
+            f"{path} has {len(sentences)} sentences, {len(crossings)} trials of tx1, {len(power)} "
+            f"of spikePow and {len(blocks)} block numbers: get it again from the archive."
+        )
+    features = [
+        _features(f"{path} trial {number}", *both)
+        for number, both in enumerate(zip(crossings, power, strict=True))
+    ]
+    for block in np.unique(blocks):
+        members = np.flatnonzero(blocks == block)
+        together = np.concatenate([features[i] for i in members])
+        mean, std = together.mean(axis=0), together.std(axis=0)
+        for i in members:
+            features[i] = ((features[i] - mean) / (std + _LEAST_STD)).astype(np.float32)
+    contents, left_out = [], []
+    for number, (sentence, values) in enumerate(zip(sentences, features, strict=True)):
+        name = f"trial_{number:04d}"
+        labels = phonemes = None
+        if sentence or split != "test":
+            try:
+                phonemes = text_phonemes(sentence, lexicon)
+                labels = encode_diphones(phonemes, options.form)
+            except DataError as error:
+                if not options.exclude_damaged:
+                    raise DataError(
+                        f"{path} {name}: {str(error).rstrip('.')}; or leave such trials out with "
+                        "--exclude-damaged."
+                    ) from error
+                left_out.append(f"{path} {name}: {error}")
+                continue
+        trial = TrialContents(name, session, int(blocks[number]), number, values)
+        contents.append(
+            replace(trial, class_ids=labels, phoneme_ids=phonemes, sentence=sentence or None)
+        )
+    return contents, left_out
+
+
+def _variables(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ConfigError("import-mat needs scipy: type 'pip install scipy'.") from error
+    names = ("sentenceText", "blockIdx", "tx1", "spikePow")
+    again = "get it again from the archive"
+    try:
+        variables: dict[str, Any] = loadmat(io.BytesIO(data), variable_names=names)
+    except NotImplementedError as error:
+        raise DataError(f"{path} is a MATLAB 7.3 file: save it with '-v7'.") from error
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as a MATLAB file ({one_line(error)}): {again}."
+        ) from error
+    missing = [name for name in names if name not in variables]
+    if missing:
+        raise DataError(f"{path} has no variable {missing[0]}: {again}.")
+    return variables
+
+
+def _features(where: str, crossings: Any, power: Any) -> np.ndarray:
+    """[T, 256] float64 of one trial."""
+    parts = [np.asarray(part) for part in (crossings, power)]
+    for name, part in zip(("tx1", "spikePow"), parts, strict=True):
+        if part.ndim != 2 or part.dtype.kind not in "fiu" or part.shape[1] < _CHANNELS:
+            raise DataError(
+                f"{where}: {name} is {part.dtype} of shape {part.shape}, not numbers [T, "
+                f"{_CHANNELS} or more]."
+            )
+    if len(parts[0]) != len(parts[1]):
+        raise DataError(f"{where}: tx1 has {len(parts[0])} bins, spikePow {len(parts[1])}.")
+    return np.concatenate([part[:, :_CHANNELS] for part in parts], axis=1).astype(np.float64)

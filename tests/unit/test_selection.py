@@ -1,0 +1,110 @@
+"""Data against configuration: everything that a user lists and the data does not have is named."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from brain_to_text.config_reader import load_config
+from brain_to_text.dataset.manifest import index_dataset
+from brain_to_text.dataset.selection import against_config, ctc_problem, select_trials
+from brain_to_text.dataset.store import open_store
+from brain_to_text.errors import ConfigError
+
+FITTING = {
+    "n_classes": 1681,
+    "batch_size": 4,
+    "days_per_batch": 2,
+    "patch_size": 6,
+    "patch_stride": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_dataset):
+    return index_dataset(open_store(tiny_dataset.folder))
+
+
+def config(**settings):
+    return load_config(None, {**FITTING, **settings})
+
+
+def test_the_data_decides_what_is_null(manifest):
+    given = config(must_include_days="[-1, 0]")
+    selection = select_trials(manifest, given)
+    assert given.dataset.neural_dim == given.model.n_input_features == 32
+    assert given.model.input_network.input_layer_sizes == [32]
+    assert given.dataset.sessions == list(selection.sessions) == manifest.sessions
+    assert given.dataset.must_include_days == [2, 0]
+    assert selection.warnings == ()
+    subset = config(feature_subset="[3, 1]")
+    select_trials(manifest, subset)
+    assert (subset.dataset.neural_dim, subset.model.n_input_features) == (32, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_classes": 41}, ["data-classes", "1681 classes", "rnn_args_diphone_sagemaker.yaml"]),
+        ({"neural_dim": 512}, ["data-features", "32 features per bin", "null"]),
+        ({"n_input_features": 31}, ["data-features", "gives 32", "null"]),
+        ({"input_layer_sizes": "[31]"}, ["data-features", "null"]),
+        ({"feature_subset": "[0, 32]"}, ["data-features", "lists 32", "0 to 31"]),
+        (
+            {"sessions": "[t15.2023.08.12, x, t15.2023.08.11, t15.2023.08.18]"},
+            ["data-sessions", "t15.2023.08.12 and 1 more", "did you mean t15.2023.08.1"],
+        ),
+        ({"days_per_batch": 4}, ["data-few-sessions", "3 sessions", "--dataset.days_per_batch 3"]),
+        ({"must_include_days": "[3]"}, ["data-days", "names session 3", "0 to 2"]),
+        ({"must_include_days": "[-4]"}, ["data-days", "names session -4", "down to -3"]),
+    ],
+)
+def test_what_cannot_train_is_one_error(manifest, settings, words):
+    (mismatch,) = against_config(manifest, config(**settings))
+    assert mismatch.is_error
+    assert all(word in f"{mismatch.name} {mismatch.text}" for word in words), mismatch
+    with pytest.raises(ConfigError, match=r"."):
+        select_trials(manifest, config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("excluded", "words"),
+    [
+        ("{t15.2023.08.12: {1: [3]}}", ["session t15.2023.08.12", "did you mean t15.2023.08.1"]),
+        ("{t15.2023.08.11: {9: [3]}}", ["block 9 of session t15.2023.08.11", "1, 2"]),
+        ("{t15.2023.08.11: {1: [3, 300, 301]}}", ["trial 300 in block 1", "nor 1 more", "0, 1"]),
+    ],
+)
+def test_an_exclusion_that_matches_nothing_is_a_warning_by_name(manifest, excluded, words):
+    selection = select_trials(manifest, config(bad_trials_dict=excluded))
+    (warning,) = selection.warnings
+    assert "dataset.bad_trials_dict excludes nothing" in warning
+    assert all(word in warning for word in words), warning
+
+
+def test_an_exclusion_that_matches_is_no_warning(manifest):
+    selection = select_trials(
+        manifest, config(bad_trials_dict="{t15.2023.08.11: {1: [3], 2: [5]}}")
+    )
+    assert selection.warnings == () and len(selection.excluded) == 2
+
+
+def test_a_weight_for_a_session_without_validation_is_a_warning(manifest):
+    first = manifest.sessions[0]
+    kept = tuple(t for t in manifest.trials if (t.session, t.split) != (first, "val"))
+    without = dataclasses.replace(manifest, trials=kept)
+    given = config(sessions=str(manifest.sessions), dataset_probability_val="[1, 1, 1]")
+    (warning,) = select_trials(without, given).warnings
+    assert first in warning and "write 0" in warning
+
+
+def test_a_label_needs_a_frame_and_two_equal_ones_a_blank_between(manifest):
+    trial = dataclasses.replace(
+        manifest.trials[0], n_time_steps=14, class_ids=np.array([5, 5, 7], np.int32)
+    )
+    assert ctc_problem(trial, 6, 2, 0) is None  # 5 frames for 3 labels and a blank
+    assert ctc_problem(dataclasses.replace(trial, n_time_steps=12), 6, 2, 0) is None
+    problem = ctc_problem(dataclasses.replace(trial, n_time_steps=12), 6, 2, 3)
+    assert problem == (
+        "12 bins give 3 frames at patches of 6 bins every 2, but CTC needs 4 for its 3 labels"
+    )
+    assert ctc_problem(dataclasses.replace(trial, class_ids=None), 6, 2, 0) == "it has no labels"
