@@ -458,8 +458,8 @@ def test_manifest_that_is_damaged_or_of_files_that_changed(bucket, name):
 def test_data_that_the_trainer_would_refuse(bucket, data, overrides, said):
     put_dataset(bucket, "other", **data)
     findings = data_findings(bucket, s3_data_prefix="other", overrides=overrides)
-    assert len(names(findings)) == 1
-    assert said in findings[0].text
+    assert names(findings)
+    assert any(said in finding.text for finding in findings)
 
 
 def test_volume_smaller_than_the_copied_dataset(bucket):
