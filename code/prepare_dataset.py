@@ -19,12 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
 from brain_to_text.dataset.import_mat import ImportOptions, import_mat
-from brain_to_text.dataset.manifest import (
-    MANIFEST_NAME,
-    TrialManifest,
-    index_dataset,
-    write_manifest,
-)
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.locations import MANIFEST_NAME
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.targets import replace_own

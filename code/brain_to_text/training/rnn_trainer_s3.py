@@ -20,7 +20,7 @@ import torch
 
 from ..config import TrainingConfig, config_keys, differences
 from ..config_reader import config_from_dict
-from ..dataset.manifest import load_or_build_manifest
+from ..dataset.indexing import load_or_build_manifest
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
