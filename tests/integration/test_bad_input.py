@@ -485,7 +485,7 @@ def test_patches_of_no_bins_are_one_sentence(option, bins, dataset, capsys) -> N
 def test_an_absent_folder(tmp_path, capsys) -> None:
     for command in ("index", "validate"):
         assert run(command, tmp_path / "absent") == 1
-        assert "there is nothing at all; check bucket and prefix" in capsys.readouterr().err
+        assert "there is nothing at all; check the folder's name" in capsys.readouterr().err
 
 
 def test_one_level_too_high(dataset, capsys) -> None:

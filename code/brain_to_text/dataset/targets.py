@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DataError, StorageError
+from .locations import is_s3, split_s3_url
 from .store import ObjectStore, open_store
 
 RECORD_NAME = "written_by.json.gz"
@@ -34,9 +35,9 @@ def check_apart(source: str | Path, target: str | Path) -> None:
         DataError: they are the same place, or one lies in the other.
     """
     source, target = str(source), str(target)
-    if source.startswith("s3://") != target.startswith("s3://"):
+    if is_s3(source) != is_s3(target):
         return
-    if source.startswith("s3://"):
+    if is_s3(source):
         one, other = _s3_path(source), _s3_path(target)
         within, around = other[: len(one)] == one, one[: len(other)] == other
     else:
@@ -245,7 +246,8 @@ class Target:
 
 
 def _s3_path(url: str) -> list[str]:
-    return [part for part in url.removeprefix("s3://").split("/") if part]
+    bucket, prefix = split_s3_url(url)
+    return [bucket, *prefix.split("/")] if prefix else [bucket]
 
 
 def _within(inner: str, outer: str) -> bool:

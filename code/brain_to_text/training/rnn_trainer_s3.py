@@ -21,6 +21,7 @@ import torch
 from ..config import TrainingConfig, config_keys, differences
 from ..config_reader import config_from_dict
 from ..dataset.indexing import load_or_build_manifest
+from ..dataset.locations import is_s3
 from ..dataset.selection import select_trials
 from ..dataset.store import open_store
 from ..errors import CheckpointError, TrainingError
@@ -597,7 +598,7 @@ class BrainToTextDecoder_Trainer_S3:
         """The last words on the data, however the run ended, after everything was read."""
         known = [self.stream.stats.snapshot(), *self._traffic_of_others]
         whose = "Streaming" if len(known) == self.world.size else "Streaming by the first process"
-        priced = self.data_url.startswith("s3://")
+        priced = is_s3(self.data_url)
         self.log.info(f"{whose}: {StreamCounts.total(known).describe(priced)}")
 
     def _check_refusals(self) -> None:
