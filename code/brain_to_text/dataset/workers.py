@@ -94,8 +94,14 @@ def in_workers(
             while waiting and len(busy) < max(processes, 1):
                 worker = idle.pop() if idle else _Worker()
                 name, arguments = waiting.pop()
+                try:
+                    worker.connection.send(
+                        (dict(os.environ), Path.cwd(), mask, function, arguments)
+                    )
+                except OSError:
+                    yield name, worker.lost()
+                    continue
                 busy[worker.connection] = (worker, name)
-                worker.connection.send((dict(os.environ), Path.cwd(), mask, function, arguments))
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 worker, name = busy.pop(connection)
@@ -106,6 +112,7 @@ def in_workers(
                     continue
                 idle.append(worker)
                 if not fine:
+                    answer.add_note(f"of {name}")
                     raise answer
                 yield name, answer
     finally:
