@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
 
-from brain_to_text.dataset.workers import Lost, in_workers
-from support.hdf5_fuzz import look_at, mutations
+from brain_to_text.dataset.workers import Lost, in_workers  # noqa: E402
+from support.hdf5_fuzz import look_at, mutations  # noqa: E402
 
 
 def main() -> int:
