@@ -39,7 +39,8 @@ SETTINGS = {
     "batches_per_val_step": 15,
     "batches_per_save": 4,
     "ema_decay": 0.9,
-    "phoneme_weight": 0.3,
+    "classifier": "factored",
+    "objective.schedule": "[[0.1, 1.0], [0.9, 0.2]]",
     "time_mask_share": 0.1,
 }
 JOB_SECONDS = 300

@@ -56,6 +56,12 @@ esac
 """.replace("REGISTRY", REGISTRY)
 
 
+def _heed_signals() -> None:
+    """As at a terminal: a test run in the background hands down SIGINT and SIGHUP as ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Desk:
     """A repository with the script, a path with its tools, and what the commands noted."""
 
@@ -107,6 +113,7 @@ class Desk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_signals,
         )
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
