@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,7 +17,7 @@ from brain_to_text.errors import DataError
 from brain_to_text.labels.diphones import encode_diphones
 
 KEY = "t15.2023.08.11/data_train.hdf5"
-LAYOUTS = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {},
     {"chunks": (16, 4), "compression": "gzip", "shuffle": True},
     {"chunks": (16, 4), "compression": "lzf", "fletcher32": True},
@@ -58,8 +59,8 @@ def mutations(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     places = []
     for base in bases:
         signed = [i for sign in SIGNS for i in _all(base, sign)]
-        near = {j for i in signed for j in range(i, min(i + 96, len(base)))}
-        places.append((np.array(sorted(near | set(range(min(len(base), 1024))))), len(base)))
+        after = {j for i in signed for j in range(i, min(i + 96, len(base)))}
+        places.append((np.array(sorted(after | set(range(min(len(base), 1024))))), len(base)))
     kinds = ("flip", "byte", "word", "long", "run", "cut", "copy", "many")
     for number in range(count):
         which = int(rng.integers(len(bases)))
@@ -70,10 +71,12 @@ def mutations(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
         if kind == "flip":
             data[at] ^= 1 << int(rng.integers(8))
         elif kind == "byte":
-            data[at] = int(rng.choice([0, 1, 127, 128, 254, 255, rng.integers(256)]))
+            data[at] = int(rng.choice([0, 1, 127, 128, 254, 255, int(rng.integers(256))]))
         elif kind in ("word", "long"):
             width = 4 if kind == "word" else 8
-            value = int(rng.choice([0, 1, 2**31 - 1, 2**32 - 1, at, size, rng.integers(2**32)]))
+            value = int(
+                rng.choice([0, 1, 2**31 - 1, 2**32 - 1, at, size, int(rng.integers(2**32))])
+            )
             value = value if rng.random() < 0.7 else value << 24
             data[at : at + width] = (value % 256**width).to_bytes(width, "little")
         elif kind == "run":
