@@ -88,7 +88,7 @@ class Attempts:
     last_cause: str = ""
     advice: str = ""
     _final: list[str] = field(default_factory=list)
-    _said: float = _SILENT_SECONDS
+    _said: float = field(default_factory=lambda: _SILENT_SECONDS)
 
     @property
     def elapsed_seconds(self) -> float:

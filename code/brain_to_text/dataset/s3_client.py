@@ -211,9 +211,10 @@ async def read_at_most(body: Any, length: int) -> bytearray:
 def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
     """What an error of botocore, its transport or a provider of credentials means."""
     if isinstance(error, botocore.exceptions.ClientError):
+        about = error.response.get("ResponseMetadata", {})
         code = str(error.response.get("Error", {}).get("Code", ""))
-        status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        return answer_fault(status, code)
+        status = str(about.get("HTTPStatusCode", ""))
+        return answer_fault(status, code, b"<html" if _is_of_a_web_page(about) else b"")
     if isinstance(error, botocore.parsers.ResponseParserError):
         if is_web_page(str(error).partition("b'")[2].encode()):
             return web_page_fault()
@@ -272,6 +273,10 @@ def is_web_page(body: bytes | bytearray | memoryview) -> bool:
     """True for the beginning of an HTML page: a captive portal's, or a proxy's."""
     start = bytes(body[:200]).lstrip().lower()
     return start.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
+
+
+def _is_of_a_web_page(about: dict[str, Any]) -> bool:
+    return str(about.get("HTTPHeaders", {}).get("content-type", "")).startswith("text/html")
 
 
 def web_page_fault(text: str = "HTTP 200") -> ReadError:

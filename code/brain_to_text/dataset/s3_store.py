@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -130,6 +131,9 @@ class S3Store:
         attempts = Attempts(self._retry, f"Still trying to {verb} {self._place(key)}")
         while True:
             try:
+                await client.call(_nothing)  # making it takes time that is not the server's
+                if attempts.count == 0:
+                    attempts.started = time.monotonic()
                 return await attempts.run(lambda: client.call(request), n_bytes)
             except ObjectReplacedError as fault:
                 raise self._error(verb, key, str(fault)) from fault
@@ -170,7 +174,10 @@ class S3Store:
 
     def _size(self, key: str) -> int:
         async def head(client: Any) -> int:
-            return int((await client.head_object(**self._object(key)))["ContentLength"])
+            answer = await client.head_object(**self._object(key))
+            if answer.get("ContentType", "").startswith("text/html"):
+                raise web_page_fault()
+            return int(answer["ContentLength"])
 
         try:
             return self._run(self._repeated("read", key, head, 0))
@@ -249,6 +256,10 @@ class S3Store:
 
 class _NotFoundError(StorageError):
     """There is no such object."""
+
+
+async def _nothing(client: Any) -> None:
+    """No request."""
 
 
 async def _page(
