@@ -104,13 +104,10 @@ RIGHT = {
     "write": None,
     "look": True,
 }
-LASTING = (
-    "a stalled answer",
-    "one byte a second",
-    "a dropped connection",
-    "a cut body",
-    "slow down",
-)
+LASTING = {
+    *("a stalled answer", "one byte a second", "a dropped connection", "a cut body", "slow down"),
+    "a portal's redirect",
+}
 # What goes wrong with an answer; "" where any cause will do, then the advice.
 FAULTS: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
     "a stalled answer": (lambda a: Answer(a.status, a.body, a.headers, silent=60), "", "aws s3 ls"),

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 
 import h5py
 import numpy as np
@@ -231,6 +232,53 @@ class TestLoadOrBuild:
         lines = []
         assert len(load_or_build_manifest(store, lines.append).trials) == 15
         assert "serves this run only" in lines[-1]
+
+    def test_a_copy_of_the_folder_is_the_same_dataset(self, tmp_path):
+        """Encoded here, copied by `aws s3 sync` and a job's file channel, with other times."""
+        write_small_dataset(tmp_path / "here")
+        here = load_or_build_manifest(open_store(tmp_path / "here"), lambda _: None)
+        for path in (tmp_path / "here").rglob("*"):
+            os.utime(path, ns=(5, 5))
+        shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
+        lines = []
+        there = load_or_build_manifest(open_store(tmp_path / "there"), lines.append)
+        assert lines == [] and there.to_bytes() == here.to_bytes()
+
+    def test_files_that_are_nearly_data_files_are_named(self, tmp_path):
+        write_small_dataset(tmp_path)
+        session = tmp_path / SESSIONS[0]
+        (session / "data_test.h5").write_bytes(b"x")
+        (session / "Data_Train.hdf5").write_bytes(b"x")
+        (tmp_path / "deeper" / SESSIONS[1]).mkdir(parents=True)
+        (tmp_path / "deeper" / SESSIONS[1] / "data_val.hdf5").write_bytes(b"x")
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+        (tmp_path / os.fsdecode(b"caf\xe9") / "data_train.hdf5").write_bytes(b"x")
+        (tmp_path / "notes.txt").write_bytes(b"x")
+        lines = []
+        manifest = load_or_build_manifest(open_store(tmp_path), lines.append)
+        assert manifest.sessions == sorted(SESSIONS)
+        (line,) = [line for line in lines if line.startswith("Not taken")]
+        for name in ("data_test.h5", "Data_Train.hdf5", "deeper/", "caf\ufffd/data_train.hdf5"):
+            assert name in line
+        assert "notes.txt" not in line
+        load_or_build_manifest(open_store(tmp_path), lines.append)
+        assert lines[-1] == line, "with a manifest too"
+
+    def test_where_everything_is_nearly_named_the_names_are_the_advice(self, tmp_path):
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "data_train.h5").write_bytes(b"x")
+        with pytest.raises(
+            DataError, match=r"rename what has nearly that name \(s/data_train\.h5\)"
+        ):
+            load_or_build_manifest(open_store(tmp_path), lambda _: None)
+
+    def test_a_linked_session_is_a_session(self, tmp_path):
+        write_small_dataset(tmp_path / "all")
+        (tmp_path / "data").mkdir()
+        for session in SESSIONS:
+            (tmp_path / "data" / session).symlink_to(tmp_path / "all" / session)
+        linked = load_or_build_manifest(open_store(tmp_path / "data"), lambda _: None)
+        assert linked.sessions == sorted(SESSIONS)
 
     def test_a_stale_manifest_is_refused(self, tmp_path):
         write_small_dataset(tmp_path)

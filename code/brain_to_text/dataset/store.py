@@ -115,8 +115,9 @@ class LocalStore:
         with self._explain("list", ""):
             _collect(self.folder, "", frozenset(), paths)
         found = {}
-        for key in sorted(paths):
-            with self._explain("read", key), paths[key].open("rb") as file:
+        for name in sorted(paths):
+            key = os.fsencode(name).decode(errors="replace")  # no UTF-8: listed, never taken
+            with self._explain("read", key), paths[name].open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 found[key] = ObjectInfo(key, size, f"crc32:{_content_sum(file, size):08x}-{size}")
         return found
