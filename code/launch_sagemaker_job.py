@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Front door on your machine: launch a training job, watch it, fetch what it made.
 
-Needs boto3, pyyaml and the SageMaker SDK (`pip install 'sagemaker<3' boto3 pyyaml`); not torch.
+Needs boto3 and pyyaml (`pip install boto3 pyyaml`) and nothing else.
 """
 
 from __future__ import annotations
@@ -19,24 +19,13 @@ from brain_to_text.config_reader import resolve_key
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch
-from brain_to_text.launch.job_tuning import (
-    Sweep,
-    read_sweep,
-    submit_sweep,
-    sweep_name,
-    sweep_price,
-    sweep_table,
-    tuning_request,
-)
-from brain_to_text.launch.jobs import job_state, list_jobs, stop_job
+from brain_to_text.launch.jobs import job_state, list_jobs, release_job, stop_job
 from brain_to_text.launch.launch import (
     completed,
     launch_training_job,
-    placeholders,
+    preflight,
     submit_training_job,
 )
-from brain_to_text.launch.local_sweep import local_table, run_sweep
-from brain_to_text.launch.preflight import preflight
 from brain_to_text.launch.pricing import estimate
 from brain_to_text.launch.request import JobSettings, resolve_config
 from brain_to_text.launch.watch import goodbye, watch
@@ -69,17 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dry-run", action="store_true", help="print request and price; ask AWS nothing"
     )
-    one.add_argument("--sweep", metavar="NAME", help="tabulate a sweep's jobs, best first")
     one.add_argument("--watch", metavar="JOB", help="follow a job that runs")
     one.add_argument("--describe", metavar="JOB", help="print what SageMaker knows about a job")
     one.add_argument("--stop", metavar="JOB", help="stop a job; it saves a checkpoint first")
-    one.add_argument("--list", action="store_true", help="list your latest jobs")
+    one.add_argument("--release", metavar="JOB", help="give back the instances it keeps warm")
+    one.add_argument("--list", action="store_true", help="list this project's latest jobs")
     one.add_argument("--fetch", metavar="JOB", help="download what a job left, show its results")
-    action.add_argument(
-        "--tune",
-        metavar="FILE",
-        help="a sweep around this job instead; also with --dry-run, --check",
-    )
     action.add_argument("--to", metavar="FOLDER", help="where --fetch puts it [.local/jobs/JOB]")
     action.add_argument("--wait", action="store_true", help="after launching, follow to the end")
     action.add_argument("--skip-checks", action="store_true", help="launch without checking")
@@ -96,21 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, extra = parser.parse_known_args(arguments)
     settings = job_settings(options, overrides(extra, parser))
-    launching = not (
-        options.watch
-        or options.describe
-        or options.stop
-        or options.list
-        or options.fetch
-        or options.sweep
-    )
+    elsewhere = (options.watch, options.describe, options.stop, options.release, options.fetch)
+    launching = not options.list and not any(elsewhere)
     if launching and not options.s3_bucket:
         parser.error("--s3-bucket is needed to launch a job")
-    if options.tune and not launching:
-        parser.error("--tune goes with launching, --dry-run or --check")
     try:
         if options.dry_run:
-            return _dry_run(settings, options.tune)
+            return _dry_run(settings)
         account = AwsAccount(options.region, options.profile)
         if launching:
             return _launch(settings, options, account)
@@ -120,24 +96,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _dry_run(settings: dict[str, Any], sweep_file: str | None) -> int:
+def _dry_run(settings: dict[str, Any]) -> int:
     """The request on standard output, what it would cost on standard error."""
-    job = JobSettings(**settings)
-    if sweep_file:
-        known = placeholders(completed(job, None))
-        request = tuning_request(sweep_file, known)
-        lines = sweep_price(read_sweep(sweep_file, job), job)
-    else:
-        request = launch_training_job(**settings, dry_run=True).request
-        lines = estimate(resolve_config(job)[2], job.instance_type, job.instance_count).lines()
+    request = launch_training_job(**settings, dry_run=True).request
     print(json.dumps(request, indent=2))
+    job = JobSettings(**settings)
+    lines = estimate(resolve_config(job)[2], job.instance_type, job.instance_count).lines()
     print(*lines, sep="\n", file=sys.stderr)
+    print("Not looked at: role, image, bucket, quota (--check does)", file=sys.stderr)
     return 0
 
 
 def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsAccount) -> int:
     job = completed(JobSettings(**settings), account)
-    sweep = read_sweep(options.tune, job) if options.tune else None
     if options.check or not options.skip_checks:
         report = preflight(job, account)
         print(*report.lines(), sep="\n", file=sys.stderr)
@@ -145,38 +116,17 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
             if not options.check:
                 print("Nothing was launched: correct the errors, or use --skip-checks.")
             return 1
-    if sweep is not None and not job.is_local:
-        print(*sweep_price(sweep, job, account), sep="\n", file=sys.stderr)
     if options.check:
-        return 0
-    if sweep is not None and job.is_local:
-        return _sweep_here(sweep, job, account)
-    if sweep is not None:
-        name = submit_sweep(tuning_request(options.tune, job), account)
-        print(f"Launched the sweep {name}; its jobs: {COMMAND} --sweep {name}")
         return 0
     launched = submit_training_job(job, account)
     print(f"Launched {launched.name}; outputs go to {launched.output_uri}")
-    if job.is_local:
-        print(f"Fetch it: {COMMAND} --fetch {launched.name}")
-        return 0
+    if job.debug_shell:
+        target = f"sagemaker-training-job:{launched.name}_algo-1"
+        print(f"A shell in it, once it runs: aws ssm start-session --target {target}")
     if options.wait:
         return _follow(launched.name, account)
     print(f"Follow it: {COMMAND} --watch {launched.name}")
     return 0
-
-
-def _sweep_here(sweep: Sweep, job: JobSettings, account: AwsAccount) -> int:
-    """Run a sweep on this machine and show its table, also when it is interrupted."""
-    name, status = sweep_name(job), 0
-    try:
-        done = run_sweep(sweep, job, account, submit_training_job)
-        status = 0 if any(result.value is not None for result in done) else 1
-    except KeyboardInterrupt:
-        print("\nThe sweep was stopped; what is done so far:", file=sys.stderr)
-        status = 130
-    print(*local_table(name) or ["No job has ended yet."], sep="\n")
-    return status
 
 
 def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
@@ -189,11 +139,11 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
     elif options.stop:
         stop_job(options.stop, account)
         print(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
-    elif options.sweep:
-        table = local_table(options.sweep) or sweep_table(options.sweep, account)
-        print(*table or ["No job has started yet."], sep="\n")
+    elif options.release:
+        release_job(options.release, account)
+        print(f"The instances that {options.release} kept warm are given back.")
     elif options.list:
-        print(*list_jobs(account) or ["No training jobs named b2t-… yet."], sep="\n")
+        print(*list_jobs(account) or ["No training jobs of this project yet."], sep="\n")
     else:
         folder = Path(options.to) if options.to else JOBS_FOLDER / options.fetch
         place = {"s3_bucket": options.s3_bucket}

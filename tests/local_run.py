@@ -316,40 +316,22 @@ def show_results(run: Run) -> int:
     if missing := sorted(PROMISED - held):
         raise LocalRunError(f"model.tar.gz lacks {', '.join(missing)}: see {_short(run.folder)}.")
 
-    curve = read_curve((model / "training_log").read_text())
+    # a step validated again after a resume counts once
+    rows = rows_of_log((model / "training_log").read_text()).get("validation", [])
+    curve = {row["step"]: row for row in rows}
     print(f"\n{'step':>8}  {'DER':>7}  {'PER':>7}  {'CTC loss':>8}")
-    for point in curve:
-        per = "" if point.per is None else f"{point.per:7.4f}"
-        print(f"{point.step:>8,}  {point.der:7.4f}  {per:>7}  {point.loss:8.4f}")
+    for step, row in sorted(curve.items()):
+        print(f"{step:>8,}  {row['der']:7.4f}  {row['per']:7.4f}  {row['ctc_loss']:8.4f}")
     print(f"\nmodel        {_short(archive)}")
     print(f"unpacked     {_short(model)}")
     print(f"in S3        s3://{BUCKET}/{OUTPUT_PREFIX}/{run.job}/  (.local/s3/{BUCKET}/...)")
     print(f"logs         {_short(run.folder)}")
 
-    best = min(curve, key=lambda point: point.der, default=None)
-    if run.steps is None and (best is None or max(best.der, best.per or 0.0) >= LEARNED):
+    best = min(curve.values(), key=lambda row: row["der"], default=None)
+    if run.steps is None and (best is None or max(best["der"], best["per"]) >= LEARNED):
         say(f"The decoder did not learn: DER and PER should fall below {LEARNED:.2f}.")
         return 1
     return 0
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One validation, as its log line says it."""
-
-    step: int
-    der: float
-    loss: float
-    per: float | None
-
-
-def read_curve(training_log: str) -> list[CurvePoint]:
-    """The validations in a training log, in order; a step validated again counts once, the last."""
-    points = {
-        row["step"]: CurvePoint(row["step"], row["der"], row["ctc_loss"], row.get("per"))
-        for row in rows_of_log(training_log).get("validation", [])
-    }
-    return [points[step] for step in sorted(points)]
 
 
 # --- what is shown

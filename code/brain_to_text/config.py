@@ -88,6 +88,7 @@ class DataTransformsConfig:
     smooth_kernel_std: float = key(2.0, "std of the Gaussian in bins", 1e-3)
     time_mask_share: float = key(0.0, "share of each trial set to zero in contiguous spans", 0, 0.9)
     time_mask_max_bins: int = key(40, "longest masked span in bins", 1)
+    channel_mask_share: float = key(0.0, "share of channels set to zero, drawn per trial", 0, 0.9)
 
 
 @dataclass

@@ -62,8 +62,9 @@ class Gpu:
 
 
 # Vendor data sheets (figures quoted with sparsity are halved): NVIDIA K80, V100, T4 (2019), A10 and
-# A10G, A100 40 GB, L4, L40S, H100 PCIe and SXM, H200, B200, RTX 4090. A10G: AWS's figure for the G5
-# family (it has about half of the A10's tensor rate). T4 and L4 sustain about half of it at 70 W.
+# A10G, A100, L4, L40S, H100 PCIe and SXM, H200, B200, RTX PRO 6000 (Blackwell), RTX 4090. A10G:
+# AWS's figure for the G5 family (it has about half of the A10's tensor rate). T4 and L4 sustain
+# about half of it at 70 W.
 GPUS = {
     "K80": Gpu(3.7, 12, 240, None, 4.1, None, 4.1),
     "V100": Gpu(7.0, 16, 900, None, 125.0, None, 15.7),
@@ -71,12 +72,14 @@ GPUS = {
     "A10G": Gpu(8.6, 24, 600, 70.0, 70.0, 35.0, 31.5),
     "A10": Gpu(8.6, 24, 600, 125.0, 125.0, 62.5, 31.2),
     "A100": Gpu(8.0, 40, 1555, 312.0, 312.0, 156.0, 19.5),
+    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 312.0, 156.0, 19.5),
     "L4": Gpu(8.9, 24, 300, 121.0, 121.0, 60.0, 30.3, sustained=0.5),
     "L40S": Gpu(8.9, 48, 864, 362.0, 362.0, 183.0, 91.6),
     "H100 PCIe": Gpu(9.0, 80, 2000, 756.0, 756.0, 378.0, 51.0),
     "H100": Gpu(9.0, 80, 3350, 989.0, 989.0, 494.0, 67.0),
     "H200": Gpu(9.0, 141, 4800, 989.0, 989.0, 494.0, 67.0),
     "B200": Gpu(10.0, 180, 8000, 2250.0, 2250.0, 1100.0, 75.0),
+    "RTX PRO 6000": Gpu(12.0, 96, 1597, 500.0, 500.0, 250.0, 120.0),
     "GeForce RTX 4090": Gpu(8.9, 24, 1008, 165.2, 165.2, 82.6, 82.6),
 }
 

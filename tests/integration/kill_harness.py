@@ -39,7 +39,8 @@ SETTINGS = {
     "batches_per_val_step": 15,
     "batches_per_save": 4,
     "ema_decay": 0.9,
-    "phoneme_weight": 0.3,
+    "classifier": "factored",
+    "objective.schedule": "[[0.1, 1.0], [0.9, 0.2]]",
     "time_mask_share": 0.1,
 }
 JOB_SECONDS = 300
@@ -129,6 +130,7 @@ class Job:
             time.sleep(0.001 if kind == "SIGKILL in a save" else 0.01)
         if not self.process.is_alive():
             return None
+        assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
         return kind
 

@@ -1,4 +1,4 @@
-"""The account documents: linted, deployed to an emulation, and as narrow as they claim."""
+"""The account documents: linted, deployed, and held against what every command calls."""
 
 import json
 import re
@@ -11,48 +11,32 @@ import boto3
 import pytest
 import yaml
 from botocore.exceptions import ClientError
-from brain_to_text.launch.account_checks import _trusts_sagemaker, needed_permissions
+from brain_to_text.launch.account_checks import trusts_sagemaker
 from brain_to_text.launch.launch import STACK_ROLE
-from brain_to_text.launch.request import CODE_FOLDER, OUTPUT_PREFIX, JobSettings
-from moto import mock_aws
-from moto.core import set_initial_no_auth_action_count
-from support.aws_emulation import ACCOUNT, BUCKET, CREDENTIALS, REGION
+from brain_to_text.launch.request import CODE_FOLDER, OUTPUT_PREFIX
+from support.aws_emulation import (
+    ACCOUNT,
+    BUCKET,
+    DOCUMENTS,
+    REGION,
+    ROLE,
+    deploy_stack,
+    emulated_aws,
+    policy_document,
+)
+from support.policies import evaluate
 
 pytestmark = pytest.mark.aws
 
-DOCUMENTS = CODE_FOLDER / "aws"
 STACK = DOCUMENTS / "stack.yaml"
 POLICIES = sorted(DOCUMENTS.glob("*_policy.json"))
+GUIDES = (CODE_FOLDER.parent / "README.md", *sorted(CODE_FOLDER.glob("*.md")))
 
 
 @pytest.fixture
-def cloud(monkeypatch):
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    with mock_aws():
-        yield boto3.Session(region_name=REGION)
-
-
-def deploy(session, **parameters):
-    session.client("cloudformation").create_stack(
-        StackName="brain-to-text",
-        TemplateBody=STACK.read_text(),
-        Capabilities=["CAPABILITY_NAMED_IAM"],
-        Parameters=[
-            {"ParameterKey": key, "ParameterValue": value}
-            for key, value in {"DataBucket": BUCKET, **parameters}.items()
-        ],
-    )
-
-
-def job_policy_of(session):
-    answer = session.client("iam").get_role_policy(RoleName=STACK_ROLE, PolicyName="training-job")
-    document = answer["PolicyDocument"]
-    # the emulation hands a stack's policy back as Python writes it, which YAML reads
-    policy = yaml.safe_load(document) if isinstance(document, str) else document
-    return {**policy, "Statement": [s for s in policy["Statement"] if isinstance(s, dict)]}
+def aws(monkeypatch):
+    with emulated_aws(monkeypatch) as emulated:
+        yield emulated
 
 
 def test_the_template_passes_the_linter():
@@ -61,117 +45,57 @@ def test_the_template_passes_the_linter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_stack_makes_a_role_that_sagemaker_may_use(cloud):
-    deploy(cloud)
-    role = cloud.client("iam").get_role(RoleName=STACK_ROLE)["Role"]
-    assert _trusts_sagemaker(role["AssumeRolePolicyDocument"])
-    repositories = cloud.client("ecr").describe_repositories()["repositories"]
+def test_the_stack_makes_a_role_that_sagemaker_may_use(aws):
+    deploy_stack(aws)
+    role = aws.client("iam").get_role(RoleName=STACK_ROLE)["Role"]
+    assert trusts_sagemaker(role["AssumeRolePolicyDocument"])
+    assert f"'aws:SourceAccount': '{ACCOUNT}'" in str(role["AssumeRolePolicyDocument"])
+    repositories = aws.client("ecr").describe_repositories()["repositories"]
     assert [r["repositoryName"] for r in repositories] == ["brain-to-text-training"]
     assert repositories[0]["imageTagMutability"] == "IMMUTABLE"
 
 
-def test_the_stack_can_make_the_bucket_and_the_way_to_s3(cloud):
-    ec2 = cloud.client("ec2")
+def test_the_stack_can_make_the_bucket_and_the_way_to_s3(aws):
+    ec2 = aws.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     table = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
-    deploy(
-        cloud,
-        CreateBucket="yes",
-        VpcId=vpc,
-        RouteTableIds=table["RouteTables"][0]["RouteTableId"],
-    )
-    cloud.client("s3").head_bucket(Bucket=BUCKET)
+    route = table["RouteTables"][0]["RouteTableId"]
+    deploy_stack(aws, CreateBucket="yes", VpcId=vpc, RouteTableIds=route)
+    aws.client("s3").head_bucket(Bucket=BUCKET)
     (endpoint,) = ec2.describe_vpc_endpoints()["VpcEndpoints"]
     assert endpoint["ServiceName"] == "com.amazonaws.us-east-1.s3"
-    assert any(
-        "ec2:CreateNetworkInterface" in s["Action"] for s in statements(job_policy_of(cloud))
-    )
+    assert evaluate(aws.policies_of(ROLE), "ec2:CreateNetworkInterface", "*") == "allowed"
 
 
-def test_the_role_may_log_into_the_mlflow_server_that_is_named(cloud):
-    server = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-tracking-server/speech"
-    deploy(cloud, MlflowServerArn=server)
-    needed = needed_permissions(JobSettings(s3_bucket=BUCKET, mlflow_tracking_uri=server))
-    asked = [pair for pair in needed if pair[0].startswith("sagemaker-mlflow:")]
-    policy = job_policy_of(cloud)
-    assert len(asked) == 8
-    assert all(allowed(policy, action, resource) for action, resource in asked)
+def test_policy_file_and_stack_say_the_same(aws):
+    deploy_stack(aws)
+    (document,) = aws.policies_of(ROLE)
+    assert document["Statement"] == policy_document("job_policy.json")["Statement"]
 
 
-def statements(policy):
-    found = policy["Statement"]
-    return found if isinstance(found, list) else [found]
-
-
-def test_policy_file_and_stack_say_the_same(cloud):
-    deploy(cloud)
-    text = (DOCUMENTS / "job_policy.json").read_text()
-    for blank, value in (
-        ("YOUR-BUCKET", BUCKET),
-        ("YOUR-REGION", REGION),
-        ("YOUR-ACCOUNT", ACCOUNT),
-    ):
-        text = text.replace(blank, value)
-    assert statements(json.loads(text)) == statements(job_policy_of(cloud))
-
-
-def allowed(policy, action, resource):
-    """Whether a statement allows the action on the resource; conditions aside."""
-
-    def matches(patterns, value):
-        listed = [patterns] if isinstance(patterns, str) else patterns
-        regexes = (re.escape(p).replace(r"\*", ".*") for p in listed)
-        return any(re.fullmatch(regex, value) for regex in regexes)
-
-    return any(
-        matches(s["Action"], action) and matches(s["Resource"], resource)
-        for s in statements(policy)
-        if s["Effect"] == "Allow"
-    )
-
-
-def test_the_role_may_do_all_that_the_preflight_asks_for(cloud):
-    deploy(cloud)
-    job = JobSettings(
-        s3_bucket=BUCKET,
-        image_uri=f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/brain-to-text-training:1",
-    )
-    policy = job_policy_of(cloud)
-    group = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:x"
-    for action, resource in needed_permissions(job):
-        place = group if action.startswith("logs:") else resource
-        assert allowed(policy, action, place), (action, place)
-
-
-def test_the_role_may_read_data_and_write_outputs_and_nothing_else(cloud):
-    cloud.client("s3").create_bucket(Bucket=BUCKET)
-    cloud.client("s3").put_object(Bucket=BUCKET, Key="data/set/x.hdf5", Body=b"x")
-    cloud.client("s3").put_object(Bucket=BUCKET, Key="private/diary", Body=b"x")
-    deploy(cloud)
-    # the emulation enforces the policies of users, so one gets the role's
-    iam = cloud.client("iam")
+def test_the_role_may_read_data_and_write_outputs_and_nothing_else(aws):
+    s3 = aws.client("s3")
+    s3.create_bucket(Bucket=BUCKET)
+    for key in ("data/set/x.hdf5", "private/diary", f"{OUTPUT_PREFIX}/j/output/model.tar.gz"):
+        s3.put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    iam = aws.client("iam")
     iam.create_user(UserName="job")
-    policy = json.dumps(job_policy_of(cloud))
+    policy = json.dumps(policy_document("job_policy.json"))
     iam.put_user_policy(UserName="job", PolicyName="training-job", PolicyDocument=policy)
     key = iam.create_access_key(UserName="job")["AccessKey"]
     job = boto3.Session(key["AccessKeyId"], key["SecretAccessKey"], region_name=REGION).client("s3")
-
-    @set_initial_no_auth_action_count(0)
-    def as_the_job():
-        job.get_object(Bucket=BUCKET, Key="data/set/x.hdf5")
-        job.list_objects_v2(Bucket=BUCKET)
-        job.put_object(Bucket=BUCKET, Key=f"{OUTPUT_PREFIX}/j/output/model.tar.gz", Body=b"m")
-        job.put_object(Bucket=BUCKET, Key="data/set/trial_manifest.json.gz", Body=b"m")
-        refused = [
-            lambda: job.get_object(Bucket=BUCKET, Key="private/diary"),
-            lambda: job.put_object(Bucket=BUCKET, Key="data/set/x.hdf5", Body=b"y"),
-            lambda: job.delete_object(Bucket=BUCKET, Key="data/set/x.hdf5"),
-        ]
-        for attempt in refused:
-            with pytest.raises(ClientError, match="AccessDenied"):
-                attempt()
-
-    as_the_job()
+    job.get_object(Bucket=BUCKET, Key="data/set/x.hdf5")
+    job.list_objects_v2(Bucket=BUCKET)
+    job.put_object(Bucket=BUCKET, Key=f"{OUTPUT_PREFIX}/j/output/model.tar.gz", Body=b"m")
+    job.put_object(Bucket=BUCKET, Key="data/set/trial_manifest.json.gz", Body=b"m")
+    for attempt in (
+        lambda: job.get_object(Bucket=BUCKET, Key="private/diary"),
+        lambda: job.put_object(Bucket=BUCKET, Key="data/set/x.hdf5", Body=b"y"),
+        lambda: job.delete_object(Bucket=BUCKET, Key="data/set/x.hdf5"),
+        lambda: job.delete_object(Bucket=BUCKET, Key=f"{OUTPUT_PREFIX}/j/output/model.tar.gz"),
+    ):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            attempt()
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
@@ -194,3 +118,104 @@ def test_the_template_names_what_the_launcher_and_the_push_expect():
     parameters = yaml.load(STACK.read_text(), Loader)["Parameters"]
     assert parameters["RoleName"]["Default"] == STACK_ROLE
     assert parameters["OutputPrefix"]["Default"] == OUTPUT_PREFIX
+
+
+# --- every command that the guides show ---------------------------------------------------------
+
+JOB = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/b2t-1"
+LOGS = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:"
+REPOSITORY = f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/brain-to-text-training"
+DATA, OUTPUTS = f"arn:aws:s3:::{BUCKET}/data/set/x", f"arn:aws:s3:::{BUCKET}/{OUTPUT_PREFIX}/j/x"
+S3 = f"arn:aws:s3:::{BUCKET}"
+PASSED = {"iam:passedtoservice": "sagemaker.amazonaws.com"}
+# Done by whoever owns the account, or asking AWS nothing.
+ADMINISTRATORS = ("aws cloudformation", "aws iam", "aws configure", "aws sso", "aws ssm")
+CALLS = {
+    "aws service-quotas list-service-quotas": [("servicequotas:ListServiceQuotas", "*")],
+    "aws service-quotas request-service-quota-increase": [
+        ("servicequotas:RequestServiceQuotaIncrease", "*")
+    ],
+    "aws s3 ls": [("s3:ListBucket", S3)],
+    "aws s3 sync": [
+        ("s3:ListBucket", S3),
+        ("s3:PutObject", DATA),
+        ("s3:GetObject", OUTPUTS),
+    ],
+    "aws logs tail": [("logs:FilterLogEvents", LOGS)],
+    "aws sagemaker list-mlflow-tracking-servers": [("sagemaker:ListMlflowTrackingServers", "*")],
+    "./build_and_push.sh": [
+        *((f"ecr:{action}", REPOSITORY) for action in ("DescribeRepositories", "DescribeImages")),
+        *((f"ecr:{action}", REPOSITORY) for action in ("CreateRepository", "PutLifecyclePolicy")),
+        *((f"ecr:{action}", REPOSITORY) for action in ("InitiateLayerUpload", "UploadLayerPart")),
+        *((f"ecr:{action}", REPOSITORY) for action in ("CompleteLayerUpload", "PutImage")),
+        ("ecr:BatchCheckLayerAvailability", REPOSITORY),
+        ("ecr:GetAuthorizationToken", "*"),
+    ],
+    "prepare_dataset.py": [
+        ("s3:ListBucket", S3),
+        ("s3:GetObject", DATA),
+        ("s3:PutObject", f"{S3}/data/set/trial_manifest.json.gz"),
+    ],
+    "evaluate_model.py": [("s3:ListBucket", S3), ("s3:GetObject", DATA), ("s3:GetObject", OUTPUTS)],
+    "train_model_sagemaker.py": [("s3:ListBucket", S3), ("s3:GetObject", DATA)],
+    "launch_sagemaker_job.py": [
+        ("sagemaker:CreateTrainingJob", JOB),
+        ("sagemaker:AddTags", JOB),
+        ("sagemaker:DescribeTrainingJob", JOB),
+        ("sagemaker:StopTrainingJob", JOB),
+        ("sagemaker:UpdateTrainingJob", JOB),
+        ("sagemaker:Search", "*"),
+        ("sagemaker:DescribeMlflowTrackingServer", "*"),
+        ("iam:PassRole", ROLE),
+        ("iam:GetRole", ROLE),
+        ("iam:SimulatePrincipalPolicy", ROLE),
+        ("ecr:BatchGetImage", REPOSITORY),
+        ("ecr:GetDownloadUrlForLayer", REPOSITORY),
+        ("servicequotas:ListServiceQuotas", "*"),
+        ("pricing:GetProducts", "*"),
+        *((f"ec2:Describe{what}", "*") for what in ("Subnets", "RouteTables", "VpcEndpoints")),
+        ("logs:DescribeLogStreams", LOGS),
+        ("logs:GetLogEvents", f"{LOGS}b2t-1/algo-1-1700000000"),
+        ("s3:ListBucket", S3),
+        ("s3:GetObject", DATA),
+        ("s3:GetObject", OUTPUTS),
+    ],
+}
+
+
+def commands():
+    """(guide, command) of every AWS command and every program of ours in the guides."""
+    for guide in GUIDES:
+        text = re.sub(r"\\\n\s*", " ", guide.read_text(encoding="utf-8"))
+        pattern = (
+            r"(?:\baws [a-z0-9-]+(?: [a-z][a-z0-9-]+)?|\./build_and_push\.sh|\b\w+\.py)(?=[\s`])"
+        )
+        for command in sorted(set(re.findall(pattern, text))):
+            yield guide.name, command
+
+
+@pytest.mark.parametrize("guide, command", list(commands()))
+def test_whoever_holds_the_launchers_policy_may_run_what_the_guides_show(guide, command):
+    ours = (CODE_FOLDER / command).exists() or command.endswith(".sh")
+    if command.startswith(ADMINISTRATORS) or not (ours or command.startswith("aws ")):
+        return
+    known = [calls for start, calls in CALLS.items() if command.startswith(start)]
+    assert known, f"{guide} shows `{command}`: add what it calls to CALLS"
+    policy = policy_document("launcher_policy.json")
+    for action, resource in known[0]:
+        assert evaluate([policy], action, resource, PASSED) == "allowed", (action, resource)
+
+
+def test_the_launchers_policy_holds_for_this_project_only():
+    policy = policy_document("launcher_policy.json")
+    for action, resource in (
+        ("iam:PassRole", ROLE.replace("brain-to-text", "administrator")),
+        ("s3:PutObject", f"{S3}/private/diary"),
+        ("s3:DeleteObject", DATA),
+        ("ecr:PutImage", REPOSITORY.replace("brain", "other")),
+        ("sagemaker:CreateEndpoint", "*"),
+    ):
+        assert evaluate([policy], action, resource, PASSED) == "implicitDeny", action
+    assert evaluate([policy], "iam:PassRole", ROLE, {}) == "implicitDeny"
+    elsewhere = {"iam:passedtoservice": "ec2.amazonaws.com"}
+    assert evaluate([policy], "iam:PassRole", ROLE, elsewhere) == "implicitDeny"

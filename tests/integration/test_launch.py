@@ -3,29 +3,29 @@
 import copy
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import launch_sagemaker_job as front_door
 import pytest
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
-from brain_to_text.launch.job_submission import _compose_for_the_sdk, _no_telemetry
 from brain_to_text.launch.jobs import job_state
 from brain_to_text.launch.launch import launch_training_job
-from brain_to_text.launch.request import CODE_FOLDER
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 from brain_to_text.launch.watch import LOG_GROUP, watch
-from support.aws_emulation import BUCKET, ROLE, emulated_aws, ready_to_train
+from support.aws_emulation import (
+    BUCKET,
+    ROLE,
+    emulated_aws,
+    launcher_policy,
+    log_in,
+    ready_to_train,
+)
 
 pytestmark = pytest.mark.aws
 
-# --no-deps: everything they need for training jobs is there already, for v2
-SDK_V3 = ("sagemaker-train==1.27.0", "sagemaker-core==2.27.0", "nest-asyncio==1.6.0")
 CASES = {
     "on demand": ([], {}),
     "spot with checkpoints": (
@@ -138,26 +138,12 @@ WIRE = {
 @pytest.fixture
 def aws(monkeypatch):
     with emulated_aws(monkeypatch) as emulated:
-        ready_to_train(emulated)
+        ready_to_train(emulated, monkeypatch)
         monkeypatch.setattr(front_door, "AwsAccount", lambda *_: emulated.account)
         yield emulated
 
 
-@pytest.fixture
-def sdk_v2(monkeypatch, tmp_path):
-    """SDK v2, silent, and not validating its settings file fifty times per job."""
-    config = pytest.importorskip("sagemaker.config.config", reason="SDK v2 is not installed")
-    monkeypatch.setattr(config, "validate_sagemaker_config", lambda *_: None)
-    monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(telemetry_off(tmp_path)))
-
-
-def telemetry_off(folder):
-    """The SDKs' settings file that keeps them from reporting home."""
-    path = folder / "sagemaker_defaults.yaml"
-    modules = {"Modules": {"TelemetryOptOut": True}}
-    settings = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": modules}}
-    path.write_text(json.dumps(settings))
-    return path
+NOT_KEYS = ("s3-bucket", "s3-data-prefix", "output-s3-uri", "config-file")
 
 
 def run(*arguments):
@@ -169,20 +155,16 @@ def basics(aws):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, sdk_v2, case, capsys):
+def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, case, capsys):
     options, settings = CASES[case]
     known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
     assert run(*basics(aws), "b2t-1", "--dry-run", *options) == 0
     announced = json.loads(capsys.readouterr().out)
-    launch_training_job(BUCKET, account=aws.account, sdk="v2", **known, **settings)
-    launch_training_job(
-        BUCKET, account=aws.account, sdk="boto3", **{**known, "job_name": "b2t-2"}, **settings
-    )
-    assert run(*basics(aws), "b2t-3", "--skip-checks", *options) == 0
-    by_sdk, by_boto, by_command = aws.sent
-    assert by_sdk == announced
-    for number, other in ((2, by_boto), (3, by_command)):
-        assert renamed(other, f"b2t-{number}") == announced
+    launch_training_job(BUCKET, account=aws.account, **known, **settings)
+    assert run(*basics(aws), "b2t-2", "--skip-checks", *options) == 0
+    by_function, by_command = aws.sent
+    assert by_function == announced
+    assert renamed(by_command, "b2t-2") == announced
     for field, value in WIRE[case].items():
         assert announced.get(field) == value, field
 
@@ -191,61 +173,7 @@ def renamed(request, name):
     return json.loads(json.dumps(request).replace(name, "b2t-1"))
 
 
-@pytest.mark.parametrize("wished", [None, False])
-def test_the_sdk_reports_nothing_home_unless_its_user_wishes(wished):
-    modules = {} if wished is None else {"TelemetryOptOut": wished}
-    session = SimpleNamespace(sagemaker_config={"SageMaker": {"PythonSDK": {"Modules": modules}}})
-    _no_telemetry(session)
-    assert modules["TelemetryOptOut"] is (wished is None)
-
-
-def test_the_sdk_looks_for_that_wish_where_it_is_put():
-    schema = pytest.importorskip("sagemaker.config.config_schema")
-    assert schema.TELEMETRY_OPT_OUT_PATH == "SageMaker.PythonSDK.Modules.TelemetryOptOut"
-
-
-@pytest.fixture(scope="session")
-def sdk_v3():
-    """A folder with SDK v3 that shadows v2 when it comes first on the path."""
-    folder = Path(__file__).parents[2] / ".local" / "sagemaker-v3"
-    if not (folder / "sagemaker" / "train").is_dir():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        done = subprocess.run(
-            [*install, str(folder), *SDK_V3], capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            pytest.skip(f"SDK v3 cannot be installed here: {done.stderr.strip()[-300:]}")
-    return folder
-
-
-def test_sdk_v3_sends_the_same_requests(aws, sdk_v3, tmp_path):
-    known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
-    announced = {
-        case: launch_training_job(BUCKET, dry_run=True, **known, **settings).request
-        for case, (_, settings) in CASES.items()
-    }
-    script = Path(__file__).parents[1] / "support" / "send_with_sdk_v3.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(announced),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(sdk_v3), str(CODE_FOLDER), str(script.parents[1])]),
-            "SAGEMAKER_VALIDATE_ROLE": "false",
-            "SAGEMAKER_USER_CONFIG_OVERRIDE": str(telemetry_off(tmp_path)),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    sent = json.loads(done.stdout.splitlines()[-1])
-    for request in sent.values():  # the API's own default, which v3 spells out
-        assert request["OutputDataConfig"].pop("CompressionType", "GZIP") == "GZIP"
-    assert sent == announced
-
-
-def test_a_bare_launch_checks_first_and_launches(aws, sdk_v2, capsys):
+def test_a_bare_launch_checks_first_and_launches(aws, capsys):
     assert run(*basics(aws), "b2t-1") == 0
     said = capsys.readouterr()
     assert "Checked: 0 errors, 0 warnings" in said.err
@@ -268,7 +196,7 @@ def test_check_only_checks(aws, capsys):
 
 
 def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
-    aws, sdk_v2, monkeypatch, tmp_path
+    aws, monkeypatch, tmp_path
 ):
     pushed = tmp_path / "image_uri"
     pushed.write_text(f"{aws.image_uri}\n")
@@ -282,12 +210,11 @@ def test_a_role_may_be_given_by_name(aws):
     launch_training_job(
         BUCKET,
         account=aws.account,
-        sdk="boto3",
         role="brain-to-text-training",
         image_uri=aws.image_uri,
     )
     assert aws.sent[0]["RoleArn"] == ROLE
-    with pytest.raises(JobError, match="does not exist"):
+    with pytest.raises(JobError, match="nobody"):
         launch_training_job(BUCKET, account=aws.account, role="nobody", image_uri=aws.image_uri)
 
 
@@ -324,17 +251,6 @@ def test_an_error_is_one_line_and_code_1(aws, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_sweep_is_launched_around_the_job(aws, tmp_path, capsys):
-    spec = tmp_path / "sweep.yaml"
-    spec.write_text("parameters: {lr_max: {min: 0.001, max: 0.01}}")
-    assert run(*basics(aws), "b2t-sweep", "--tune", spec) == 0
-    assert "--sweep b2t-sweep" in capsys.readouterr().out
-    sweeps = aws.client("sagemaker").list_hyper_parameter_tuning_jobs()
-    names = [s["HyperParameterTuningJobName"] for s in sweeps["HyperParameterTuningJobSummaries"]]
-    assert names == ["b2t-sweep"]
-    assert aws.sent == []
-
-
 # --- jobs that exist
 
 
@@ -342,7 +258,6 @@ def launched(aws, name="b2t-1"):
     launch_training_job(
         BUCKET,
         account=aws.account,
-        sdk="boto3",
         role=ROLE,
         image_uri=aws.image_uri,
         job_name=name,
@@ -350,10 +265,8 @@ def launched(aws, name="b2t-1"):
     )
 
 
-def test_list_describe_and_stop(aws, capsys):
+def test_describe_and_stop(aws, capsys):
     launched(aws)
-    assert run("--list") == 0
-    assert "b2t-1" in capsys.readouterr().out
     assert run("--describe", "b2t-1") == 0
     described = capsys.readouterr()
     assert json.loads(described.out)["TrainingJobName"] == "b2t-1"
@@ -363,13 +276,123 @@ def test_list_describe_and_stop(aws, capsys):
     assert "There is no training job b2t-none" in capsys.readouterr().err
 
 
+def test_the_list_holds_this_projects_jobs_whatever_their_names(aws, capsys):
+    assert run("--list") == 0
+    assert "No training jobs of this project" in capsys.readouterr().out
+    launched(aws, "any-name")
+    other = {**aws.sent[0], "TrainingJobName": "b2t-of-another-project", "Tags": []}
+    aws.client("sagemaker").create_training_job(**other)
+    assert run("--list") == 0
+    said = capsys.readouterr().out
+    assert "any-name" in said and "another-project" not in said
+
+
+def test_warm_instances_are_shown_and_given_back(aws, capsys):
+    launched(aws)
+    assert run("--release", "b2t-1") == 1
+    assert "launched without a warm pool" in capsys.readouterr().err
+    assert run(*basics(aws), "b2t-2", "--keep-alive-minutes", "360", "--skip-checks") == 0
+    assert run("--list") == 0
+    assert "--release b2t-2" in capsys.readouterr().out
+    assert run("--release", "b2t-2") == 0
+    capsys.readouterr()
+    assert run("--release", "b2t-2") == 1
+    assert "its warm pool is terminated" in capsys.readouterr().err
+
+
+def test_a_debug_shell_says_how_to_get_in(aws, capsys):
+    assert run(*basics(aws), "b2t-1", "--debug-shell", "--skip-checks") == 0
+    assert aws.sent[0]["RemoteDebugConfig"] == {"EnableRemoteDebug": True}
+    said = capsys.readouterr().out
+    assert "aws ssm start-session --target sagemaker-training-job:b2t-1_algo-1" in said
+
+
+# --- what was checked is what runs
+
+
+@pytest.fixture
+def edited(monkeypatch, tmp_path):
+    """A copy of code/ to edit, which the launcher takes for its own."""
+    shutil.copytree(CODE_FOLDER, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CODE_FOLDER.parent / "docker", tmp_path / "docker")
+    for room, name, place in (
+        ("request", "CODE_FOLDER", tmp_path / "code"),
+        ("image", "REPOSITORY", tmp_path),
+    ):
+        monkeypatch.setattr(f"brain_to_text.launch.{room}.{name}", place)
+    return tmp_path / "code"
+
+
+def test_768_units_edited_in_code_train_768(aws, edited, capsys):
+    path = edited / DEFAULT_CONFIG
+    path.write_text(path.read_text().replace("n_units: 1024", "n_units: 768"))
+    assert run(*basics(aws), "b2t-1") == 0
+    said = capsys.readouterr().err
+    assert f"{DEFAULT_CONFIG} was edited after the image was made" in said
+    sent = aws.sent[0]["HyperParameters"]
+    in_image = load_config(CODE_FOLDER / sent["config-file"])
+    assert int(sent.get("model.n_units", in_image.model.n_units)) == 768
+    dotted = {name: text for name, text in sent.items() if name not in NOT_KEYS}
+    assert load_config(CODE_FOLDER / sent["config-file"], dotted) == load_config(path)
+
+
+def test_a_touched_file_of_the_trainer_is_refused_by_name(aws, edited, capsys):
+    with (edited / "train_model_sagemaker.py").open("a") as file:
+        file.write("# touched\n")
+    assert run(*basics(aws), "b2t-1") == 1
+    said = capsys.readouterr()
+    assert (
+        "other code than is here (code/train_model_sagemaker.py): run ./build_and_push" in said.err
+    )
+    assert "Nothing was launched" in said.out
+    assert run(*basics(aws), "b2t-1", "--accept-code-difference") == 0
+    assert "warning: The image was made of other code" in capsys.readouterr().err
+    assert len(aws.sent) == 1
+
+
+# --- rights
+
+
+@pytest.mark.parametrize(
+    "action, arguments, code, said",
+    [
+        ("sagemaker:CreateTrainingJob", [], 1, "not authorized to perform: sagemaker:CreateTr"),
+        ("sagemaker:AddTags", [], 1, "not authorized to perform: sagemaker:AddTags"),
+        ("iam:PassRole", [], 1, "not authorized to perform: iam:PassRole"),
+        ("iam:GetRole", [], 0, "warning: AWS refused while looking at role"),
+        ("sagemaker:Search", ["--list"], 1, "not authorized to perform: sagemaker:Search"),
+        ("sagemaker:DescribeTrainingJob", ["--watch", "b2t-0"], 1, "DescribeTrainingJob"),
+        ("s3:GetObject", ["--fetch", "b2t-0"], 1, "downloading s3://"),
+    ],
+)
+def test_without_an_action_of_the_policy_one_sentence_names_it(
+    aws, monkeypatch, tmp_path, action, arguments, code, said, capsys
+):
+    launched(aws, "b2t-0")
+    log_in(aws, monkeypatch, launcher_policy(without=action))
+    where = ["--to", tmp_path / "job"] if "--fetch" in arguments else []
+    assert run(*(arguments or [*basics(aws), "b2t-1"]), *where) == code
+    text = capsys.readouterr().err
+    assert said in text and "launcher_policy.json" in text
+    assert "Traceback" not in text
+
+
+def test_a_deny_of_the_organisation_is_not_blamed_on_the_policy(aws, capsys):
+    condition = {"Bool": {"sagemaker:NetworkIsolation": "false"}}
+    deny = {"Effect": "Deny", "Action": "sagemaker:CreateTrainingJob", "Resource": "*"}
+    aws.organisation = [{"Statement": [{**deny, "Condition": condition}]}]
+    assert run(*basics(aws), "b2t-1") == 1
+    text = capsys.readouterr().err
+    assert "your organisation forbids it" in text and "launcher_policy.json" not in text
+
+
 class Script:
     """A job that goes through given states, and logs given lines on the way."""
 
     def __init__(self, aws, states, lines=(), **description):
         self.states, self.lines, self.polls = list(states), list(lines), 0
         self.logs = aws.client("logs")
-        client = aws.client("sagemaker")
+        client = aws.account.client("sagemaker")
         original = client.describe_training_job
 
         def describe(TrainingJobName):
@@ -467,7 +490,7 @@ def test_losing_sight_of_aws_for_a_moment_is_survived(aws):
 
     launched(aws)
     Script(aws, ["InProgress", "InProgress", "Completed"])
-    client = aws.client("sagemaker")
+    client = aws.account.client("sagemaker")
     scripted, calls = client.describe_training_job, []
 
     def flaky(**place):
@@ -487,7 +510,7 @@ def test_watching_gives_up_when_aws_stays_silent_and_says_the_job_is_safe(aws):
     launched(aws)
     Script(aws, ["InProgress"])
     assert job_state("b2t-1", aws.account).status == "InProgress"
-    client = aws.client("sagemaker")
+    client = aws.account.client("sagemaker")
     scripted, calls = client.describe_training_job, []
 
     def silent(**place):
@@ -549,7 +572,7 @@ def test_fetching_a_running_job_brings_its_log(aws, tmp_path, capsys):
     assert "There is no model yet" in capsys.readouterr().out
 
 
-def test_fetching_a_local_job_needs_only_its_bucket(aws, tmp_path):
+def test_fetching_a_job_that_sagemaker_does_not_know_needs_only_its_bucket(aws, tmp_path):
     aws.client("s3").put_object(
         Bucket=BUCKET,
         Key="sagemaker-outputs/local-1/output/model.tar.gz",
@@ -557,36 +580,6 @@ def test_fetching_a_local_job_needs_only_its_bucket(aws, tmp_path):
     )
     assert run("--fetch", "local-1", "--s3-bucket", BUCKET, "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/model/training_log").read_bytes() == LOG
-
-
-def test_fetching_a_job_of_this_machine_needs_only_its_name(aws, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("brain_to_text.launch.fetch.LOCAL_JOBS", tmp_path / "notes")
-    monkeypatch.setattr("brain_to_text.launch.launch.run_locally", lambda request, _: "b2t-here")
-    here = ("--instance-type", "local", "--job-name", "b2t-here", "--image-uri", "image:1")
-    assert run("--s3-bucket", BUCKET, *here, "--skip-checks") == 0
-    assert "--fetch b2t-here" in capsys.readouterr().out
-    assert run("--fetch", "b2t-here", "--to", tmp_path / "job") == 1
-    assert "it has not ended, or it failed" in capsys.readouterr().err
-    root, s3 = "sagemaker-outputs/b2t-here/output", aws.client("s3")
-    s3.put_object(Bucket=BUCKET, Key=f"{root}/model.tar.gz", Body=archived(training_log=LOG))
-    packed_by_local_mode = archived(**{"data__report.html": b"page", "success": b""})
-    s3.put_object(Bucket=BUCKET, Key=f"{root}/output.tar.gz", Body=packed_by_local_mode)
-    assert run("--fetch", "b2t-here", "--to", tmp_path / "job") == 0
-    assert (tmp_path / "job/output/report.html").read_bytes() == b"page"
-    assert f"--s3-bucket {BUCKET} --s3-data-prefix data/" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("plugin, bridged", [("v5.1.0", True), ("v2.40.0", False), ("", False)])
-def test_local_mode_gets_a_compose_that_the_sdk_knows(tmp_path, monkeypatch, plugin, bridged):
-    said = f"echo Docker Compose version {plugin}" if plugin else "exit 1"
-    (tmp_path / "docker").write_text(f"#!/bin/sh\n{said}\n")
-    (tmp_path / "docker").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
-    with _compose_for_the_sdk():
-        found = shutil.which("docker-compose")
-        assert bool(found) == bridged
-    assert os.environ["PATH"].startswith(str(tmp_path))
-    assert shutil.which("docker-compose") is None
 
 
 def test_fetching_a_job_that_left_nothing(aws, tmp_path, capsys):

@@ -379,15 +379,36 @@ def test_the_largest_batch_is_tried_and_changes_nothing(data, train):
         assert torch.equal(value, tried.last()["model"][name]), name
 
 
-AVERAGING = {"ema_decay": 0.9, "lr_max": 0.1, "lr_min": 0.1, "epsilon": 1e-3}
+AVERAGING = {
+    "ema_decay": 0.9,
+    "lr_max": 0.1,
+    "lr_min": 0.1,
+    "epsilon": 1e-3,
+    "classifier": "factored",
+}
+
+
+def with_plain_classifier(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A factored model's weights as they leave the run."""
+    plain = {name: value for name, value in weights.items() if not name.startswith("out.")}
+    for kind in ("weight", "bias"):
+        pairs = weights[f"out.residual.{kind}"].view(41, 41, -1).clone()
+        for i in range(41):
+            pairs[i] += weights[f"out.previous.{kind}"][i]
+        for i in range(41):
+            pairs[:, i] += weights[f"out.current.{kind}"][i]
+        plain[f"out.{kind}"] = pairs.view(weights[f"out.residual.{kind}"].shape)
+    return plain
 
 
 def assert_averaged(run: Run, model: dict[str, torch.Tensor]) -> None:
     """`model` has the averaged weights of the run's last state, which differ from its own."""
     last = run.last()
     average = dict(zip(last["model"], last["train_step"]["average"], strict=True))
-    assert not torch.equal(last["model"]["out.weight"], average["out.weight"])
-    for name, value in average.items():
+    assert not torch.equal(last["model"]["out.current.weight"], average["out.current.weight"])
+    expected = with_plain_classifier(average)
+    assert model.keys() == expected.keys()
+    for name, value in expected.items():
         assert torch.equal(model[name], value), name
 
 
@@ -402,7 +423,7 @@ def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
     monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
     run = train("job", "--data-dir", str(data), save_final_model=True, **AVERAGING)
     assert run.code == 0, run.said
-    assert_averaged(run, validated[-1])
+    assert_averaged(run, with_plain_classifier(validated[-1]))
     assert_averaged(run, run.best()["model_state_dict"])
     final = run.folder / "model/checkpoint/final_checkpoint"
     assert_averaged(run, torch.load(final, weights_only=True)["model_state_dict"])
@@ -440,13 +461,15 @@ def test_early_stopping_ends_the_run(data, train):
     assert run.last()["run"]["step"] < 20
 
 
-def test_a_new_run_starts_from_given_weights_by_session_name(data, train):
-    first = train("first", "--data-dir", str(data))
+@pytest.mark.parametrize("classifier", ["plain", "factored"])
+def test_a_new_run_starts_from_given_weights_by_session_name(data, train, classifier):
+    first = train("first", "--data-dir", str(data), classifier="factored")
     second = train(
         "second",
         *("--data-dir", str(data)),
         init_from_checkpoint=True,
         init_checkpoint_path=first.folder / "model",
+        classifier=classifier,
         sessions="[t15.2023.08.18, t15.2023.08.11]",
         lr_max=0,
         lr_min=0,
@@ -458,7 +481,8 @@ def test_a_new_run_starts_from_given_weights_by_session_name(data, train):
     old, new = first.best()["model_state_dict"], second.best()["model_state_dict"]
     assert torch.equal(old["day_weights.2"], new["day_weights.0"])
     assert torch.equal(old["day_weights.0"], new["day_weights.1"])
-    assert torch.equal(old["gru.weight_hh_l1"], new["gru.weight_hh_l1"])
+    for name in ("gru.weight_hh_l1", "out.weight", "out.bias"):
+        assert torch.equal(old[name], new[name]), name
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -1,28 +1,43 @@
-"""An AWS account for tests: moto, plus what it lacks, plus a ready-to-train set-up.
+"""An AWS account for tests, over HTTP: moto, plus what it lacks, under the policies of who calls.
 
-Price list, service quotas, policy simulation, MLflow servers and image layers are answered by
-handlers on the session's events, so that the code under test makes its real calls.
+Every call is held against the caller's policies (`policies`), as the account would do; what moto
+lacks is answered by evaluating the account's own state: policy simulation by the policies, prices
+by the filters asked for, image configurations by what was pushed. A request that breaks the
+service's model is refused. The command line, SDKs and other processes reach it by its endpoint.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
-import gzip
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator
+import re
+import threading
+import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
+from xml.sax.saxutils import escape
 
+import boto3
 import numpy as np
+import yaml
 from botocore.loaders import create_loader
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.launch.account import AwsAccount
-from moto import mock_aws
+from brain_to_text.launch.image import LABEL, fingerprints
+from brain_to_text.launch.request import CODE_FOLDER
+from brain_to_text.launch.service_model import breaches
+from moto.iam.models import iam_backends
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug import Request, Response
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from .aws_calls import Call
+from .policies import Document, evaluate
 
 ACCOUNT = "123456789012"
 REGION = "us-east-1"
@@ -30,89 +45,381 @@ BUCKET = "speech-data"
 PREFIX = "data/hdf5_data_diphone_encoded"
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/brain-to-text-training"
 REPOSITORY = "brain-to-text-training"
-TRUST = {
-    "Version": "2012-10-17",
-    "Statement": [
-        {
-            "Effect": "Allow",
-            "Principal": {"Service": "sagemaker.amazonaws.com"},
-            "Action": "sts:AssumeRole",
-        }
-    ],
-}
+USER = "researcher"
+ADMINISTRATOR = "AKIAADMINISTRATOR000"  # may do everything; the tests' own hand
 CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+    "AWS_ACCESS_KEY_ID": ADMINISTRATOR,
     "AWS_SECRET_ACCESS_KEY": "secretsecretsecret",
     "AWS_DEFAULT_REGION": REGION,
 }
-
-
+DOCUMENTS = CODE_FOLDER / "aws"
 _shared_loader = functools.cache(create_loader)
 
 
 @dataclass
 class EmulatedAccount:
-    """The account, and what its emulated extra services answer; tests change the answers.
+    """The account's state beyond moto's; tests change it as an administrator would.
 
     Attributes:
-        quotas: by quota name. denied: actions that the policy simulation refuses.
-        isolation_demanded: it refuses training jobs without network isolation.
-        mlflow_servers: "Active" or "Inactive" by name. layers: content by digest.
-        prices: dollars per hour by instance type. refused: services that answer AccessDenied.
-        sent: the request bodies of CreateTrainingJob, as they went over the wire.
+        quotas: by quota name, in `REGION`; what is not named is 0, as in a new account.
+        mlflow_servers: "Active" or "Inactive" by name.
+        layers: content of pushed image configurations by digest.
+        prices: dollars per hour of training by instance type.
+        organisation: policies that hold for everybody in the account (their Deny statements).
+        sent: requests of CreateTrainingJob and tuning jobs, as they came over the wire.
     """
 
-    account: AwsAccount
+    endpoint: str
+    account: AwsAccount = field(init=False)
     image_uri: str = ""
     quotas: dict[str, float] = field(default_factory=dict)
-    denied: set[str] = field(default_factory=set)
-    isolation_demanded: bool = False
     mlflow_servers: dict[str, str] = field(default_factory=dict)
     layers: dict[str, bytes] = field(default_factory=dict)
     prices: dict[str, float] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
+    organisation: list[Document] = field(default_factory=list)
+    warm_pools: dict[str, str] = field(default_factory=dict)
     sent: list[dict[str, Any]] = field(default_factory=list)
 
     def client(self, service: str) -> Any:
-        return self.account.client(service)
+        """A client of the administrator's."""
+        session = boto3.Session(
+            ADMINISTRATOR, CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=REGION
+        )
+        return session.client(service, endpoint_url=self.endpoint)
+
+    # --- who may what
+
+    def policies_of(self, arn: str) -> list[Document]:
+        """The documents attached to a user or role."""
+        kind, _, name = arn.split(":", 5)[5].partition("/")
+        backend = iam_backends[ACCOUNT]["aws"]
+        name = name.rpartition("/")[2]
+        owner = backend.get_user(name) if kind == "user" else backend.get_role(name)
+        texts: list[Any] = list(owner.policies.values())
+        # a stack's policies are kept as Python writes them, which YAML reads
+        documents = [yaml.safe_load(text) if isinstance(text, str) else text for text in texts]
+        return [_without_gaps(document) for document in documents]
+
+    def decision(self, arn: str, action: str, resource: str, context: dict[str, str]) -> str:
+        keys = {name.lower(): value for name, value in context.items()}
+        for document in self.organisation:
+            if evaluate([document], action, resource, keys) == "explicitDeny":
+                return "explicitDeny"
+        return evaluate(self.policies_of(arn), action, resource, keys)
+
+    def refusal(self, call: Call) -> str | None:
+        """Why the caller may not do this; None if they may."""
+        if call.key == ADMINISTRATOR:
+            return None
+        user = iam_backends[ACCOUNT]["aws"].get_user_from_access_key_id(call.key)
+        if user is None:
+            return f"The access key {call.key} belongs to nobody."
+        for asked in call.asked(ACCOUNT):
+            found = self.decision(user.arn, asked.action, asked.resource, dict(asked.context))
+            if found != "allowed":
+                why = "with an explicit deny in a service control policy"
+                return (
+                    f"User: {user.arn} is not authorized to perform: {asked.action} on resource: "
+                    f"{asked.resource} {why if found == 'explicitDeny' else ''}".rstrip()
+                )
+        return None
+
+    # --- what moto has no service for
+
+    def answer(self, call: Call, request: Request) -> Response | None:
+        """Our own answer to a call; None to leave it to moto."""
+        handler = getattr(self, f"_{call.service.replace('-', '')}_{call.operation}", None)
+        return None if handler is None else handler(call, request)
+
+    def _servicequotas_ListServiceQuotas(self, call: Call, request: Request) -> Response:
+        names = sorted(self.quotas)
+        start, page = int(call.params.get("NextToken", 0)), 3
+        found = [{"QuotaName": n, "Value": self.quotas[n]} for n in names[start : start + page]]
+        more = {"NextToken": str(start + page)} if start + page < len(names) else {}
+        return _json({"Quotas": found, **more})
+
+    def _pricing_GetProducts(self, call: Call, request: Request) -> Response:
+        products: list[dict[str, Any]] = []
+        for name, price in self.prices.items():
+            for use, factor in (("Host", 2.0), ("Train", 1.0)):
+                usage = {"usagetype": f"USE1-{use}:{name}", "component": use}
+                attributes = {"regionCode": REGION, "instanceName": name, **usage}
+                rate = {"pricePerUnit": {"USD": str(price * factor)}}
+                terms = {"OnDemand": {"a": {"priceDimensions": {"b": rate}}}}
+                products.append({"product": {"attributes": attributes}, "terms": terms})
+        wanted = {f["Field"]: f["Value"] for f in call.params["Filters"]}
+        found = [p for p in products if wanted.items() <= p["product"]["attributes"].items()]
+        return _json({"PriceList": [json.dumps(product) for product in found]})
+
+    def _iam_SimulatePrincipalPolicy(self, call: Call, request: Request) -> Response:
+        form = request.form
+        arn = form["PolicySourceArn"]
+        actions = [v for k, v in form.items() if k.startswith("ActionNames.member")]
+        resources = [v for k, v in form.items() if k.startswith("ResourceArns.member")] or ["*"]
+        entry = re.compile(r"ContextEntries\.member\.(\d+)\.ContextKeyName")
+        context = {
+            value: form[f"ContextEntries.member.{match[1]}.ContextKeyValues.member.1"]
+            for name, value in form.items()
+            if (match := entry.fullmatch(name))
+        }
+        members = "".join(
+            f"<member><EvalActionName>{escape(action)}</EvalActionName>"
+            f"<EvalResourceName>{escape(resource)}</EvalResourceName>"
+            f"<EvalDecision>{self.decision(arn, action, resource, context)}</EvalDecision></member>"
+            for action in actions
+            for resource in resources
+        )
+        return _xml(
+            "<SimulatePrincipalPolicyResponse><SimulatePrincipalPolicyResult><IsTruncated>false"
+            f"</IsTruncated><EvaluationResults>{members}</EvaluationResults>"
+            "</SimulatePrincipalPolicyResult></SimulatePrincipalPolicyResponse>"
+        )
+
+    def _ecr_GetDownloadUrlForLayer(self, call: Call, request: Request) -> Response:
+        digest = call.params["layerDigest"]
+        if digest not in self.layers:
+            return _json({"__type": "LayersNotFoundException", "message": digest}, 400)
+        return _json({"downloadUrl": f"{self.endpoint}/pushed-layers/{digest}"})
+
+    def _sagemaker_DescribeMlflowTrackingServer(self, call: Call, request: Request) -> Response:
+        state = self.mlflow_servers.get(call.params["TrackingServerName"])
+        if state is None:
+            return _json({"__type": "ResourceNotFound", "message": "no such server"}, 400)
+        status = {"Active": "Started", "Inactive": "Stopped"}[state]
+        return _json({"IsActive": state, "TrackingServerStatus": status})
+
+    def _sagemaker_CreateTrainingJob(self, call: Call, request: Request) -> Response | None:
+        self.sent.append(dict(call.params))
+        if call.params["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
+            self.warm_pools[call.params["TrainingJobName"]] = "Available"
+        return _refused_by_the_model(call)
+
+    def _sagemaker_CreateHyperParameterTuningJob(self, call: Call, request: Request):
+        self.sent.append(dict(call.params))
+        return _refused_by_the_model(call)
+
+    def _sagemaker_UpdateTrainingJob(self, call: Call, request: Request) -> Response:
+        if call.params.get("ResourceConfig") == {"KeepAlivePeriodInSeconds": 0}:
+            self.warm_pools[call.params["TrainingJobName"]] = "Terminated"
+        return _refused_by_the_model(call) or _json({"TrainingJobArn": "arn:aws:sagemaker:x"})
+
+    def completed(self, call: Call, response: Response) -> Response:
+        """moto's answer with what it leaves out."""
+        if call.service != "sagemaker" or response.status_code != 200:
+            return response
+        content = json.loads(response.get_data() or b"{}")
+        for job in (
+            content,
+            *(found.get("TrainingJob", {}) for found in content.get("Results", [])),
+        ):
+            if job.get("TrainingJobName") in self.warm_pools:
+                job["WarmPoolStatus"] = {"Status": self.warm_pools[job["TrainingJobName"]]}
+        response.set_data(json.dumps(content))
+        return response
+
+
+def _refused_by_the_model(call: Call) -> Response | None:
+    for breach in breaches("sagemaker", call.operation, call.params):
+        said = f"Value {breach.value!r} at {breach.path} is not {breach.rule}"
+        return _json({"__type": "ValidationException", "message": said}, 400)
+    return None
+
+
+def _without_gaps(document: Document) -> Document:
+    """moto keeps a stack's AWS::NoValue among the statements, where the service leaves it out."""
+    return {**document, "Statement": [s for s in document["Statement"] if isinstance(s, dict)]}
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(content), status, content_type="application/x-amz-json-1.1")
+
+
+def _xml(content: str, status: int = 200) -> Response:
+    return Response(content, status, content_type="text/xml")
+
+
+def _denied(call: Call, message: str) -> Response:
+    said = f"<Code>AccessDenied</Code><Message>{escape(message)}</Message>"
+    if call.service == "s3":
+        return _xml(f"<Error>{said}</Error>", 403)
+    if call.service in ("iam", "sts", "cloudformation"):
+        return _xml(f"<ErrorResponse><Error>{said}</Error></ErrorResponse>", 403)
+    if call.service == "ec2":
+        said = said.replace("AccessDenied", "UnauthorizedOperation")
+        return _xml(f"<Response><Errors><Error>{said}</Error></Errors></Response>", 403)
+    return _json({"__type": "AccessDeniedException", "message": message}, 400)
+
+
+class _Front:
+    """The HTTP side: hands calls to the account of the test that runs, then to moto."""
+
+    def __init__(self) -> None:
+        self.moto = DomainDispatcherApplication(create_backend_app)
+        self.emulated: EmulatedAccount | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        request = Request(environ)
+        if request.path.startswith("/pushed-layers/") and self.emulated:
+            content = self.emulated.layers[request.path.rpartition("/")[2]]
+            return Response(content)(environ, start_response)
+        call = Call.of(request) if request.path != "/moto-api/reset" else None
+        if call is None or self.emulated is None:
+            return self._from_moto(request)(environ, start_response)
+        refusal = self.emulated.refusal(call)
+        if refusal is not None:
+            return _denied(call, refusal)(environ, start_response)
+        own = self.emulated.answer(call, request)
+        answer = own or self.emulated.completed(call, self._from_moto(request))
+        return answer(environ, start_response)
+
+    def _from_moto(self, request: Request) -> Response:
+        body = request.get_data()
+        environ = {**request.environ, "CONTENT_LENGTH": str(len(body))}
+        environ["wsgi.input"] = io.BytesIO(body)
+        environ["wsgi.input_terminated"] = True
+        return Response.from_app(self.moto, environ, buffered=True)
+
+
+class _Silent(WSGIRequestHandler):
+    def log(self, *_: Any) -> None:
+        pass
+
+
+@functools.cache
+def _front() -> tuple[_Front, str]:
+    """One server for all tests of this process, and its endpoint."""
+    front = _Front()
+    server = make_server("127.0.0.1", 0, front, threaded=True, request_handler=_Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return front, f"http://127.0.0.1:{server.server_port}"
 
 
 @contextmanager
 def emulated_aws(monkeypatch: Any) -> Iterator[EmulatedAccount]:
     """An empty account in us-east-1, reachable by the standard provider chain."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+    front, endpoint = _front()
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_REGION", "SAGEMAKER_ROLE", "SAGEMAKER_ROLE_ARN", "BRAIN_TO_TEXT_IMAGE_URI"):
+    for name in ("SAGEMAKER_ROLE", "SAGEMAKER_ROLE_ARN", "BRAIN_TO_TEXT_IMAGE_URI"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in CREDENTIALS.items():
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
         monkeypatch.setenv(name, value)
     # reading the service models again for every test's session takes most of its time
     monkeypatch.setattr("botocore.session.create_loader", _shared_loader)
-    with mock_aws():
-        emulated = EmulatedAccount(AwsAccount(REGION))
-        emulated.quotas = {
-            f"{kind} for {use}": 2.0
-            for kind in ("ml.g5.2xlarge", "ml.g4dn.xlarge", "ml.g5.12xlarge")
-            for use in ("training job usage", "spot training job usage")
-        }
-        emulated.prices = {"ml.g5.2xlarge": 1.5}
-        _answer(emulated)
+    front.emulated = None
+    reset = urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).read()
+    emulated = front.emulated = EmulatedAccount(endpoint)
+    emulated.quotas = {
+        f"{kind} for {use}": 2.0
+        for kind in ("ml.g5.2xlarge", "ml.g4dn.xlarge", "ml.g5.12xlarge")
+        for use in ("training job usage", "spot training job usage")
+    }
+    emulated.prices = {"ml.g5.2xlarge": 1.5}
+    emulated.account = AwsAccount(REGION)
+    try:
         yield emulated
+    finally:
+        front.emulated = None
 
 
-def ready_to_train(emulated: EmulatedAccount) -> None:
-    """Fill the account: bucket, dataset with a fresh manifest, role, image."""
+def ready_to_train(emulated: EmulatedAccount, monkeypatch: Any) -> None:
+    """Fill the account: bucket, dataset, role and repository of the stack, image of this code; and
+    log in as somebody who holds the launcher's policy."""
     emulated.client("s3").create_bucket(Bucket=BUCKET)
     put_dataset(emulated)
-    emulated.client("iam").create_role(
-        RoleName=ROLE.rsplit("/", 1)[-1], AssumeRolePolicyDocument=json.dumps(TRUST)
+    deploy_stack(emulated)
+    emulated.image_uri = put_image(emulated, {LABEL: json.dumps(fingerprints())})
+    log_in(emulated, monkeypatch, launcher_policy())
+
+
+def deploy_stack(emulated: EmulatedAccount, **parameters: str) -> None:
+    """code/aws/stack.yaml, as `aws cloudformation deploy` would."""
+    given = {"DataBucket": BUCKET, **parameters}
+    emulated.client("cloudformation").create_stack(
+        StackName="brain-to-text",
+        TemplateBody=(DOCUMENTS / "stack.yaml").read_text(),
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+        Parameters=[{"ParameterKey": k, "ParameterValue": v} for k, v in given.items()],
     )
-    emulated.client("ecr").create_repository(repositoryName=REPOSITORY)
-    emulated.image_uri = put_image(emulated, "amd64")
 
 
-def put_image(emulated: EmulatedAccount, architecture: str) -> str:
-    """Push an image index for one architecture; returns its digest URI."""
+def launcher_policy(without: str | None = None) -> dict[str, Any]:
+    """code/aws/launcher_policy.json for this account, perhaps without one action."""
+    return policy_document("launcher_policy.json", without)
+
+
+def policy_document(name: str, without: str | None = None) -> dict[str, Any]:
+    """A document of code/aws for this account, perhaps without one action."""
+    text = (DOCUMENTS / name).read_text()
+    for blank, value in (
+        ("YOUR-BUCKET", BUCKET),
+        ("YOUR-REGION", REGION),
+        ("YOUR-ACCOUNT", ACCOUNT),
+    ):
+        text = text.replace(blank, value)
+    policy: dict[str, Any] = json.loads(text)
+    for statement in policy["Statement"] if without else ():
+        actions = statement["Action"]
+        listed = [actions] if isinstance(actions, str) else actions
+        statement["Action"] = [action for action in listed if action != without]
+    policy["Statement"] = [statement for statement in policy["Statement"] if statement["Action"]]
+    return policy
+
+
+def log_in(emulated: EmulatedAccount, monkeypatch: Any, policy: Document) -> None:
+    """Become a user with this policy: in the environment, and in `emulated.account`."""
+    iam = emulated.client("iam")
+    if not [u for u in iam.list_users()["Users"] if u["UserName"] == USER]:
+        iam.create_user(UserName=USER)
+        key = iam.create_access_key(UserName=USER)["AccessKey"]
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        emulated.account = AwsAccount(REGION)
+    iam.put_user_policy(UserName=USER, PolicyName="launcher", PolicyDocument=json.dumps(policy))
+
+
+def allow_role(emulated: EmulatedAccount, policy: Document) -> None:
+    """Replace what the stack lets the job's role do."""
+    emulated.client("iam").put_role_policy(
+        RoleName=ROLE.rpartition("/")[2],
+        PolicyName="training-job",
+        PolicyDocument=json.dumps(policy),
+    )
+
+
+def put_image(
+    emulated: EmulatedAccount,
+    labels: dict[str, str] | None = None,
+    architecture: str = "amd64",
+    tag: str | None = None,
+) -> str:
+    """Push an image as build_and_push.sh does; returns its digest URI."""
+    config = {"architecture": architecture, "config": {"Labels": labels or {}}}
+    content = json.dumps(config).encode()
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    emulated.layers[digest] = content
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {
+            "mediaType": "application/vnd.docker.container.image.v1+json",
+            "digest": digest,
+            "size": len(content),
+        },
+        "layers": [],
+    }
+    text = json.dumps(manifest)
+    own = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    emulated.client("ecr").put_image(
+        repositoryName=REPOSITORY, imageManifest=text, imageTag=tag or own[7:15], imageDigest=own
+    )
+    return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{REPOSITORY}@{own}"
+
+
+def put_image_index(emulated: EmulatedAccount, architecture: str) -> str:
+    """Push an index of images for one architecture; returns its digest URI."""
+    platform = {"architecture": architecture, "os": "linux"}
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
@@ -121,7 +428,7 @@ def put_image(emulated: EmulatedAccount, architecture: str) -> str:
                 "mediaType": "application/vnd.oci.image.manifest.v1+json",
                 "digest": "sha256:" + hashlib.sha256(architecture.encode()).hexdigest(),
                 "size": 2,
-                "platform": {"architecture": architecture, "os": "linux"},
+                "platform": platform,
             }
         ],
     }
@@ -130,29 +437,6 @@ def put_image(emulated: EmulatedAccount, architecture: str) -> str:
     )["image"]
     host = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
     return f"{host}/{REPOSITORY}@{image['imageId']['imageDigest']}"
-
-
-def put_labelled_image(emulated: EmulatedAccount, labels: dict[str, str]) -> str:
-    """Push a plain image, as build_and_push.sh does, with labels; returns its digest URI."""
-    config = json.dumps({"architecture": "amd64", "config": {"Labels": labels}}).encode()
-    digest = "sha256:" + hashlib.sha256(config).hexdigest()
-    emulated.layers[digest] = config
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {
-            "mediaType": "application/vnd.docker.container.image.v1+json",
-            "digest": digest,
-            "size": len(config),
-        },
-        "layers": [],
-    }
-    text = json.dumps(manifest)
-    own = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    emulated.client("ecr").put_image(
-        repositoryName=REPOSITORY, imageManifest=text, imageTag=own[7:15], imageDigest=own
-    )
-    return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{REPOSITORY}@{own}"
 
 
 def put_dataset(
@@ -180,95 +464,16 @@ def put_dataset(
                     split=split,
                     key=key,
                     trial="trial_0000",
-                    n_time_steps=2,
+                    n_time_steps=60,
                     n_features=n_features,
                     dtype="<f4",
                     offset=0,
-                    length=2 * n_features * 4,
+                    length=60 * n_features * 4,
                     crc32=0,
-                    class_ids=np.array([42], np.int32),
+                    class_ids=np.array([42] if n_classes == 1681 else [1], np.int32),
                     phoneme_ids=np.array([1], np.int32),
                 )
             )
     form = "self_loop" if n_classes == 1681 else "phoneme"
     manifest = TrialManifest(tuple(trials), files, n_features, n_classes, form)
     s3.put_object(Bucket=BUCKET, Key=f"{prefix}/trial_manifest.json.gz", Body=manifest.to_bytes())
-
-
-def _answer(emulated: EmulatedAccount) -> None:
-    """Handlers for what moto does not implement, and a recorder of what is sent."""
-    events = emulated.account.session.events
-
-    def parsed(answer: dict[str, Any], status: int = 200) -> tuple[Any, dict[str, Any]]:
-        return SimpleNamespace(status_code=status), answer
-
-    def refusable(service: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-        def handler(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
-            if service in emulated.refused:
-                refusal = {"Code": "AccessDeniedException", "Message": "not authorized"}
-                return parsed({"Error": refusal}, 403)
-            return parsed(answer(params))
-
-        return handler
-
-    def quotas(_: dict[str, Any]) -> dict[str, Any]:
-        return {"Quotas": [{"QuotaName": k, "Value": v} for k, v in emulated.quotas.items()]}
-
-    def simulate(params: dict[str, Any]) -> dict[str, Any]:
-        body = params["body"]
-        action = next(value for name, value in body.items() if name.startswith("ActionNames"))
-        denied = action in emulated.denied
-        if action == "sagemaker:CreateTrainingJob" and emulated.isolation_demanded:
-            entries = {name: value for name, value in body.items() if "ContextEntries" in name}
-            key = next(n for n, v in entries.items() if v == "sagemaker:NetworkIsolation")
-            place = key.rsplit(".", 1)[0]
-            denied = "true" not in [v for n, v in entries.items() if n.startswith(place)]
-        decision = "implicitDeny" if denied else "allowed"
-        return {"EvaluationResults": [{"EvalActionName": action, "EvalDecision": decision}]}
-
-    def products(params: dict[str, Any]) -> dict[str, Any]:
-        filters = json.loads(params["body"])["Filters"]
-        wanted = {entry["Field"]: entry["Value"] for entry in filters}
-        name = wanted["instanceName"]
-        found = []
-        for usage, factor in ((f"USE1-Host:{name}", 2.0), (f"USE1-Train:{name}", 1.0)):
-            if name in emulated.prices:
-                price = {"pricePerUnit": {"USD": str(emulated.prices[name] * factor)}}
-                found.append(
-                    json.dumps(
-                        {
-                            "product": {"attributes": {"usagetype": usage}},
-                            "terms": {"OnDemand": {"a": {"priceDimensions": {"b": price}}}},
-                        }
-                    )
-                )
-        return {"PriceList": found}
-
-    def mlflow_server(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
-        name = json.loads(params["body"])["TrackingServerName"]
-        state = emulated.mlflow_servers.get(name)
-        if state is None:
-            return parsed({"Error": {"Code": "ResourceNotFound", "Message": name}}, 400)
-        status = {"Active": "Started", "Inactive": "Stopped"}[state]
-        return parsed({"IsActive": state, "TrackingServerStatus": status})
-
-    def layer(params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
-        digest = json.loads(params["body"])["layerDigest"]
-        if digest not in emulated.layers:
-            return parsed({"Error": {"Code": "LayersNotFoundException", "Message": digest}}, 400)
-        content = base64.b64encode(emulated.layers[digest]).decode()
-        return parsed({"downloadUrl": f"data:application/json;base64,{content}"})
-
-    def record(params: dict[str, Any], **_: Any) -> None:
-        body = params["body"]
-        text = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-        emulated.sent.append(json.loads(text))
-
-    events.register(
-        "before-call.service-quotas.ListServiceQuotas", refusable("service-quotas", quotas)
-    )
-    events.register("before-call.iam.SimulatePrincipalPolicy", refusable("iam", simulate))
-    events.register("before-call.pricing.GetProducts", refusable("pricing", products))
-    events.register("before-call.sagemaker.DescribeMlflowTrackingServer", mlflow_server)
-    events.register("before-call.ecr.GetDownloadUrlForLayer", layer)
-    events.register("before-call.sagemaker.CreateTrainingJob", record)

@@ -14,6 +14,7 @@ from typing import Any
 
 from brain_to_text.config import TrainingConfig, config_keys
 from brain_to_text.config_reader import LEGACY_KEYS, load_config
+from brain_to_text.gpus import OLDEST_CAPABILITY
 from brain_to_text.launch.pricing import estimate, gpu_of, table
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
 
@@ -69,25 +70,30 @@ def options_table() -> str:
 
 
 def instance_table() -> str:
-    """GPU types the image supports: price, and what the full diphone run would take."""
+    """GPU types the image supports, by number and kind of GPUs; the smallest with its figures."""
     config = load_config(CODE_FOLDER / DEFAULT_CONFIG)
-    rows = []
+    rows: dict[tuple[str, int, str], list[str]] = {}
     for name, row in table()["types"].items():
-        gpu = gpu_of(name)
-        if gpu is None or gpu.capability < 7.5:
+        gpu, family = gpu_of(name), name.split(".")[1]
+        if gpu is None or gpu.capability < OLDEST_CAPABILITY:
+            continue
+        known = rows.get((family, row["gpus"], row["gpu"]))
+        if known is not None:
+            known[0] += f", {name.split('.')[2]}"
             continue
         made = estimate(config, name)
         dollars = "?" if made.usd is None else f"${made.usd:.0f}"
         hourly = "?" if made.usd_per_hour is None else f"${made.usd_per_hour:.2f}"
-        basis = "measured" if made.measured else "estimate"
         first = table()["first_estimates"].get(name)
         early = f"{first['hours']} h, ${first['usd']}" if first else ""
-        rows.append(
-            [f"`{name}`", f"{row['gpus']} x {gpu.name} {gpu.memory_gib:g} GiB"]
-            + [f"{row['ram_gib']} GiB", hourly, f"{made.hours:.1f} h", dollars, basis, early]
-        )
-    header = ["type", "GPUs", "RAM", "per hour", "150,000 steps", "cost", "basis"]
-    return markdown([*header, "first estimate"], rows)
+        rows[family, row["gpus"], row["gpu"]] = [
+            f"`{name}`",
+            f"{row['gpus']} x {row['gpu']} {gpu.memory_gib:g} GiB",
+            *(f"{row['ram_gib']} GiB", hourly, f"{made.hours:.1f} h", dollars),
+            *("measured" if made.measured else "estimate", early),
+        ]
+    header = ["type (and larger)", "GPUs", "RAM", "per hour", "150,000 steps", "cost", "basis"]
+    return markdown([*header, "first estimate"], list(rows.values()))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -102,7 +108,8 @@ def filled(text: str) -> str:
     """The guide's text with every marked table made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+        if match := pattern.search(text):
+            text = f"{text[: match.end(1)]}{make()}\n{text[match.start(2) :]}"
     return text
 
 

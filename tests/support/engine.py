@@ -32,7 +32,7 @@ def build_image(
     tag: str,
     *options: str,
     base_image: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
+    show: Callable[[str], object] = lambda line: None,
 ) -> str:
     """Build the image under a local tag and return "NAME:TAG"; `show` is given each line.
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .engine import docker
 from .local_s3 import LocalS3
@@ -29,7 +30,7 @@ def fit(
     job: str,
     image: str,
     bucket: str,
-    hyperparameters: Mapping[str, object],
+    hyperparameters: Mapping[str, Any],
     s3: LocalS3,
     folder: Path,
     *,

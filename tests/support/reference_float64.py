@@ -88,7 +88,7 @@ def ctc_by_enumeration(log_probs: torch.Tensor, labels: list[int]) -> torch.Tens
     for path in itertools.product(range(C), repeat=T):
         merged = [c for c, _ in itertools.groupby(path)]
         if [c for c in merged if c != 0] == labels:
-            total.append(sum(log_probs[t, c] for t, c in enumerate(path)))
+            total.append(torch.stack([log_probs[t, c] for t, c in enumerate(path)]).sum())
     if not total:
         return torch.tensor(math.inf, dtype=torch.float64)
     return -torch.logsumexp(torch.stack(total), 0)
@@ -121,7 +121,7 @@ def ctc(log_probs: torch.Tensor, labels: list[int]) -> torch.Tensor:
 def marginalise(log_probs: torch.Tensor, n: int) -> torch.Tensor:
     """P(c) = sum over p of P(n p + c), one phoneme at a time."""
     probs = log_probs.exp()
-    return torch.stack([sum(probs[:, n * p + c] for p in range(n)) for c in range(n)], dim=1).log()
+    return torch.stack([probs[:, c::n].sum(1) for c in range(n)], dim=1).log()
 
 
 def multiplier(step: int, peak: float, least: float, decay: int, warmup: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
-from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.dataset.hdf5_writer import Layout, TrialContents, data_file_bytes
+from brain_to_text.labels.diphones import LabelForm, encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 
 WORDS = (
@@ -18,7 +18,12 @@ N_FEATURES = 6
 
 
 def small_trial(
-    session: str, index: int, seed: int, *, form: str | None = "self_loop", split: str = "train"
+    session: str,
+    index: int,
+    seed: int,
+    *,
+    form: LabelForm | None = "self_loop",
+    split: str = "train",
 ) -> TrialContents:
     """A trial with long enough features for its few labels; form None gives phoneme labels."""
     rng = np.random.default_rng(seed)
@@ -44,10 +49,14 @@ def small_trial(
 
 
 def write_small_dataset(
-    folder: Path, *, form: str | None = "self_loop", layout: str = "contiguous", trials: int = 3
+    folder: Path,
+    *,
+    form: LabelForm | None = "self_loop",
+    layout: Layout = "contiguous",
+    trials: int = 3,
 ) -> dict[str, np.ndarray]:
     """Two sessions with train and val, the second with test too; returns features by trial name."""
-    features = {}
+    features: dict[str, np.ndarray] = {}
     for s, session in enumerate(SESSIONS):
         for p, split in enumerate(("train", "val", "test")):
             if split == "test" and s == 0:

@@ -156,6 +156,17 @@ def test_time_masking_zeroes_smoothed_features_and_is_off_by_default() -> None:
     assert DataTransformsConfig().time_mask_share == 0
 
 
+def test_channel_masking_zeroes_other_channels_in_each_trial_and_is_off_by_default() -> None:
+    _, plain, _ = augment(smooth_data=True)
+    _, masked, _ = augment(smooth_data=True, channel_mask_share=0.25)
+    lost = (masked == 0).all(dim=1)  # [B, C]
+    assert (lost.sum(1) == round(0.25 * masked.shape[2])).all()
+    assert len({tuple(row.tolist()) for row in lost}) == len(lost)
+    kept = ~lost.unsqueeze(1).expand_as(masked)
+    torch.testing.assert_close(masked[kept], plain[kept])  # other channels are as without
+    assert DataTransformsConfig().channel_mask_share == 0
+
+
 def test_compiled_augmentation_is_the_same_and_does_not_recompile_for_new_lengths() -> None:
     compiled: list[int] = []
 

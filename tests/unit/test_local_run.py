@@ -7,21 +7,6 @@ import local_run
 import pytest
 from support import local_mode
 
-LOG = """\
-2026-01-01 10:00:00: Train batch 0: loss: 6.62 grad norm: 31.16 time: 2.927
-2026-01-01 10:00:01: Val batch 0: DER (avg): 0.9970 CTC Loss (avg): 6.6 time: 2.7 PER (avg): 1.0
-2026-01-01 10:00:01:   t15.2023.08.11 DER: 0.9974 PER: 1.0054 PER_path: 1.2440 CTC_loss: 6.6369
-2026-01-01 10:01:00: Val batch 100: DER (avg): 0.5000 CTC Loss (avg): 2.1 time: 2.7
-2026-01-01 10:02:00: Val batch 100: DER (avg): 0.4000 CTC Loss (avg): 2.0 time: 2.7 PER (avg): 0.3
-"""
-
-
-def test_the_curve_is_read_from_the_contracts_log_lines():
-    assert local_run.read_curve(LOG) == [
-        local_run.CurvePoint(0, 0.9970, 6.6, 1.0),
-        local_run.CurvePoint(100, 0.4, 2.0, 0.3),  # validated again after a resume: the last counts
-    ]
-
 
 def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
     terminal = io.StringIO()

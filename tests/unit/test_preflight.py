@@ -4,22 +4,32 @@ import json
 
 import pytest
 from botocore.parsers import ResponseParserError
+from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
-from brain_to_text.launch.preflight import preflight
-from brain_to_text.launch.request import JobSettings
+from brain_to_text.launch.account_checks import check_account
+from brain_to_text.launch.checks import check_data, check_image, check_machine
+from brain_to_text.launch.image import LABEL, fingerprints
+from brain_to_text.launch.launch import preflight
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings, resolve_config
 from support.aws_emulation import (
+    ACCOUNT,
     BUCKET,
     PREFIX,
     REPOSITORY,
     ROLE,
+    allow_role,
+    deploy_stack,
     emulated_aws,
+    log_in,
+    policy_document,
     put_dataset,
     put_image,
-    put_labelled_image,
+    put_image_index,
     ready_to_train,
 )
 
-SERVER = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/speech"
+SERVER = f"arn:aws:sagemaker:us-east-1:{ACCOUNT}:mlflow-tracking-server/speech"
+CONFIG = load_config(CODE_FOLDER / DEFAULT_CONFIG)
 
 pytestmark = pytest.mark.aws
 
@@ -27,479 +37,442 @@ pytestmark = pytest.mark.aws
 @pytest.fixture
 def aws(monkeypatch):
     with emulated_aws(monkeypatch) as emulated:
-        ready_to_train(emulated)
         yield emulated
 
 
-def findings(aws, **settings):
-    given = {
-        "s3_bucket": BUCKET,
-        "role": ROLE,
-        "image_uri": aws.image_uri,
-        "job_name": "b2t-1",
-        **settings,
-    }
-    report = preflight(JobSettings(**given), aws.account)
-    assert all("\n" not in finding.text for finding in report.findings)
-    return report
+@pytest.fixture
+def ready(aws, monkeypatch):
+    ready_to_train(aws, monkeypatch)
+    return aws
 
 
-def names(report, severity="error"):
-    return [finding.name for finding in report.of(severity)]
+def job(**settings):
+    known = {"s3_bucket": BUCKET, "role": ROLE, "job_name": "b2t-1", **settings}
+    return JobSettings(**known)
 
 
-def test_a_job_that_is_ready_has_no_findings(aws):
-    report = findings(aws)
+def names(findings, severity="error"):
+    found = list(findings)
+    assert all("\n" not in finding.text for finding in found)
+    return [finding.name for finding in found if finding.severity == severity]
+
+
+def text_of(findings, name):
+    (text,) = [finding.text for finding in findings if finding.name == name]
+    return text
+
+
+def test_a_job_that_is_ready_has_no_findings(ready):
+    report = preflight(job(image_uri=ready.image_uri), ready.account)
     assert report.lines()[-1] == "Checked: 0 errors, 0 warnings"
     assert report.findings == ()
     assert "AWS Price List, us-east-1" in "\n".join(report.lines())
 
 
-# --- settings against the machine
+def test_several_errors_are_reported_together(ready):
+    report = preflight(job(role=None, s3_data_prefix="nowhere"), ready.account)
+    assert names(report.findings) == ["role-missing", "image-missing", "data-missing"]
+
+
+def test_a_wrong_configuration_is_the_only_finding(ready):
+    report = preflight(job(overrides={"model.n_unit": "3"}), ready.account)
+    assert names(report.findings) == ["config"]
+    assert "model.n_units" in report.findings[0].text
+
+
+def test_no_credentials(ready, monkeypatch):
+    def refuse(**_):
+        raise JobError("No AWS credentials were found while asking AWS who you are: run ...")
+
+    monkeypatch.setattr(
+        type(ready.account), "identity", property(lambda self: refuse()), raising=False
+    )
+    assert names(preflight(job(), ready.account).findings) == ["credentials"]
+
+
+@pytest.mark.parametrize("call", ["sts.GetCallerIdentity", "ecr.BatchGetImage"])
+def test_a_page_of_a_proxy_instead_of_an_answer(ready, call):
+    def page(**_):
+        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
+
+    service = call.split(".")[0]
+    ready.account.client(service).meta.events.register(f"before-call.{call}", page)
+    report = preflight(job(image_uri=ready.image_uri), ready.account)
+    if service == "sts":
+        assert names(report.findings) == ["credentials"]
+    else:
+        assert names(report.findings, "warning") == ["image-unchecked"]
+        assert names(report.findings) == []
+    assert "could not be reached" in report.findings[0].text
+
+
+# --- the instance type
 
 
 @pytest.mark.parametrize(
     "name, severity, settings, said",
     [
-        ("config", "error", {"overrides": {"model.n_unit": "3"}}, "model.n_units"),
-        ("instance-unknown", "warning", {"instance_type": "ml.g5.3xlarge"}, "did you mean ml.g5."),
         ("instance-cpu", "warning", {"instance_type": "ml.m5.xlarge"}, "ml.g5.2xlarge"),
         ("gpu-too-old", "error", {"instance_type": "ml.p3.2xlarge"}, "V100"),
         ("gpu-memory", "error", {"batch_size": 512}, "--batch-size"),
-        ("gpu-memory-tight", "warning", {"batch_size": 210}, "--batch-size 105"),
         ("max-run", "error", {"max_run_hours": 2.0}, "--max-run-hours"),
-        ("max-run-tight", "warning", {"max_run_hours": 8.0}, "--max-run-hours"),
-        ("max-run-quota", "warning", {"max_run_hours": 200.0}, "120 h"),
-        ("volume-key", "error", {"volume_kms_key": "alias/aws/ebs"}, "--volume-kms-key"),
-        ("volume-too-large", "error", {"volume_gb": 500}, "450"),
     ],
 )
-def test_settings_that_do_not_fit_the_machine(aws, name, severity, settings, said):
-    report = findings(aws, **settings)
-    matching = [finding for finding in report.of(severity) if finding.name == name]
-    assert len(matching) == 1 and said in matching[0].text
+def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
+    asked = job(**settings)
+    findings = list(check_machine(asked, resolve_config(asked)[2]))
+    assert name in names(findings, severity)
+    assert said in findings[0].text
 
 
-def test_the_batch_size_that_is_suggested_fits(aws):
-    text = findings(aws, batch_size=512).of("error")[0].text
-    suggested = int(text.split("--batch-size ")[1].rstrip("."))
-    assert names(findings(aws, batch_size=suggested)) == []
+def test_the_batch_size_that_is_suggested_fits():
+    text = text_of(check_machine(job(), load_config(None, {"batch_size": 512})), "gpu-memory")
+    fits = text.split("--batch-size ")[1].rstrip(".")
+    smaller = check_machine(job(), load_config(None, {"batch_size": fits}))
+    assert "gpu-memory" not in names(smaller)
 
 
-def test_a_local_job_needs_data_and_no_account(aws):
-    aws.refused.add("iam")
-    local = {"instance_type": "local_gpu", "role": None, "image_uri": "image:1"}
-    assert findings(aws, **local).findings == ()
-    assert names(findings(aws, **local, s3_data_prefix="nowhere")) == ["data-missing"]
+# --- role, permissions, quota
 
 
-# --- who runs it
+@pytest.fixture
+def role(aws):
+    deploy_stack(aws)
+    return aws
 
 
-def test_no_credentials(aws, monkeypatch):
-    def refuse(**_):
-        raise JobError("No AWS credentials were found while asking AWS who you are: run ...")
+def account_findings(aws, **settings):
+    image = f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{REPOSITORY}:1"
+    return list(check_account(job(image_uri=image, **settings), aws.account))
 
-    monkeypatch.setattr(
-        type(aws.account), "identity", property(lambda self: refuse()), raising=False
-    )
-    assert names(findings(aws)) == ["credentials"]
+
+def test_the_stacks_own_role_is_enough(role):
+    assert account_findings(role) == []
 
 
 def test_no_role(aws):
-    assert names(findings(aws, role=None)) == ["role-missing"]
+    assert names(account_findings(aws, role=None)) == ["role-missing"]
 
 
 def test_unknown_role(aws):
-    assert names(findings(aws, role=ROLE + "-x")) == ["role-unknown"]
+    assert names(account_findings(aws)) == ["role-unknown"]
 
 
-def test_role_of_another_account(aws):
-    role = ROLE.replace("123456789012", "210987654321")
-    assert names(findings(aws, role=role)) == ["role-account"]
-
-
-def test_role_that_does_not_trust_sagemaker(aws):
-    trust = {
-        "Version": "2012-10-17",
-        "Statement": {
-            "Effect": "Allow",
-            "Principal": {"Service": "ec2.amazonaws.com"},
-            "Action": "sts:AssumeRole",
-        },
-    }
-    aws.client("iam").create_role(RoleName="other", AssumeRolePolicyDocument=json.dumps(trust))
-    assert names(findings(aws, role=ROLE.rsplit("/", 1)[0] + "/other")) == ["role-trust"]
+def test_role_that_does_not_trust_sagemaker(role):
+    trust = json.dumps(policy_document("trust_policy.json")).replace("sagemaker", "ec2")
+    role.client("iam").update_assume_role_policy(
+        RoleName="brain-to-text-training", PolicyDocument=trust
+    )
+    assert names(account_findings(role)) == ["role-trust"]
 
 
 @pytest.mark.parametrize(
     "action, resource",
     [
-        ("s3:ListBucket", f"arn:aws:s3:::{BUCKET}."),
-        ("s3:PutObject", f"arn:aws:s3:::{BUCKET}/sagemaker-outputs/*"),
+        ("s3:ListBucket", f"arn:aws:s3:::{BUCKET}:"),
+        ("s3:GetObject", f"{PREFIX}/"),
+        ("s3:PutObject", "sagemaker-outputs/b2t-1/output/model.tar.gz"),
         ("ecr:BatchGetImage", f"repository/{REPOSITORY}"),
-        ("logs:PutLogEvents", "*"),
+        ("logs:CreateLogStream", "/aws/sagemaker/TrainingJobs:log-stream:b2t-1/"),
+        ("logs:PutLogEvents", "/aws/sagemaker/TrainingJobs:log-stream:b2t-1/"),
+        ("cloudwatch:PutMetricData", "*"),
     ],
 )
-def test_role_without_a_permission(aws, action, resource):
-    aws.denied.add(action)
-    errors = findings(aws).of("error")
-    assert [finding.name for finding in errors] == ["permission-denied"]
-    assert action in errors[0].text and resource.rstrip(".") in errors[0].text
+def test_role_without_a_permission(role, action, resource):
+    allow_role(role, policy_document("job_policy.json", without=action))
+    findings = account_findings(role)
+    assert set(names(findings)) == {"permission-denied"}
+    assert all(action in finding.text for finding in findings)
+    assert resource in findings[0].text
 
 
-def test_user_who_may_not_pass_the_role(aws):
-    aws.denied.add("iam:PassRole")
-    assert names(findings(aws)) == ["pass-role"]
-
-
-def test_user_who_may_not_start_such_jobs(aws):
-    aws.denied.add("sagemaker:CreateTrainingJob")
-    report = findings(aws)
-    assert names(report) == ["launch-denied"]
-    assert "ml.g5.2xlarge in us-east-1" in report.of("error")[0].text
-
-
-def test_organisation_that_demands_network_isolation(aws):
-    aws.isolation_demanded = True
-    assert names(findings(aws)) == ["network-isolation"]
+def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
+    deny = {"Effect": "Deny", "NotAction": "s3:*", "Resource": "*"}
+    role.organisation = [{"Statement": [deny]}]
+    denied = {f.text.split(" may not ")[1].split(" on ")[0] for f in account_findings(role)}
+    assert "logs:PutLogEvents" in denied
+    assert not [action for action in denied if action.startswith("s3:")]
 
 
 @pytest.mark.parametrize(
-    "settings, action, place",
+    "settings, said",
     [
-        ({"checkpoint_s3_uri": "s3://other/states"}, "s3:PutObject", "other/states/*"),
-        ({"subnets": ("s",), "security_group_ids": ("g",)}, "ec2:CreateNetworkInterface", "*"),
-        ({"mlflow_tracking_uri": SERVER}, "sagemaker-mlflow:LogBatch", "speech"),
+        ({"checkpoint_s3_uri": "s3://other/states"}, "s3:PutObject on arn:aws:s3:::other/states/"),
+        ({"init_from_checkpoint": "s3://b/models/best"}, "s3:GetObject on arn:aws:s3:::b/models"),
+        ({"debug_shell": True}, "AllowShell=yes"),
+        ({"mlflow_tracking_uri": SERVER}, "MlflowServerArn"),
+        ({"output_kms_key": f"arn:aws:kms:us-east-1:{ACCOUNT}:key/1"}, "KmsKeyArn"),
     ],
 )
-def test_role_without_what_a_setting_needs(aws, settings, action, place):
-    aws.denied.add(action)
-    texts = [f.text for f in findings(aws, **settings).of("error") if f.name == "permission-denied"]
-    assert any(action in text and place in text for text in texts)
+def test_role_without_what_a_setting_needs(role, settings, said):
+    role.mlflow_servers["speech"] = "Active"
+    assert any(said in finding.text for finding in account_findings(role, **settings))
 
 
-def test_role_that_may_not_read_the_model_to_start_from(aws):
-    aws.denied.add("s3:GetObject")
-    uri = f"s3://{BUCKET}/models/best_checkpoint"
-    aws.client("s3").put_object(Bucket=BUCKET, Key="models/best_checkpoint", Body=b"w")
-    texts = [finding.text for finding in findings(aws, init_from_checkpoint=uri).of("error")]
-    assert any("models/best_checkpoint" in text for text in texts)
+def test_what_the_stacks_parameters_give_is_enough(aws):
+    key = f"arn:aws:kms:us-east-1:{ACCOUNT}:key/1"
+    deploy_stack(aws, AllowShell="yes", MlflowServerArn=SERVER, KmsKeyArn=key)
+    aws.mlflow_servers["speech"] = "Active"
+    settings = {"debug_shell": True, "mlflow_tracking_uri": SERVER, "output_kms_key": key}
+    assert account_findings(aws, **settings) == []
 
 
-def test_permissions_that_cannot_be_simulated(aws):
-    aws.refused.add("iam")
-    assert names(findings(aws), "warning") == ["permissions-unchecked"]
-
-
-def test_quota_too_small(aws):
-    report = findings(aws, instance_count=3, batch_size=48)
-    assert names(report) == ["quota"]
-    assert "is 2 and the job needs 3" in report.of("error")[0].text
-
-
-def test_spot_has_a_quota_of_its_own(aws):
-    aws.quotas["ml.g5.2xlarge for spot training job usage"] = 0
-    assert names(findings(aws)) == []
-    assert names(findings(aws, spot=True)) == ["quota"]
-
-
-def test_warm_pools_have_a_quota_of_their_own(aws):
-    report = findings(aws, keep_alive_minutes=10)
-    assert names(report) == ["quota-warm-pool"]
-    aws.quotas["ml.g5.2xlarge for training warm pool usage"] = 1
-    assert names(findings(aws, keep_alive_minutes=10)) == []
-
-
-def test_quota_that_does_not_exist(aws):
-    assert names(findings(aws, instance_type="ml.g6.2xlarge"), "warning") == ["quota-unknown"]
-
-
-def test_quota_that_cannot_be_read(aws):
-    aws.refused.add("service-quotas")
-    assert names(findings(aws), "warning") == ["quota-unchecked"]
-
-
-def test_name_that_is_taken(aws):
-    aws.client("sagemaker").create_training_job(
-        TrainingJobName="b2t-1",
-        RoleArn=ROLE,
-        AlgorithmSpecification={"TrainingInputMode": "File", "TrainingImage": "i"},
-        OutputDataConfig={"S3OutputPath": "s3://a/b"},
-        ResourceConfig={"InstanceType": "ml.m5.large", "InstanceCount": 1, "VolumeSizeInGB": 1},
-        StoppingCondition={"MaxRuntimeInSeconds": 60},
+def test_permissions_that_you_may_not_simulate(role, monkeypatch):
+    log_in(
+        role, monkeypatch, policy_document("launcher_policy.json", "iam:SimulatePrincipalPolicy")
     )
-    assert names(findings(aws)) == ["job-name-taken"]
+    findings = account_findings(role)
+    assert names(findings, "warning") == ["permissions-unchecked"]
+    assert names(findings) == []
 
 
-def test_unknown_key(aws):
-    assert names(findings(aws, output_kms_key="alias/none")) == ["key-unknown"]
+def test_quota_too_small(role):
+    findings = account_findings(role, instance_count=3)
+    assert names(findings) == ["quota"]
+    assert "is 2 and the job needs 3" in findings[0].text
 
 
-def test_disabled_key(aws):
-    kms = aws.client("kms")
-    key = kms.create_key()["KeyMetadata"]["KeyId"]
-    kms.disable_key(KeyId=key)
-    assert names(findings(aws, output_kms_key=key)) == ["key-disabled"]
+@pytest.mark.parametrize(
+    "settings, use",
+    [
+        ({"spot": True}, "spot training job usage"),
+        ({"keep_alive_minutes": 10}, "training warm pool usage"),
+    ],
+)
+def test_spot_and_warm_pools_have_quotas_of_their_own(role, settings, use):
+    role.quotas[f"ml.g5.2xlarge for {use}"] = 0
+    assert names(account_findings(role)) == []
+    assert use in text_of(account_findings(role, **settings), "quota")
+    role.quotas[f"ml.g5.2xlarge for {use}"] = 1
+    assert names(account_findings(role, **settings)) == []
+
+
+def test_quota_that_you_may_not_read(role, monkeypatch):
+    log_in(
+        role,
+        monkeypatch,
+        policy_document("launcher_policy.json", "servicequotas:ListServiceQuotas"),
+    )
+    assert names(account_findings(role), "warning") == ["quota-unchecked"]
 
 
 # --- network
 
 
-def network(aws, *, endpoint):
+@pytest.mark.parametrize("endpoint, expected", [(False, ["network-no-s3"]), (True, [])])
+def test_subnet_with_and_without_a_way_to_s3(aws, endpoint, expected):
     ec2 = aws.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.0.0/24")["Subnet"]["SubnetId"]
     group = ec2.create_security_group(GroupName="g", Description="g", VpcId=vpc)["GroupId"]
-    if endpoint:
-        tables = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
-        ec2.create_vpc_endpoint(
-            VpcId=vpc,
-            ServiceName="com.amazonaws.us-east-1.s3",
-            RouteTableIds=[tables["RouteTables"][0]["RouteTableId"]],
-        )
-    return subnet, group
+    tables = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
+    table = tables["RouteTables"][0]["RouteTableId"]
+    given = {"VpcId": vpc, "RouteTableIds": table} if endpoint else {}
+    deploy_stack(aws, **given)
+    findings = account_findings(aws, subnets=(subnet,), security_group_ids=(group,))
+    assert [name for name in names(findings) if name != "permission-denied"] == expected
 
 
-def test_subnet_that_does_not_exist(aws):
-    report = findings(aws, subnets=("subnet-0123",), security_group_ids=("sg-0123",))
-    assert names(report) == ["network-unknown"]
-
-
-def test_subnet_and_security_group_of_two_networks(aws):
-    (subnet, _), (_, group) = network(aws, endpoint=True), network(aws, endpoint=True)
-    report = findings(aws, subnets=(subnet,), security_group_ids=(group,))
-    assert names(report) == ["network-mixed"]
-
-
-@pytest.mark.parametrize("endpoint, expected", [(False, ["network-no-s3"]), (True, [])])
-def test_subnet_with_and_without_a_way_to_s3(aws, endpoint, expected):
-    subnet, group = network(aws, endpoint=endpoint)
-    assert names(findings(aws, subnets=(subnet,), security_group_ids=(group,))) == expected
-
-
-# --- image
-
-
-def test_no_image(aws):
-    assert names(findings(aws, image_uri=None)) == ["image-missing"]
-
-
-def test_image_outside_ecr(aws):
-    assert names(findings(aws, image_uri="docker.io/me/image:1")) == ["image-not-ecr"]
-
-
-def test_image_in_another_region(aws):
-    uri = aws.image_uri.replace("us-east-1", "eu-west-1")
-    assert names(findings(aws, image_uri=uri)) == ["image-region"]
-
-
-def test_unknown_repository(aws):
-    uri = aws.image_uri.replace(REPOSITORY, "something-else")
-    assert names(findings(aws, image_uri=uri)) == ["repository-unknown"]
-
-
-def test_unknown_digest(aws):
-    uri = aws.image_uri.split("@")[0] + "@sha256:" + "0" * 64
-    assert names(findings(aws, image_uri=uri)) == ["image-unknown"]
-
-
-def test_image_for_another_processor(aws):
-    assert names(findings(aws, image_uri=put_image(aws, "arm64"))) == ["image-architecture"]
-
-
-def test_tag_that_moves(aws):
-    put_image(aws, "latest")
-    uri = aws.image_uri.split("@")[0] + ":latest"
-    report = findings(aws, image_uri=uri)
-    assert "image-moving-tag" in names(report, "warning")
+def test_subnet_that_does_not_exist(role):
+    findings = account_findings(role, subnets=("subnet-0123",), security_group_ids=("sg-0123",))
+    assert "network-unchecked" in names(findings, "warning")
 
 
 # --- MLflow
 
 
-ELSEWHERE = "https://mlflow.example.org"
-
-
-def test_image_with_and_without_mlflow(aws):
-    image = put_labelled_image(aws, {"brain-to-text.mlflow": "yes"})
-    assert findings(aws, image_uri=image, mlflow_tracking_uri=ELSEWHERE).findings == ()
-    image = put_labelled_image(aws, {"brain-to-text.mlflow": "no"})
-    assert findings(aws, image_uri=image).findings == ()  # nobody asked for MLflow
-    report = findings(aws, image_uri=image, mlflow_tracking_uri=ELSEWHERE)
-    assert names(report) == ["image-without-mlflow"]
-    assert "./build_and_push.sh --mlflow" in report.of("error")[0].text
-
-
-def test_image_that_says_nothing_about_mlflow(aws):
-    report = findings(aws, mlflow_tracking_uri=ELSEWHERE)
-    assert names(report, "warning") == ["image-mlflow-unchecked"]
-
-
 def test_mlflow_server_of_sagemaker(aws):
-    settings = {
-        "image_uri": put_labelled_image(aws, {"brain-to-text.mlflow": "yes"}),
-        "mlflow_tracking_uri": SERVER,
-    }
-    assert names(findings(aws, **settings)) == ["mlflow-unknown"]
+    deploy_stack(aws, MlflowServerArn=SERVER)
+    assert names(account_findings(aws, mlflow_tracking_uri=SERVER)) == ["mlflow-unknown"]
     aws.mlflow_servers["speech"] = "Inactive"
-    report = findings(aws, **settings)
-    assert names(report) == ["mlflow-stopped"]
-    assert "start-mlflow-tracking-server" in report.of("error")[0].text
+    findings = account_findings(aws, mlflow_tracking_uri=SERVER)
+    assert "start-mlflow-tracking-server" in text_of(findings, "mlflow-stopped")
     aws.mlflow_servers["speech"] = "Active"
-    assert findings(aws, **settings).findings == ()
+    assert account_findings(aws, mlflow_tracking_uri=SERVER) == []
 
 
-def test_plain_image_for_another_processor(aws):
-    image = put_labelled_image(aws, {})
-    (digest,) = aws.layers
-    aws.layers[digest] = json.dumps({"architecture": "arm64"}).encode()
-    assert names(findings(aws, image_uri=image)) == ["image-architecture"]
+# --- image
+
+
+@pytest.fixture
+def registry(aws):
+    aws.client("ecr").create_repository(repositoryName=REPOSITORY)
+    return aws
+
+
+def image_findings(aws, uri, **settings):
+    return list(check_image(job(image_uri=uri, **settings), aws.account))
+
+
+def ours(**labels):
+    return {LABEL: json.dumps(fingerprints()), **labels}
+
+
+def test_image_of_this_code(registry):
+    assert image_findings(registry, put_image(registry, ours())) == []
+
+
+def test_image_that_is_not_there(registry):
+    uri = put_image(registry, ours())
+    assert names(image_findings(registry, None)) == ["image-missing"]
+    assert names(image_findings(registry, "docker.io/me/image:1")) == ["image-not-ecr"]
+    elsewhere = uri.replace("us-east-1", "eu-west-1")
+    assert names(image_findings(registry, elsewhere)) == ["image-region"]
+    other = uri.replace(REPOSITORY, "something-else")
+    assert names(image_findings(registry, other)) == ["repository-unknown"]
+    unknown = uri.split("@")[0] + "@sha256:" + "0" * 64
+    assert names(image_findings(registry, unknown)) == ["image-unknown"]
+
+
+def test_image_for_another_processor(registry):
+    plain = put_image(registry, ours(), architecture="arm64")
+    assert names(image_findings(registry, plain)) == ["image-architecture"]
+    index = put_image_index(registry, "arm64")
+    assert names(image_findings(registry, index)) == ["image-architecture"]
+
+
+def test_image_of_other_code_names_the_files(registry):
+    files = fingerprints()
+    files["code/train_model_sagemaker.py"] = "0" * 16
+    files["code/brain_to_text/gone.py"] = "1" * 16
+    del files["code/evaluate_model.py"]
+    uri = put_image(registry, {LABEL: json.dumps(files)})
+    text = text_of(image_findings(registry, uri), "code-differs")
+    for part in (
+        "code/train_model_sagemaker.py",
+        "code/brain_to_text/gone.py",
+        "evaluate_model.py",
+    ):
+        assert part in text
+    assert "./build_and_push.sh" in text and "--accept-code-difference" in text
+    accepted = image_findings(registry, uri, accept_code_difference=True)
+    assert names(accepted) == [] and names(accepted, "warning") == ["code-differs"]
+
+
+def test_what_only_the_desk_uses_may_differ(registry):
+    files = fingerprints()
+    for path in files:
+        if path.endswith(".md") or path.startswith(("code/aws/", "code/brain_to_text/launch/")):
+            files[path] = "0" * 16
+    assert image_findings(registry, put_image(registry, {LABEL: json.dumps(files)})) == []
+
+
+def test_an_edited_configuration_travels_and_the_summary_says_so(registry):
+    files = fingerprints()
+    files[f"code/{DEFAULT_CONFIG}"] = "0" * 16
+    findings = image_findings(registry, put_image(registry, {LABEL: json.dumps(files)}))
+    assert names(findings) == names(findings, "warning") == []
+    assert f"{DEFAULT_CONFIG} was edited after" in text_of(findings, "config-travels")
+
+
+def test_image_whose_code_is_unknown(registry, monkeypatch):
+    uri = put_image(registry, {})
+    assert names(image_findings(registry, uri), "warning") == ["image-code-unknown"]
+    labelled = put_image(registry, ours())
+    policy = policy_document("launcher_policy.json", without="ecr:GetDownloadUrlForLayer")
+    log_in(registry, monkeypatch, policy)
+    assert names(image_findings(registry, labelled), "warning") == ["image-code-unknown"]
+
+
+def test_image_with_and_without_mlflow(registry):
+    elsewhere = "https://mlflow.example.org"
+    without = put_image(registry, ours(**{"brain-to-text.mlflow": "no"}))
+    holds = put_image(registry, ours(**{"brain-to-text.mlflow": "yes"}))
+    silent = put_image(registry, ours())
+    assert image_findings(registry, without) == []  # nobody asked for MLflow
+    assert image_findings(registry, holds, mlflow_tracking_uri=elsewhere) == []
+    findings = image_findings(registry, without, mlflow_tracking_uri=elsewhere)
+    assert "./build_and_push.sh --mlflow" in text_of(findings, "image-without-mlflow")
+    findings = image_findings(registry, silent, mlflow_tracking_uri=elsewhere)
+    assert names(findings, "warning") == ["image-mlflow-unchecked"]
 
 
 # --- data
 
 
-def test_unknown_bucket(aws):
-    assert names(findings(aws, s3_bucket="no-such-bucket-here")) == ["bucket-unknown"]
+@pytest.fixture
+def bucket(aws):
+    aws.client("s3").create_bucket(Bucket=BUCKET)
+    put_dataset(aws)
+    return aws
 
 
-def test_bucket_that_is_closed_to_you(aws):
-    def deny(**_):
-        from types import SimpleNamespace
-
-        return SimpleNamespace(status_code=403), {"Error": {"Code": "403", "Message": "Forbidden"}}
-
-    aws.client("s3").meta.events.register("before-call.s3.HeadBucket", deny)
-    assert names(findings(aws)) == ["bucket-denied"]
+def data_findings(aws, **settings):
+    asked = job(**settings)
+    return list(check_data(asked, resolve_config(asked)[2], aws.account))
 
 
-def test_bucket_in_another_region(aws):
-    aws.client("s3").create_bucket(
+def test_data_as_it_should_be(bucket):
+    assert data_findings(bucket) == []
+
+
+def test_bucket_that_is_not_there_or_not_yours(bucket, monkeypatch):
+    s3 = bucket.client("s3")
+    assert names(data_findings(bucket, s3_bucket="no-such-bucket-here")) == ["bucket-unknown"]
+    s3.create_bucket(
         Bucket="far-away", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
     )
-    report = findings(aws, s3_bucket="far-away")
-    assert names(report) == ["bucket-region"]
-    assert "--region eu-west-1" in report.of("error")[0].text
+    findings = data_findings(bucket, s3_bucket="far-away")
+    assert "--region eu-west-1" in text_of(findings, "bucket-region")
+    log_in(bucket, monkeypatch, policy_document("launcher_policy.json", without="s3:ListBucket"))
+    assert names(data_findings(bucket)) == ["bucket-denied"]
 
 
-def test_wrong_prefix_names_the_right_one(aws):
-    report = findings(aws, s3_data_prefix="data/hdf5")
-    assert names(report) == ["data-missing"]
-    assert f"--s3-data-prefix {PREFIX}." in report.of("error")[0].text
+def test_wrong_prefix_names_the_right_one(bucket):
+    findings = data_findings(bucket, s3_data_prefix="data/hdf5")
+    assert f"--s3-data-prefix {PREFIX}." in text_of(findings, "data-missing")
+    bucket.client("s3").create_bucket(Bucket="empty-bucket")
+    findings = data_findings(bucket, s3_bucket="empty-bucket")
+    assert "upload the dataset" in text_of(findings, "data-missing")
 
 
-def test_bucket_without_data(aws):
-    aws.client("s3").create_bucket(Bucket="empty-bucket")
-    report = findings(aws, s3_bucket="empty-bucket")
-    assert names(report) == ["data-missing"]
-    assert "upload the dataset" in report.of("error")[0].text
+@pytest.mark.parametrize("split, severity", [("train", "warning"), ("val", "error")])
+def test_only_training_or_only_validation_data(bucket, split, severity):
+    put_dataset(bucket, "half", splits=(split,))
+    name = {"train": "data-no-val", "val": "data-no-train"}[split]
+    assert names(data_findings(bucket, s3_data_prefix="half"), severity) == [name]
 
 
-def test_no_training_data(aws):
-    put_dataset(aws, "val-only", splits=("val",))
-    assert names(findings(aws, s3_data_prefix="val-only")) == ["data-no-train"]
+def test_no_manifest(bucket):
+    bucket.client("s3").delete_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz")
+    findings = data_findings(bucket)
+    command = f"prepare_dataset.py index s3://{BUCKET}/{PREFIX}"
+    assert command in text_of(findings, "manifest-missing")
 
 
-def test_no_validation_data(aws):
-    put_dataset(aws, "train-only", splits=("train",))
-    assert names(findings(aws, s3_data_prefix="train-only"), "warning") == ["data-no-val"]
+@pytest.mark.parametrize("name", ["t15.2023.08.12/data_train.hdf5", "trial_manifest.json.gz"])
+def test_manifest_that_is_damaged_or_of_files_that_changed(bucket, name):
+    bucket.client("s3").put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=b"other bytes")
+    assert names(data_findings(bucket)) == ["manifest-stale"]
 
 
-def test_no_manifest(aws):
-    aws.client("s3").delete_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz")
-    report = findings(aws)
-    assert names(report, "warning") == ["manifest-missing"]
-    assert f"prepare_dataset.py index s3://{BUCKET}/{PREFIX}" in report.of("warning")[0].text
+@pytest.mark.parametrize(
+    "data, overrides, said",
+    [
+        ({"n_classes": 41}, {}, "41"),
+        ({"n_features": 64}, {"dataset.neural_dim": "512"}, "64"),
+        ({}, {"dataset.sessions": '["t15.2023.08.99"]', "dataset.days_per_batch": "1"}, "08.99"),
+        ({"sessions": 2}, {}, "dataset.days_per_batch"),
+    ],
+)
+def test_data_that_the_trainer_would_refuse(bucket, data, overrides, said):
+    put_dataset(bucket, "other", **data)
+    findings = data_findings(bucket, s3_data_prefix="other", overrides=overrides)
+    assert names(findings)
+    assert any(said in finding.text for finding in findings)
 
 
-def test_manifest_of_files_that_changed(aws):
-    key = f"{PREFIX}/t15.2023.08.12/data_train.hdf5"
-    aws.client("s3").put_object(Bucket=BUCKET, Key=key, Body=b"other bytes")
-    report = findings(aws)
-    assert names(report) == ["manifest-stale"]
-    assert "t15.2023.08.12" in report.of("error")[0].text
-
-
-def test_manifest_that_is_damaged(aws):
-    key = f"{PREFIX}/trial_manifest.json.gz"
-    aws.client("s3").put_object(Bucket=BUCKET, Key=key, Body=b"not gzip")
-    assert names(findings(aws)) == ["manifest-stale"]
-
-
-def test_labels_of_the_other_kind(aws):
-    put_dataset(aws, "phonemes", n_classes=41)
-    report = findings(aws, s3_data_prefix="phonemes")
-    assert names(report) == ["data-classes"]
-    assert "rnn_args_phoneme_sagemaker.yaml" in report.of("error")[0].text
-
-
-def test_other_number_of_features(aws):
-    put_dataset(aws, "small", n_features=64)
-    assert names(findings(aws, s3_data_prefix="small")) == ["data-features"]
-
-
-def test_session_that_the_data_does_not_have(aws):
-    sessions = '["t15.2023.08.11", "t15.2023.08.99"]'
-    report = findings(aws, overrides={"dataset.sessions": sessions, "dataset.days_per_batch": "1"})
-    assert names(report) == ["data-sessions"]
-    assert "t15.2023.08.99" in report.of("error")[0].text
-
-
-def test_more_sessions_per_batch_than_there_are(aws):
-    put_dataset(aws, "few", sessions=2)
-    report = findings(aws, s3_data_prefix="few")
-    assert names(report) == ["data-few-sessions"]
-    assert "--dataset.days_per_batch 2" in report.of("error")[0].text
-
-
-def test_volume_smaller_than_the_copied_dataset(aws):
+def test_volume_smaller_than_the_copied_dataset(bucket):
     def huge(parsed, **_):
         for entry in parsed.get("Contents", []):
             entry["Size"] = 8 * 10**9
 
-    aws.client("s3").meta.events.register("after-call.s3.ListObjectsV2", huge)
-    report = findings(aws, data_channel="file")
-    assert "volume-too-small" in names(report)
-    assert "volume-too-small" not in names(findings(aws, data_channel="stream"))
+    bucket.account.client("s3").meta.events.register("after-call.s3.ListObjectsV2", huge)
+    assert "volume-too-small" in names(data_findings(bucket, data_channel="file"))
+    assert "volume-too-small" not in names(data_findings(bucket, data_channel="stream"))
 
 
-def test_nothing_to_resume_from(aws):
-    assert names(findings(aws, resume_from="b2t-0")) == ["resume-nothing"]
-
-
-def test_nothing_to_start_from(aws):
+def test_nothing_to_start_from(bucket):
+    assert names(data_findings(bucket, resume_from="b2t-0")) == ["resume-nothing"]
     uri = f"s3://{BUCKET}/models/none/model.tar.gz"
-    assert names(findings(aws, init_from_checkpoint=uri)) == ["init-nothing"]
-
-
-@pytest.mark.parametrize(
-    "call, group", [("sts.GetCallerIdentity", None), ("ecr.BatchGetImage", "image")]
-)
-def test_a_page_of_a_proxy_instead_of_an_answer(aws, call, group):
-    def page(**_):
-        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
-
-    service = call.split(".")[0]
-    aws.client(service).meta.events.register(f"before-call.{call}", page)
-    report = findings(aws)
-    if group is None:
-        assert names(report) == ["credentials"]
-    else:
-        assert names(report, "warning") == [f"{group}-unchecked"]
-        assert names(report) == []
-    assert "could not be reached" in report.findings[0].text
-
-
-def test_policy_simulation_that_is_answered_by_a_proxy(aws):
-    def page(**_):
-        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
-
-    events = aws.client("iam").meta.events
-    events.register_first("before-call.iam.SimulatePrincipalPolicy", page)
-    assert names(findings(aws), "warning") == ["permissions-unchecked"]
-
-
-def test_several_errors_are_reported_together(aws):
-    report = findings(aws, role=None, image_uri=None, s3_data_prefix="nowhere")
-    assert names(report) == ["role-missing", "image-missing", "data-missing"]
+    assert names(data_findings(bucket, init_from_checkpoint=uri)) == ["init-nothing"]

@@ -4,18 +4,17 @@ import dataclasses
 
 import pytest
 from brain_to_text.config_reader import load_config
-from brain_to_text.gpus import flops_per_step
+from brain_to_text.gpus import GPUS, known_as
 from brain_to_text.launch import pricing
 from brain_to_text.launch.pricing import (
     estimate,
     gpu_of,
     hourly_price,
     instance_type,
-    step_tflop,
     table,
 )
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
-from support.aws_emulation import emulated_aws
+from support.aws_emulation import emulated_aws, launcher_policy, log_in
 
 
 @pytest.fixture
@@ -23,23 +22,14 @@ def config():
     return load_config(CODE_FOLDER / DEFAULT_CONFIG)
 
 
-def test_the_reference_step_is_3_2_tflop(config):
-    assert step_tflop(config) == pytest.approx(pricing.REFERENCE_TFLOP, rel=0.02)
-
-
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"model.bidirectional": True},
-        {"dataset.batch_size": 7, "model.n_units": 96, "model.n_layers": 2},
-        {"model.patch_size": 4, "model.patch_stride": 2},
-    ],
+    "device, name",
+    [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA H100 PCIe", "H100 PCIe")]
+    + [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100 80GB")]
+    + [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA GeForce GTX 1080", None)],
 )
-def test_arithmetic_equals_the_trainers_own(overrides):
-    config = load_config(CODE_FOLDER / DEFAULT_CONFIG, overrides)
-    lengths = config.dataset.batch_size * [850]
-    assert step_tflop(config) == pytest.approx(flops_per_step(config, lengths) / 1e12)
+def test_a_gpu_is_known_by_what_it_calls_itself(device, name):
+    assert known_as(device) == name
 
 
 @pytest.mark.parametrize("name", table()["types"])
@@ -55,9 +45,8 @@ def test_what_was_not_measured_is_said_to_be_estimated(config):
 
 
 def test_a_measurement_replaces_the_estimate(config, monkeypatch):
-    measured = {**table()["gpus"], "A10G": {**table()["gpus"]["A10G"], "seconds_per_step": 0.36}}
-    changed = {**table(), "gpus": measured}
-    monkeypatch.setattr(pricing, "table", lambda: changed)
+    measured = dataclasses.replace(GPUS["A10G"], seconds_per_step=0.36)
+    monkeypatch.setitem(GPUS, "A10G", measured)
     made = estimate(config, "ml.g5.2xlarge")
     assert made.measured
     assert made.hours == pytest.approx(150_000 * 0.36 / 3600 + pricing.START_HOURS, rel=0.02)
@@ -93,7 +82,7 @@ def test_what_is_not_known_is_said(config, name):
 @pytest.mark.aws
 def test_the_price_list_is_asked_first_and_training_prices_are_taken(monkeypatch):
     with emulated_aws(monkeypatch) as aws:
-        aws.prices["ml.g5.2xlarge"] = 1.234
+        aws.prices = {"ml.g5.2xlarge": 1.234, "ml.g5.xlarge": 0.5}
         assert hourly_price("ml.g5.2xlarge", aws.account) == (1.234, "AWS Price List, us-east-1")
 
 
@@ -101,9 +90,10 @@ def test_the_price_list_is_asked_first_and_training_prices_are_taken(monkeypatch
 @pytest.mark.parametrize("refused", [True, False])
 def test_the_dated_table_steps_in(monkeypatch, refused):
     with emulated_aws(monkeypatch) as aws:
-        aws.prices.clear()
         if refused:
-            aws.refused.add("pricing")
+            log_in(aws, monkeypatch, launcher_policy(without="pricing:GetProducts"))
+        else:
+            aws.prices.clear()
         price, source = hourly_price("ml.g5.2xlarge", aws.account)
         assert price == 1.515
         assert "not verified" in source and str(table()["prices_collected"]) in source

@@ -2,10 +2,15 @@
 
 import json
 import re
+import unicodedata
 
+import botocore.session
+import launch_sagemaker_job
 import pytest
+from botocore.validate import ParamValidator
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
+from brain_to_text.launch.image import fingerprints
 from brain_to_text.launch.request import (
     CODE_FOLDER,
     DEFAULT_CONFIG,
@@ -16,9 +21,12 @@ from brain_to_text.launch.request import (
     resolve_config,
     training_request,
 )
+from brain_to_text.launch.service_model import Breach, breaches
 from hypothesis import given
 from hypothesis import strategies as st
 
+SAGEMAKER = botocore.session.get_session().get_service_model("sagemaker")
+NOT_KEYS = ("s3-bucket", "s3-data-prefix", "output-s3-uri")
 KNOWN = {
     "s3_bucket": "my-bucket",
     "role": "arn:aws:iam::123456789012:role/brain-to-text-training",
@@ -254,10 +262,26 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
     "settings, said",
     [
         ({"s3_bucket": "s3://my-bucket"}, "bare name"),
-        ({"job_name": "no_underscores"}, "letters, digits"),
-        ({"instance_type": "g5.2xlarge"}, "starts with ml."),
+        ({"job_name": "no_underscores"}, "--job-name is 'no_underscores'"),
+        ({"instance_type": "g5.2xlarge"}, "nearest: ml.g5.2xlarge"),
+        ({"instance_type": "local"}, "--instance-type is 'local'"),
         ({"instance_count": 0}, "--instance-count is 0"),
-        ({"retries": 31}, "--retries"),
+        ({"retries": 31}, "--retries is '31' and SageMaker wants it to be at most 30"),
+        ({"keep_alive_minutes": 361}, "at most 21,600 seconds"),
+        ({"role": "brain-to-text"}, "--role"),
+        ({"environment": {"FOO-BAR": "1"}}, "--env FOO-BAR"),
+        ({"environment": {"A": "x" * 513}}, "--env A is 513 characters long"),
+        ({"tags": {"a*b": "1"}}, "--tag is 'a*b'"),
+        ({"tags": {f"t{n}": "1" for n in range(56)}}, "--tag is 57 entries long"),
+        ({"tags": {"a": "x" * 257}}, "--tag is 257 characters long"),
+        ({"overrides": {"init_checkpoint_path": "a\nb"}}, "init_checkpoint_path"),
+        ({"overrides": {"init_checkpoint_path": "a" * 2501}}, "2,501 characters long"),
+        ({"subnets": ("a_b",), "security_group_ids": ("sg-1",)}, "--subnets is 'a_b'"),
+        ({"output_kms_key": "a key"}, "--output-kms-key is 'a key'"),
+        (
+            {"mlflow_tracking_uri": "http://a", "mlflow_experiment": "x" * 513},
+            "--mlflow-experiment",
+        ),
         ({"subnets": ("subnet-1",)}, "--security-group-ids"),
         ({"max_wait_hours": 60.0}, "--spot"),
         ({"spot": True, "max_wait_hours": 1.0}, "cannot be less"),
@@ -277,6 +301,105 @@ def test_impossible_settings_are_refused_in_one_sentence(settings, said):
         request(**settings)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+# A value for every setting, and what the longest admissible request is made of.
+EVERYTHING = {
+    "spot": True,
+    "max_run_hours": 300.0,
+    "max_wait_hours": 400.0,
+    "retries": 30,
+    "data_channel": "file",
+    "subnets": ("subnet-1", "subnet-2"),
+    "security_group_ids": ("sg-1",),
+    "encrypt_traffic": True,
+    "output_kms_key": "arn:aws:kms:us-east-1:123456789012:key/1",
+    "volume_kms_key": "alias/my-key",
+    "tags": {"Größe": "1 + 2 = 3 @ home/lab:a.b_c-d", **{f"t{n}": "" for n in range(48)}},
+    "environment": {"A_b1": "any\ttext\nat all ü"},
+    "tensorboard": True,
+    "debug_shell": True,
+    "mlflow_tracking_uri": "arn:aws:sagemaker:us-east-1:123456789012:mlflow-app/x",
+    "accept_changes": True,
+}
+
+
+def test_every_option_at_once_passes_the_services_model():
+    made = request(**EVERYTHING)
+    assert list(breaches("sagemaker", "CreateTrainingJob", made)) == []
+    shape = SAGEMAKER.operation_model("CreateTrainingJob").input_shape
+    validated = ParamValidator().validate(made, shape)
+    assert not validated.has_errors()  # botocore's own, as far as that goes
+    assert made["RemoteDebugConfig"] == {"EnableRemoteDebug": True}
+
+
+def test_every_field_of_a_request_is_blamed_on_an_option_that_exists():
+    flags = set(launch_sagemaker_job.build_parser()._option_string_actions)
+    constants = {
+        "AlgorithmSpecification.TrainingInputMode",
+        "AlgorithmSpecification.MetricDefinitions",
+        "CheckpointConfig.LocalPath",
+        "ProfilerConfig",
+        "RemoteDebugConfig",
+        "EnableManagedSpotTraining",
+        "EnableInterContainerTrafficEncryption",
+    }
+    for settings in (EVERYTHING, {"keep_alive_minutes": 360}):
+        for path, value in leaves(request(**settings)):
+            place = ".".join(part for part in path if isinstance(part, str))
+            if not place.startswith(tuple(constants)):
+                option = Breach(path, value, "right").sentence().split()[0]
+                assert option in flags | {"configuration"}, place
+
+
+def leaves(value, path=()):
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, part in inner:
+        if isinstance(part, (dict, list)):
+            yield from leaves(part, (*path, name))
+        else:
+            yield (*path, name), part
+
+
+@given(name=st.text(max_size=20), value=st.text(max_size=20))
+def test_what_the_walk_admits_as_a_tag_or_a_variable_is_what_the_rules_say(name, value):
+    """Against the documented rules, written out by hand: letters, digits, spaces and _.:/=+-@ ."""
+    made = {**request(), "Tags": [{"Key": name, "Value": value}], "Environment": {name: value}}
+    blamed = {breach.path[0] for breach in breaches("sagemaker", "CreateTrainingJob", made)}
+
+    def plain(text):
+        kinds = [unicodedata.category(c)[0] for c in text]
+        return all(k in "LZN" or c in "_.:/=+-@" for k, c in zip(kinds, text, strict=True))
+
+    if not plain(name + value) or not name:
+        assert "Tags" in blamed or exotic_number(name + value)
+    elif not exotic_number(name + value):
+        assert "Tags" not in blamed
+    variable = name.isascii() and name.isidentifier()
+    assert ("Environment" in blamed) == (not variable)
+
+
+def exotic_number(text):
+    """Where Python's classes and Java's differ: marks in words, numbers beyond digits."""
+    return any(
+        unicodedata.category(c) not in ("Lu", "Ll", "Nd", "Zs") and not c.isascii() for c in text
+    )
+
+
+def test_a_configuration_edited_after_the_image_was_made_travels():
+    files = fingerprints()
+    files[f"code/{DEFAULT_CONFIG}"] = "another file's"
+    made = training_request(JobSettings(**KNOWN), files)["HyperParameters"]
+    base = made.pop("config-file")
+    assert base != DEFAULT_CONFIG
+    received = {name: through_toolkit(text) for name, text in made.items() if name not in NOT_KEYS}
+    again = load_config(CODE_FOLDER / base, received)
+    assert again == load_config(CODE_FOLDER / DEFAULT_CONFIG)
+
+
+def test_an_image_without_any_of_our_configurations_is_refused():
+    with pytest.raises(JobError, match=r"build_and_push\.sh"):
+        training_request(JobSettings(**KNOWN), {"code/train_model_sagemaker.py": "0"})
 
 
 @pytest.mark.parametrize("name", ["role", "image_uri", "job_name"])

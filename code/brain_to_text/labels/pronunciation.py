@@ -20,6 +20,7 @@ Lexicon = dict[str, list[Pronunciation]]
 
 _DICTIONARY = Path(__file__).with_name("cmudict.dict.gz")
 _KEPT = re.compile(r"[^a-z' -]")
+_LONGEST = 200  # phonemes of a word; decoders recurse over them
 _VOICELESS = {"P", "T", "K", "F", "TH"}
 _SIBILANT = {"S", "Z", "SH", "ZH", "CH", "JH"}
 _EY, _S = phoneme_ids(["EY", "S"]).tolist()
@@ -194,6 +195,11 @@ def read_lexicon(path: Path) -> Lexicon:
             continue
         if not sounds:
             raise DataError(f"{path} line {number}: '{word}' has no phonemes after it.")
+        if len(sounds) > _LONGEST or "BLANK" in sounds:
+            wrong = (
+                "BLANK, which is no phoneme" if "BLANK" in sounds else f"{len(sounds):,} phonemes"
+            )
+            raise DataError(f"{path} line {number}: '{word[:40]}' has {wrong}: correct the line.")
         try:
             spoken = tuple(phoneme_ids(sounds).tolist())
         except DataError as error:

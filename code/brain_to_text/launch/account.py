@@ -22,6 +22,7 @@ _REMEDIES = {
     "InvalidClientTokenId": "the access key is unknown: run `aws configure`",
     "UnrecognizedClientException": "the access key is unknown: run `aws configure`",
     "SignatureDoesNotMatch": "the secret key does not fit the access key: run `aws configure`",
+    "403": "your user may not do this: attach code/aws/launcher_policy.json",
     "AccessDenied": "your user may not do this: attach code/aws/launcher_policy.json",
     "AccessDeniedException": "your user may not do this: attach code/aws/launcher_policy.json",
     "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
@@ -45,9 +46,7 @@ class AwsAccount:
             import boto3
             from botocore.exceptions import ProfileNotFound
         except ImportError as error:
-            raise JobError(
-                "Talking to AWS needs boto3: run `pip install 'sagemaker<3' boto3 pyyaml`."
-            ) from error
+            raise JobError("Talking to AWS needs boto3: run `pip install boto3 pyyaml`.") from error
         chosen = region or os.environ.get("AWS_REGION") or None
         try:
             self.session = boto3.Session(region_name=chosen, profile_name=profile)
@@ -84,6 +83,8 @@ def sentence(error: Exception, doing: str) -> str:
     if code:
         said = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
         remedy = _REMEDIES.get(code, "")
+        if "service control policy" in said:
+            remedy = "your organisation forbids it: ask which types, regions and networks it allows"
         return f"AWS refused while {doing} ({code}: {said.rstrip('.')})" + (
             f": {remedy}." if remedy else "."
         )
@@ -101,10 +102,15 @@ def sentence(error: Exception, doing: str) -> str:
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
     """Turn botocore's errors inside the block into a JobError of one sentence."""
+    try:
+        yield
+    except no_answer() as error:
+        raise JobError(sentence(error, doing)) from error
+
+
+def no_answer() -> tuple[type[Exception], ...]:
+    """What a call raises that AWS refused or did not get, or that a proxy's page answered."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
-    try:
-        yield
-    except (BotoCoreError, ClientError, ResponseParserError) as error:
-        raise JobError(sentence(error, doing)) from error
+    return BotoCoreError, ClientError, ResponseParserError

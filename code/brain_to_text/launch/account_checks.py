@@ -1,49 +1,52 @@
-"""May this account run the job: role, permissions, quota, name, keys, network?"""
+"""May this account run the job: role and permissions, quota, the way to S3, MLflow's server."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
-
-from ..config import TrainingConfig
 from .account import AwsAccount, error_code, sentence
-from .findings import Finding, error, warning
+from .checks import Finding, error, warning
+from .image import ECR_URI
 from .request import MLFLOW_ARN, JobSettings
 
 STACK = "code/aws/stack.yaml"
-# refused, not reached, or answered by something that is not AWS (a proxy's page)
-NO_ANSWER = (ClientError, BotoCoreError, ResponseParserError)
-# what `mlflow_run` asks of a SageMaker tracking server
-MLFLOW_ACTIONS = (
-    "CreateExperiment",
-    "CreateRun",
-    "GetExperimentByName",
-    "GetMetricHistory",
-    "GetRun",
-    "LogBatch",
-    "SetTag",
-    "UpdateRun",
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+# what `trackers` asks of a SageMaker tracking server
+MLFLOW_ACTIONS = tuple(
+    f"sagemaker-mlflow:{action}"
+    for action in (
+        "CreateExperiment",
+        "CreateRun",
+        "GetExperimentByName",
+        "GetMetricHistory",
+        "GetRun",
+        "LogBatch",
+        "SetTag",
+        "UpdateRun",
+    )
+)
+# what the agent behind --debug-shell asks for
+SHELL_ACTIONS = tuple(
+    f"ssmmessages:{action}Channel"
+    for action in ("CreateControl", "CreateData", "OpenControl", "OpenData")
 )
 
 
-def check_account(
-    job: JobSettings, config: TrainingConfig, account: AwsAccount
-) -> Iterator[Finding]:
-    """Findings about role, permissions, quota, job name, KMS keys, VPC and MLflow server."""
+class Need(NamedTuple):
+    """Actions that the job's role must be allowed, on the very resource that the service names."""
+
+    actions: tuple[str, ...]
+    resource: str
+    context: tuple[tuple[str, str], ...] = ()
+
+
+def check_account(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    """Findings about role, permissions, quota, VPC and MLflow server."""
     yield from _role(job, account)
-    yield from _job_name(job, account)
     yield from _quota(job, account)
-    for option, key in (
-        ("--output-kms-key", job.output_kms_key),
-        ("--volume-kms-key", job.volume_kms_key),
-    ):
-        if key:
-            yield from _key(option, key, account)
     if job.subnets:
         yield from _network(job, account)
     if job.mlflow_tracking_uri:
@@ -51,6 +54,8 @@ def check_account(
 
 
 def _role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    from botocore.exceptions import ClientError
+
     if job.role is None:
         yield error(
             "role-missing",
@@ -59,17 +64,8 @@ def _role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
         )
         return
     name = job.role.rsplit("/", 1)[-1]
-    owner = job.role.split(":")[4] if job.role.count(":") >= 5 else ""
-    if owner and owner != account.identity["Account"]:
-        yield error(
-            "role-account",
-            f"Role {name} belongs to account {owner} and you are in {account.identity['Account']}: "
-            "SageMaker only takes roles of the job's own account; give --role of this account.",
-        )
-        return
-    iam = account.client("iam")
     try:
-        role = iam.get_role(RoleName=name)["Role"]
+        role = account.client("iam").get_role(RoleName=name)["Role"]
     except ClientError as problem:
         if error_code(problem) == "NoSuchEntity":
             yield error(
@@ -80,17 +76,17 @@ def _role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
         else:
             yield warning("role-unchecked", sentence(problem, f"looking at role {name}"))
         return
-    if not _trusts_sagemaker(role["AssumeRolePolicyDocument"]):
+    if not trusts_sagemaker(role["AssumeRolePolicyDocument"]):
         yield error(
             "role-trust",
             f"Role {name} does not trust sagemaker.amazonaws.com, so SageMaker cannot use it: add "
             f"that principal to its trust policy (code/aws/trust_policy.json), or use {STACK}.",
         )
     yield from _permissions(job, account, role["Arn"])
-    yield from _caller(job, account, role["Arn"])
 
 
-def _trusts_sagemaker(document: Any) -> bool:
+def trusts_sagemaker(document: Any) -> bool:
+    """Whether a statement of the trust policy lets SageMaker assume the role."""
     policy = json.loads(unquote(document)) if isinstance(document, str) else document
     statements = policy.get("Statement", [])
     for statement in statements if isinstance(statements, list) else [statements]:
@@ -104,135 +100,96 @@ def _trusts_sagemaker(document: Any) -> bool:
     return False
 
 
-def needed_permissions(job: JobSettings) -> list[tuple[str, str]]:
-    """(action, resource) pairs that the job's role must be allowed."""
+def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
+    """What the job's role must be allowed in an account and region."""
     bucket = f"arn:aws:s3:::{job.s3_bucket}"
-    outputs = f"{bucket}/{job.output_prefix.strip('/')}/*"
-    needed = [
-        ("s3:ListBucket", bucket),
-        ("s3:GetObject", f"{bucket}/{job.s3_data_prefix.strip('/')}/*"),
-        ("s3:PutObject", outputs),
-        ("s3:GetObject", outputs),
-        ("ecr:GetAuthorizationToken", "*"),
-        ("logs:CreateLogStream", "*"),
-        ("logs:PutLogEvents", "*"),
+    trial_file = f"{bucket}/{job.s3_data_prefix.strip('/')}/SESSION/data_train.hdf5"
+    outputs = f"{bucket}/{job.output_prefix.strip('/')}/{job.job_name}"
+    group = f"arn:aws:logs:{region}:{owner}:log-group:{LOG_GROUP}:log-stream:"
+    metrics = (("cloudwatch:namespace", LOG_GROUP),)
+    needs = [
+        Need(("s3:ListBucket",), bucket),
+        Need(("s3:GetObject",), trial_file),
+        Need(("s3:PutObject",), f"{outputs}/output/model.tar.gz"),
+        Need(("ecr:GetAuthorizationToken",), "*"),
+        Need(("logs:CreateLogGroup", "logs:DescribeLogStreams"), group),
+        Need(("logs:CreateLogStream", "logs:PutLogEvents"), f"{group}{job.job_name}/algo-1"),
+        Need(("cloudwatch:PutMetricData",), "*", metrics),
     ]
-    if job.image_uri and ".dkr.ecr." in job.image_uri:
-        host, _, rest = job.image_uri.partition("/")
-        owner, _, _, region = host.split(".")[:4]
-        repository = rest.split("@")[0].split(":")[0]
-        arn = f"arn:aws:ecr:{region}:{owner}:repository/{repository}"
-        needed += [("ecr:BatchGetImage", arn), ("ecr:GetDownloadUrlForLayer", arn)]
+    image = ECR_URI.fullmatch(job.image_uri or "")
+    if image:
+        place = f"{image['region']}:{image['account']}:repository/{image['repository']}"
+        actions = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
+        needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:aws:ecr:{place}"))
+    states = job.checkpoint_s3_uri or f"s3://{outputs.removeprefix('arn:aws:s3:::')}/checkpoints"
+    states = f"arn:aws:s3:::{states.removeprefix('s3://').rstrip('/')}/state-00000001.pt"
+    needs.append(Need(("s3:GetObject", "s3:PutObject"), states))
+    if job.init_from_checkpoint:
+        model = job.init_from_checkpoint.removeprefix("s3://").rstrip("/")
+        needs.append(Need(("s3:GetObject",), f"arn:aws:s3:::{model}"))
+    if job.output_kms_key and job.output_kms_key.startswith("arn:"):
+        needs.append(Need(("kms:GenerateDataKey",), job.output_kms_key))
     if job.subnets:
-        needed.append(("ec2:CreateNetworkInterface", "*"))
-    for uri, actions in (
-        (job.checkpoint_s3_uri, ("s3:GetObject", "s3:PutObject")),
-        (job.init_from_checkpoint, ("s3:GetObject",)),
-    ):
-        if uri:
-            place = f"arn:aws:s3:::{uri.removeprefix('s3://').rstrip('/')}"
-            needed += [(action, place if len(actions) == 1 else f"{place}/*") for action in actions]
+        needs.append(Need(("ec2:CreateNetworkInterface",), "*"))
+    if job.debug_shell:
+        needs.append(Need(SHELL_ACTIONS, "*"))
     server = MLFLOW_ARN.match(job.mlflow_tracking_uri or "")
     if server and server["kind"] == "mlflow-tracking-server":
-        needed += [(f"sagemaker-mlflow:{action}", server[0]) for action in MLFLOW_ACTIONS]
-    return needed
+        needs.append(Need(MLFLOW_ACTIONS, server[0]))
+    return needs
 
 
 def _permissions(job: JobSettings, account: AwsAccount, arn: str) -> Iterator[Finding]:
-    name = arn.rsplit("/", 1)[-1]
-    for action, resource in needed_permissions(job):
+    from botocore.exceptions import ClientError
+
+    name, owner = arn.rsplit("/", 1)[-1], arn.split(":")[4]
+    for need in needed_permissions(job, account.region, owner):
         try:
             answer = account.client("iam").simulate_principal_policy(
-                PolicySourceArn=arn, ActionNames=[action], ResourceArns=[resource]
+                PolicySourceArn=arn,
+                ActionNames=list(need.actions),
+                ResourceArns=[need.resource],
+                ContextEntries=[
+                    {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
+                    for key, value in need.context
+                ],
             )
-        except NO_ANSWER:
+        except ClientError:
             yield warning(
                 "permissions-unchecked",
                 f"The permissions of role {name} could not be simulated: allow yourself "
                 "iam:SimulatePrincipalPolicy (code/aws/launcher_policy.json) to have them checked.",
             )
             return
-        if any(result["EvalDecision"] != "allowed" for result in answer["EvaluationResults"]):
-            yield error(
-                "permission-denied",
-                f"Role {name} may not {action} on {resource}: add it as in "
-                "code/aws/job_policy.json.",
-            )
+        for result in answer["EvaluationResults"]:
+            action = result["EvalActionName"]
+            if result["EvalDecision"] != "allowed":
+                yield error(
+                    "permission-denied",
+                    f"Role {name} may not {action} on {need.resource}: {_remedy(action)}.",
+                )
 
 
-def _caller(job: JobSettings, account: AwsAccount, role: str) -> Iterator[Finding]:
-    """Whether you may hand the role to SageMaker, and start such a job.
-
-    Assumed roles are simulated as their role. Simulation knows an organisation's policies, too.
-    """
-    arn = account.identity["Arn"]
-    if ":assumed-role/" in arn:
-        prefix, _, rest = arn.partition(":assumed-role/")
-        arn = f"{prefix.replace(':sts:', ':iam:')}:role/{rest.split('/')[0]}"
-
-    def may(action: str, resource: str, *context: tuple[str, str, str]) -> bool:
-        answer = account.client("iam").simulate_principal_policy(
-            PolicySourceArn=arn,
-            ActionNames=[action],
-            ResourceArns=[resource],
-            ContextEntries=[
-                {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": kind}
-                for key, value, kind in context
-            ],
-        )
-        return all(result["EvalDecision"] == "allowed" for result in answer["EvaluationResults"])
-
-    you = arn.rsplit("/", 1)[-1]
-    _, partition, _, _, owner, _ = arn.split(":", 5)
-    made = f"arn:{partition}:sagemaker:{account.region}:{owner}:training-job/{job.job_name}"
-    start = ("sagemaker:CreateTrainingJob", made)
-    types = ("sagemaker:InstanceTypes", job.instance_type, "stringList")
-    try:
-        service = ("iam:PassedToService", "sagemaker.amazonaws.com", "string")
-        if not may("iam:PassRole", role, service):
-            yield error(
-                "pass-role",
-                f"You ({you}) may not pass role {role.rsplit('/', 1)[-1]} to SageMaker: attach "
-                "code/aws/launcher_policy.json to your user.",
-            )
-        if may(*start, types, ("sagemaker:NetworkIsolation", "false", "boolean")):
-            return
-        if may(*start, types, ("sagemaker:NetworkIsolation", "true", "boolean")):
-            yield error(
-                "network-isolation",
-                f"You ({you}) may only start jobs with network isolation, which cuts them off from "
-                "S3 and so from the stream: ask your administrator to except this project, with "
-                "--subnets and an S3 endpoint if it must be private.",
-            )
-        else:
-            yield error(
-                "launch-denied",
-                f"You ({you}) may not sagemaker:CreateTrainingJob on {job.instance_type} in "
-                f"{account.region}: attach code/aws/launcher_policy.json to your user, or ask "
-                "which types and regions your organisation allows.",
-            )
-    except NO_ANSWER:
-        return  # the root user and some federated identities cannot be simulated
-
-
-def _job_name(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
-    try:
-        account.client("sagemaker").describe_training_job(TrainingJobName=job.job_name)
-    except ClientError as problem:
-        if error_code(problem) not in ("ValidationException", "ResourceNotFound"):
-            yield warning("sagemaker-unchecked", sentence(problem, "looking up the job's name"))
-    else:
-        yield error(
-            "job-name-taken",
-            f"A training job named {job.job_name} exists already and names are never reused: leave "
-            "--job-name away, or go on from it with --resume-from.",
-        )
+def _remedy(action: str) -> str:
+    """What to type: some actions are allowed by a parameter of the stack."""
+    parameter = {
+        "ec2": "VpcId=YOUR-VPC",
+        "kms": "KmsKeyArn=YOUR-KEY",
+        "sagemaker-mlflow": "MlflowServerArn=YOUR-SERVER",
+        "ssmmessages": "AllowShell=yes",
+    }.get(action.split(":")[0])
+    if parameter is None:
+        return "add it as in code/aws/job_policy.json"
+    return f"deploy {STACK} with {parameter} among the --parameter-overrides"
 
 
 def _quota(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    from botocore.exceptions import ClientError
+
     kind = "spot training job usage" if job.spot else "training job usage"
-    wanted = f"{job.instance_type} for {kind}"
-    warm = f"{job.instance_type} for training warm pool usage"
+    wanted = [f"{job.instance_type} for {kind}"]
+    if job.keep_alive_minutes:
+        wanted.append(f"{job.instance_type} for training warm pool usage")
     try:
         pages = account.client("service-quotas").get_paginator("list_service_quotas")
         values = {
@@ -240,103 +197,52 @@ def _quota(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             for page in pages.paginate(ServiceCode="sagemaker")
             for quota in page["Quotas"]
         }
-    except NO_ANSWER:
+    except ClientError:
         yield warning(
             "quota-unchecked",
-            f"Your quota '{wanted}' could not be read: allow yourself "
+            f"Your quota '{wanted[0]}' could not be read: allow yourself "
             "servicequotas:ListServiceQuotas to have it checked.",
         )
         return
-    value = values.get(wanted)
-    if job.keep_alive_minutes and values.get(warm, 0) < job.instance_count:
-        yield error(
-            "quota-warm-pool",
-            f"Your quota '{warm}' in {account.region} is {values.get(warm, 0):g} and "
-            f"--keep-alive-minutes needs {job.instance_count}: drop that option, or request an "
-            "increase in Service Quotas > Amazon SageMaker.",
-        )
-    if value is None:
-        yield warning(
-            "quota-unknown",
-            f"There is no quota named '{wanted}' in {account.region}: the type may not exist "
-            "there; choose another --instance-type or --region.",
-        )
-    elif value < job.instance_count:
-        yield error(
-            "quota",
-            f"Your quota '{wanted}' in {account.region} is {value:g} and the job needs "
-            f"{job.instance_count}: request an increase in Service Quotas > Amazon SageMaker.",
-        )
-
-
-def _key(option: str, key: str, account: AwsAccount) -> Iterator[Finding]:
-    try:
-        metadata = account.client("kms").describe_key(KeyId=key)["KeyMetadata"]
-    except ClientError as problem:
-        if error_code(problem) == "NotFoundException":
+    for name in wanted:
+        value = values.get(name, 0)
+        if value < job.instance_count:
             yield error(
-                "key-unknown",
-                f"{option} {key} does not exist in {account.region}: give the ARN or alias/NAME "
-                "of a key there.",
+                "quota",
+                f"Your quota '{name}' in {account.region} is {value:g} and the job needs "
+                f"{job.instance_count}: request an increase in Service Quotas > Amazon SageMaker "
+                "(it takes days), or choose another --instance-type.",
             )
-        else:
-            yield warning("key-unchecked", sentence(problem, f"looking at {option}"))
-        return
-    if not metadata["Enabled"]:
-        yield error("key-disabled", f"{option} {key} is disabled: enable it, or give another.")
 
 
 def _network(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    from botocore.exceptions import ClientError
+
     ec2 = account.client("ec2")
     try:
         subnets = ec2.describe_subnets(SubnetIds=list(job.subnets))["Subnets"]
-        groups = ec2.describe_security_groups(GroupIds=list(job.security_group_ids))[
-            "SecurityGroups"
-        ]
+        lost = [subnet["SubnetId"] for subnet in subnets if not _reaches_s3(ec2, subnet)]
     except ClientError as problem:
-        if error_code(problem).endswith(".NotFound"):
-            yield error(
-                "network-unknown",
-                f"{problem.response['Error']['Message'].rstrip('.')} in {account.region}: give "
-                "--subnets and --security-group-ids of that region.",
-            )
-        else:
-            yield warning("network-unchecked", sentence(problem, "looking at the VPC"))
+        yield warning("network-unchecked", sentence(problem, "looking at the VPC"))
         return
-    networks = {item["VpcId"] for item in (*subnets, *groups)}
-    if len(networks) > 1:
+    for name in lost:
         yield error(
-            "network-mixed",
-            f"Subnets and security groups lie in {len(networks)} VPCs "
-            f"({', '.join(sorted(networks))}): give those of one.",
+            "network-no-s3",
+            f"Subnet {name} has no way to S3 (neither a gateway endpoint nor a NAT gateway), and "
+            f"the job would wait forever: add an S3 endpoint, as {STACK} does.",
         )
-        return
-    for subnet in subnets:
-        if not _reaches_s3(ec2, subnet):
-            yield error(
-                "network-no-s3",
-                f"Subnet {subnet['SubnetId']} has no way to S3 (neither a gateway endpoint nor a "
-                f"NAT gateway), and the job would wait forever: add an S3 endpoint, as {STACK} "
-                "does.",
-            )
 
 
 def _reaches_s3(ec2: Any, subnet: dict[str, Any]) -> bool:
-    network = subnet["VpcId"]
-    tables = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [network]}])[
-        "RouteTables"
-    ]
+    here = [{"Name": "vpc-id", "Values": [subnet["VpcId"]]}]
+    tables = ec2.describe_route_tables(Filters=here)["RouteTables"]
     own = [
         table
         for table in tables
         if any(a.get("SubnetId") == subnet["SubnetId"] for a in table["Associations"])
     ] or [table for table in tables if any(a.get("Main") for a in table["Associations"])]
-    for table in own:
-        if any(route.get("NatGatewayId") for route in table["Routes"]):
-            return True
-    endpoints = ec2.describe_vpc_endpoints(Filters=[{"Name": "vpc-id", "Values": [network]}])[
-        "VpcEndpoints"
-    ]
+    if any(route.get("NatGatewayId") for table in own for route in table["Routes"]):
+        return True
     ids = {table["RouteTableId"] for table in own}
     return any(
         endpoint["ServiceName"].endswith(".s3")
@@ -344,12 +250,14 @@ def _reaches_s3(ec2: Any, subnet: dict[str, Any]) -> bool:
             endpoint.get("VpcEndpointType") == "Interface"
             or ids & set(endpoint.get("RouteTableIds", []))
         )
-        for endpoint in endpoints
+        for endpoint in ec2.describe_vpc_endpoints(Filters=here)["VpcEndpoints"]
     )
 
 
 def _mlflow_server(uri: str, account: AwsAccount) -> Iterator[Finding]:
     """Whether SageMaker's tracking server is there and awake; other servers are not asked."""
+    from botocore.exceptions import ClientError
+
     server = MLFLOW_ARN.match(uri)
     if server is None or server["kind"] != "mlflow-tracking-server":
         return

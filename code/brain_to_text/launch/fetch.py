@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,11 +15,9 @@ from ..errors import JobError
 from ..log_lines import Progress
 from .account import AwsAccount, error_code, explained
 from .jobs import job_state
-from .request import CODE_FOLDER
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 10**9
-LOCAL_JOBS = CODE_FOLDER.parent / ".local" / "local-jobs"  # SageMaker does not know them
 
 
 @dataclass(frozen=True)
@@ -68,23 +64,19 @@ def fetch(
     Args:
         name: the training job.
         folder: where to put it; must not hold an earlier model.
-        s3_bucket, output_prefix: where to look for a job that neither SageMaker nor this machine
-            knows (one that ran in local mode elsewhere).
+        s3_bucket, output_prefix: where to look for a job that SageMaker does not know, e.g. one of
+            another account.
 
     Raises:
         JobError: there is no such job and no output, the folder is in use, the archive is unsafe
             or damaged, or AWS refused.
     """
     data = None
-    local = local_job(name)
     if s3_bucket is not None:
         output_uri = f"s3://{s3_bucket}/{output_prefix.strip('/')}/{name}"
     else:
-        if local is not None:
-            output_uri, values = local["output_uri"], local["hyperparameters"]
-        else:
-            state = job_state(name, account)
-            output_uri, values = state.output_uri, state.request.get("HyperParameters", {})
+        state = job_state(name, account)
+        output_uri, values = state.output_uri, state.request.get("HyperParameters", {})
         if "s3-bucket" in values:
             data = (values["s3-bucket"], values.get("s3-data-prefix", ""))
     if (folder / "model").exists():
@@ -92,40 +84,16 @@ def fetch(
     bucket, _, prefix = output_uri.removeprefix("s3://").partition("/")
     s3 = account.client("s3")
     has_model = _unpacked(s3, bucket, f"{prefix}/output/model.tar.gz", folder / "model")
-    if _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output"):
-        _as_the_service_packs(folder / "output")
+    _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output")
     log = folder / "model" / "training_log"
     if not log.is_file():
         log = folder / "logs" / "training_log"
         if not _downloaded(s3, bucket, f"{prefix}/logs/training_log", log) and not has_model:
-            way = (
-                "it has not ended, or it failed" if local else f"watch the job with --watch {name}"
+            raise JobError(
+                f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
-            raise JobError(f"There is nothing under {output_uri} yet: {way}.")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return FetchedJob(name, folder, Progress.of(text.splitlines()), has_model, data)
-
-
-def _as_the_service_packs(output: Path) -> None:
-    """Local mode packs all of /opt/ml/output, the service only the `data` folder in it."""
-    if (output / "data").is_dir():
-        kept = output.with_name(output.name + ".data")
-        (output / "data").rename(kept)
-        shutil.rmtree(output)
-        kept.rename(output)
-
-
-def note_local_job(name: str, output_uri: str, request: Mapping[str, Any]) -> None:
-    """Remember a job of this machine, so that `fetch` finds it by its name alone."""
-    LOCAL_JOBS.mkdir(parents=True, exist_ok=True)
-    known = {"output_uri": output_uri, "hyperparameters": dict(request["HyperParameters"])}
-    (LOCAL_JOBS / f"{name}.json").write_text(json.dumps(known), encoding="utf-8")
-
-
-def local_job(name: str) -> dict[str, Any] | None:
-    """What `note_local_job` noted: output_uri and hyperparameters; None for any other job."""
-    path = LOCAL_JOBS / f"{name}.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def unpack(archive: Path, folder: Path) -> None:

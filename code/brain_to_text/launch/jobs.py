@@ -1,4 +1,4 @@
-"""Ask SageMaker about jobs, and stop them."""
+"""Ask SageMaker about jobs, stop them, and give warm instances back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import JobError
 from ..log_lines import duration
 from .account import AwsAccount, error_code, explained
+from .request import PROJECT_TAG
 
 FINAL_STATES = ("Completed", "Failed", "Stopped")
 EXIT_CODES = {"Completed": 0, "Failed": 3, "Stopped": 4}
@@ -120,20 +121,47 @@ def stop_job(name: str, account: AwsAccount) -> None:
         account.client("sagemaker").stop_training_job(TrainingJobName=name)
 
 
-def list_jobs(account: AwsAccount, name_contains: str = "b2t", limit: int = 20) -> list[str]:
-    """The latest training jobs whose name contains a text, newest first, one line each."""
+def release_job(name: str, account: AwsAccount) -> None:
+    """Give back the instances that a job keeps warm, which are billed until then.
+
+    Raises:
+        JobError: there is no such job, it keeps none, or AWS refused.
+    """
+    pool = job_state(name, account).request.get("WarmPoolStatus", {}).get("Status")
+    if pool not in ("Available", "InUse"):
+        said = f"its warm pool is {pool.lower()}" if pool else "it was launched without a warm pool"
+        raise JobError(f"Job {name} keeps no instances: {said}.")
+    with explained(f"releasing the instances of job {name}"):
+        account.client("sagemaker").update_training_job(
+            TrainingJobName=name, ResourceConfig={"KeepAlivePeriodInSeconds": 0}
+        )
+
+
+def list_jobs(account: AwsAccount, limit: int = 20) -> list[str]:
+    """The latest jobs of this project, whatever their names, newest first, one line each.
+
+    They are known by the tag that every request of ours carries.
+    """
+    ((tag, value),) = PROJECT_TAG.items()
     with explained("listing jobs"):
-        answer = account.client("sagemaker").list_training_jobs(
-            NameContains=name_contains,
-            MaxResults=limit,
+        answer = account.client("sagemaker").search(
+            Resource="TrainingJob",
+            SearchExpression={
+                "Filters": [{"Name": f"Tags.{tag}", "Operator": "Equals", "Value": value}]
+            },
             SortBy="CreationTime",
             SortOrder="Descending",
+            MaxResults=limit,
         )
     lines = []
-    for job in answer["TrainingJobSummaries"]:
-        started = job["CreationTime"]
-        ended = job.get("TrainingEndTime")
+    for result in answer["Results"]:
+        job = result["TrainingJob"]
+        started, ended = job["CreationTime"], job.get("TrainingEndTime")
         took = f", {duration((ended - started).total_seconds())}" if ended else ""
-        name, status = job["TrainingJobName"], job["TrainingJobStatus"]
-        lines.append(f"{name:<44} {status:<11} {started:%Y-%m-%d %H:%M}{took}")
+        pool = job.get("WarmPoolStatus", {}).get("Status")
+        warm = f", instances kept warm (--release {job['TrainingJobName']})"
+        lines.append(
+            f"{job['TrainingJobName']:<44} {job['TrainingJobStatus']:<11} "
+            f"{started:%Y-%m-%d %H:%M}{took}{warm if pool == 'Available' else ''}"
+        )
     return lines

@@ -1,26 +1,22 @@
-"""Launch a training job: fill in what the settings leave open, then submit."""
+"""Launch a training job: fill in what the settings leave open, check it, send the request."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import JobError
-from .account import AwsAccount, error_code, explained
-from .fetch import note_local_job
-from .job_submission import Sdk, run_locally, submit
-from .local_process import run_in_process
-from .request import (
-    CODE_FOLDER,
-    LOCAL_PROCESS,
-    JobSettings,
-    new_job_name,
-    training_request,
-)
+from ..errors import BrainToTextError, JobError
+from .account import AwsAccount, error_code, explained, no_answer, sentence
+from .account_checks import check_account
+from .checks import Finding, check_data, check_image, check_machine, error, warning
+from .image import look_at
+from .pricing import Estimate, estimate
+from .request import CODE_FOLDER, JobSettings, new_job_name, resolve_config, training_request
 
 ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")
 IMAGE_VARIABLE = "BRAIN_TO_TEXT_IMAGE_URI"
@@ -48,7 +44,6 @@ def launch_training_job(
     region: str | None = None,
     profile: str | None = None,
     dry_run: bool = False,
-    sdk: Sdk | None = None,
     account: AwsAccount | None = None,
     **settings: Any,
 ) -> LaunchedJob:
@@ -58,7 +53,6 @@ def launch_training_job(
         s3_bucket: bucket with the dataset; outputs go there too.
         region, profile: where and as whom; default: the standard AWS settings.
         dry_run: only make the request; what is not known yet is filled with a reminder.
-        sdk: "v2", "v3" or "boto3"; None for the SDK that is installed.
         account: an open session, instead of region and profile.
         settings: any other field of `JobSettings` (instance_type, spot, batch_size, ...).
 
@@ -69,30 +63,90 @@ def launch_training_job(
     job = JobSettings(s3_bucket=s3_bucket, **settings)
     if not dry_run:
         account = account or AwsAccount(region, profile)
-        return submit_training_job(completed(job, account), account, sdk)
+        return submit_training_job(completed(job, account), account)
     request = training_request(placeholders(completed(job, None)))
     name = request["TrainingJobName"]
     return LaunchedJob(name, job.output_uri(name), request, submitted=False)
 
 
-def submit_training_job(
-    job: JobSettings, account: AwsAccount, sdk: Sdk | None = None
-) -> LaunchedJob:
-    """Start a job whose settings are complete (`completed`); on this machine it runs to its end.
+def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
+    """Start a job whose settings are complete (`completed`); does not wait for it.
 
     Raises:
         ConfigError, JobError: as `launch_training_job`.
     """
-    request = training_request(job)
-    if job.is_local:
-        note_local_job(request["TrainingJobName"], job.output_uri(str(job.job_name)), request)
-    if job.instance_type == LOCAL_PROCESS:
-        name = run_in_process(request, account)
-    elif job.is_local:
-        name = run_locally(request, account)
-    else:
-        name = submit(request, account, sdk)
+    request = training_request(job, code_in_image(job, account))
+    name = str(request["TrainingJobName"])
+    with explained(f"creating training job {name}"):
+        account.client("sagemaker").create_training_job(**request)
     return LaunchedJob(name, job.output_uri(name), request, submitted=True)
+
+
+def code_in_image(job: JobSettings, account: AwsAccount) -> dict[str, str] | None:
+    """Fingerprints of the files in the job's image; None where ECR does not let us look."""
+    try:
+        return look_at(str(job.image_uri), account).code
+    except no_answer() + (LookupError,):
+        return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the checks found, and what the job will take."""
+
+    findings: tuple[Finding, ...]
+    estimate: Estimate | None
+
+    def of(self, severity: str) -> list[Finding]:
+        """The findings of one severity, in the order of the checks."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    def lines(self) -> list[str]:
+        """The report for people: errors, warnings, notes, then time and price."""
+        said = [
+            f"{severity}: {finding.text}"
+            for severity in ("error", "warning", "note")
+            for finding in self.of(severity)
+        ]
+        if self.estimate is not None:
+            said += self.estimate.lines()
+        errors, warnings = len(self.of("error")), len(self.of("warning"))
+        return [*said, f"Checked: {errors} errors, {warnings} warnings"]
+
+
+def preflight(job: JobSettings, account: AwsAccount) -> Report:
+    """Check what can stop `job`, without starting or changing anything.
+
+    Args:
+        job: settings with role, image and name filled in (`completed`).
+        account: where the job would run.
+    """
+    try:
+        _, _, config = resolve_config(job)
+    except BrainToTextError as problem:
+        return Report((error("config", str(problem)),), None)
+    try:
+        _ = account.identity
+    except JobError as problem:
+        return Report((error("credentials", str(problem)),), estimate(config, job.instance_type))
+    groups = {
+        "machine": lambda: check_machine(job, config),
+        "account": lambda: check_account(job, account),
+        "image": lambda: check_image(job, account),
+        "data": lambda: check_data(job, config, account),
+    }
+    findings = tuple(finding for what, check in groups.items() for finding in _of(what, check))
+    return Report(findings, estimate(config, job.instance_type, job.instance_count, account))
+
+
+def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """One group's findings; AWS falling silent in the middle is a finding, too."""
+    try:
+        yield from check()
+    except no_answer() as problem:
+        yield warning(f"{what}-unchecked", sentence(problem, f"checking the {what}"))
+    except JobError as problem:
+        yield error(what, str(problem))
 
 
 def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
@@ -106,11 +160,7 @@ def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
         known["job_name"] = new_job_name(job.config_file)
     if job.image_uri is None:
         known["image_uri"] = os.environ.get(IMAGE_VARIABLE) or _last_image()
-        if known["image_uri"] is None and job.instance_type == LOCAL_PROCESS:
-            known["image_uri"] = "none"
     role = job.role or next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
-    if role is None and job.is_local:
-        role = "arn:aws:iam::000000000000:role/local-mode-needs-none"
     if account is not None:
         role = role_arn(role, account)
     known["role"] = role

@@ -1,6 +1,6 @@
 """What a job will take and cost: hours from the model's arithmetic, dollars from AWS's price list.
 
-Every figure says where it comes from; `instance_types.yaml` holds the tables.
+Every figure says where it comes from; `instance_types.yaml` and `gpus` hold the tables.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from typing import Any
 import yaml
 
 from ..config import TrainingConfig
-from .account import AwsAccount
+from ..config_reader import load_config
+from ..gpus import GPUS, Gpu, step_time
+from .account import AwsAccount, no_answer
 
 TABLE = Path(__file__).with_name("instance_types.yaml")
-MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
-REFERENCE_TFLOP = 3.2  # of one reference step; what measured seconds_per_step belong to
-# Of the peak, for matrices of these sizes. With STEP_OVERHEAD_SECONDS it gives 0.09 s for the
-# public baseline on an RTX 4090, whose own log says 0.107 s.
-ASSUMED_UTILISATION = 0.4
-STEP_OVERHEAD_SECONDS = 0.05  # the serial recurrence: about 3 x 5 x 210 kernel launches
+REFERENCE = Path(__file__).parents[2] / "rnn_args_diphone_sagemaker.yaml"  # what was measured
 START_HOURS = 0.1  # image download and start, billed
 SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % is common
 GET_USD = 0.0004 / 1000  # S3 standard, us-east-1, per GET request
@@ -39,17 +36,6 @@ class InstanceType:
     ram_gib: float
     nvme_gb: float
     usd_per_hour: float | None
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One row of the GPU table."""
-
-    name: str
-    capability: float
-    memory_gib: float
-    tflops: float
-    seconds_per_step: float | None
 
 
 @dataclass(frozen=True)
@@ -123,26 +109,7 @@ def instance_type(name: str) -> InstanceType | None:
 def gpu_of(name: str) -> Gpu | None:
     """The GPU of an instance type; None for CPU types and unknown ones."""
     row = instance_type(name)
-    if row is None or row.gpu is None:
-        return None
-    return Gpu(name=row.gpu, **table()["gpus"][row.gpu])
-
-
-def step_tflop(config: TrainingConfig, mean_bins: int = MEAN_BINS) -> float:
-    """Floating point operations of one training step on the global batch, in 10^12.
-
-    Two per multiply-add of every matrix product, backward counted as twice forward, as in
-    `gpus.flops_per_step`. The reference configuration gives 3.2.
-    """
-    model = config.model
-    width, units, directions = config.width, model.n_units, 1 + model.bidirectional
-    frames = max((mean_bins - model.patch_size) // model.patch_stride + 1, 0)
-    inputs = width * model.patch_size + (model.n_layers - 1) * units * directions
-    gates = 3 * units * directions * (inputs + units * model.n_layers)
-    classifier = units * directions * config.dataset.n_classes
-    # nothing flows back into the stored features: the day layer's backward costs one forward
-    operations = 6 * frames * (gates + classifier) + 4 * mean_bins * width * width
-    return operations * config.dataset.batch_size / 1e12
+    return None if row is None or row.gpu is None else GPUS[row.gpu]
 
 
 def step_seconds(
@@ -152,10 +119,13 @@ def step_seconds(
     row, gpu = instance_type(name), gpu_of(name)
     if row is None or gpu is None:
         return None
-    tflop = step_tflop(config) / (row.gpus * instances)
-    if gpu.seconds_per_step is not None:
-        return gpu.seconds_per_step * tflop / REFERENCE_TFLOP, True
-    return tflop / (ASSUMED_UTILISATION * gpu.tflops) + STEP_OVERHEAD_SECONDS, False
+    share = config.dataset.batch_size / (row.gpus * instances)
+    modelled = step_time(config, gpu, share).total
+    if gpu.seconds_per_step is None:
+        return modelled, False
+    # measured with the reference configuration; others scale as the model says
+    reference = step_time(load_config(REFERENCE), gpu).total
+    return gpu.seconds_per_step * modelled / reference, True
 
 
 def estimate(
@@ -201,9 +171,6 @@ def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | 
 
 def _listed_price(name: str, account: AwsAccount) -> float | None:
     """The Price List API's answer; None when it may not be asked or knows no such product."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-
     filters = [
         {"Type": "TERM_MATCH", "Field": field, "Value": value}
         for field, value in (("regionCode", account.region), ("instanceName", name))
@@ -213,7 +180,7 @@ def _listed_price(name: str, account: AwsAccount) -> float | None:
         answer = account.client("pricing", "us-east-1").get_products(
             ServiceCode="AmazonSageMaker", Filters=filters
         )
-    except (BotoCoreError, ClientError, ResponseParserError):
+    except no_answer():
         return None
     for text in answer.get("PriceList", []):
         product = json.loads(text) if isinstance(text, str) else text

@@ -1,7 +1,7 @@
 """A training job as data: settings in, the exact CreateTrainingJob request out.
 
-Nothing here talks to AWS: `job_submission` sends the request. Field names and limits are those of
-the SageMaker API reference, CreateTrainingJob.
+Nothing here talks to AWS. Lengths, patterns and choices are those of the service's own model; what
+is checked by hand are rules between settings, which no model holds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ..config import TrainingConfig, config_keys
 from ..config_reader import load_config, resolve_key
 from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
+from .image import unchanged_in_image
+from .service_model import breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -27,14 +29,13 @@ DEFAULT_DATA_PREFIX = "data/hdf5_data_diphone_encoded"
 OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
-LOCAL_PROCESS = "local_process"  # instance type: this Python, without a container
 TENSORBOARD_FOLDER = "/opt/ml/output/tensorboard"
 
 MLFLOW_ARN = re.compile(
     r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
     r"(?P<kind>mlflow-tracking-server|mlflow-app)/(?P<name>[\w.-]+)$"
 )
-_JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+PROJECT_TAG = {"project": "brain-to-text"}  # by which `jobs.list_jobs` finds what we launched
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@")
 
@@ -65,9 +66,7 @@ class JobSettings:
     role: str | None = option(
         None, "execution role, ARN or name; default: SAGEMAKER_ROLE_ARN, or the stack's role"
     )
-    instance_type: str = option(
-        "ml.g5.2xlarge", "SageMaker instance type; or local, local_gpu (Docker), local_process"
-    )
+    instance_type: str = option("ml.g5.2xlarge", "SageMaker instance type")
     instance_count: int = option(1, "instances; the batch is shared among all their GPUs")
     volume_gb: int = option(30, "storage volume; the stream needs little")
     max_run_hours: float = option(48.0, "SageMaker stops the job after this many hours")
@@ -86,8 +85,14 @@ class JobSettings:
     init_from_checkpoint: str | None = option(
         None, "s3:// URL of a model whose weights to start from"
     )
+    accept_code_difference: bool = option(
+        False, "launch although code/ here is not the code in the image"
+    )
     retries: int = option(1, "restarts by SageMaker after its own internal errors, 0 to 30")
-    keep_alive_minutes: int = option(0, "keep the instance warm for the next job, up to 60")
+    keep_alive_minutes: int = option(0, "keep the instance warm for the next job, up to 360")
+    debug_shell: bool = option(
+        False, "let yourself into the running container by `aws ssm start-session`"
+    )
 
     data_channel: Literal["stream", "fastfile", "file"] = option(
         "stream", "how trials reach the job: our stream from S3, or a SageMaker channel"
@@ -113,11 +118,6 @@ class JobSettings:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the job runs on this machine: in Docker (SageMaker local mode) or without."""
-        return self.instance_type in ("local", "local_gpu", LOCAL_PROCESS)
-
     def output_uri(self, job_name: str) -> str:
         """s3:// folder that holds everything one job leaves."""
         return f"s3://{self.s3_bucket}/{self.output_prefix.strip('/')}/{job_name}"
@@ -131,17 +131,23 @@ def new_job_name(config_file: str, now: datetime | None = None) -> str:
     return f"b2t-{kind}-{moment}-{secrets.token_hex(3)}"
 
 
-def resolve_config(settings: JobSettings) -> tuple[str, dict[str, Any], TrainingConfig]:
+def resolve_config(
+    settings: JobSettings, image: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Any], TrainingConfig]:
     """What the job trains with.
 
-    A file that ships in code/ is in the image already and travels by name. Any other file travels
-    as its differences from the default one, because the image cannot contain it.
+    A file that the image holds unchanged travels by name. Any other one, edited since the image was
+    pushed or of your own, travels as its differences from the nearest file that the image holds.
+
+    Args:
+        image: fingerprints of the code in the image (`image.code_in`); None: taken to be that here.
 
     Returns:
         (name of a file in the image, values by dotted key that differ from it, whole config)
 
     Raises:
         ConfigError: the file or an override is wrong; nothing is sent to AWS.
+        JobError: the image holds none of the files in code/ as they are here.
     """
     given = Path(settings.config_file)
     shipped = CODE_FOLDER / given.name
@@ -156,13 +162,26 @@ def resolve_config(settings: JobSettings) -> tuple[str, dict[str, Any], Training
         overrides["init_from_checkpoint"] = True
         overrides["init_checkpoint_path"] = settings.init_from_checkpoint
     config = load_config(given, overrides)
-    in_image = given.resolve() == shipped.resolve() and shipped.is_file()
-    base = shipped if in_image else CODE_FOLDER / DEFAULT_CONFIG
-    return base.name, dict(_differing(config, load_config(base))), config
+    bases = [path for path in sorted(CODE_FOLDER.glob("*.yaml")) if unchanged_in_image(path, image)]
+    if given.resolve() == shipped.resolve() and shipped in bases:
+        bases = [shipped]
+    if not bases:
+        raise JobError(
+            "The image holds none of the configurations in code/ as they are here: run "
+            "./build_and_push.sh."
+        )
+    changes = {path: dict(_differing(config, load_config(path))) for path in bases}
+    base = min(bases, key=lambda path: (len(changes[path]), path.name != DEFAULT_CONFIG))
+    return base.name, changes[base], config
 
 
-def training_request(settings: JobSettings) -> dict[str, Any]:
+def training_request(
+    settings: JobSettings, image: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The CreateTrainingJob request, complete: role, image and name must be known by now.
+
+    Args:
+        image: as in `resolve_config`.
 
     Raises:
         ConfigError: the training configuration is wrong.
@@ -185,7 +204,7 @@ def training_request(settings: JobSettings) -> dict[str, Any]:
             "TrainingInputMode": "FastFile" if settings.data_channel == "fastfile" else "File",
             "MetricDefinitions": [dict(metric) for metric in METRIC_DEFINITIONS],
         },
-        "HyperParameters": _hyperparameters(settings, output_uri),
+        "HyperParameters": _hyperparameters(settings, output_uri, image),
         "OutputDataConfig": {"S3OutputPath": output_uri.rsplit("/", 1)[0]},
         "ResourceConfig": {
             "InstanceType": settings.instance_type,
@@ -198,8 +217,7 @@ def training_request(settings: JobSettings) -> dict[str, Any]:
             "LocalPath": CHECKPOINT_FOLDER,
         },
         "Tags": [
-            {"Key": key, "Value": value}
-            for key, value in {"project": "brain-to-text", **settings.tags}.items()
+            {"Key": key, "Value": value} for key, value in {**PROJECT_TAG, **settings.tags}.items()
         ],
         "ProfilerConfig": {"DisableProfiler": True},
     }
@@ -229,9 +247,14 @@ def training_request(settings: JobSettings) -> dict[str, Any]:
             "S3OutputPath": request["OutputDataConfig"]["S3OutputPath"],
             "LocalPath": TENSORBOARD_FOLDER,
         }
+    if settings.debug_shell:
+        request["RemoteDebugConfig"] = {"EnableRemoteDebug": True}
     environment = _environment(settings, job_name)
     if environment:
         request["Environment"] = environment
+    for breach in breaches("sagemaker", "CreateTrainingJob", request):
+        if not str(breach.value).startswith("<"):  # a reminder of a dry run (`launch.MISSING`)
+            raise JobError(breach.sentence())
     return request
 
 
@@ -252,8 +275,10 @@ def hyperparameter_text(value: Any) -> str:
     return json.dumps(value)
 
 
-def _hyperparameters(settings: JobSettings, output_uri: str) -> dict[str, str]:
-    base, changed, _ = resolve_config(settings)
+def _hyperparameters(
+    settings: JobSettings, output_uri: str, image: Mapping[str, str] | None
+) -> dict[str, str]:
+    base, changed, _ = resolve_config(settings, image)
     values: dict[str, Any] = {
         "s3-bucket": settings.s3_bucket,
         "s3-data-prefix": settings.s3_data_prefix.strip("/"),
@@ -265,21 +290,9 @@ def _hyperparameters(settings: JobSettings, output_uri: str) -> dict[str, str]:
         values["accept-changes"] = True
     if settings.data_channel != "stream":
         values["data-dir"] = CHANNEL_FOLDER
-    if settings.tensorboard and not settings.is_local:
+    if settings.tensorboard:
         values["tensorboard-dir"] = TENSORBOARD_FOLDER
-    encoded = {name: hyperparameter_text(value) for name, value in values.items()}
-    if len(encoded) > 100:
-        raise JobError(
-            f"The configuration differs from {base} in {len(changed)} values and SageMaker takes "
-            "100 hyperparameters: put the file into code/ and run ./build_and_push.sh."
-        )
-    for name, value in encoded.items():
-        if len(value) > 2500:
-            raise JobError(
-                f"Setting '{name}' is {len(value)} characters long and SageMaker takes 2500: "
-                "put it into a config file in code/ and run ./build_and_push.sh."
-            )
-    return encoded
+    return {name: hyperparameter_text(value) for name, value in values.items()}
 
 
 def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
@@ -349,21 +362,10 @@ def _check(settings: JobSettings) -> None:
             f"Bucket name '{settings.s3_bucket}' is not valid: "
             "give the bare name, without s3:// and without a prefix."
         )
-    for name in ("job_name", "resume_from"):
-        value = getattr(settings, name)
-        if value is not None and not _JOB_NAME.fullmatch(value):
-            refuse(
-                f"Job name '{value}' is not valid: letters, digits and single hyphens inside, "
-                "at most 63 characters."
-            )
     limits = (
         ("instance_count", 1, 1000),
         ("volume_gb", 1, 16384),
         ("max_run_hours", 1 / 60, 28 * 24),
-        ("retries", 0, 30),
-        ("keep_alive_minutes", 0, 60),
-        ("num_training_batches", 1, 10**9),
-        ("batch_size", 1, 10**6),
     )
     for name, low, high in limits:
         value = getattr(settings, name)
@@ -372,19 +374,6 @@ def _check(settings: JobSettings) -> None:
             refuse(f"Option --{flag} is {value} but must be from {low:g} to {high:g}.")
     if settings.data_channel not in ("stream", "fastfile", "file"):
         refuse(f"--data-channel is '{settings.data_channel}': choose stream, fastfile or file.")
-    if not settings.is_local and not re.fullmatch(
-        r"ml\.[a-z0-9-]+\.[a-z0-9]+", settings.instance_type
-    ):
-        refuse(
-            f"--instance-type is '{settings.instance_type}': it starts with ml., as ml.g5.2xlarge."
-        )
-    if settings.instance_type == LOCAL_PROCESS:
-        if settings.instance_count > 1:
-            refuse(
-                "--instance-type local_process is one host: drop --instance-count, or use local."
-            )
-        if settings.data_channel != "stream":
-            refuse("--instance-type local_process has no channels: drop --data-channel.")
     if settings.max_wait_hours is not None:
         if not settings.spot:
             refuse("--max-wait-hours only means something together with --spot.")

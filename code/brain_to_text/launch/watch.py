@@ -9,10 +9,10 @@ from typing import Any, TextIO
 
 from ..errors import JobError
 from ..log_lines import Progress
-from .account import AwsAccount, error_code
+from .account import AwsAccount, error_code, no_answer
+from .account_checks import LOG_GROUP
 from .jobs import JobState, job_state
 
-LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
 
 
@@ -154,9 +154,7 @@ def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
 
 def _troubles() -> tuple[type[Exception], ...]:
     """What a poll may raise while the job is perfectly well."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return JobError, BotoCoreError, ClientError
+    return (JobError, *no_answer())
 
 
 def _total_steps(state: JobState) -> int | None:

@@ -77,7 +77,7 @@ class Augmentation:
         training: bool,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise, offset and cut (training only), smoothing, time masks (training only).
+        """Noise, offset, cut and masks (training only), smoothing (always).
 
         Args:
             features: [B, T, C] float32 or float16, zero beyond n_time_steps; not modified.
@@ -119,6 +119,9 @@ class Augmentation:
             masked = time_mask(
                 n_time_steps, T, config.time_mask_share, config.time_mask_max_bins, host
             )
+        if config.channel_mask_share > 0:
+            lost = channel_mask(B, C, config.channel_mask_share, host)
+            x = x * send(~lost, device).unsqueeze(1)
         return self._smoothed(x, n_time_steps, masked), n_time_steps
 
     def _smoothed(
@@ -167,6 +170,14 @@ def time_mask(
         for begin, span in zip(start.tolist(), spans, strict=True):
             mask[trial, begin : begin + span] = True
     return mask
+
+
+def channel_mask(
+    n_trials: int, n_channels: int, share: float, random: np.random.Generator
+) -> torch.Tensor:
+    """[n_trials, n_channels] bool, True in round(share * n_channels) channels of each trial."""
+    order = random.permuted(np.tile(np.arange(n_channels), (n_trials, 1)), axis=1)
+    return torch.from_numpy(order < round(share * n_channels))
 
 
 def _rows_after_cut(cut: torch.Tensor, n_bins: int) -> torch.Tensor:

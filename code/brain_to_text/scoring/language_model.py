@@ -12,7 +12,6 @@ import math
 import re
 import subprocess
 import sys
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, StorageError
-from ..labels.pronunciation import dictionary_words, normalise_text
+from ..labels.pronunciation import dictionary_words, normalise_text, typed_text
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 Gram = tuple[str, ...]
@@ -37,7 +36,8 @@ import kenlm
 try:
     kenlm.Model(sys.argv[1])
 except Exception as error:
-    print(error)
+    text = getattr(error, "object", str(error).encode())  # KenLM quotes bytes that are not UTF-8
+    sys.stdout.buffer.write(text)
     raise SystemExit(3)
 """
 
@@ -180,7 +180,7 @@ def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
 
         try:
             model = kenlm.Model(str(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise not_a_model(path, _reason(str(error))) from error
         forms: Iterable[str] = (
             form
@@ -196,7 +196,7 @@ def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
     strange = []
     for form in forms:
         word = normalise_text(form)
-        if word and _letters(word) == _letters(form):
+        if word and " " not in word and _letters(word) == _letters(typed_text(form)):
             known.setdefault(word, []).append(form)
         else:
             strange.append(form)
@@ -258,7 +258,7 @@ def _lines(path: Path, compressed: bool) -> Iterator[bytes]:
 
 def _letters(text: str) -> int:
     """Letters and digits, of which none may get lost where a word is normalised."""
-    return sum(character.isalnum() for character in unicodedata.normalize("NFC", text))
+    return sum(character.isalnum() for character in text)
 
 
 def _unreadable(path: Path, error: OSError) -> StorageError:

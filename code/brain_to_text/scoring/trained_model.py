@@ -5,8 +5,10 @@ Nothing is unpacked to disk and no pickled code runs.
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from ..model.weights_file import load_verified
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
 _ARGS = ("checkpoint/args.yaml", "args.yaml")
 _LOGS = ("training_log",)
+_GZIP = b"\x1f\x8b"
+_MOST_SWELLING = 100  # times a packed archive's size; weights hardly shrink, logs to a twentieth
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
 
 
@@ -249,7 +253,7 @@ def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
         return None
     try:
         args = yaml.safe_load(data) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{location}/{name} is not valid YAML ({' '.join(str(error).split())[:200]}): copy it "
             "again from the training run."
@@ -263,20 +267,40 @@ def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
 
 
 def _untar(data: bytes, location: str) -> dict[str, bytes]:
-    """The files of a model archive that matter here, in memory."""
+    """The files of a model archive that matter here, in memory.
+
+    Raises:
+        CheckpointError: damaged anywhere, swelling beyond what weights do, or with members that no
+            training run makes: paths that lead outside, links, files that occur twice.
+    """
     wanted = {*CHECKPOINTS, *_ARGS, *_LOGS}
-    members = {}
+    members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        if data.startswith(_GZIP):  # whole, so that its checksum decides before anything is parsed
+            most = _MOST_SWELLING * len(data) + (1 << 24)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise tarfile.TarError(f"it swells to more than {most / 1e6:,.0f} MB")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
-                if member.isfile() and name in wanted:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    members[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise tarfile.TarError(f"member {name!r} leads out of it")
+                if name not in wanted:
+                    continue
+                if not member.isfile() or member.issparse():
+                    raise tarfile.TarError(f"member {name} is no plain file")
+                if name in members:
+                    raise tarfile.TarError(f"member {name} is there twice")
+                content = archive.extractfile(member)
+                assert content is not None
+                members[name] = content.read()
+                if len(members[name]) != member.size:
+                    raise tarfile.TarError(f"member {name} is cut off")
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"Archive {location} cannot be read ({' '.join(str(error).split())}): download or copy "
-            "it again."
+            f"Archive {location} cannot be read ({' '.join(str(error).split())[:200]}): download "
+            "or copy it again."
         ) from error
     return members

@@ -118,7 +118,7 @@ class WordDecoder:
 
             try:
                 self._model = KenLM(str(language_model), self._dictionary)
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise not_a_model(language_model, reason) from error
         self.dropped: list[str] = []

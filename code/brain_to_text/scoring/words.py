@@ -12,7 +12,7 @@ import numpy as np
 
 from ..dataset.manifest import TrialManifest
 from ..errors import ConfigError, DataError, StorageError
-from ..labels.pronunciation import lexicon_of, normalise_text, read_lexicon
+from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lexicon
 from .decoding import DecodedTrial
 from .language_model import check_language_model, estimate_ngrams, words_of_model
 from .statistics import bootstrap_interval, rates_by
@@ -121,7 +121,8 @@ def make_decoder(
     model_file: Path | None = None
     forms: dict[str, list[str]] = {}
     strange: list[str] = []
-    if source in (None, FROM_TRAINING, LEXICON_ONLY):
+    given = source not in (None, FROM_TRAINING, LEXICON_ONLY)
+    if not given:
         sentences = training_sentences(manifest)
         words = {word for sentence in sentences for word in sentence.split()}
         vocabulary = f"{len(words):,} words of {len(sentences):,} training sentences"
@@ -140,7 +141,12 @@ def make_decoder(
         model, model_file = str(source), Path(str(source))
         forms, strange, vocabulary = words_of_model(model_file)
         words = set(forms)
-    own = read_lexicon(options.lexicon) if options.lexicon else {}
+    own: Lexicon = {}
+    for word, ways in (read_lexicon(options.lexicon) if options.lexicon else {}).items():
+        if spelled := normalise_text(word):
+            own.setdefault(spelled, []).extend(ways)
+        else:
+            strange.append(word)
     if own:
         vocabulary += f", and {len(own):,} of {options.lexicon}"
     lexicon, unknown = lexicon_of(words - own.keys())
@@ -162,7 +168,7 @@ def make_decoder(
             f" (not {some(missing)})" if missing else ""
         )
     known = lexicon.keys() | (own.keys() & forms.keys() if forms else own.keys())
-    facts |= _transcripts(known, manifest, split, str(source), strict=bool(forms or strange))
+    facts |= _transcripts(known, manifest, split, str(source), strict=given)
     decoder = WordDecoder(lexicon | own, model_file, forms)
     if decoder.dropped:
         facts["Left out, as too many words sound alike"] = some(decoder.dropped)

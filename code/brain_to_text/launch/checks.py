@@ -1,0 +1,389 @@
+"""What would fail only after billing began, or in words nobody understands: GPU, image, data.
+
+Each finding is one line that says what to type next. `account_checks` looks at role and network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..config import TrainingConfig
+from ..errors import BrainToTextError
+from ..gpus import OLDEST_CAPABILITY, n_frames
+from .account import AwsAccount, error_code, sentence
+from .image import ECR_URI, Image, code_differences, look_at
+from .pricing import gpu_of, instance_type, step_seconds
+from .request import JobSettings, resolve_config
+
+LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
+MANIFEST = "trial_manifest.json.gz"
+_DATA_FILE = re.compile(r"[^/]+/data_(?P<split>train|val|test)\.hdf5")
+_PUSH = "./build_and_push.sh"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that will stop a job (error), may spoil it (warning), or is good to know (note).
+
+    Attributes:
+        name: stable and short, for tests and the troubleshooting table.
+        text: one line: what, where, why, what to type next.
+    """
+
+    severity: Literal["error", "warning", "note"]
+    name: str
+    text: str
+
+
+def error(name: str, text: str) -> Finding:
+    """A finding that will stop the job."""
+    return Finding("error", name, text)
+
+
+def warning(name: str, text: str) -> Finding:
+    """A finding that may cost time or money, or that nobody could look at."""
+    return Finding("warning", name, text)
+
+
+# --- the instance type ----------------------------------------------------------------------------
+
+
+def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]:
+    """Does the configuration fit the instance type: GPU generation, memory, time?"""
+    row, gpu = instance_type(job.instance_type), gpu_of(job.instance_type)
+    if row is None:
+        return  # one that is not in our table; the price line says so
+    if gpu is None:
+        yield warning(
+            "instance-cpu",
+            f"{row.name} has no GPU and training would take weeks: use --instance-type "
+            "ml.g5.2xlarge.",
+        )
+        return
+    if gpu.capability < OLDEST_CAPABILITY:
+        yield error(
+            "gpu-too-old",
+            f"{row.name} has a {row.gpu} (compute capability {gpu.capability}) and the image "
+            f"supports {OLDEST_CAPABILITY} and newer: use --instance-type ml.g4dn.xlarge or "
+            "ml.g5.2xlarge.",
+        )
+        return
+    n_gpus, batch = row.gpus * job.instance_count, config.dataset.batch_size
+    need, memory = memory_gib(config, n_gpus), gpu.memory_gib
+    if need > memory:
+        smaller = range(batch - 1, 0, -1)
+        fits = next((n for n in smaller if memory_gib(config, n_gpus, n) < 0.85 * memory), None)
+        way = f"use --batch-size {fits}" if fits else "use a GPU with more memory"
+        yield error(
+            "gpu-memory",
+            f"A batch of {batch} long trials needs about {need:.0f} GiB and the {row.gpu} has "
+            f"{memory:g}: {way}.",
+        )
+    speed = step_seconds(config, job.instance_type, job.instance_count)
+    hours = config.num_training_batches * speed[0] / 3600 if speed else 0.0
+    if hours > job.max_run_hours:
+        yield error(
+            "max-run",
+            f"The job needs about {hours:.0f} h and SageMaker would stop it after "
+            f"{job.max_run_hours:g}: use --max-run-hours {2 * hours:.0f}, or fewer "
+            "--num-training-batches.",
+        )
+
+
+def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None = None) -> float:
+    """GPU memory of a step whose trials are all long: an estimate, to within a third.
+
+    Weights, gradients and Adam's two moments in float32; features and their augmented copies in
+    float32; patches, gate activations of each GRU layer, logits with gradients.
+    """
+    model, dataset = config.model, config.dataset
+    trials = -(-(batch_size or dataset.batch_size) // n_gpus)
+    frames = max(n_frames(config, LONG_TRIAL_BINS), 1)
+    directions, width = 1 + model.bidirectional, config.width
+    patch = width * max(model.patch_size, 1)
+    inputs = patch + (model.n_layers - 1) * model.n_units * directions
+    weights = 3 * model.n_units * directions * (inputs + model.n_units * model.n_layers)
+    weights += 45 * width**2 + model.n_units * directions * dataset.n_classes
+    activation = 2 if config.use_amp else 4
+    per_frame = activation * (2 * patch + 6 * model.n_layers * model.n_units * directions)
+    per_frame += 4 * 4 * dataset.n_classes
+    per_bin = 4 * 5 * width
+    total = 16 * weights + trials * (frames * per_frame + LONG_TRIAL_BINS * per_bin)
+    return total / 2**30 + 0.8
+
+
+# --- the image ------------------------------------------------------------------------------------
+
+
+def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    """Is the image where the job looks, for its processor, and made of the code that is here?"""
+    if job.image_uri is None:
+        yield error("image-missing", f"The job has no image: run {_PUSH}, or give --image-uri.")
+        return
+    place = ECR_URI.fullmatch(job.image_uri)
+    if place is None:
+        yield error(
+            "image-not-ecr",
+            f"Image {job.image_uri} is not in ECR and SageMaker pulls from nowhere else: run "
+            f"{_PUSH} and leave --image-uri away.",
+        )
+        return
+    if place["region"] != account.region:
+        yield error(
+            "image-region",
+            f"The image lies in {place['region']} and the job runs in {account.region}: run "
+            f"{_PUSH} --region {account.region}.",
+        )
+        return
+    from botocore.exceptions import ClientError
+
+    try:
+        image = look_at(job.image_uri, account)
+    except LookupError as missing:
+        yield error(
+            "image-unknown",
+            f"Repository {place['repository']} has no image {missing.args[0]}: run {_PUSH}, or "
+            f"choose one of `aws ecr list-images --repository-name {place['repository']}`.",
+        )
+        return
+    except ClientError as problem:
+        if error_code(problem) == "RepositoryNotFoundException":
+            yield error(
+                "repository-unknown",
+                f"ECR has no repository {place['repository']} in {account.region} of account "
+                f"{place['account']}: run {_PUSH}.",
+            )
+        else:
+            yield warning("image-unchecked", sentence(problem, "looking at the image"))
+        return
+    if image.architectures and "amd64" not in image.architectures:
+        yield error(
+            "image-architecture",
+            f"The image is for {', '.join(sorted(image.architectures))} and SageMaker's GPU "
+            f"instances are amd64: run {_PUSH}, which builds for linux/amd64 everywhere.",
+        )
+    yield from _mlflow_client(job, image)
+    yield from _code(job, image)
+
+
+def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
+    """Whether what was looked at here is what will run there."""
+    if image.code is None:
+        yield warning(
+            "image-code-unknown",
+            "The image does not say what code it was made of, or ECR does not let us look: whether "
+            f"code/ here is what will run is unknown; {_PUSH} makes an image that says it.",
+        )
+        return
+    files = code_differences(image.code)
+    if files:
+        named = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+        finding = error(
+            "code-differs",
+            f"The image was made of other code than is here ({named}): run {_PUSH}, or launch what "
+            "the image holds with --accept-code-difference.",
+        )
+        yield replace(finding, severity="warning") if job.accept_code_difference else finding
+    base, changed, _ = resolve_config(job, image.code)
+    usual, _, _ = resolve_config(job)
+    if (base, changed) != (usual, resolve_config(job)[1]):
+        yield Finding(
+            "note",
+            "config-travels",
+            f"{job.config_file} was edited after the image was made, so the job gets yours as "
+            f"{len(changed)} values: {', '.join(f'{k}={v}' for k, v in list(changed.items())[:6])}"
+            f"{', …' if len(changed) > 6 else ''}.",
+        )
+
+
+def _mlflow_client(job: JobSettings, image: Image) -> Iterator[Finding]:
+    if not job.mlflow_tracking_uri:
+        return
+    label = (image.labels or {}).get("brain-to-text.mlflow")
+    if label == "no":
+        yield error(
+            "image-without-mlflow",
+            "--mlflow-tracking-uri is given and the image holds no MLflow client, so nothing would "
+            f"be tracked: run {_PUSH} --mlflow, or drop the option.",
+        )
+    elif label is None:
+        yield warning(
+            "image-mlflow-unchecked",
+            "Whether the image holds an MLflow client could not be seen; without one nothing is "
+            f"tracked: {_PUSH} --mlflow makes one that does.",
+        )
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def check_data(job: JobSettings, config: TrainingConfig, account: AwsAccount) -> Iterator[Finding]:
+    """Is the data where the job will look, indexed, and what the configuration says it is?"""
+    from botocore.exceptions import ClientError
+
+    s3 = account.client("s3")
+    problem = _bucket(job, account, s3)
+    if problem is not None:
+        yield problem
+        return
+    try:
+        yield from _dataset(job, config, s3)
+        yield from _starting_points(job, s3)
+    except ClientError as refused:
+        yield error(
+            "data-denied",
+            sentence(refused, f"listing s3://{job.s3_bucket}/{job.s3_data_prefix}"),
+        )
+
+
+def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = s3.head_bucket(Bucket=job.s3_bucket)
+    except ClientError as problem:
+        code = error_code(problem)
+        if code in ("404", "NoSuchBucket"):
+            return error(
+                "bucket-unknown",
+                f"Bucket {job.s3_bucket} does not exist: check --s3-bucket against `aws s3 ls`, "
+                "or create it.",
+            )
+        if code in ("403", "AccessDenied"):
+            return error(
+                "bucket-denied",
+                f"You may not look into bucket {job.s3_bucket}: attach "
+                "code/aws/launcher_policy.json, or check whose bucket it is.",
+            )
+        if code != "301":
+            return error(
+                "bucket-unchecked", sentence(problem, f"looking at bucket {job.s3_bucket}")
+            )
+        answer = problem.response
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")
+    if not region or region == account.region:
+        return None
+    return error(
+        "bucket-region",
+        f"Bucket {job.s3_bucket} lies in {region} and the job would run in {account.region}: every "
+        f"byte would cross regions, slowly and at a price; use --region {region}.",
+    )
+
+
+def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Finding]:
+    prefix = job.s3_data_prefix.strip("/")
+    url = f"s3://{job.s3_bucket}/{prefix}"
+    listing = _listing(s3, job.s3_bucket, f"{prefix}/")
+    files = [match for key in listing if (match := _DATA_FILE.fullmatch(key))]
+    splits = Counter(match["split"] for match in files)
+    if not files:
+        elsewhere = _nearest_prefix(s3, job.s3_bucket)
+        yield error(
+            "data-missing",
+            f"There is no SESSION/data_*.hdf5 under {url}: "
+            f"{elsewhere or 'upload the dataset (README, step 2).'}",
+        )
+        return
+    if not splits["train"]:
+        yield error("data-no-train", f"{url} has no data_train.hdf5 in any session: upload them.")
+    if not splits["val"]:
+        yield warning(
+            "data-no-val",
+            f"{url} has no data_val.hdf5, so no best model can be chosen: upload validation data, "
+            "or set --save_final_model true.",
+        )
+    size = sum(info.size for info in listing.values())
+    if job.data_channel == "file" and size > 0.9 * job.volume_gb * 1e9:
+        yield error(
+            "volume-too-small",
+            f"The dataset has {size / 1e9:.0f} GB and --volume-gb is {job.volume_gb}: use "
+            f"--volume-gb {int(1.3 * size / 1e9) + 10}, or --data-channel stream, which copies "
+            "nothing.",
+        )
+    if MANIFEST not in listing:
+        yield warning(
+            "manifest-missing",
+            f"{url} has no {MANIFEST}, so the job must index {len(files)} files while you pay: run "
+            f"`python code/prepare_dataset.py index {url}` once.",
+        )
+    elif splits["train"]:
+        yield from _against_config(job, config, s3, listing, url)
+
+
+def _against_config(
+    job: JobSettings, config: TrainingConfig, s3: Any, listing: dict[str, Any], url: str
+) -> Iterator[Finding]:
+    """What the trainer would say of manifest and configuration, said now."""
+    try:
+        from ..dataset.manifest import TrialManifest
+        from ..dataset.selection import against_config
+    except ImportError as problem:
+        yield warning(
+            "manifest-unchecked",
+            f"Data and configuration were not compared (no module {problem.name} here): "
+            "`pip install h5py numpy` to have it done before you pay.",
+        )
+        return
+    key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST}"
+    content = s3.get_object(Bucket=job.s3_bucket, Key=key)["Body"].read()
+    try:
+        manifest = TrialManifest.from_bytes(content)
+        manifest.check_fresh(listing, url)
+    except BrainToTextError as problem:
+        yield error("manifest-stale", str(problem))
+        return
+    for mismatch in against_config(manifest, config):
+        yield (error if mismatch.is_error else warning)(mismatch.name, mismatch.text)
+
+
+def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
+    states = f"{job.output_uri(str(job.resume_from))}/checkpoints/"
+    if job.resume_from and not _listing(s3, *_split(states), everything=False):
+        yield error(
+            "resume-nothing",
+            f"Job {job.resume_from} left no checkpoint under {states}: check its name (--list).",
+        )
+    model = job.init_from_checkpoint
+    if model and not _listing(s3, *_split(model), everything=False):
+        yield error(
+            "init-nothing",
+            f"There is nothing at {model}: give the s3:// URL of a model.tar.gz or a "
+            "best_checkpoint.",
+        )
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _listing(s3: Any, bucket: str, prefix: str, everything: bool = True) -> dict[str, Any]:
+    """Objects under a prefix by their key relative to it, as the store's listings."""
+    from ..dataset.store import ObjectInfo
+
+    found: dict[str, Any] = {}
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", []):
+            key = entry["Key"].removeprefix(prefix)
+            found[key] = ObjectInfo(key, int(entry["Size"]), entry["ETag"].strip('"'))
+        if not everything:
+            break
+    return found
+
+
+def _nearest_prefix(s3: Any, bucket: str) -> str | None:
+    """A sentence that names where data files do lie in the bucket; None if nowhere near the top."""
+    pages = s3.get_paginator("list_objects_v2").paginate(
+        Bucket=bucket, PaginationConfig={"MaxItems": 5000}
+    )
+    for page in pages:
+        for entry in page.get("Contents", []):
+            root, _, name = entry["Key"].rpartition("/data_")
+            if name.endswith(".hdf5") and "/" in root:
+                return f"it lies under --s3-data-prefix {root.rsplit('/', 1)[0]}."
+    return None

@@ -1,0 +1,156 @@
+"""Hold a request against the service's own model, as botocore ships it: required fields, types,
+lengths, ranges, patterns, choices. botocore itself checks only the first two before it sends.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+# Java's classes that Python lacks. A letter class inside brackets cannot be said exactly: \w adds
+# digits and the underscore, which every pattern of the API that has \p{L} admits anyway.
+_CLASSES = {
+    r"\p{L}": r"\w",
+    r"\p{N}": r"\d",
+    r"\p{Z}": " \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+    r"\p{Alnum}": "a-zA-Z0-9",
+}
+_TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "long": int,
+    "boolean": bool,
+    "structure": Mapping,
+    "map": Mapping,
+    "list": Sequence,
+}
+
+
+# Which option a field of the request comes from, longest path first.
+_OPTIONS = {
+    "AlgorithmSpecification.TrainingImage": "--image-uri",
+    "CheckpointConfig.S3Uri": "--checkpoint-s3-uri",
+    "Environment.MLFLOW_EXPERIMENT_NAME": "--mlflow-experiment",
+    "Environment.MLFLOW_TRACKING_URI": "--mlflow-tracking-uri",
+    "Environment": "--env",
+    "HyperParameters": "configuration value",
+    "InputDataConfig": "--s3-data-prefix",
+    "OutputDataConfig.KmsKeyId": "--output-kms-key",
+    "OutputDataConfig": "--output-prefix",
+    "ResourceConfig.InstanceCount": "--instance-count",
+    "ResourceConfig.InstanceType": "--instance-type",
+    "ResourceConfig.KeepAlivePeriodInSeconds": "--keep-alive-minutes",
+    "ResourceConfig.VolumeKmsKeyId": "--volume-kms-key",
+    "ResourceConfig.VolumeSizeInGB": "--volume-gb",
+    "RetryStrategy": "--retries",
+    "RoleArn": "--role",
+    "StoppingCondition.MaxWaitTimeInSeconds": "--max-wait-hours",
+    "StoppingCondition": "--max-run-hours",
+    "Tags": "--tag",
+    "TensorBoardOutputConfig": "--output-prefix",
+    "TrainingJobName": "--job-name",
+    "VpcConfig.SecurityGroupIds": "--security-group-ids",
+    "VpcConfig.Subnets": "--subnets",
+}
+
+
+@dataclass(frozen=True)
+class Breach:
+    """One rule of the model that a value breaks.
+
+    Attributes:
+        path: where in the request, e.g. ("Tags", 3, "Key"); a map's own keys end in "<name>".
+        value: what stands there; None where something is missing.
+        rule: what would be right, e.g. "at most 512 characters".
+    """
+
+    path: tuple[str | int, ...]
+    value: Any
+    rule: str
+
+    def sentence(self) -> str:
+        """What is wrong, in terms of the option that gave the value."""
+        place = ".".join(str(part) for part in self.path if isinstance(part, str))
+        option = next(
+            (flag for name, flag in _OPTIONS.items() if f"{place}.".startswith(f"{name}.")), place
+        )
+        if option in ("--env", "configuration value") and len(self.path) > 1:
+            option = f"{option} {self.path[1]}"
+        value, rule = self.value, self.rule
+        if isinstance(value, (str, int)):
+            text = " ".join(str(value).split())
+            shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
+        else:
+            shown = "not given" if value is None else f"{len(value)} entries long"
+        if place.endswith("InSeconds"):
+            shown, rule = f"{value:,} seconds", f"{rule} seconds"
+        if rule.startswith("one of ") and len(rule) > 200:
+            near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=1, cutoff=0.5)
+            rule = "one that this boto3 knows" + (f" (nearest: {near[0]})" if near else "")
+        return f"{option} is {shown} and SageMaker wants it to be {rule}."
+
+
+def breaches(service: str, operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
+    """Every rule of the service's model that `request` breaks, in the order of the request."""
+    yield from _walk(_model(service).operation_model(operation).input_shape, request, ())
+
+
+@cache
+def _model(service: str) -> Any:
+    from botocore.loaders import Loader
+    from botocore.model import ServiceModel
+
+    return ServiceModel(Loader().load_service_model(service, "service-2"), service)
+
+
+def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breach]:
+    kind = _TYPES.get(shape.type_name)
+    if kind is not None and (
+        not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+    ):
+        yield Breach(path, value, f"a {shape.type_name}")
+        return
+    for rule in _own_rules(shape, value):
+        yield Breach(path, value, rule)
+    if shape.type_name == "structure":
+        for name in shape.required_members:
+            if name not in value:
+                yield Breach((*path, name), None, "given")
+        for name, inner in value.items():
+            if name not in shape.members:
+                yield Breach((*path, name), inner, f"one of {', '.join(shape.members)}")
+            else:
+                yield from _walk(shape.members[name], inner, (*path, name))
+    elif shape.type_name == "list":
+        for number, inner in enumerate(value):
+            yield from _walk(shape.member, inner, (*path, number))
+    elif shape.type_name == "map":
+        for name, inner in value.items():
+            yield from _walk(shape.key, name, (*path, name, "<name>"))
+            yield from _walk(shape.value, inner, (*path, name))
+
+
+def _own_rules(shape: Any, value: Any) -> Iterator[str]:
+    rules = shape.metadata
+    if "enum" in rules and value not in rules["enum"]:
+        yield f"one of {', '.join(rules['enum'])}"
+    counted = value if isinstance(value, int) else len(value)
+    unit = {"string": " characters", "list": " entries", "map": " entries"}.get(shape.type_name, "")
+    if "max" in rules and counted > rules["max"]:
+        yield f"at most {rules['max']:,}{unit}"
+    if "min" in rules and counted < rules["min"]:
+        yield f"at least {rules['min']:,}{unit}"
+    pattern = rules.get("pattern")
+    if pattern and not _compiled(pattern).fullmatch(value):
+        yield "one line of text" if pattern in (".*", ".+") else f"of the form {pattern}"
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    for java, python in _CLASSES.items():
+        pattern = pattern.replace(java, python)
+    return re.compile(pattern)

@@ -1,0 +1,48 @@
+"""What contributors are told exists: commands, files, forms."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOP = Path(__file__).parents[2]
+HOME = TOP / ".github"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_every_file_that_is_named_exists(page):
+    text = (HOME / page).read_text()
+    names = re.findall(r"(?:\./)?((?:code|docker|tests|\.github|\.ci)/[\w./*-]*\w)", text)
+    assert names
+    missing = [name for name in names if not list(TOP.glob(name))]
+    assert missing == []
+
+
+def test_a_fork_checks_what_contributors_check_and_needs_no_secret():
+    text = (HOME / "workflows" / "checks.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in text
+    commands = [step["run"] for step in workflow["jobs"]["checks"]["steps"] if "run" in step]
+    assert all(command.split()[0] == "./tests/run.sh" for command in commands)
+    assert "--checks" in commands[0] and commands[1].endswith("tests/unit")
+
+
+def test_hooks_run_what_the_environment_holds():
+    (repo,) = yaml.safe_load((TOP / ".pre-commit-config.yaml").read_text())["repos"]
+    programs = {hook["entry"].split()[0] for hook in repo["hooks"]}
+    assert programs == {".venv/bin/ruff", "./tests/run.sh"}
+
+
+def test_the_issue_form_asks_for_what_a_failed_job_leaves():
+    form = yaml.safe_load((HOME / "ISSUE_TEMPLATE" / "job.yml").read_text())
+    assert {"name", "description", "body"} <= set(form)
+    asked = {part["id"]: part for part in form["body"] if part["type"] != "markdown"}
+    assert {"job", "failure", "configuration"} <= set(asked)
+    assert all(part["attributes"]["label"] for part in asked.values())
+
+
+def test_the_citation_can_be_read():
+    citation = yaml.safe_load((HOME / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
