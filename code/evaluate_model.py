@@ -110,6 +110,8 @@ def evaluate(options: argparse.Namespace) -> None:
         export_streaming(open_model(options.model[0]), options.export_streaming)
         print(f"The real-time decoder is in {options.export_streaming}")
     data = options.data_dir
+    if data == "":
+        raise ConfigError("--data-dir is empty: give a folder or an s3:// URL.")
     if data is None:
         if not options.s3_bucket:
             if options.export_streaming is not None:

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -20,6 +21,9 @@ sys.path.insert(0, str(HERE))
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
 from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
+
+if TYPE_CHECKING:
+    from brain_to_text.training.run import Run
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -108,8 +112,23 @@ def train(
         ),
         log_url=_log_url(options, environment),
         accept_changes=accept_changes == "true",
+        report=write_report,
     )
     trainer.train()
+
+
+def write_report(run: Run) -> None:
+    """Tables and report.html of a finished run's best model."""
+    from brain_to_text.scoring.evaluate import write_run_report
+
+    write_run_report(
+        run.paths.model_dir,
+        run.paths.output_data_dir,
+        run.stream,
+        run.device,
+        metrics_file=run.paths.output_data_dir / "metrics.jsonl",
+        batch_size=run.config.dataset.batch_size,
+    )
 
 
 def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str:

@@ -208,6 +208,15 @@ def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, t
     assert json.loads((out / "summary.json").read_text())["model"] == str(tmp_path / "b")
 
 
+@pytest.mark.parametrize("below", ["", "results", "t15.2023.08.11"])
+def test_nothing_is_written_where_the_data_is(below, model_folder, tiny_dataset, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tiny_dataset.folder)
+    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
+    assert run(*arguments, "--output-dir", tmp_path / "link" / below) == 1
+    assert "lies in the dataset" in capsys.readouterr().err
+    assert not (tiny_dataset.folder / "results").exists()
+
+
 @pytest.mark.parametrize("name", ["trials.csv", "report.html", "submission.csv"])
 def test_what_no_evaluation_wrote_is_left_alone(name, model_folder, tiny_dataset, tmp_path, capsys):
     out = tmp_path / "out"

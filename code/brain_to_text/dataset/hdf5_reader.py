@@ -79,8 +79,7 @@ def inspect_file(
     result = FileInspection(key, len(data))
 
     def found(trial: str | None, reason: str, kind: str, severity: str = "error") -> None:
-        shown = None if trial is None else printable(trial)
-        result.findings.append(Finding(key, shown, printable(reason), kind, severity))
+        result.findings.append(Finding(key, trial, printable(reason), kind, severity))
 
     try:
         file = h5py.File(io.BytesIO(data), "r")
@@ -92,7 +91,7 @@ def inspect_file(
         return result
     with file:
         try:
-            names = list(file)
+            names = [printable(name) for name in file]
         except HDF5_ERRORS as error:
             found(None, f"the list of trials cannot be read ({one_line(error)})", "truncated file")
             return result
@@ -148,6 +147,8 @@ def _inspect_trial(
     dtype = dataset.dtype.str
     if dtype not in ("<f4", "<f2"):
         convertible = dataset.dtype.kind in "fiu"
+        if convertible:
+            check_stored(dataset, "input_features")
         raise DamagedTrial(
             f"input_features is {dataset.dtype}, not float32 or float16"
             + (": 'python code/prepare_dataset.py encode' converts it" if convertible else ""),

@@ -73,7 +73,7 @@ def import_mat(
     Raises:
         DataError: no such files, damage, words that nobody can pronounce.
         StorageError: folder or target cannot be read or written.
-        ConfigError: a package is not installed.
+        ConfigError: scipy is not installed.
     """
     options = options or ImportOptions()
     sources = _mat_files(folder)

@@ -272,9 +272,7 @@ def _summaries(
 def _infeasible(
     trials: Sequence[TrialRecord], patch_size: int, patch_stride: int, random_cut: int
 ) -> Iterator[Finding]:
-    for trial in trials:
-        if trial.class_ids is None:
-            continue
+    for trial in (trial for trial in trials if trial.class_ids is not None):
         reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
         if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
