@@ -5,7 +5,7 @@
 #   tests/benchmarks/gpu_day.sh second    real runs in bf16 and fp16, stop and resume, evaluation, full
 #                                         size, sweeps
 #   tests/benchmarks/gpu_day.sh PART ...  versions tests micro bench profile train fp16 evaluate full sweep
-#   tests/benchmarks/gpu_day.sh --tiny    all of it in small on the CPU, in a minute: does it still run?
+#   tests/benchmarks/gpu_day.sh --tiny    the parts in small on the CPU, in a minute: do they still run?
 #
 # Needs bash, a Python with this project's packages and a CUDA build of torch (PYTHON; default: .venv's,
 # else python3), and pytest for the tests. No network. Every part has a time-out of its own, and one that
@@ -16,6 +16,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+known=" versions tests micro bench profile train fp16 evaluate full sweep "
 tiny=; parts=()
 for word in "$@"; do
     case $word in
@@ -23,13 +24,18 @@ for word in "$@"; do
         --tiny) tiny=1 ;;
         first) parts+=(versions tests micro bench profile) ;;
         second) parts+=(versions train fp16 evaluate full sweep) ;;
-        versions | tests | micro | bench | profile | train | fp16 | evaluate | full | sweep) parts+=("$word") ;;
-        *) echo "$0: unknown part '$word': see $0 --help" >&2; exit 2 ;;
+        *)
+            if [[ $known != *" $word "* ]]; then
+                echo "$0: unknown part '$word': see $0 --help" >&2
+                exit 2
+            fi
+            parts+=("$word")
+            ;;
     esac
 done
 if [[ ${#parts[@]} -eq 0 ]]; then
     parts=(versions tests micro bench profile)
-    if [[ $tiny ]]; then parts+=(train fp16 evaluate full sweep); fi
+    if [[ $tiny ]]; then parts=(versions tests micro profile train evaluate sweep); fi
 fi
 
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -44,19 +50,18 @@ if [[ $tiny ]]; then
     device=cpu
     gru=(--units 16 --layers 2 --inputs 56 --batch-size 3 --frames 12 --classes 41 --rounds 1)
     size=(--units 16 --layers 2 --features 8 --batch-size 4 --bins 90 --rounds 1)
-    smoke=(--electrodes 8 --sessions 2 --train-trials 6 --val-trials 2 --test-trials 1)
+    smoke=(--electrodes 8 --sessions 2 --trials 10)
     large=("${smoke[@]}") steps=12 stop_after=2 full_steps=3 full_config=code/rnn_args_smoke.yaml
-    trainer=(--model.n_units 16 --dataset.batch_size 4 --dataset.days_per_batch 2)
+    trainer=(--model.n_units 16 --dataset.batch_size 4 --dataset.days_per_batch 2 --batches_per_train_log 1)
     full_trainer=("${trainer[@]}") validation=4
 else
     device=${DEVICE:-cuda:0}
     gru=(--rounds 10)
     size=(--config "$config" --rounds 20)
     smoke=()
-    large=(--electrodes 256 --sessions 4 --train-trials 40 --val-trials 10 --test-trials 1
-        --bins-per-phoneme 28 --processes 4)
+    large=(--electrodes 256 --sessions 4 --trials 40 --processes 4)
     steps=400 stop_after=25 full_steps=150 full_config=$config
-    trainer=() full_trainer=() validation=480
+    trainer=() full_trainer=(--batches_per_train_log 25) validation=480
 fi
 
 # note RC SECONDS TITLE: one line of the summary
@@ -177,7 +182,7 @@ part_full() {
     step train 200 "full size" "$python" code/train_model_sagemaker.py --data-dir "$work/full" \
         --config-file "$full_config" --model-dir "$work/full_model/model" \
         --output-data-dir "$work/full_model/output" --checkpoint-dir "$work/full_model/checkpoints" \
-        --num-training-batches "$full_steps" --batches_per_train_log 25 --batches_per_val_step 100000 \
+        --num-training-batches "$full_steps" --batches_per_val_step 100000 \
         --try_largest_batches_first true "${full_trainer[@]}"
     { grep -E "Train batch|largest batch|CTC runs" "$work/full_model/model/training_log" 2> /dev/null || true; } |
         tail -4 | cut -c1-200 | sed 's/^/    full: /' | tee -a "$out/summary.txt"
@@ -195,6 +200,19 @@ part_sweep() {
 }
 
 echo "parts: ${parts[*]} on $device" | tee -a "$out/summary.txt"
-for part in "${parts[@]}"; do "part_$part"; done
+for part in "${parts[@]}"; do
+    case $part in
+        versions) part_versions ;;
+        tests) part_tests ;;
+        micro) part_micro ;;
+        bench) part_bench ;;
+        profile) part_profile ;;
+        train) part_train ;;
+        fp16) part_fp16 ;;
+        evaluate) part_evaluate ;;
+        full) part_full ;;
+        sweep) part_sweep ;;
+    esac
+done
 echo "all of it in $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 exit "$failed"
