@@ -133,7 +133,7 @@ def test_rows_without_text_are_named():
     assert submission_remark(4, ()) == "submission.csv has 4 rows, each with text"
 
 
-# --- rescored hypotheses ---------------------------------------------------------------------------
+# --- rescored hypotheses --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
