@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from brain_to_text.dataset.locations import s3_url
 from brain_to_text.errors import BrainToTextError, ConfigError
 
 if TYPE_CHECKING:
@@ -120,8 +121,7 @@ def evaluate(options: argparse.Namespace) -> None:
                 "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
                 "--data-dir FOLDER."
             )
-        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-        data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+        data = s3_url(options.s3_bucket, options.s3_data_prefix)
 
     # After the cheap checks: importing torch takes seconds.
     from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model

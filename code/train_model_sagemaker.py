@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
+from brain_to_text.dataset.locations import s3_url  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
 from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
 
@@ -140,16 +141,14 @@ def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) ->
             "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
             "--data-dir FOLDER."
         )
-    bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-    return f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+    return s3_url(options.s3_bucket, options.s3_data_prefix)
 
 
 def _log_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str | None:
     if options.output_s3_uri:
         return f"{options.output_s3_uri.rstrip('/')}/logs"
     if options.s3_bucket and environment.job_name:
-        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-        return f"s3://{bucket}/sagemaker-outputs/{environment.job_name}/logs"
+        return s3_url(options.s3_bucket, "sagemaker-outputs", environment.job_name, "logs")
     return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.selection import select_for_evaluation
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError

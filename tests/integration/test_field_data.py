@@ -15,7 +15,9 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.dataset.manifest import MANIFEST_NAME, index_dataset, load_manifest
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.locations import MANIFEST_NAME
+from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.targets import RECORD_NAME, Target
 from brain_to_text.labels.diphones import encode_diphones

@@ -32,8 +32,9 @@ from .hdf5_reader import (
 )
 from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
 from .hdf5_writer import FeatureType, Layout, padded, write_features
-from .locations import S3_ETAG, ObjectInfo
-from .manifest import TrialManifest, data_files, manifest_from_inspections, write_manifest
+from .indexing import manifest_from_inspections
+from .locations import S3_ETAG, ObjectInfo, data_files
+from .manifest import TrialManifest, write_manifest
 from .store import ObjectStore, listing_after_writing, open_store
 from .targets import Target
 from .workers import Lost, in_workers, limited

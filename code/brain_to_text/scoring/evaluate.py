@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from ..config import TrainingConfig
-from ..dataset.manifest import TrialManifest, load_or_build_manifest
+from ..dataset.indexing import load_or_build_manifest
+from ..dataset.manifest import TrialManifest
 from ..dataset.selection import select_for_evaluation
 from ..dataset.store import open_store
 from ..errors import ConfigError, DataError

@@ -19,6 +19,7 @@ import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import config_from_dict
+from ..dataset.locations import is_s3
 from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm
@@ -193,7 +194,7 @@ def _open_files(location: str) -> _Files:
     folder, _, name = location.rpartition("/")
     if location.endswith((".tar.gz", ".tgz", ".tar")):
         return _Files(None, _untar(open_store(folder or ".").read(name), location))
-    on_s3 = location.startswith("s3://")
+    on_s3 = is_s3(location)
     if name == "best_checkpoint" if on_s3 else Path(location).is_file():
         return _beside(folder, name)
     if not on_s3 and not Path(location).is_dir():

@@ -184,7 +184,7 @@ class WordDecoder:
             index = self._dictionary.get_index(form)
             scored.append((-self._model.score(start, index)[1], word, index))
         for score, word, index in sorted(scored):
-            for sounds in lexicon[word]:
+            for sounds in dict.fromkeys(lexicon[word]):
                 sharing[sounds] += 1
                 if sharing[sounds] > HOMOPHONES:
                     self.dropped.append(word)

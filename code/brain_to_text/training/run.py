@@ -15,7 +15,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainingConfig
-from ..dataset.manifest import TrialManifest, load_or_build_manifest
+from ..dataset.indexing import load_or_build_manifest
+from ..dataset.locations import is_s3
+from ..dataset.manifest import TrialManifest
 from ..dataset.selection import TrialSelection, select_trials
 from ..dataset.store import open_store
 from ..errors import TrainingError
@@ -299,7 +301,7 @@ def _say_traffic(
     """The last words on the data, however the run ended, after everything was read."""
     known = [stream.stats.snapshot(), *others]
     whose = "Streaming" if len(known) == world.size else "Streaming by the first process"
-    priced = stream.url.startswith("s3://")
+    priced = is_s3(stream.url)
     log.info(f"{whose}: {StreamCounts.total(known).describe(priced)}")
 
 
