@@ -47,7 +47,7 @@ began=$SECONDS failed=0
 
 config=code/rnn_args_diphone_sagemaker.yaml
 if [[ $tiny ]]; then
-    device=cpu
+    device=cpu patience=6  # of a machine that is busy with other tests
     gru=(--units 16 --layers 2 --inputs 56 --batch-size 3 --frames 12 --classes 41 --rounds 1)
     size=(--units 16 --layers 2 --features 8 --batch-size 4 --bins 90 --rounds 1)
     smoke=(--electrodes 8 --sessions 2 --trials 10)
@@ -55,7 +55,7 @@ if [[ $tiny ]]; then
     trainer=(--model.n_units 16 --dataset.batch_size 4 --dataset.days_per_batch 2 --batches_per_train_log 1)
     full_trainer=("${trainer[@]}") validation=4
 else
-    device=${DEVICE:-cuda:0}
+    device=${DEVICE:-cuda:0} patience=1
     gru=(--rounds 10)
     size=(--config "$config" --rounds 20)
     smoke=()
@@ -72,7 +72,7 @@ note() {
 
 # step FILE SECONDS TITLE COMMAND...: its output to FILE, one line to the summary, never fatal
 step() {
-    local file=$out/$1.txt limit=$2 title=$3 from=$SECONDS code=0; shift 3
+    local file=$out/$1.txt limit=$(($2 * patience)) title=$3 from=$SECONDS code=0; shift 3
     { echo; echo "=== $title"; echo "+ $*"; } >> "$file"
     timeout --kill-after=10 "$limit" "$@" >> "$file" 2>&1 || code=$?
     note "$code" $((SECONDS - from)) "$title"
@@ -140,9 +140,9 @@ part_train() {
     local from=$SECONDS job code=0
     rm -rf "${work:?}/bf16"
     run bf16
-    timeout --kill-after=10 120 "${command[@]}" >> "$out/train.txt" 2>&1 &
+    timeout --kill-after=120 $((120 * patience)) "${command[@]}" >> "$out/train.txt" 2>&1 &
     job=$!
-    for _ in $(seq 600); do  # stopped once some steps are done
+    for _ in $(seq $((600 * patience))); do  # stopped once some steps are done
         if grep -q "Train batch $stop_after" "$work/bf16/model/training_log" 2> /dev/null; then break; fi
         if ! kill -0 "$job" 2> /dev/null; then break; fi
         sleep 0.1
