@@ -13,11 +13,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from brain_to_text.config import config_keys  # noqa: E402
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
 from brain_to_text.dataset.locations import s3_url  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
@@ -40,6 +41,7 @@ def parse_arguments(
     """
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog=_keys_of_the_configuration(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -64,6 +66,19 @@ def parse_arguments(
     )
     options, rest = parser.parse_known_args(arguments)
     return options, split_overrides(rest)
+
+
+def _keys_of_the_configuration() -> str:
+    """Each key with the public baseline's value and what it means, as text for --help."""
+    default = load_config()
+    lines = ["configuration keys, with the public baseline's values:"]
+    for path, _, entry in config_keys():
+        value: Any = default
+        for name in path.split("."):
+            value = getattr(value, name)
+        shown = "null" if value is None else str(value).lower()
+        lines.append(f"  --{path} [{shown}]\n      {entry.metadata['help']}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
