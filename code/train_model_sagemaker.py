@@ -86,18 +86,17 @@ def main(arguments: list[str] | None = None) -> int:
     environment = SageMakerEnvironment.from_variables()
     if os.environ.get("RANK", "0") == "0":
         environment.failure_file.unlink(missing_ok=True)  # an earlier run's, outside SageMaker
-    try:
-        options, overrides = parse_arguments(
-            sys.argv[1:] if arguments is None else arguments, environment
-        )
-        train(options, overrides, environment)
-    except BrainToTextError as error:
-        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
-        return 1
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
-        return 1
+    with environment.room_for_failure():
+        try:
+            options, overrides = parse_arguments(
+                sys.argv[1:] if arguments is None else arguments, environment
+            )
+            train(options, overrides, environment)
+        except Exception as error:  # noqa: BLE001
+            if not isinstance(error, BrainToTextError):
+                traceback.print_exc()
+            print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 
