@@ -6,6 +6,7 @@ import subprocess
 import local_run
 import pytest
 from support import local_mode
+from support.bare_path import bare_path
 
 
 def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
@@ -20,6 +21,14 @@ def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
         tee.write("abc-algo-1  | 2026: Val batch 0\n")
     assert terminal.getvalue() == "2026: Train batch 0: loss: 7.43\n2026: Val batch 0\n"
     assert "sagemaker-training-toolkit" in (tmp_path / "log").read_text()
+
+
+def test_without_an_engine_there_is_no_image_and_a_sentence_why(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setenv("PATH", str(bare_path(tmp_path / "tools")))
+    monkeypatch.setattr(local_run, "REPOSITORY", tmp_path)
+    assert local_run.provide_image(tmp_path, gpu=False, base_image=None) is None
+    assert "no docker command was found: install Docker." in capsys.readouterr().out
 
 
 @pytest.fixture
