@@ -14,7 +14,7 @@ def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     with (tmp_path / "log").open("w") as file:
         tee = local_run._Tee(file, local_run._is_trainer_line, local_run.COMPOSE_PREFIX)
-        tee.write("Creating abc-algo-1 ... done\n")
+        tee.write("Creating abc-algo-1 ... done\n\x1b[0mAborting on container exit...\n")
         tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: sagemaker-training-toolkit INFO  x\r\n")
         tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: Train ")
         tee.write("batch 0: loss: 7.43\r\n")
