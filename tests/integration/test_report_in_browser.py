@@ -107,12 +107,6 @@ def long_contents() -> dict:
         ],
         "confusion": confusion.tolist(),
         "worst_diphones": [{"diphone": "DH→AH", "rate": 0.5, "errors": 9, "tokens": 18}] * 20,
-        "calibration": {
-            "confidence": [0.3, 0.6, 0.9],
-            "accuracy": [0.2, 0.7, 0.95],
-            "count": [5, 50, 500],
-            "expected_error": 0.05,
-        },
         "examples": [
             {
                 "name": f"{sessions[0]}/data_val.hdf5:trial_0012",
@@ -138,6 +132,17 @@ def long_contents() -> dict:
                 }
             },
         },
+        "members": [
+            {
+                "model": url,
+                "rates": {name: rate() for name in ("DER", "PER", "WER")},
+                "comparison": {
+                    "difference": {"value": -0.1, "low": -0.12, "high": -0.08},
+                    "p_value": 0.0001,
+                },
+            }
+        ]
+        * 5,
         "words": {
             "settings": {"Language model": url},
             "examples": [{"reference": "a " * 60, "decoded": "b " * 60, "errors": 60}] * 3,
@@ -191,7 +196,7 @@ def long_dataset() -> ValidationReport:
 
 
 PAGES = {
-    "model": (lambda: model_report(long_contents()), 12),
+    "model": (lambda: model_report(long_contents()), 11),
     "dataset": (lambda: dataset_page(long_dataset()), 5),
 }
 
