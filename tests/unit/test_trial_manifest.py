@@ -267,9 +267,7 @@ class TestLoadOrBuild:
     def test_where_everything_is_nearly_named_the_names_are_the_advice(self, tmp_path):
         (tmp_path / "s").mkdir()
         (tmp_path / "s" / "data_train.h5").write_bytes(b"x")
-        with pytest.raises(
-            DataError, match=r"rename what has nearly that name \(s/data_train\.h5\)"
-        ):
+        with pytest.raises(DataError, match=r"rename what has nearly that name \(s/data_tr"):
             load_or_build_manifest(open_store(tmp_path), lambda _: None)
 
     def test_a_linked_session_is_a_session(self, tmp_path):
