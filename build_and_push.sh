@@ -128,7 +128,8 @@ listing() {
 fingerprints() {
     local locks=(docker/requirements_sagemaker.txt docker/requirements_sagemaker_torch.txt)
     [[ $mlflow == no ]] || locks+=(docker/requirements_sagemaker_mlflow.txt)
-    listing code "${locks[@]}" > "$scratch/listing"
+    listing code docker/*.py "${locks[@]}" > "$scratch/listing" 2> "$scratch/unread" ||
+        fail "what the image is made of cannot be read: $(last_line "$scratch/unread")."
     ! grep -q '["\\]' "$scratch/listing" ||
         fail 'a file name below code/ has a quote or a backslash: rename it.'
     printf '{%s}' "$(sed 's/^\(.\{16\}\).\{48\}  \(.*\)$/"\2":"\1"/' "$scratch/listing" | paste -s -d , -)"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from brain_to_text.dataset.locations import s3_url
 from brain_to_text.errors import BrainToTextError, ConfigError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def evaluate(options: argparse.Namespace) -> None:
         export_streaming(open_model(options.model[0]), options.export_streaming)
         print(f"The real-time decoder is in {options.export_streaming}")
     data = options.data_dir
+    if data == "":
+        raise ConfigError("--data-dir is empty: give a folder or an s3:// URL.")
     if data is None:
         if not options.s3_bucket:
             if options.export_streaming is not None:
@@ -118,8 +121,7 @@ def evaluate(options: argparse.Namespace) -> None:
                 "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
                 "--data-dir FOLDER."
             )
-        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-        data = f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+        data = s3_url(options.s3_bucket, options.s3_data_prefix)
 
     # After the cheap checks: importing torch takes seconds.
     from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model

@@ -19,12 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
 from brain_to_text.dataset.import_mat import ImportOptions, import_mat
-from brain_to_text.dataset.manifest import (
-    MANIFEST_NAME,
-    TrialManifest,
-    index_dataset,
-    write_manifest,
-)
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.locations import MANIFEST_NAME, not_taken_sentence
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.targets import replace_own
@@ -105,13 +102,18 @@ def run_index(options: argparse.Namespace) -> int:
     """Make the manifest of a dataset anew."""
     store = open_store(options.source)
     started = time.monotonic()
+    listing = store.list()
     with _progress("Indexing", "file") as report:
         manifest = index_dataset(
             store,
+            listing=listing,
             processes=options.processes,
             progress=report,
             on_damage="collect" if options.exclude_damaged else "raise",
         )
+    overlooked = not_taken_sentence(listing)
+    if overlooked:
+        print(overlooked)
     for finding in manifest.damaged:
         print(f"Left out as damaged: {finding}")
     for finding in scattered_chunks(manifest.trials):

@@ -13,13 +13,18 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
+from brain_to_text.dataset.locations import s3_url  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
 from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
+
+if TYPE_CHECKING:
+    from brain_to_text.training.run import Run
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -108,8 +113,23 @@ def train(
         ),
         log_url=_log_url(options, environment),
         accept_changes=accept_changes == "true",
+        report=write_report,
     )
     trainer.train()
+
+
+def write_report(run: Run) -> None:
+    """Tables and report.html of a finished run's best model."""
+    from brain_to_text.scoring.evaluate import write_run_report
+
+    write_run_report(
+        run.paths.model_dir,
+        run.paths.output_data_dir,
+        run.stream,
+        run.device,
+        metrics_file=run.paths.output_data_dir / "metrics.jsonl",
+        batch_size=run.config.dataset.batch_size,
+    )
 
 
 def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str:
@@ -121,16 +141,14 @@ def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) ->
             "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
             "--data-dir FOLDER."
         )
-    bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-    return f"s3://{bucket}/{options.s3_data_prefix.strip('/')}"
+    return s3_url(options.s3_bucket, options.s3_data_prefix)
 
 
 def _log_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str | None:
     if options.output_s3_uri:
         return f"{options.output_s3_uri.rstrip('/')}/logs"
     if options.s3_bucket and environment.job_name:
-        bucket = options.s3_bucket.removeprefix("s3://").strip("/")
-        return f"s3://{bucket}/sagemaker-outputs/{environment.job_name}/logs"
+        return s3_url(options.s3_bucket, "sagemaker-outputs", environment.job_name, "logs")
     return None
 
 

@@ -22,7 +22,8 @@ import torch  # noqa: E402
 from brain_to_text.config_reader import load_config  # noqa: E402
 from brain_to_text.model.optimizer import build_optimizer  # noqa: E402
 from brain_to_text.model.rnn_model import GRUDecoder  # noqa: E402
-from brain_to_text.model.weights_file import CheckpointFolder, load_verified  # noqa: E402
+from brain_to_text.model.weights_file import load_verified  # noqa: E402
+from brain_to_text.training.checkpoints import CheckpointFolder  # noqa: E402
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     print(f"{n_parameters:,} parameters, {options.sessions} sessions, torch {torch.__version__}")
 
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = CheckpointFolder(Path(folder), keep=1)
+        checkpoints = CheckpointFolder(Path(folder))
         print(f"{'round':>5} {'blocked s':>10} {'whole s':>8} {'load s':>7} {'MB':>7} {'share':>7}")
         for number in range(1, options.rounds + 1):
             started = time.perf_counter()

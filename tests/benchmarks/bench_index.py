@@ -21,13 +21,8 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
-from brain_to_text.dataset.manifest import (
-    FileRecord,
-    TrialManifest,
-    index_dataset,
-    load_manifest,
-    load_or_build_manifest,
-)
+from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest, load_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import (
     SyntheticDataset,

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 import numpy as np
 import torch
 from brain_to_text.config_reader import load_config
-from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.scoring.evaluate import run_model

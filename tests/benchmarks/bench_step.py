@@ -40,7 +40,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).pare
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
-from brain_to_text.dataset.manifest import index_dataset
+from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.store import open_store
 from brain_to_text.gpus import GPUS, OLDEST_CAPABILITY, flops_per_step, known_as, step_time
 from brain_to_text.labels.diphones import encode_diphones

@@ -39,12 +39,8 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
 import torch
-from brain_to_text.dataset.manifest import (
-    FileRecord,
-    TrialManifest,
-    index_dataset,
-    write_manifest,
-)
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest, write_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones

@@ -39,8 +39,12 @@ def test_its_label_names_the_content_of_every_file_it_runs(image, config):
     assert found.pop("code/LICENSE")  # laid beside the code for the image
     ours = {name: digest[:16] for name, digest in found.items()}
     assert {name: digest for name, digest in label.items() if name.startswith("code/")} == ours
-    locks = ["docker/requirements_sagemaker.txt", "docker/requirements_sagemaker_torch.txt"]
-    assert [name for name in label if name.startswith("docker/")] == locks
+    assert [name for name in label if name.startswith("docker/")] == [
+        "docker/gpu_check.py",
+        "docker/requirements_sagemaker.txt",
+        "docker/requirements_sagemaker_torch.txt",
+        "docker/toolkit_hook.py",
+    ]
 
 
 def test_no_secret_is_in_its_environment_or_history(image, config):

@@ -19,7 +19,7 @@ import prepare_dataset
 import pytest
 from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
-from brain_to_text.dataset.manifest import MANIFEST_NAME
+from brain_to_text.dataset.locations import MANIFEST_NAME
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError
 from support.small_data import SESSIONS, write_small_dataset
@@ -485,7 +485,7 @@ def test_patches_of_no_bins_are_one_sentence(option, bins, dataset, capsys) -> N
 def test_an_absent_folder(tmp_path, capsys) -> None:
     for command in ("index", "validate"):
         assert run(command, tmp_path / "absent") == 1
-        assert "there is nothing at all; check bucket and prefix" in capsys.readouterr().err
+        assert "there is nothing at all; check the folder's name" in capsys.readouterr().err
 
 
 def test_one_level_too_high(dataset, capsys) -> None:
@@ -500,7 +500,7 @@ def test_other_things(tmp_path, capsys) -> None:
 
 
 def test_a_damaged_manifest_stops_a_job(dataset) -> None:
-    from brain_to_text.dataset.manifest import load_or_build_manifest
+    from brain_to_text.dataset.indexing import load_or_build_manifest
     from brain_to_text.dataset.store import open_store
     from brain_to_text.errors import DataError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from brain_to_text.dataset.manifest import index_dataset
+from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.store import open_store
 from integration.kill_harness import SETTINGS
 from support.tiny_data import write_dataset

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from brain_to_text.dataset.manifest import load_or_build_manifest
+from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.selection import select_for_evaluation
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
@@ -206,6 +206,15 @@ def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, t
     assert run("--model", tmp_path / "b", *data, "--overwrite") == 0
     assert not (out / "phoneme_logits.hdf5").exists()
     assert json.loads((out / "summary.json").read_text())["model"] == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("below", ["", "results", "t15.2023.08.11"])
+def test_nothing_is_written_where_the_data_is(below, model_folder, tiny_dataset, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tiny_dataset.folder)
+    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
+    assert run(*arguments, "--output-dir", tmp_path / "link" / below) == 1
+    assert "lies in the dataset" in capsys.readouterr().err
+    assert not (tiny_dataset.folder / "results").exists()
 
 
 @pytest.mark.parametrize("name", ["trials.csv", "report.html", "submission.csv"])

@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(data, tmp_path, damage
     victim.write_bytes(content)
     code, said = end(job)
     assert code == 0, said
-    assert victim.name in said and "fails its CRC" in said
+    assert victim.name in said and "fails its checksum" in said
     assert "Finished at step 40" in said
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import prepare_dataset
 import pytest
 from brain_to_text.dataset.encoding import encode_dataset
-from brain_to_text.dataset.manifest import MANIFEST_NAME, index_dataset, load_manifest
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.locations import MANIFEST_NAME
+from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.labels.diphones import decode_diphones
 from support.small_data import SESSIONS, write_small_dataset

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from brain_to_text.dataset.attempts import RetryPolicy
-from brain_to_text.dataset.manifest import TrialManifest, index_dataset
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.streaming import s3_reads
@@ -285,23 +286,6 @@ def test_a_file_replaced_during_the_run_is_detected_and_never_mixed_in(
             received += list(batches)
     for batch, other in zip(received, expected, strict=False):
         assert torch.equal(batch.features, other.features)
-
-
-def test_without_checksums_the_first_read_is_what_later_reads_must_equal(
-    tiny_dataset_s3: str, manifest, s3_environment: LocalS3, fault_proxy: FaultProxy
-) -> None:
-    fault_proxy.faults = Faults(hide_etag=True)
-    trials = [dataclasses.replace(trial, crc32=None) for trial in manifest.trials]
-    manifest = dataclasses.replace(manifest, trials=tuple(trials))
-    trial = manifest.trials[0]
-    with TrialStream(open_store(tiny_dataset_s3), manifest, retry=QUICK) as stream:
-        stream.fetch([0])
-        path = s3_environment.root / tiny_dataset_s3.removeprefix("s3://") / trial.key
-        content = bytearray(path.read_bytes())
-        content[trial.offset] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(DataError, match="CRC-32"):
-            stream.fetch([0])
 
 
 def test_data_indexed_in_a_folder_streams_from_s3_after_an_upload(

@@ -9,12 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brain_to_text.dataset.manifest import (
-    TrialManifest,
-    index_dataset,
-    load_or_build_manifest,
-    write_manifest,
-)
+from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
 from brain_to_text.streaming import s3_reads

@@ -455,7 +455,7 @@ def put_dataset(
         for split in splits:
             session = f"t15.2023.08.{11 + number}"
             key = f"{session}/data_{split}.hdf5"
-            content = f"{key} of {n_features}".encode()
+            content = f"{key} of {n_features}".encode().ljust(60 * n_features * 4)
             etag = s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=content)["ETag"]
             files[key] = FileRecord(len(content), etag.strip('"'))
             trials.append(

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from brain_to_text.launch.image import code_differences, fingerprints
 from support.bare_path import bare_path
 
 TOP = Path(__file__).parents[2]
@@ -56,6 +57,12 @@ esac
 """.replace("REGISTRY", REGISTRY)
 
 
+def _heed_signals() -> None:
+    """As at a terminal: a test run in the background hands down SIGINT and SIGHUP as ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Desk:
     """A repository with the script, a path with its tools, and what the commands noted."""
 
@@ -70,6 +77,7 @@ class Desk:
             "code/with space/ä.yaml": "a: 1",
             "code/__pycache__/train.pyc": "x",
             "docker/Dockerfile": "FROM x",
+            "docker/hook.py": "2",
             "docker/requirements_sagemaker.txt": "numpy",
             "docker/requirements_sagemaker_torch.txt": "torch",
             "docker/requirements_sagemaker_mlflow.txt": "mlflow",
@@ -107,6 +115,7 @@ class Desk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_signals,
         )
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -224,20 +233,41 @@ def test_each_option_reaches_the_build(desk, tmp_path):
         assert words in desk.noted("docker"), words
 
 
+def label_of(desk):
+    (text,) = re.findall(
+        r"--label brain-to-text\.code-fingerprints=(\{.*?\}) ", desk.noted("docker")
+    )
+    return text
+
+
 @pytest.mark.parametrize("mlflow", [False, True])
 def test_the_label_is_the_fingerprint_of_every_file_of_the_image(desk, mlflow):
     desk.run("--no-push", *(["--mlflow"] if mlflow else []))
-    (label,) = re.findall(
-        r"--label brain-to-text\.code-fingerprints=(\{.*?\}) ", desk.noted("docker")
-    )
-    names = ["code/train.py", "code/with space/ä.yaml", "docker/requirements_sagemaker.txt"]
-    names += ["docker/requirements_sagemaker_torch.txt"]
+    names = ["code/train.py", "code/with space/ä.yaml", "docker/hook.py"]
+    names += [f"docker/requirements_sagemaker{kind}.txt" for kind in ("", "_torch")]
     names += ["docker/requirements_sagemaker_mlflow.txt"] * mlflow
     expected = {
         name: hashlib.sha256((desk.top / name).read_bytes()).hexdigest()[:16]
         for name in sorted(names)
     }
-    assert label == json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+    assert label_of(desk) == json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+
+
+def test_the_launcher_finds_this_trees_label_without_a_difference(desk):
+    for name in ("code", "docker"):
+        shutil.rmtree(desk.top / name)
+        shutil.copytree(TOP / name, desk.top / name, ignore=shutil.ignore_patterns("*.whl"))
+    assert desk.run("--no-push").returncode == 0
+    label = json.loads(label_of(desk))
+    assert code_differences(label) == []
+    assert label == {name: digest for name, digest in fingerprints().items() if name in label}
+    assert {"code/train_model_sagemaker.py", "docker/toolkit_hook.py"} <= label.keys()
+
+
+def test_a_file_that_cannot_be_read_ends_the_build(desk):
+    (desk.top / "docker" / "requirements_sagemaker_torch.txt").unlink()
+    assert "requirements_sagemaker_torch.txt" in desk.says("--no-push")
+    assert "build" not in [line.split()[0] for line in desk.noted("docker").splitlines()]
 
 
 def test_a_file_name_that_no_label_can_hold_is_refused(desk):

@@ -1,18 +1,19 @@
 """Resume states: whole or absent, checked before use, never more than asked for."""
 
+import contextlib
 import io
 import os
+import random
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from brain_to_text.errors import BrainToTextError, CheckpointError
-from brain_to_text.model.weights_file import (
-    CheckpointFolder,
-    load_verified,
-)
+from brain_to_text.model.weights_file import load_verified, save_atomically
 from brain_to_text.scoring.trained_model import initial_weights
+from brain_to_text.training.checkpoints import CheckpointFolder
 
 
 def state(value: int) -> dict:
@@ -21,7 +22,7 @@ def state(value: int) -> dict:
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
     yield folder
     folder.close()
 
@@ -94,10 +95,61 @@ def test_two_runs_cannot_share_a_folder(folder):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    (tmp_path / "state-000000007.pt.tmp").write_bytes(b"x")
+    for name in ("state-000000007.pt.tmp", "best_checkpoint.tmp", "step_12.tmp", "thesis.tmp"):
+        (tmp_path / name).write_bytes(b"x")
     folder = CheckpointFolder(tmp_path)
-    assert not list(tmp_path.glob("*.tmp")) and folder.steps() == []
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["thesis.tmp"], (
+        "what is not ours stays"
+    )
+    assert folder.steps() == []
     folder.close()
+
+
+def test_no_flipped_bit_and_no_cut_is_loaded(tmp_path):
+    path = tmp_path / "state"
+    content = {"weights": torch.arange(40.0), "nested": {"a": [1, (2, "x")]}}
+    save_atomically(content, path)
+    data = path.read_bytes()
+    assert torch.equal(load_verified(path)["weights"], content["weights"])
+    assert torch.equal(torch.load(path, weights_only=True)["weights"], content["weights"])
+    damaged = [data[:end] for end in range(0, len(data), 13)]
+    for bit in range(0, 8 * len(data), 11):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        with pytest.raises(CheckpointError):
+            load_verified(io.BytesIO(content), "state")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_to_anybody_elses_zip_is_one_sentence(tmp_path, seed):
+    rng = random.Random(seed)
+    buffer = io.BytesIO()
+    torch.save({"weights": torch.arange(40.0), "nested": {"a": [1, (2, "x")]}}, buffer)
+    for _ in range(150):
+        data = bytearray(buffer.getvalue())
+        for _ in range(rng.choice([1, 1, 10])):
+            data[-rng.randrange(1, len(data))] ^= 1 << rng.randrange(8)
+        with contextlib.suppress(CheckpointError):
+            load_verified(io.BytesIO(bytes(data)), "theirs")
+
+
+def test_a_full_volume_is_known_before_the_half_file_is_removed(tmp_path, monkeypatch):
+    """torch says "PytorchStreamWriter failed": the reason is the volume, while it is still full."""
+    half = tmp_path / "state.tmp"
+
+    def fill(content, file):
+        file.write(b"half of it")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    free = SimpleNamespace(free=1)
+    usage = lambda folder: SimpleNamespace(free=0) if half.exists() else free  # noqa: E731
+    monkeypatch.setattr(torch, "save", fill)
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with pytest.raises(CheckpointError, match="is full"):
+        save_atomically({}, tmp_path / "state")
+    assert not half.exists()
 
 
 class Malicious:

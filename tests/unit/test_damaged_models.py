@@ -132,7 +132,7 @@ def test_a_hostile_archive_is_one_sentence(data, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 2024-13-45\n", "[" * 3000, "a: !!python/object:os.system {}\n"]
+    "text", ["a: &x [1]\nb: *x\n", "a: 1\na: 2\n", "[" * 3000, "a: !!python/object:os.system {}\n"]
 )
 def test_a_hostile_args_file_is_one_sentence(text, model, tmp_path):
     folder = tmp_path / "model"

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from brain_to_text.config import TrainingConfig
-from brain_to_text.dataset.manifest import TrialManifest, index_dataset
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.streaming.batch import Batch, pad_features

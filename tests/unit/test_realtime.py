@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from brain_to_text.errors import CheckpointError, StorageError
+from brain_to_text.errors import CheckpointError, DataError, StorageError
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.scoring.realtime import METADATA, export_streaming, streaming_decoder
 from brain_to_text.scoring.trained_model import open_model
@@ -23,6 +23,11 @@ def artefact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream") / "model"
     write_model(folder, SESSIONS)
     return open_model(folder)
+
+
+@pytest.fixture(scope="module")
+def decoder(artefact):
+    return streaming_decoder(artefact)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +63,9 @@ def cuts(draw):
 
 @settings(max_examples=20, deadline=None)
 @given(sizes=cuts(), day=st.sampled_from([0, 1]))
-def test_any_chunks_give_the_whole_trials_frames(artefact, trial, expected, sizes, day):
+def test_any_chunks_give_the_whole_trials_frames(decoder, trial, expected, sizes, day):
     with torch.no_grad():
-        logits = stream(streaming_decoder(artefact), trial, day, sizes)
+        logits = stream(decoder, trial, day, sizes)
     assert logits.shape == expected[day].shape
     torch.testing.assert_close(logits, expected[day], rtol=1e-4, atol=1e-4)
 
@@ -97,5 +102,15 @@ def test_a_model_that_reads_the_future_is_refused(tmp_path):
 
 def test_an_unwritable_place_is_one_sentence(artefact, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="--export-streaming"):
+    with pytest.raises(StorageError, match="file"):
         export_streaming(artefact, tmp_path / "file" / "decoder.pt")
+
+
+def test_only_a_real_time_decoder_is_replaced(artefact, tmp_path):
+    target = tmp_path / "best_checkpoint"
+    target.write_bytes(b"somebody's weights")
+    with pytest.raises(DataError, match="is there and is something else"):
+        export_streaming(artefact, target)
+    assert target.read_bytes() == b"somebody's weights"
+    for _ in range(2):
+        export_streaming(artefact, tmp_path / "decoder.pt")

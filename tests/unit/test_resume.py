@@ -7,8 +7,8 @@ import brain_to_text
 import pytest
 from brain_to_text.config import config_keys
 from brain_to_text.errors import CheckpointError
-from brain_to_text.training import rnn_trainer_s3
-from brain_to_text.training.rnn_trainer_s3 import code_fingerprint
+from brain_to_text.training import resume
+from brain_to_text.training.resume import code_fingerprint
 
 LIBRARY = Path(brain_to_text.__file__).parent
 
@@ -24,7 +24,7 @@ def test_every_room_that_batches_or_trains_is_fingerprinted():
 def test_a_folder_without_code_is_an_error():
     with pytest.raises(CheckpointError, match=r"moved_away holds no Python file"):
         code_fingerprint(("model", "moved_away"))
-    assert all((LIBRARY / folder).is_dir() for folder in rnn_trainer_s3.COMPUTING_FOLDERS)
+    assert all((LIBRARY / folder).is_dir() for folder in resume.COMPUTING_FOLDERS)
 
 
 def test_only_what_leaves_results_alone_may_differ_on_resume():

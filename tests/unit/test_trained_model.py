@@ -162,6 +162,14 @@ def test_sessions_that_do_not_fit_the_day_layers_are_refused(tmp_path):
         ("best_checkpoint", {"model_state_dict": torch.zeros(3)}, "no model_state_dict"),
         ("best_checkpoint", {"model_state_dict": {"h0": 3}}, "'h0' as int"),
         ("best_checkpoint", {}, "no model_state_dict"),
+        ("best_checkpoint", {"model_state_dict": {0: torch.zeros(3)}}, "holds 0 as Tensor"),
+        ("best_checkpoint", {"model_state_dict": {"h0": torch.ones(3).int()}}, "'h0' as torch.int"),
+        ("best_checkpoint", {"model_state_dict": {"h0": torch.eye(3).to_sparse()}}, "sparse"),
+        (
+            "best_checkpoint",
+            {"model_state_dict": {"h0": torch.tensor([1, float("nan")])}},
+            "in 'h0' that are no finite numbers",
+        ),
     ],
 )
 @pytest.mark.parametrize("read", [open_model, initial_weights])
@@ -183,3 +191,35 @@ def test_the_label_form_is_read_where_training_kept_it(tmp_path):
     path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
     torch.save({**torch.load(path), "label_form": "transition"}, path)
     assert open_model(tmp_path / "model").label_form == "transition"
+
+
+@pytest.mark.parametrize("listed", [5, "t15.2023.08.11", [["a"], "b"], ["a", "a"], {"a": 1}])
+@pytest.mark.parametrize("read", [open_model, initial_weights])
+def test_sessions_that_are_no_names_are_one_sentence(read, listed, tmp_path):
+    write_model(tmp_path / "model", SESSIONS)
+    path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
+    torch.save({**torch.load(path), "sessions": listed}, path)
+    with pytest.raises(CheckpointError, match="must be a list of different names") as caught:
+        read(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["n_units", "n_layers", "patch_size"])
+def test_a_model_far_larger_than_its_weights_takes_no_memory(key, tmp_path):
+    write_model(tmp_path / "model", SESSIONS)
+    path = tmp_path / "model" / "checkpoint" / "args.yaml"
+    args = yaml.safe_load(path.read_text())
+    args["model"][key] = 10**7
+    path.write_text(yaml.safe_dump(args))
+    with pytest.raises(CheckpointError, match=r"describes a model of [0-9,]+ weights"):
+        open_model(tmp_path / "model")
+
+
+def test_widths_that_args_leave_to_the_data_are_those_of_the_weights(tmp_path):
+    model = write_model(tmp_path / "model", SESSIONS)
+    path = tmp_path / "model" / "checkpoint" / "args.yaml"
+    args = yaml.safe_load(path.read_text())
+    args["model"] |= {"n_input_features": None, "input_network": {"input_layer_sizes": None}}
+    args["dataset"]["neural_dim"] = None
+    path.write_text(yaml.safe_dump(args))
+    assert open_model(tmp_path / "model").build().neural_dim == model.neural_dim

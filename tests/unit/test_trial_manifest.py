@@ -9,19 +9,16 @@ import os
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.dataset import manifest as trial_manifest
+from brain_to_text.dataset import indexing
 from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import LAYOUTS, data_file_bytes
-from brain_to_text.dataset.manifest import (
-    MANIFEST_NAME,
-    FileRecord,
-    TrialManifest,
+from brain_to_text.dataset.indexing import (
     index_dataset,
-    load_manifest,
     load_or_build_manifest,
     manifest_from_inspections,
-    write_manifest,
 )
+from brain_to_text.dataset.locations import MANIFEST_NAME
+from brain_to_text.dataset.manifest import FileRecord, TrialManifest, load_manifest, write_manifest
 from brain_to_text.dataset.store import ObjectInfo, open_store
 from brain_to_text.errors import DataError
 from hypothesis import given, settings
@@ -269,7 +266,7 @@ class TestLoadOrBuild:
 
     def test_a_long_index_says_how_far_it_is(self, tmp_path, monkeypatch):
         write_small_dataset(tmp_path)
-        monkeypatch.setattr(trial_manifest, "_PROGRESS_SECONDS", 0.0)
+        monkeypatch.setattr(indexing, "_PROGRESS_SECONDS", 0.0)
         lines = []
         load_or_build_manifest(open_store(tmp_path), lines.append)
         assert [line for line in lines if line.endswith(" of 5 files")] == [

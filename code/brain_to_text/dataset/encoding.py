@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,16 +30,17 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, read_dataset
+from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
 from .hdf5_writer import FeatureType, Layout, padded, write_features
-from .manifest import TrialManifest, data_files, manifest_from_inspections, write_manifest
-from .store import ObjectInfo, ObjectStore, listing_after_writing, open_store
+from .indexing import manifest_from_inspections
+from .locations import S3_ETAG, ObjectInfo, data_files
+from .manifest import TrialManifest, write_manifest
+from .store import ObjectStore, listing_after_writing, open_store
 from .targets import Target
 from .workers import Lost, in_workers, limited
 
 COMMAND = "prepare_dataset.py encode"
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
-_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")  # of content; a folder's is of times
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ def encode_file(
     buffer = io.BytesIO()
     try:
         with h5py.File(io.BytesIO(data), "r") as old, h5py.File(buffer, "w") as new:
-            others = [name for name in old if not TRIAL_NAME.fullmatch(name)]
-            left_out += [f"{key}: {what}" for what in _copy(old, new, others)]
-            for name in sorted({*old} - {*others} - without):
+            trials = {name for name in old if TRIAL_NAME.fullmatch(printable(name))}
+            left_out += [f"{key}: {what}" for what in _copy(old, new, {*old} - trials)]
+            for name in sorted(trials - without):
                 where = f"{key}:{name}"
                 try:
                     lost = _encode_trial(key, old[name], new.create_group(name), options, lexicon)
@@ -209,9 +209,9 @@ def _encode_trial(
     features = _source_features(old)
     phonemes = _source_phonemes(key, old, lexicon)
     anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
-    left_out = list(_copy(old, new, [name for name in old if name not in anew]))
+    left_out = list(_copy(old, new, {*old} - anew))
     write_features(new, features, options.layout, options.dtype, where)
-    left_out += _copy(old["input_features"], new["input_features"], [])
+    left_out += _copy(old["input_features"], new["input_features"], set())
     if phonemes is not None:
         labels = encode_diphones(phonemes, options.form)
         new["seq_class_ids"] = padded(labels, where)
@@ -221,18 +221,18 @@ def _encode_trial(
     return left_out
 
 
-def _copy(old: Any, new: Any, names: list[str]) -> Iterator[str]:
+def _copy(old: Any, new: Any, names: set[str]) -> Iterator[str]:
     """Copy all attributes and the members `names`; says of which that is impossible, and why."""
     for name in old.attrs:
         try:
             new.attrs[name] = old.attrs[name]
         except HDF5_ERRORS as error:
-            yield f"attribute {name} cannot be copied ({one_line(error)})"
+            yield f"attribute {printable(name)} cannot be copied ({one_line(error)})"
     for name in names:
         try:
             old.copy(name, new)
         except HDF5_ERRORS as error:
-            yield f"{name} cannot be copied ({one_line(error)})"
+            yield f"{printable(name)} cannot be copied ({one_line(error)})"
 
 
 def _source_features(trial: h5py.Group) -> np.ndarray:
@@ -400,7 +400,7 @@ class _State:
 
 
 def _etag(info: ObjectInfo) -> str | None:
-    return info.etag if _S3_ETAG.fullmatch(info.etag) else None
+    return info.etag if S3_ETAG.fullmatch(info.etag) else None
 
 
 def _crc32_job(url: str, info: ObjectInfo) -> int:

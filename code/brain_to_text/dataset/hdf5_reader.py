@@ -30,12 +30,9 @@ from .hdf5_values import (
     read_text,
     text_of,
 )
+from .locations import DATA_FILE
 from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
 
-# a session is one folder's name: no "..", nothing that could break a line
-DATA_FILE = re.compile(
-    r"(?P<session>(?!\.{1,2}/)[^/\x00-\x1f\x7f]+)/data_(?P<split>train|val|test)\.hdf5"
-)
 TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
 _REWRITE = "rewrite the file with 'python code/prepare_dataset.py encode'"
 
@@ -60,7 +57,6 @@ def inspect_file(
     key: str,
     data: bytes,
     *,
-    checksums: bool = True,
     look: Callable[[np.ndarray], Any] | None = None,
 ) -> FileInspection:
     """Records of every sound trial in the file's bytes, findings for everything else.
@@ -68,7 +64,6 @@ def inspect_file(
     Args:
         key: SESSION/data_SPLIT.hdf5, the file's key in its dataset.
         data: the whole file.
-        checksums: take the CRC-32 of every trial's stored features.
         look: is shown the features [T, C] of every sound trial.
     """
     match = DATA_FILE.fullmatch(key)
@@ -79,8 +74,7 @@ def inspect_file(
     result = FileInspection(key, len(data))
 
     def found(trial: str | None, reason: str, kind: str, severity: str = "error") -> None:
-        shown = None if trial is None else printable(trial)
-        result.findings.append(Finding(key, shown, printable(reason), kind, severity))
+        result.findings.append(Finding(key, trial, printable(reason), kind, severity))
 
     try:
         file = h5py.File(io.BytesIO(data), "r")
@@ -92,7 +86,7 @@ def inspect_file(
         return result
     with file:
         try:
-            names = list(file)
+            names = [printable(name) for name in file]
         except HDF5_ERRORS as error:
             found(None, f"the list of trials cannot be read ({one_line(error)})", "truncated file")
             return result
@@ -118,9 +112,8 @@ def inspect_file(
             except HDF5_ERRORS as error:
                 found(trial, f"cannot be read ({one_line(error)})", "unreadable trial")
                 continue
-            if checksums:
-                span = memoryview(data)[record.offset : record.offset + record.length]
-                record = replace(record, crc32=zlib.crc32(span))
+            span = memoryview(data)[record.offset : record.offset + record.length]
+            record = replace(record, crc32=zlib.crc32(span))
             result.records.append(record)
             result.label_forms.append(form)
             result.looks.append(looked)
@@ -148,6 +141,8 @@ def _inspect_trial(
     dtype = dataset.dtype.str
     if dtype not in ("<f4", "<f2"):
         convertible = dataset.dtype.kind in "fiu"
+        if convertible:
+            check_stored(dataset, "input_features")
         raise DamagedTrial(
             f"input_features is {dataset.dtype}, not float32 or float16"
             + (": 'python code/prepare_dataset.py encode' converts it" if convertible else ""),

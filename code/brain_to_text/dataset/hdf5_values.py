@@ -80,7 +80,9 @@ def _attribute(holder: h5py.Group, name: str) -> Any:
     """Its value as h5py gives it; None if it is absent or has none."""
     if name not in holder.attrs:
         return None
-    if holder.attrs.get_id(name).get_storage_size() > _MOST_ATTRIBUTE_BYTES:
+    stored = holder.attrs.get_id(name)
+    n_values = stored.get_space().get_simple_extent_npoints()
+    if n_values * stored.get_type().get_size() > _MOST_ATTRIBUTE_BYTES:
         raise DamagedTrial(f"attribute {name} is larger than a megabyte", "wrong dtype")
     value = holder.attrs[name]
     return None if isinstance(value, h5py.Empty) else value
@@ -105,8 +107,13 @@ def text_of(value: Any, what: str) -> str:
     return whole.partition("\0")[0].strip()
 
 
-def printable(text: str) -> str:
-    """`text` with everything that could break a line or cannot be printed escaped."""
+def printable(text: str | bytes) -> str:
+    """`text` with everything that could break a line or cannot be printed escaped.
+
+    h5py gives names that are not UTF-8 as bytes.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -25,7 +25,8 @@ from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_values import DamagedTrial, one_line, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
-from .manifest import TrialManifest, manifest_from_inspections, write_manifest
+from .indexing import manifest_from_inspections
+from .manifest import TrialManifest, write_manifest
 from .store import ObjectStore, listing_after_writing, open_store
 from .targets import Target
 from .workers import Lost, in_workers, limited
@@ -73,7 +74,7 @@ def import_mat(
     Raises:
         DataError: no such files, damage, words that nobody can pronounce.
         StorageError: folder or target cannot be read or written.
-        ConfigError: a package is not installed.
+        ConfigError: scipy is not installed.
     """
     options = options or ImportOptions()
     sources = _mat_files(folder)

@@ -1,14 +1,22 @@
-"""Names of places: buckets, prefixes and what a listing shows; the only split of an s3:// URL."""
+"""Names of places: s3:// URLs (the only split of one), listings, and which keys are data files."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StorageError
+from ..errors import DataError, StorageError
 
+MANIFEST_NAME = "trial_manifest.json.gz"
+# a session is one folder's name: no "..", nothing that could break a line or is not UTF-8
+DATA_FILE = re.compile(
+    r"(?P<session>(?!\.{1,2}/)[^/\x00-\x1f\x7f\ufffd]+)/data_(?P<split>train|val|test)\.hdf5"
+)
 S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+# what somebody probably meant as a data file
+_NEARLY = re.compile(r"data[^/]*(train|val|test)[^/]*|.*\.(h5|hdf5?|he5|hdf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,52 @@ def s3_url(bucket: str, *prefixes: str) -> str:
     parts = [part for prefix in prefixes if (part := prefix.strip("/"))]
     bucket, prefix = split_s3_url("/".join([f"s3://{bucket}", *parts]))
     return f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+
+
+def data_files(listing: Mapping[str, ObjectInfo], url: str) -> dict[str, ObjectInfo]:
+    """The listing's SESSION/data_{train,val,test}.hdf5, sorted.
+
+    Raises:
+        DataError: there are none; says where they are if they lie deeper.
+    """
+    found = {key: listing[key] for key in sorted(listing) if DATA_FILE.fullmatch(key)}
+    if found:
+        return found
+    near = not_taken(listing)
+    deeper = sorted(
+        {key.rsplit("/", 2)[0] for key in near if DATA_FILE.search(key) and key.count("/") > 1}
+    )
+    if deeper:
+        hint = f"give {url.rstrip('/')}/{deeper[0]} instead"
+    elif near:
+        hint = f"rename what has nearly that name ({shortened(near)})"
+    elif listing:
+        hint = f"it holds other things ({shortened(sorted(listing))}); check the prefix"
+    elif is_s3(url):
+        hint = "there is nothing at all; check bucket and prefix, or upload the dataset first"
+    else:
+        hint = "there is nothing at all; check the folder's name"
+    raise DataError(f"No SESSION/data_train.hdf5 (or val, test) in {url}: {hint}.")
+
+
+def not_taken(listing: Mapping[str, ObjectInfo]) -> list[str]:
+    """Keys that are nearly those of data files (.h5, capitals, deeper, not UTF-8), sorted."""
+    return [
+        key
+        for key in sorted(listing)
+        if not DATA_FILE.fullmatch(key) and _NEARLY.fullmatch(key.rpartition("/")[2])
+    ]
+
+
+def not_taken_sentence(listing: Mapping[str, ObjectInfo]) -> str | None:
+    """One line that names them, None where there are none."""
+    keys = not_taken(listing)
+    if not keys:
+        return None
+    return f"Not taken, because not named SESSION/data_{{train,val,test}}.hdf5: {shortened(keys)}"
+
+
+def shortened(names: Sequence[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -23,7 +23,8 @@ from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_writer import FeatureType, Layout, TrialContents, data_file_bytes
-from .manifest import TrialManifest, manifest_from_inspections, write_manifest
+from .indexing import manifest_from_inspections
+from .manifest import TrialManifest, write_manifest
 from .store import ObjectStore, listing_after_writing, open_store
 from .targets import Target
 from .workers import Lost, in_workers

@@ -13,14 +13,14 @@ import json
 import os
 import re
 import uuid
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import DataError, StorageError
-from .store import ObjectStore, open_store
+from .locations import is_s3, split_s3_url
+from .store import ObjectStore, gunzipped, open_store
 
 RECORD_NAME = "written_by.json.gz"
 
@@ -34,10 +34,12 @@ def check_apart(source: str | Path, target: str | Path) -> None:
         DataError: they are the same place, or one lies in the other.
     """
     source, target = str(source), str(target)
-    if source.startswith("s3://") != target.startswith("s3://"):
+    if is_s3(source) != is_s3(target):
         return
-    if source.startswith("s3://"):
-        one, other = _s3_path(source), _s3_path(target)
+    if is_s3(source):
+        one, other = [
+            "/".join(split_s3_url(url)).rstrip("/").split("/") for url in (source, target)
+        ]
         within, around = other[: len(one)] == one, one[: len(other)] == other
     else:
         within, around = _within(target, source), _within(source, target)
@@ -118,7 +120,7 @@ class Target:
         wanted = set(keys)
         for place in reads:
             check_apart(place, store.url)
-            if "://" not in store.url:
+            if not is_s3(store.url):
                 for folder in {str(Path(store.url, key).parent) for key in wanted}:
                     check_apart(place, folder)
         self._lock()
@@ -202,7 +204,7 @@ class Target:
 
     def _lock(self) -> None:
         """In a folder the system keeps the lock, and lets go when the process ends."""
-        if "://" in self.store.url:
+        if is_s3(self.store.url):
             return
         try:
             Path(self.store.url).mkdir(parents=True, exist_ok=True)
@@ -223,14 +225,13 @@ class Target:
             self.close()
 
     def _read(self) -> dict[str, Any]:
+        name = f"{self.store.url}/{RECORD_NAME}"
+        again = "remove it, then repeat this command with --overwrite"
         try:
-            record = json.loads(gzip.decompress(self.store.read(RECORD_NAME)))
+            record = json.loads(gunzipped(self.store.read(RECORD_NAME), name, again))
             record["command"], record["purpose"], record["keys"], record["run"], record["notes"]
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-            raise DataError(
-                f"{self.store.url}/{RECORD_NAME} is damaged: remove it, then repeat this command "
-                "with --overwrite."
-            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{name} is damaged: {again}.") from error
         return record
 
     def _write(self) -> None:
@@ -242,10 +243,6 @@ class Target:
             "notes": self.notes,
         }
         self.store.write(RECORD_NAME, gzip.compress(json.dumps(record).encode(), mtime=0))
-
-
-def _s3_path(url: str) -> list[str]:
-    return [part for part in url.removeprefix("s3://").split("/") if part]
 
 
 def _within(inner: str, outer: str) -> bool:

@@ -35,7 +35,7 @@ class TrialRecord:
 
     n_time_steps: 20 ms bins T. n_features: C. dtype: "<f4" or "<f2".
     offset, length: the byte span of `input_features` in the file; one ranged GET reads it.
-    crc32: CRC-32 of the span's bytes as stored, None if the index was made without reading them.
+    crc32: CRC-32 of the span's bytes as stored; every manifest has it.
     class_ids: [L] int32 labels, None in the test split. phoneme_ids: [Lp] int32, likewise.
     """
 
@@ -71,6 +71,13 @@ class TrialRecord:
     def stored_bytes(self) -> int:
         """Bytes of the features as stored: the span without what lies between its chunks."""
         return self.length if self.chunks is None else int(self.chunks.table[:, 3].sum())
+
+    def pieces(self) -> np.ndarray:
+        """[n, 2] int64: where each run of the features' bytes begins and ends in the file."""
+        if self.chunks is None:
+            return np.array([[self.offset, self.offset + self.length]], np.int64)
+        starts = self.chunks.table[:, 2] + self.offset
+        return np.stack([starts, starts + self.chunks.table[:, 3]], axis=1)
 
     def verify(self, span: bytes | memoryview) -> None:
         """Check that `span` is the recorded one.

@@ -12,15 +12,11 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .hdf5_reader import DATA_FILE, FileInspection
+from .indexing import inspect_dataset, manifest_from_inspections
 from .label_check import labels_against_sentences
-from .manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    TrialManifest,
-    data_files,
-    inspect_dataset,
-    manifest_from_inspections,
-)
+from .locations import MANIFEST_NAME, data_files
+from .manifest import TrialManifest
+from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .store import ObjectInfo, ObjectStore
 from .targets import RECORD_NAME
@@ -272,9 +268,7 @@ def _summaries(
 def _infeasible(
     trials: Sequence[TrialRecord], patch_size: int, patch_stride: int, random_cut: int
 ) -> Iterator[Finding]:
-    for trial in trials:
-        if trial.class_ids is None:
-            continue
+    for trial in (trial for trial in trials if trial.class_ids is not None):
         reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
         if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")

@@ -83,6 +83,8 @@ def in_workers(
         jobs: arguments of each call, by name.
         processes: how many jobs run at once.
     """
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
     waiting = list(jobs.items())[::-1]
     idle: list[_Worker] = [w for w in _parked if w.lives()]
     _parked.clear()
@@ -92,8 +94,14 @@ def in_workers(
             while waiting and len(busy) < max(processes, 1):
                 worker = idle.pop() if idle else _Worker()
                 name, arguments = waiting.pop()
+                try:
+                    worker.connection.send(
+                        (dict(os.environ), Path.cwd(), mask, function, arguments)
+                    )
+                except OSError:
+                    yield name, worker.lost()
+                    continue
                 busy[worker.connection] = (worker, name)
-                worker.connection.send((dict(os.environ), Path.cwd(), function, arguments))
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 worker, name = busy.pop(connection)
@@ -104,6 +112,7 @@ def in_workers(
                     continue
                 idle.append(worker)
                 if not fine:
+                    answer.add_note(f"of {name}")
                     raise answer
                 yield name, answer
     finally:
@@ -195,13 +204,14 @@ def _serve(descriptor: int, parent: int) -> None:
     connection = Connection(descriptor)
     while True:
         try:
-            environment, folder, function, arguments = connection.recv()
+            environment, folder, mask, function, arguments = connection.recv()
         except (EOFError, OSError):
             return
         if environment != dict(os.environ):
             os.environ.clear()
             os.environ.update(environment)
         os.chdir(folder)
+        os.umask(mask)
         try:
             answer: tuple[bool, Any] = (True, function(*arguments))
         except BrainToTextError as error:

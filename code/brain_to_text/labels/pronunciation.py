@@ -23,7 +23,7 @@ _KEPT = re.compile(r"[^a-z' -]")
 _LONGEST = 200  # phonemes of a word; decoders recurse over them
 _VOICELESS = {"P", "T", "K", "F", "TH"}
 _SIBILANT = {"S", "Z", "SH", "ZH", "CH", "JH"}
-_EY, _S = phoneme_ids(["EY", "S"]).tolist()
+_EY = int(phoneme_ids(["EY"])[0])
 _TYPED = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u02b9\u02bb\u02bc\u2032\uff07\ua78c`\u00b4", "'"),
@@ -38,7 +38,7 @@ _TYPED = str.maketrans(
     }
 )
 _BETWEEN_WORDS = re.compile(
-    r"""[\s,;:!?"()\[\]{}]+|--+|\.(?=[\s"')\]]|$)|(?<=\w\w)\.+(?=\w\w)|\.\.+"""
+    r"""[\s,;:!?"()\[\]{}]+|--+|\.(?=[\s"')\]]|$)|(?<=[\w']\w)\.+(?=\w[\w'])|\.\.+"""
 )
 _SPELT_OUT = re.compile(r"[a-z](\.[a-z])+")  # U.S., e.g.
 
@@ -124,8 +124,6 @@ def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
     ways = pronunciations_of(plain) or pronunciations_of(bare)
     if word.strip("'-.").endswith(("é", "és")):  # "rosé" is not "rose"
         ways = [way for way in ways if _EY in way[-2:]]
-    if "ç" in word:
-        ways = [way for way in ways if _S in way]
     return ways
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from ..dataset.locations import split_s3_url
 from .account import AwsAccount, error_code, sentence
 from .checks import Finding, error, warning
 from .image import ECR_URI
@@ -122,10 +123,10 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
         actions = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
         needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:aws:ecr:{place}"))
     states = job.checkpoint_s3_uri or f"s3://{outputs.removeprefix('arn:aws:s3:::')}/checkpoints"
-    states = f"arn:aws:s3:::{states.removeprefix('s3://').rstrip('/')}/state-00000001.pt"
+    states = f"arn:aws:s3:::{'/'.join(split_s3_url(states))}/state-00000001.pt"
     needs.append(Need(("s3:GetObject", "s3:PutObject"), states))
     if job.init_from_checkpoint:
-        model = job.init_from_checkpoint.removeprefix("s3://").rstrip("/")
+        model = "/".join(split_s3_url(job.init_from_checkpoint))
         needs.append(Need(("s3:GetObject",), f"arn:aws:s3:::{model}"))
     if job.output_kms_key and job.output_kms_key.startswith("arn:"):
         needs.append(Need(("kms:GenerateDataKey",), job.output_kms_key))

@@ -5,13 +5,20 @@ Each finding is one line that says what to type next. `account_checks` looks at 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..config import TrainingConfig
+from ..dataset.locations import (
+    DATA_FILE,
+    MANIFEST_NAME,
+    ObjectInfo,
+    not_taken_sentence,
+    s3_url,
+    split_s3_url,
+)
 from ..errors import BrainToTextError
 from ..gpus import OLDEST_CAPABILITY, n_frames
 from .account import AwsAccount, error_code, sentence
@@ -20,8 +27,6 @@ from .pricing import gpu_of, instance_type, step_seconds
 from .request import JobSettings, resolve_config
 
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
-MANIFEST = "trial_manifest.json.gz"
-_DATA_FILE = re.compile(r"[^/]+/data_(?P<split>train|val|test)\.hdf5")
 _PUSH = "./build_and_push.sh"
 
 
@@ -277,9 +282,9 @@ def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
 
 def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Finding]:
     prefix = job.s3_data_prefix.strip("/")
-    url = f"s3://{job.s3_bucket}/{prefix}"
+    url = s3_url(job.s3_bucket, prefix)
     listing = _listing(s3, job.s3_bucket, f"{prefix}/")
-    files = [match for key in listing if (match := _DATA_FILE.fullmatch(key))]
+    files = [match for key in listing if (match := DATA_FILE.fullmatch(key))]
     splits = Counter(match["split"] for match in files)
     if not files:
         elsewhere = _nearest_prefix(s3, job.s3_bucket)
@@ -297,6 +302,9 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
             f"{url} has no data_val.hdf5, so no best model can be chosen: upload validation data, "
             "or set --save_final_model true.",
         )
+    overlooked = not_taken_sentence(listing)
+    if overlooked:
+        yield warning("data-not-taken", f"{url}: {overlooked}.")
     size = sum(info.size for info in listing.values())
     if job.data_channel == "file" and size > 0.9 * job.volume_gb * 1e9:
         yield error(
@@ -305,11 +313,11 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
             f"--volume-gb {int(1.3 * size / 1e9) + 10}, or --data-channel stream, which copies "
             "nothing.",
         )
-    if MANIFEST not in listing:
+    if MANIFEST_NAME not in listing:
         yield warning(
             "manifest-missing",
-            f"{url} has no {MANIFEST}, so the job must index {len(files)} files while you pay: run "
-            f"`python code/prepare_dataset.py index {url}` once.",
+            f"{url} has no {MANIFEST_NAME}, so the job must index {len(files)} files while you "
+            f"pay: run `python code/prepare_dataset.py index {url}` once.",
         )
     elif splits["train"]:
         yield from _against_config(job, config, s3, listing, url)
@@ -329,10 +337,10 @@ def _against_config(
             "`pip install h5py numpy` to have it done before you pay.",
         )
         return
-    key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST}"
+    key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST_NAME}"
     content = s3.get_object(Bucket=job.s3_bucket, Key=key)["Body"].read()
     try:
-        manifest = TrialManifest.from_bytes(content)
+        manifest = TrialManifest.from_bytes(content, url)
         manifest.check_fresh(listing, url)
     except BrainToTextError as problem:
         yield error("manifest-stale", str(problem))
@@ -343,13 +351,13 @@ def _against_config(
 
 def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
     states = f"{job.output_uri(str(job.resume_from))}/checkpoints/"
-    if job.resume_from and not _listing(s3, *_split(states), everything=False):
+    if job.resume_from and not _listing(s3, *split_s3_url(states), everything=False):
         yield error(
             "resume-nothing",
             f"Job {job.resume_from} left no checkpoint under {states}: check its name (--list).",
         )
     model = job.init_from_checkpoint
-    if model and not _listing(s3, *_split(model), everything=False):
+    if model and not _listing(s3, *split_s3_url(model), everything=False):
         yield error(
             "init-nothing",
             f"There is nothing at {model}: give the s3:// URL of a model.tar.gz or a "
@@ -357,20 +365,13 @@ def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
         )
 
 
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def _listing(s3: Any, bucket: str, prefix: str, everything: bool = True) -> dict[str, Any]:
     """Objects under a prefix by their key relative to it, as the store's listings."""
-    from ..dataset.store import ObjectInfo
-
     found: dict[str, Any] = {}
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for entry in page.get("Contents", []):
             key = entry["Key"].removeprefix(prefix)
-            found[key] = ObjectInfo(key, int(entry["Size"]), entry["ETag"].strip('"'))
+            found[key] = ObjectInfo(key, int(entry["Size"]), entry.get("ETag", "").strip('"'))
         if not everything:
             break
     return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..dataset.locations import s3_url, split_s3_url
 from ..errors import JobError
 from ..log_lines import Progress
 from .account import AwsAccount, error_code, explained
@@ -73,7 +74,7 @@ def fetch(
     """
     data = None
     if s3_bucket is not None:
-        output_uri = f"s3://{s3_bucket}/{output_prefix.strip('/')}/{name}"
+        output_uri = s3_url(s3_bucket, output_prefix, name)
     else:
         state = job_state(name, account)
         output_uri, values = state.output_uri, state.request.get("HyperParameters", {})
@@ -81,7 +82,7 @@ def fetch(
             data = (values["s3-bucket"], values.get("s3-data-prefix", ""))
     if (folder / "model").exists():
         raise JobError(f"{folder / 'model'} exists already: give another folder with --to.")
-    bucket, _, prefix = output_uri.removeprefix("s3://").partition("/")
+    bucket, prefix = split_s3_url(output_uri)
     s3 = account.client("s3")
     has_model = _unpacked(s3, bucket, f"{prefix}/output/model.tar.gz", folder / "model")
     _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output")

@@ -25,6 +25,7 @@ _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache")
 # what only the desk uses, and a job's result cannot depend on
 _DESK = (
     "code/*.md",
+    "code/NOTICE",
     "code/aws/*",
     "code/launch_sagemaker_job.py",
     "code/brain_to_text/launch/*",
@@ -66,7 +67,8 @@ def fingerprints() -> dict[str, str]:
         for path in (REPOSITORY / "code").rglob("*")
         if path.is_file() and path.suffix != ".pyc" and not set(_CACHES) & set(path.parts)
     ]
-    paths += (REPOSITORY / "docker").glob("requirements_sagemaker*.txt")
+    for pattern in ("*.py", "requirements_sagemaker*.txt"):
+        paths += (REPOSITORY / "docker").glob(pattern)
     return {
         path.relative_to(REPOSITORY).as_posix(): _fingerprint(path)
         for path in sorted(paths, key=lambda path: path.relative_to(REPOSITORY).as_posix())

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from ..config import TrainingConfig, config_keys
 from ..config_reader import load_config, resolve_key
+from ..dataset.locations import s3_url
 from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
 from .image import unchanged_in_image
@@ -120,7 +121,7 @@ class JobSettings:
 
     def output_uri(self, job_name: str) -> str:
         """s3:// folder that holds everything one job leaves."""
-        return f"s3://{self.s3_bucket}/{self.output_prefix.strip('/')}/{job_name}"
+        return s3_url(self.s3_bucket, self.output_prefix, job_name)
 
 
 def new_job_name(config_file: str, now: datetime | None = None) -> str:
@@ -311,7 +312,7 @@ def _data_channel(settings: JobSettings) -> dict[str, Any]:
         "DataSource": {
             "S3DataSource": {
                 "S3DataType": "S3Prefix",
-                "S3Uri": f"s3://{settings.s3_bucket}/{settings.s3_data_prefix.strip('/')}/",
+                "S3Uri": f"{s3_url(settings.s3_bucket, settings.s3_data_prefix)}/",
                 "S3DataDistributionType": "FullyReplicated",
             }
         },

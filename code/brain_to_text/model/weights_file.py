@@ -1,21 +1,23 @@
-"""A folder of resume states that survives any crash: atomic, checksummed, last few kept.
+"""Files of weights: written whole or not at all, with a checksum that decides before they are read.
 
-Files are written to a temporary name, synced, then renamed, so a name without `.tmp` is always
-whole. `torch.save` writes a zip whose records carry CRC-32s; those are the checksum, and a state
-that fails them is reported and passed over for the one before it.
+A file is what `torch.save` writes (a zip that any torch reads) with the SHA-256 of all its bytes as
+the zip's comment.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import hashlib
+import io
 import os
 import pickle
 import re
 import shutil
-import threading
-import time
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +26,12 @@ import torch
 
 from ..errors import CheckpointError
 
-_STATE_NAME = re.compile(r"^state-(\d{9})\.pt$")
 _TEMPORARY_SUFFIX = ".tmp"
+_CHUNK = 2**20
+# The last record of a zip: a signature, twelve bytes of counts and places, the comment's length.
+_END = struct.Struct("<4s16sH")
+_COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
+_COMMENT_BYTES = len(b"sha256:") + 64
 
 # The public baseline's checkpoints hold their error rate as a NumPy scalar: data, not code.
 _NUMPY_SCALARS: list[Any] = [
@@ -33,6 +39,22 @@ _NUMPY_SCALARS: list[Any] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
 ]
+# What torch and zipfile raise on bytes that are no checkpoint.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+)
 
 
 def state_to_cpu(tree: Any) -> Any:
@@ -47,7 +69,7 @@ def state_to_cpu(tree: Any) -> Any:
 
 
 def save_atomically(content: Any, path: Path) -> int:
-    """`torch.save` to `path` so that a crash at any instant leaves the old file or the new one.
+    """`torch.save` to `path`, with its checksum; a crash leaves the old file or the new one.
 
     Returns:
         Bytes written.
@@ -57,157 +79,112 @@ def save_atomically(content: Any, path: Path) -> int:
     """
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
+            hashing = _HashingWriter(file)
+            torch.save(content, hashing)  # type: ignore[arg-type]
+            hashing.finish()
             os.fsync(file.fileno())
             size = file.tell()
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        _remove_quietly(temporary)
-        raise CheckpointError(_explain_write_error(path, error)) from error
+        reason = explain_write_error(path, error)  # while the half file still fills the volume
+        remove_quietly(temporary)
+        raise CheckpointError(reason) from error
     return size
 
 
+class _HashingWriter:
+    """Passes bytes on and hashes them; the last two, the comment's length, are held back."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._held = b""
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            joined = self._held + bytes(view)
+            self._put(joined[:-2])
+            self._held = joined[-2:]
+        else:
+            self._put(self._held)
+            self._put(view[:-2])
+            self._held = bytes(view[-2:])
+        return len(view)
+
+    def _put(self, part: bytes | memoryview) -> None:
+        self._digest.update(part)
+        self._file.write(part)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Write the comment with the checksum of all that came before it."""
+        if self._held != b"\0\0":
+            raise RuntimeError("torch.save wrote a zip that ends in another way than expected")
+        comment = b"sha256:" + self._digest.hexdigest().encode()
+        self._file.write(struct.pack("<H", len(comment)) + comment)
+        self._file.flush()
+
+
 def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
-    """Read what `save_atomically` wrote: checks every record's CRC, executes no pickled code.
+    """Read a file of weights; whole bytes are checked first, and no pickled code is executed.
+
+    A file with our checksum is read only if that fits. Others (the public baseline's) are read if
+    every record's CRC fits.
 
     Raises:
-        CheckpointError: not a zip, truncated, a flipped byte, or more than tensors and values.
+        CheckpointError: damaged, truncated, not a zip, or more than tensors and values.
     """
     label = name or str(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"Checkpoint {label} is damaged: record {damaged} fails its CRC.")
-        if not isinstance(path, Path):
+        if isinstance(path, Path):
+            with path.open("rb") as file:
+                _check_bytes(file, label)
+        else:
+            _check_bytes(path, label)
             path.seek(0)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise CheckpointError(f"Checkpoint {label} cannot be read: {reason}.") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"Checkpoint {label} holds more than tensors and plain values and was not loaded: "
             "save it again with torch.save of a state_dict."
         ) from error
+    except _UNREADABLE as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise CheckpointError(f"Checkpoint {label} cannot be read: {reason}.") from error
 
 
-class CheckpointFolder:
-    """The resume states of one run, newest last.
-
-    Args:
-        path: folder, created when absent; on SageMaker `/opt/ml/checkpoints`.
-        keep: states kept; older ones are removed after each save.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or another live process holds it.
-    """
-
-    def __init__(self, path: Path, keep: int = 2) -> None:
-        self.path = path
-        self.keep = keep
-        self.last_save_seconds = 0.0
-        self.last_save_bytes = 0
-        self._writer: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+")
-        except OSError as error:
-            raise CheckpointError(_explain_write_error(path, error)) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise CheckpointError(
-                f"Checkpoint folder {path} is in use by another run: "
-                "give this run its own with --checkpoint-dir."
-            ) from error
-        for leftover in path.glob(f"*{_TEMPORARY_SUFFIX}"):
-            _remove_quietly(leftover)
-
-    def steps(self) -> list[int]:
-        """Steps of the states present, ascending."""
-        matches = (_STATE_NAME.match(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match.group(1)) for match in matches if match)
-
-    def state_path(self, step: int) -> Path:
-        """Where the state after `step` completed steps lies."""
-        return self.path / f"state-{step:09d}.pt"
-
-    def save(self, state: dict[str, Any], step: int, *, wait: bool = False) -> None:
-        """Write a state; by default the copy is taken now and the writing goes on behind.
-
-        Raises:
-            CheckpointError: this write (with `wait`) or the one before it failed.
-        """
-        self.wait()
-        snapshot = state if wait else state_to_cpu(state)
-        if wait:
-            self._write(snapshot, step)
-            self._raise_failure()
-        else:
-            self._writer = threading.Thread(
-                target=self._write, args=(snapshot, step), name="checkpoint-writer"
-            )
-            self._writer.start()
-
-    def wait(self) -> None:
-        """Return when no write is under way.
-
-        Raises:
-            CheckpointError: the write behind failed.
-        """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        self._raise_failure()
-
-    def load_latest(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest valid state, and one sentence for each damaged one passed over.
-
-        Raises:
-            CheckpointError: states exist but none is valid; starting over silently would lose them.
-        """
-        passed_over: list[str] = []
-        for step in reversed(self.steps()):
-            try:
-                return load_verified(self.state_path(step)), passed_over
-            except CheckpointError as error:
-                passed_over.append(str(error))
-        if passed_over:
-            raise CheckpointError(
-                f"No checkpoint in {self.path} can be read ({passed_over[0]}): "
-                "remove the folder to start over, or restore it from a backup."
-            )
-        return None, []
-
-    def close(self) -> None:
-        """Finish the write under way and let go of the folder."""
-        try:
-            self.wait()
-        finally:
-            self._lock.close()
-
-    def _write(self, state: dict[str, Any], step: int) -> None:
-        started = time.perf_counter()
-        try:
-            self.last_save_bytes = save_atomically(state, self.state_path(step))
-        except CheckpointError as error:
-            self._failure = error
-            return
-        self.last_save_seconds = time.perf_counter() - started
-        for old in self.steps()[: -self.keep]:
-            _remove_quietly(self.state_path(old))
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+def _check_bytes(file: IO[bytes], label: str) -> None:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(size - _COMMENT_BYTES, 0))
+    tail = file.read()
+    comment = _COMMENT.fullmatch(tail)
+    if comment is None:
+        file.seek(max(size - _END.size, 0))
+        end = file.read()
+        if len(end) < _END.size or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+            raise CheckpointError(f"Checkpoint {label} is damaged: its last bytes are not a zip's.")
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"Checkpoint {label} is damaged: record {damaged} fails its CRC.")
+        return
+    file.seek(0)
+    digest = hashlib.sha256()
+    left = size - _COMMENT_BYTES - 2
+    while left > 0 and (part := file.read(min(_CHUNK, left))):
+        digest.update(part)
+        left -= len(part)
+    length = file.read(2)
+    if digest.hexdigest().encode() != comment[1] or length != struct.pack("<H", _COMMENT_BYTES):
+        raise CheckpointError(f"Checkpoint {label} is damaged: it fails its checksum.")
 
 
 def copy_atomically(source: Path, target: Path) -> None:
@@ -224,11 +201,27 @@ def copy_atomically(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        _remove_quietly(temporary)
-        raise CheckpointError(_explain_write_error(target, error)) from error
+        reason = explain_write_error(target, error)
+        remove_quietly(temporary)
+        raise CheckpointError(reason) from error
 
 
-def _sync_folder(folder: Path) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes to `path`; its folder is made.
+
+    Raises:
+        CheckpointError: the volume is full, read-only or gone.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CheckpointError(explain_write_error(path, error)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -236,20 +229,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_quietly(path: Path) -> None:
+def remove_quietly(path: Path) -> None:
+    """Remove a file that may be absent, on a volume that may refuse."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
         return  # a leftover temporary file is removed at the next start
 
 
-def _explain_write_error(path: Path, error: BaseException) -> str:
+def explain_write_error(path: Path, error: BaseException) -> str:
+    """Why `path` could not be written, and what to do; ask before anything is cleaned up."""
     code = getattr(error, "errno", None)
-    folder = path if path.is_dir() else path.parent
-    if code == errno.ENOSPC or _free_bytes(folder) == 0:
+    folder = path.parent
+    if code in (errno.ENOSPC, errno.EDQUOT) or _free_bytes(folder) == 0:
         return (
             f"The volume of {folder} is full, so {path.name} was not written; the last good "
-            "checkpoint is untouched: free space there, then start again."
+            "checkpoint is untouched: free space there, or launch with a larger --volume-gb, then "
+            "start again."
         )
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (

@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..dataset.manifest import TrialManifest, TrialRecord
+from ..dataset.manifest import TrialManifest
+from ..dataset.trial_record import TrialRecord
 from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
 from ..labels.phonemes import BLANK, N_PHONEMES
 from ..model.augmentations import Augmentation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from ..config import TrainingConfig
-from ..dataset.manifest import TrialManifest, load_or_build_manifest
+from ..dataset.indexing import load_or_build_manifest
+from ..dataset.manifest import TrialManifest
 from ..dataset.selection import select_for_evaluation
 from ..dataset.store import open_store
 from ..errors import ConfigError, DataError
@@ -95,6 +97,15 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
         "data": options.data,
         "split": options.split,
     }
+    place = Path(os.path.realpath(options.output_dir))
+    if "://" not in options.data and Path(os.path.realpath(options.data)) in (
+        place,
+        *place.parents,
+    ):
+        raise ConfigError(
+            f"--output-dir {options.output_dir} lies in the dataset {options.data}: give a folder "
+            "beside it."
+        )
     words = options.words or WordOptions("none")
     reads = [Path(f) for f in (words.language_model, words.lexicon, words.rescored) if f]
     with complete_or_nothing(options.output_dir, purpose, options.overwrite, reads) as folder:

@@ -7,6 +7,7 @@ Exported as TorchScript, it runs from Python or C++ without this library.
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, StorageError
+from ..dataset.targets import replace_own
+from ..errors import CheckpointError
 from ..model.augmentations import Augmentation
 from ..model.rnn_model import GRUDecoder
 from .trained_model import ModelArtefact
@@ -120,7 +122,8 @@ def export_streaming(artefact: ModelArtefact, path: Path) -> None:
     Its extra file decoder.json lists the sessions in day order and the classes' form.
 
     Raises:
-        CheckpointError: the model is bidirectional. StorageError: the file cannot be written.
+        CheckpointError: the model is bidirectional. DataError: the file is there and is something
+            else. StorageError: it cannot be written.
     """
     decoder = streaming_decoder(artefact)
     metadata = {
@@ -129,15 +132,10 @@ def export_streaming(artefact: ModelArtefact, path: Path) -> None:
         "bins_per_frame": decoder.patch_stride,
         "bins_before_first_frame": decoder.patch_size + decoder.look_ahead,
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # torch announces a successor that cannot express a state of varying length
-            warnings.simplefilter("ignore", DeprecationWarning)
-            scripted = torch.jit.script(decoder)
-            torch.jit.save(scripted, str(path), _extra_files={METADATA: json.dumps(metadata)})
-    except (OSError, RuntimeError) as error:
-        raise StorageError(
-            f"The decoder cannot be written to {path} ({' '.join(str(error).split())[:120]}): give "
-            "a writable file with --export-streaming."
-        ) from error
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # torch announces a successor that cannot express a state of varying length
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(decoder)
+        torch.jit.save(scripted, buffer, _extra_files={METADATA: json.dumps(metadata)})
+    replace_own(path, buffer.getvalue(), METADATA.encode())

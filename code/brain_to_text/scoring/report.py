@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from ..dataset.manifest import SPLITS
+from ..dataset.manifest_format import SPLITS
 from ..dataset.trial_record import Finding, TrialRecord
 from ..dataset.validation import SplitSummary, ValidationReport
 from ..labels.phonemes import BLANK, PHONEMES

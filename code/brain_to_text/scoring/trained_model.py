@@ -19,12 +19,14 @@ import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import config_from_dict
+from ..dataset.locations import is_s3
 from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
 from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from ..model.weights_file import load_verified
+from ..strict_yaml import read_yaml, shown
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
 _ARGS = ("checkpoint/args.yaml", "args.yaml")
@@ -94,21 +96,23 @@ def open_model(location: str | Path) -> ModelArtefact:
             "best_checkpoint."
         )
     config = config_from_dict(args, f" in {location}/checkpoint/args.yaml")
-    sessions = tuple(content.get("sessions") or config.dataset.sessions or ())
-    if not sessions:
+    sessions = _session_names(content.get("sessions") or config.dataset.sessions, location)
+    if sessions is None:
         raise CheckpointError(
             f"{location} does not say which sessions its day layers belong to: list them as "
             "dataset.sessions in checkpoint/args.yaml."
         )
     config.dataset.sessions = list(sessions)
+    weights = _weights(content, location)
+    _check_size(config, len(sessions), weights, location)
     _, log = files.first(_LOGS)
-    form = content.get("label_form")
+    form, step = content.get("label_form"), content.get("step")
     return ModelArtefact(
         location=str(location),
         config=config,
         sessions=sessions,
-        weights=_weights(content, location),
-        step=content.get("step"),
+        weights=weights,
+        step=step if isinstance(step, int) else None,
         metrics=rows_of_log((log or b"").decode("utf-8", "replace")),
         label_form=form if form in LABEL_FORMS else None,
     )
@@ -139,9 +143,9 @@ def initial_weights(
     if not listed:
         dataset = (_args(files, location) or {}).get("dataset")
         listed = dataset.get("sessions") if isinstance(dataset, Mapping) else None
-    if not listed:
+    sessions = _session_names(listed, location)
+    if sessions is None:
         return weights, None
-    sessions = tuple(str(session) for session in listed)
     layers = sum(name.startswith("day_weights.") for name in weights)
     if layers != len(sessions):
         raise CheckpointError(
@@ -183,10 +187,14 @@ class _Files:
 
 
 def _open_files(location: str) -> _Files:
+    if not location:
+        raise StorageError(
+            "--model is empty: give a model folder, a model.tar.gz, or an s3:// URL."
+        )
     folder, _, name = location.rpartition("/")
     if location.endswith((".tar.gz", ".tgz", ".tar")):
         return _Files(None, _untar(open_store(folder or ".").read(name), location))
-    on_s3 = location.startswith("s3://")
+    on_s3 = is_s3(location)
     if name == "best_checkpoint" if on_s3 else Path(location).is_file():
         return _beside(folder, name)
     if not on_s3 and not Path(location).is_dir():
@@ -219,10 +227,55 @@ def _checkpoint(files: _Files, location: str | Path) -> dict[str, Any]:
             f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
             "model.tar.gz, or the s3:// URL of one."
         )
-    content = load_verified(io.BytesIO(data), f"{location}/{name}")
+    place = str(location) if str(location).endswith(name) else f"{location}/{name}"
+    content = load_verified(io.BytesIO(data), place)
     if not isinstance(content, dict):
         raise _no_weights(location, f"a {type(content).__name__}")
     return content
+
+
+def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
+    """The sessions of the day layers, None where nothing lists them.
+
+    Raises:
+        CheckpointError: something else than distinct names.
+    """
+    if not listed:
+        return None
+    names = tuple(listed) if isinstance(listed, (list, tuple)) else (listed,)
+    wrong = [n for n in names if not isinstance(n, str) or names.count(n) > 1]
+    if wrong or not isinstance(listed, (list, tuple)):
+        raise CheckpointError(
+            f"The sessions of {location} must be a list of different names, and "
+            f"{shown(wrong or listed)} is not: give the checkpoint and args.yaml of a training run."
+        )
+    return names
+
+
+def _check_size(
+    config: TrainingConfig, n_days: int, weights: Mapping[str, torch.Tensor], location: str | Path
+) -> None:
+    """Hold what args.yaml describes against the weights, before memory is taken for it.
+
+    Widths that args.yaml leaves to the data are those of the day layers.
+
+    Raises:
+        CheckpointError: it describes a model of another size.
+    """
+    model, dataset = config.model, config.dataset
+    width = next((len(w) for name, w in weights.items() if "day_weights." in name), None)
+    dataset.neural_dim = dataset.neural_dim or width
+    C = model.n_input_features = model.n_input_features or width or 0
+    H, directions = model.n_units, 2 if model.bidirectional else 1
+    described = n_days * (C * C + C) + H * directions * dataset.n_classes
+    inputs = C * max(model.patch_size, 1) + (model.n_layers - 1) * H * directions
+    described += 3 * H * directions * (inputs + model.n_layers * H)
+    there = sum(weight.numel() for weight in weights.values())
+    if described > 2 * there + 1_000_000:
+        raise CheckpointError(
+            f"The args.yaml of {location} describes a model of {described:,} weights and its "
+            f"checkpoint holds {there:,}: evaluate the folder exactly as the training run left it."
+        )
 
 
 def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.Tensor]:
@@ -230,8 +283,15 @@ def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.T
     if not isinstance(weights, dict) or not weights:
         raise _no_weights(location, "no model_state_dict")
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor):
-            raise _no_weights(location, f"'{name}' as {type(value).__name__}")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise _no_weights(location, f"{shown(name)} as {type(value).__name__}")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise _no_weights(location, f"{shown(name)} as {value.dtype}, {value.layout}")
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"The checkpoint of {location} holds values in {shown(name)} that are no finite "
+                "numbers, so it decodes nothing: the run diverged; give an earlier checkpoint."
+            )
     return weights
 
 
@@ -252,8 +312,8 @@ def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        args = yaml.safe_load(data) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        args = read_yaml(data) or {}
+    except yaml.YAMLError as error:
         raise CheckpointError(
             f"{location}/{name} is not valid YAML ({' '.join(str(error).split())[:200]}): copy it "
             "again from the training run."

@@ -80,7 +80,6 @@ class TrialStream:
         self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
         self._slots = asyncio.Semaphore(concurrency)
         self._reads: dict[int, _SharedRead] = {}
-        self._first_crc: dict[int, int] = {}
         self._decoders = concurrent.futures.ThreadPoolExecutor(threads, "trial-decode")
         self._process = os.getpid()
         self._closed = False
@@ -254,11 +253,8 @@ class TrialStream:
     def _accept(self, index: int, record: TrialRecord, span: bytearray | memoryview) -> np.ndarray:
         """Check the bytes, decode them, keep them. Runs on a decoder thread."""
         crc = zlib.crc32(span)
-        expected = record.crc32
-        if expected is None:
-            expected = self._first_crc.setdefault(index, crc)
-        if crc != expected:
-            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {expected:08x}")
+        if crc != record.crc32:
+            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32 or 0:08x}")
         features = record.decode(memoryview(span))
         if self.cache_dtype == "float16" and features.dtype != np.float16:
             features = _halved(features, record)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..log_lines import scrub
 from .mlflow_run import MlflowRun, MlflowSettings
+from .run import RunPaths
 from .run_log import RunLog
 from .tensorboard import EventFile, open_event_file
 
@@ -55,11 +56,8 @@ def announce(log: RunLog) -> None:
 
 def open_trackers(
     log: RunLog,
+    paths: RunPaths,
     *,
-    tensorboard_dir: Path,
-    model_dir: Path,
-    output_data_dir: Path,
-    checkpoint_dir: Path,
     params: dict[str, Any],
     tags: dict[str, str],
     already_finished: bool = False,
@@ -70,7 +68,7 @@ def open_trackers(
         params: the configuration as nested dicts; tags: facts about data and job.
         already_finished: nothing will happen any more; what MLflow lacks is still sent.
     """
-    events = open_event_file(tensorboard_dir)
+    events = open_event_file(paths.tensorboard_dir or paths.output_data_dir / "tensorboard")
     if events is not None:
         log.follow(events)
     settings = MlflowSettings.from_variables()
@@ -86,9 +84,9 @@ def open_trackers(
         settings,
         params,
         {name: value for name, value in tags.items() if value},
-        id_file=checkpoint_dir / "mlflow_run_id",
-        model_dir=model_dir,
-        output_data_dir=output_data_dir,
+        id_file=paths.checkpoint_dir / "mlflow_run_id",
+        model_dir=paths.model_dir,
+        output_data_dir=paths.output_data_dir,
         already_finished=already_finished,
     )
     log.follow(run)

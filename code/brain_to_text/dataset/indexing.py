@@ -1,0 +1,219 @@
+"""From data files to a manifest: read each once, whole, and record where its trials lie."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import DataError, StorageError
+from ..labels.diphones import N_DIPHONES
+from ..labels.phonemes import N_PHONEMES
+from .hdf5_reader import FileInspection, inspect_file
+from .locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
+from .manifest import TrialManifest, load_manifest, write_manifest
+from .manifest_format import FileRecord, trial_order
+from .store import ObjectStore, open_store
+from .trial_record import Finding, TrialRecord
+from .workers import Lost, in_workers, limited
+
+_SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
+_PROGRESS_SECONDS = 10.0
+_INDEXING_MEMORY = 6 * 2**30  # bytes of data files held at once, over all worker processes
+
+
+def load_or_build_manifest(
+    store: ObjectStore,
+    log: Callable[[str], None],
+    *,
+    on_damage: Literal["stop", "exclude"] = "stop",
+    processes: int | None = None,
+) -> TrialManifest:
+    """The dataset's manifest, checked against one listing; built and kept if there is none.
+
+    Args:
+        log: receives one line when the index is built, and one per trial left out.
+        on_damage: "stop" refuses a dataset with damaged trials, "exclude" goes on without them.
+
+    Raises:
+        StorageError: the place cannot be listed or read.
+        DataError: no data there, a stale manifest, or damage.
+    """
+    listing = store.list()
+    overlooked = not_taken_sentence(listing)
+    if overlooked:
+        log(overlooked)
+    manifest = load_manifest(store, listing)
+    if manifest is not None:
+        manifest.check_fresh(listing, store.url)
+    else:
+        started = time.monotonic()
+        files = data_files(listing, store.url)
+        size = sum(info.size for info in files.values())
+        log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
+        manifest = index_dataset(
+            store,
+            processes=processes,
+            progress=_now_and_then(log),
+            on_damage="collect",
+            listing=listing,
+        )
+        log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
+        if not manifest.damaged or on_damage == "exclude":
+            try:
+                write_manifest(store, manifest)
+                log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
+            except StorageError as error:
+                log(f"The index serves this run only: {error}")
+    if manifest.damaged and on_damage == "stop":
+        raise _damage_error(store.url, manifest.damaged)
+    for finding in manifest.damaged:
+        log(f"Excluded as damaged: {finding}")
+    if manifest.damaged:
+        log(f"Excluded {len(manifest.damaged)} damaged trials or files in all")
+    if not manifest.trials:
+        raise DataError(
+            f"{store.url} has no sound trial: see why with "
+            f"'python code/prepare_dataset.py validate {store.url}'."
+        )
+    return manifest
+
+
+def _now_and_then(log: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Progress of indexing as log lines, at most one in `_PROGRESS_SECONDS`."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            log(f"Indexed {done} of {total} files")
+
+    return progress
+
+
+def index_dataset(
+    store: ObjectStore,
+    *,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_damage: Literal["raise", "collect"] = "raise",
+    listing: Mapping[str, ObjectInfo] | None = None,
+) -> TrialManifest:
+    """Read every data file once, whole, into memory, and record where its trials lie.
+
+    Files are read by worker processes: one per CPU, fewer if their files would not fit into 6 GB or
+    are small. Nothing is written to disk.
+
+    Args:
+        processes: worker processes; None decides by size.
+        progress: called with (files done, files in all).
+        on_damage: "raise" on damage, or "collect" it in `manifest.damaged`.
+        listing: the store's listing, if known already.
+
+    Raises:
+        StorageError: a file cannot be read. DataError: no data files, or damage.
+    """
+    files = data_files(store.list() if listing is None else listing, store.url)
+    inspections = inspect_dataset(store, files, processes, progress=progress)
+    manifest = manifest_from_inspections(files, inspections)
+    if manifest.damaged and on_damage == "raise":
+        raise _damage_error(store.url, manifest.damaged)
+    return manifest
+
+
+def inspect_dataset(
+    store: ObjectStore,
+    files: Mapping[str, ObjectInfo],
+    processes: int | None = None,
+    look: Callable[[np.ndarray], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FileInspection]:
+    """What every file holds, in the order of `files`; see `index_dataset`."""
+    total = sum(info.size for info in files.values())
+    if processes is None:
+        largest = max(info.size for info in files.values())
+        fit = max(1, _INDEXING_MEMORY // max(largest * 2, 1))
+        processes = 1 if total < _SMALL_DATASET else min(os.cpu_count() or 1, len(files), fit)
+    jobs = {key: (store.url, key, info.size, look) for key, info in files.items()}
+    results: dict[str, FileInspection] = {}
+    for key, result in in_workers(_inspect_job, jobs, processes):
+        if isinstance(result, Lost):
+            finding = Finding(key, None, result.damage, "crashing file")
+            result = FileInspection(key, files[key].size, findings=[finding])
+        results[key] = result
+        if progress is not None:
+            progress(len(results), len(jobs))
+    return [results[key] for key in files]
+
+
+def manifest_from_inspections(
+    files: Mapping[str, ObjectInfo], inspections: Sequence[FileInspection]
+) -> TrialManifest:
+    """One manifest of many files; trials that do not fit the majority are damaged."""
+    forms = Counter(form for i in inspections for form in i.label_forms if form is not None)
+    widths = Counter(record.n_features for i in inspections for record in i.records)
+    form = forms.most_common(1)[0][0] if forms else "unlabelled"
+    width = widths.most_common(1)[0][0] if widths else 0
+    damaged = [f for i in inspections for f in i.findings if f.severity == "error"]
+    trials: list[TrialRecord] = []
+    for inspection in inspections:
+        sound: list[TrialRecord] = []
+        for record, own in zip(inspection.records, inspection.label_forms, strict=True):
+            if record.n_features != width:
+                reason = f"has {record.n_features} features where most trials have {width}"
+                damaged.append(Finding(record.key, record.trial, reason, "wrong shape"))
+            elif own not in (form, None):
+                reason = f"its labels are in the {own} form where most are in the {form} form"
+                damaged.append(Finding(record.key, record.trial, reason, "label form"))
+            else:
+                sound.append(record)
+        for record, other in _sharing(sound):
+            sound.remove(record)
+            reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
+            damaged.append(Finding(record.key, record.trial, reason, "shared bytes"))
+        trials += sound
+    return TrialManifest(
+        tuple(sorted(trials, key=trial_order)),
+        {key: FileRecord(info.size, info.etag) for key, info in files.items()},
+        width,
+        {"phoneme": N_PHONEMES, "unlabelled": 0}.get(form, N_DIPHONES),
+        form,
+        tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
+    )
+
+
+def _sharing(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, TrialRecord]]:
+    """Trials of one file of whose bytes another trial before them is made too (links of HDF5)."""
+    pieces = sorted(
+        (start, end, place)
+        for place, record in enumerate(records)
+        for start, end in record.pieces().tolist()
+    )
+    reach, owner, named = 0, 0, set()
+    for start, end, place in pieces:
+        if start < reach and place != owner and place not in named:
+            named.add(place)
+            yield records[place], records[owner]
+        if end > reach:
+            reach, owner = end, place
+
+
+def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
+    more = f" (and {len(damaged) - 1} more findings)" if len(damaged) > 1 else ""
+    return DataError(
+        f"{url}/{damaged[0]}{more}; see all with 'python code/prepare_dataset.py validate {url}', "
+        "repair them, or train without them by --dataset.on_damaged_trial exclude."
+    )
+
+
+def _inspect_job(
+    url: str, key: str, size: int, look: Callable[[np.ndarray], Any] | None
+) -> FileInspection:
+    data = open_store(url).read(key, size)
+    with limited(len(data)):
+        return inspect_file(key, data, look=look)

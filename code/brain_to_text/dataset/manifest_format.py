@@ -1,0 +1,304 @@
+"""The bytes of a manifest: a checksum around gzipped JSON, one file's trials as columns.
+
+What is read is believed only where it fits together: a manifest made by hand, or by a program that
+was wrong, is refused with what cannot be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..labels.diphones import N_DIPHONES, encode_diphones
+from ..labels.phonemes import N_PHONEMES
+from .hdf5_reader import TRIAL_NAME
+from .locations import DATA_FILE
+from .store import gunzipped
+from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
+
+SPLITS = ("train", "val", "test")
+N_CLASSES = {
+    "self_loop": N_DIPHONES,
+    "transition": N_DIPHONES,
+    "phoneme": N_PHONEMES,
+    "unlabelled": 0,
+}
+# A gzip file like any other, whose header's comment holds a checksum of all that follows it.
+_HEADER = b"\x1f\x8b\x08\x10\x00\x00\x00\x00\x02\xffsha256 "
+_DIGITS = 64
+_MOST_INFLATED = 1100  # times their bytes, by any filter
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A data file as it was when indexed."""
+
+    size: int
+    etag: str
+
+
+def trial_order(trial: TrialRecord) -> tuple[Any, ...]:
+    """Sorts trials by session, split and number."""
+    return trial.session, SPLITS.index(trial.split), int(trial.trial[6:]), trial.trial
+
+
+def packed(text: bytes) -> bytes:
+    deflate = zlib.compressobj(9, wbits=-15)
+    body = deflate.compress(text) + deflate.flush()
+    for number in (zlib.crc32(text), len(text) & 0xFFFFFFFF):
+        body += number.to_bytes(4, "little")
+    return _HEADER + hashlib.sha256(body).hexdigest().encode() + b"\0" + body
+
+
+def unpacked(data: bytes, name: str, again: str) -> bytes:
+    """The JSON of a manifest's bytes.
+
+    Raises:
+        DataError: the checksum is another one.
+    """
+    start = len(_HEADER) + _DIGITS + 1
+    if data[3:4] != b"\0":  # a manifest of an earlier version has no comment
+        expected = _HEADER + hashlib.sha256(data[start:]).hexdigest().encode() + b"\0"
+        if data[:start] != expected:
+            raise DataError(f"{name} is damaged (its SHA-256 is another one): {again}.")
+    return gunzipped(data, name, again)
+
+
+def parsed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `manifest.TrialManifest` that a document describes.
+
+    Raises:
+        ValueError: it says what cannot be. Other errors: it has another shape.
+    """
+    form, n_features = document["label_form"], document["n_features"]
+    if document["n_classes"] != N_CLASSES[form]:
+        raise ValueError(f"{document['n_classes']!r} classes of {form} labels")
+    trials: list[TrialRecord] = []
+    files: dict[str, FileRecord] = {}
+    for entry in document["files"]:
+        key = entry["key"]
+        if key in files or not DATA_FILE.fullmatch(key):
+            raise ValueError(f"{key!r} is listed twice, or no data file")
+        if not isinstance(entry["etag"], str):
+            raise ValueError(f"the ETag of {key} is {entry['etag']!r}")
+        files[key] = FileRecord(_whole(entry["size"], f"size of {key}"), entry["etag"])
+        records = _records(entry, _whole(n_features, "n_features"), form)
+        _check_places(records, files[key].size)
+        trials += records
+    damaged = tuple(Finding(*finding) for finding in document["damaged"])
+    for finding in damaged:
+        texts = (finding.key, finding.trial or "", finding.reason, finding.kind)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a finding is {finding!r}")
+    trials.sort(key=trial_order)
+    return {
+        "trials": tuple(trials),
+        "files": files,
+        "n_features": n_features,
+        "n_classes": N_CLASSES[form],
+        "label_form": form,
+        "damaged": damaged,
+    }
+
+
+def _whole(value: Any, what: str, least: int = 0, most: int = 2**62) -> int:
+    """`value`, a whole number between `least` and `most`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what} is {value!r}")
+    return value
+
+
+def _check_places(records: Sequence[TrialRecord], file_size: int) -> None:
+    """Every trial has bytes of its own inside its file, as many as its features need.
+
+    Raises:
+        ValueError: one has not.
+    """
+    names = {record.trial for record in records}
+    if len(names) < len(records):
+        raise ValueError(f"{records[0].key} has trials of the same name")
+    for record in records:
+        needed = record.n_time_steps * record.n_features * np.dtype(record.dtype).itemsize
+        if record.chunks is None and record.length != needed:
+            raise ValueError(f"{record.name} has {record.length:,} bytes and needs {needed:,}")
+        if record.offset + record.length > file_size:
+            raise ValueError(
+                f"{record.name} ends at byte {record.offset + record.length:,} of a file of "
+                f"{file_size:,}"
+            )
+    pieces = sorted(
+        (start, end, record.name) for record in records for start, end in record.pieces().tolist()
+    )
+    for (_, end, one), (start, _, other) in pairwise(pieces):
+        if start < end:
+            raise ValueError(f"{other} lies on bytes of {one}")
+
+
+# --- one file's trials as columns -----------------------------------------------------------------
+# Diphone labels are not stored: they follow from the phonemes, the form and the closing label.
+# Phoneme labels are text, one character per phoneme: chr(48 + id), which needs no escape in JSON.
+
+
+_COLUMNS = (
+    *("trials", "n_time_steps", "dtype", "offset", "length", "crc32"),
+    *("block_num", "trial_num", "corpus", "sentence_label", "phonemes", "closed"),
+)
+
+
+def columns_of(trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "trials": [t.trial for t in trials],
+        "n_time_steps": [t.n_time_steps for t in trials],
+        "dtype": _constant([t.dtype for t in trials]),
+        "offset": [t.offset for t in trials],
+        "length": [t.length for t in trials],
+        "crc32": [t.crc32 for t in trials],
+        "block_num": [t.block_num for t in trials],
+        "trial_num": [t.trial_num for t in trials],
+        "corpus": _constant([t.corpus for t in trials]),
+        "sentence_label": [t.sentence_label for t in trials],
+        "phonemes": [
+            None
+            if t.phoneme_ids is None
+            else (t.phoneme_ids + 48).astype(np.uint8).tobytes().decode()
+            for t in trials
+        ],
+        "closed": _constant(
+            [t.class_ids is not None and bool(t.class_ids[-1] % N_PHONEMES == 0) for t in trials]
+        ),
+    }
+    if any(t.chunks is not None for t in trials):
+        columns["chunks"] = [None if t.chunks is None else _pack_chunks(t.chunks) for t in trials]
+    return columns
+
+
+def _constant(values: list[Any]) -> Any:
+    """One value if all are equal, else the list."""
+    return values[0] if values and all(value == values[0] for value in values) else values
+
+
+def _column(entry: Mapping[str, Any], name: str, count: int) -> list[Any]:
+    values = entry[name]
+    values = values if isinstance(values, list) else [values] * count
+    if len(values) != count:
+        raise ValueError(f"{entry['key']}: {len(values)} values of {name} for {count} trials")
+    return values
+
+
+def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[TrialRecord]:
+    key, count = entry["key"], len(entry["trials"])
+    match = DATA_FILE.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key} is not a data file")
+    columns = [_column(entry, name, count) for name in _COLUMNS]
+    chunks = _column(entry, "chunks", count) if "chunks" in entry else [None] * count
+    records = []
+    for row, packed in zip(zip(*columns, strict=True), chunks, strict=True):
+        trial, steps, dtype, offset, length, crc32, block, number, corpus, text, symbols, closed = (
+            row
+        )
+        where = f"{key}:{trial}"
+        if not TRIAL_NAME.fullmatch(trial) or dtype not in ("<f4", "<f2"):
+            raise ValueError(f"{where} is no trial, or of type {dtype!r}")
+        if not all(value is None or isinstance(value, str) for value in (corpus, text, symbols)):
+            raise ValueError(f"{where}: one of its texts is none")
+        phonemes, labels = _labels(symbols, form, closed, where)
+        records.append(
+            TrialRecord(
+                session=match["session"],
+                split=match["split"],
+                key=key,
+                trial=trial,
+                n_time_steps=_whole(steps, f"n_time_steps of {where}", 1),
+                n_features=_whole(n_features, "n_features", 1),
+                dtype=dtype,
+                offset=_whole(offset, f"offset of {where}"),
+                length=_whole(length, f"length of {where}", 1),
+                chunks=None
+                if packed is None
+                else _unpack_chunks(packed, steps, n_features, dtype, length),
+                crc32=_whole(crc32, f"CRC-32 of {where}", 0, 2**32 - 1),
+                class_ids=labels,
+                phoneme_ids=phonemes,
+                sentence_label=text,
+                block_num=_whole(block, f"block_num of {where}", -(2**62)),
+                trial_num=None
+                if number is None
+                else _whole(number, f"trial_num of {where}", -(2**62)),
+                corpus=corpus,
+            )
+        )
+    return records
+
+
+def _labels(
+    symbols: str | None, form: str, closed: Any, where: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(phoneme ids, class ids) of a trial, both None without labels."""
+    if symbols is None:
+        return None, None
+    if form == "unlabelled" or type(closed) is not bool:
+        raise ValueError(f"{where} has labels in a set without any, or no closing pair")
+    phonemes = np.frombuffer(symbols.encode("latin-1"), np.uint8).astype(np.int32) - 48
+    if not len(phonemes) or phonemes.min() < 1 or phonemes.max() >= N_PHONEMES:
+        raise ValueError(f"{where} has labels that are no phonemes")
+    if form == "phoneme":
+        return phonemes, phonemes
+    return phonemes, encode_diphones(phonemes, form, closed)  # type: ignore[arg-type]
+
+
+def _pack_chunks(chunks: ChunkLayout) -> list[Any]:
+    """Shape, filters, sizes, and what does not follow from them: gaps between chunks, masks.
+
+    Chunks are in row-major order of their place in the array, so their first row and column need
+    not be stored.
+    """
+    _, _, offsets, sizes, masks = chunks.table.T
+    gaps = offsets - np.concatenate([[0], (offsets + sizes)[:-1]])
+    return [
+        list(chunks.chunk_shape),
+        list(chunks.filters),
+        _constant(sizes.tolist()),
+        gaps.tolist() if gaps.any() else 0,
+        masks.tolist() if masks.any() else 0,
+    ]
+
+
+def _unpack_chunks(
+    packed: list[Any], n_time_steps: int, n_features: int, dtype: str, length: int
+) -> ChunkLayout:
+    (rows, columns), filters, sizes, gaps, masks = packed
+    rows, columns = _whole(rows, "rows of a chunk", 1), _whole(columns, "columns of a chunk", 1)
+    unknown = set(filters) - set(HDF5_FILTERS.values())
+    if unknown or len(filters) > len(HDF5_FILTERS):
+        raise ValueError(f"filters are {filters!r}")
+    n_chunks = -(-n_time_steps // rows) * -(-n_features // columns)
+    decoded = n_chunks * rows * columns * np.dtype(dtype).itemsize
+    if n_chunks > length or decoded > _MOST_INFLATED * length:
+        raise ValueError(f"{length:,} bytes cannot hold {decoded:,} in {n_chunks:,} chunks")
+    starts = [(r, c) for r in range(0, n_time_steps, rows) for c in range(0, n_features, columns)]
+    table = np.zeros((n_chunks, 5), np.int64)
+    table[:, :2] = starts
+    table[:, 3] = sizes
+    ends = np.cumsum(table[:, 3] + np.asarray(gaps, np.int64))
+    table[:, 2] = ends - table[:, 3]
+    table[:, 4] = masks
+    if (
+        table[:, 3].min() < 1
+        or table[:, 2].min() != 0
+        or ends.max() != length
+        or not 0 <= table[:, 4].min() <= table[:, 4].max() < 2 ** len(filters)
+    ):
+        raise ValueError(f"chunks do not make up the {length:,} bytes they are in")
+    return ChunkLayout((rows, columns), tuple(filters), table)

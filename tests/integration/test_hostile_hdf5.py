@@ -1,0 +1,254 @@
+"""Hostile and unlucky data files, and processes that are ended: sentences, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import prepare_dataset
+import pytest
+from brain_to_text.dataset.workers import Lost, in_workers
+from support.hdf5_fuzz import KEY, look_at, mutations
+from support.small_data import SESSIONS, write_small_dataset
+
+FRONT_DOOR = Path(prepare_dataset.__file__)
+FILE = f"{SESSIONS[0]}/data_train.hdf5"
+IN_CI = 200  # mutations; an hour of them: python tests/benchmarks/fuzz_hdf5.py --minutes 60
+
+
+def run(*arguments: object) -> int:
+    return prepare_dataset.main([str(argument) for argument in arguments])
+
+
+# --- damaged bytes --------------------------------------------------------------------------------
+
+
+def test_mutated_files_end_in_sentences() -> None:
+    jobs = {name: (data,) for name, data in mutations(2026, IN_CI)}
+    kinds: Counter[str] = Counter()
+    for _, answer in in_workers(look_at, jobs, 2):
+        sentence = answer.damage if isinstance(answer, Lost) else answer
+        kinds["lost" if isinstance(answer, Lost) else sentence[:5]] += 1
+    assert sum(kinds.values()) == IN_CI
+    assert kinds["sound"] < IN_CI / 2 and kinds["lost"] < 10, "the fuzzer must not miss its aim"
+
+
+def mutation(name: str) -> bytes:
+    seed, number = (int(part) for part in name.split()[0].split("/"))
+    return dict(mutations(seed, number + 1))[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("0/438 copy at 3055 of file 3", "does not come to an end"),
+        ("1/182 copy at 12994 of file 4", r"crashes the HDF5 library \(SIG"),
+    ],
+)
+def test_a_file_that_hangs_or_crashes_the_library_is_named(name, reason, tmp_path, capsys) -> None:
+    write_small_dataset(tmp_path / "src", form=None)
+    (tmp_path / "src" / KEY).write_bytes(mutation(name))
+    assert run("encode", tmp_path / "src", tmp_path / "new") == 1
+    error = capsys.readouterr().err.strip()
+    assert re.search(f"{KEY}: reading it {reason}", error) and "\n" not in error
+    assert not (tmp_path / "new" / KEY).exists()
+    if "crashes" in reason:
+        assert run("index", tmp_path / "src") == 1
+        assert KEY in capsys.readouterr().err
+        assert run("index", tmp_path / "src", "--exclude-damaged") == 0, "the other files"
+
+
+def many_labels(trial: h5py.Group) -> None:
+    del trial["seq_class_ids"]
+    trial.create_dataset("seq_class_ids", (10**10,), "i4", chunks=(10**6,), compression="gzip")
+    trial.attrs["seq_len"] = 5 * 10**9
+
+
+def many_characters(trial: h5py.Group) -> None:
+    trial.pop("transcription", None)
+    trial.create_dataset("transcription", (10**10,), "i4", chunks=(10**6,), compression="gzip")
+
+
+def many_bins(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial.create_dataset("input_features", (10**9, 512), "f4", chunks=(10**5, 512), shuffle=True)
+    trial.attrs["n_time_steps"] = 10**9
+
+
+def one_giant_chunk(trial: h5py.Group) -> None:
+    """A terabyte that claims to come from a few bytes."""
+    del trial["input_features"]
+    shape = (2**20, 2**10)  # 4 GiB, as large as HDF5 lets a chunk be
+    made = trial.create_dataset("input_features", shape, "f4", chunks=(2**20, 1000), compression=9)
+    for start in range(0, shape[1], 1000):
+        made.id.write_direct_chunk((0, start), b"x\x9c\x03\x00\x00\x00\x00\x01")
+    trial.attrs["n_time_steps"] = shape[0]
+
+
+def huge_attribute(trial: h5py.Group) -> None:
+    trial.attrs["session"] = np.zeros(8000, "S8")
+
+
+def link_to_itself(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = h5py.SoftLink(f"{trial.name}/input_features")
+
+
+def group_in_itself(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = trial
+
+
+def a_named_type(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = np.dtype("f4")
+
+
+def no_value(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = h5py.Empty("f4")
+
+
+def scalar(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = 1.0
+
+
+def complex_numbers(trial: h5py.Group) -> None:
+    old = trial["input_features"][:]
+    del trial["input_features"]
+    trial["input_features"] = old.astype("c8")
+
+
+def ragged(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    made = trial.create_dataset("input_features", (3, 6), h5py.vlen_dtype("f4"))
+    made[0, 0] = [1, 2]
+
+
+def records(trial: h5py.Group) -> None:
+    del trial["input_features"]
+    trial["input_features"] = np.zeros((90, 6), [("a", "f4"), ("b", "i4")])
+
+
+def no_labels_value(trial: h5py.Group) -> None:
+    del trial["seq_class_ids"]
+    trial["seq_class_ids"] = h5py.Empty("i4")
+
+
+HOSTILE = [
+    *(many_labels, many_characters, many_bins, one_giant_chunk, huge_attribute, link_to_itself),
+    *(group_in_itself, a_named_type, no_value, scalar, complex_numbers, ragged, records),
+    no_labels_value,
+]
+
+
+@pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
+def test_hand_made_lies_are_one_sentence(make, tmp_path, capsys) -> None:
+    write_small_dataset(tmp_path / "src", form=None)
+    with h5py.File(tmp_path / "src" / FILE, "r+") as file:
+        make(file["trial_0001"])
+    for command in (["index"], ["encode", tmp_path / "new"]):
+        assert run(command[0], tmp_path / "src", *command[1:]) == 1
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and f"{FILE}:trial_0001" in error
+    assert run("index", tmp_path / "src", "--exclude-damaged") == 0
+    assert run("encode", tmp_path / "src", tmp_path / "new", "--exclude-damaged") in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a\nb", "trial_\u0661", f"trial_{'9' * 5000}", "trial_1\x1b[2J"])
+def test_odd_names_cannot_break_a_line(name, tmp_path, capsys) -> None:
+    write_small_dataset(tmp_path, form=None)
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        file.create_group(name)
+        file.id.links.create_hard(b"\xff\xfe", file.id, name.encode())
+    assert run("validate", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("is not named trial_NNNN") == 2
+    assert all(line.isprintable() for line in printed.splitlines())
+
+
+def test_a_session_of_dots_leads_nowhere(tmp_path, capsys) -> None:
+    write_small_dataset(tmp_path / "a" / "src", form=None)
+    (tmp_path / "a" / "src" / FILE).rename(tmp_path / "a" / "data_train.hdf5")
+    assert run("encode", tmp_path / "a" / "src", tmp_path / "new") == 0
+    assert not list(tmp_path.glob("data_*"))
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    assert run("synthesize", folder, "--phonemes", "--sessions", 6, "--trials", 20) == 0
+    return folder
+
+
+@pytest.fixture
+def encoding(source: Path, tmp_path: Path):
+    """An encode that takes a while, and its workers' process numbers."""
+    process = subprocess.Popen(
+        [sys.executable, str(FRONT_DOOR), "encode", str(source), str(tmp_path), "--layout", "gzip"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("*.hdf5")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield process, [int(number) for number in children.read_text().split()]
+    process.kill()
+    process.wait()
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_encode_that_is_stopped_says_so_and_leaves_nothing(encoding, number, source, tmp_path):
+    process, workers = encoding
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as the terminal does
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.strip() == (
+        f"Stopped by {number.name}: every file is whole or not there; repeat the command to go on."
+    )
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+    if number == signal.SIGTERM:
+        assert run("encode", source, tmp_path, "--layout", "gzip") == 0
+
+
+def test_a_killed_worker_is_a_sentence(encoding) -> None:
+    process, workers = encoding
+    assert len(workers) == 1
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("ERROR: A worker process was killed (SIGKILL), probably for lack of")
+    assert "\n" not in err.strip()
+
+
+def test_workers_end_with_a_killed_parent(encoding) -> None:
+    process, workers = encoding
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
