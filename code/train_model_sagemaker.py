@@ -13,11 +13,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from brain_to_text.config import config_keys  # noqa: E402
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
 from brain_to_text.dataset.locations import s3_url  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
@@ -40,6 +41,7 @@ def parse_arguments(
     """
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog=_keys_of_the_configuration(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -66,23 +68,35 @@ def parse_arguments(
     return options, split_overrides(rest)
 
 
+def _keys_of_the_configuration() -> str:
+    """Each key with the public baseline's value and what it means, as text for --help."""
+    default = load_config()
+    lines = ["configuration keys, with the public baseline's values:"]
+    for path, _, entry in config_keys():
+        value: Any = default
+        for name in path.split("."):
+            value = getattr(value, name)
+        shown = "null" if value is None else str(value).lower()
+        lines.append(f"  --{path} [{shown}]\n      {entry.metadata['help']}")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train; 0 when finished or stopped by a signal, 1 with one clear sentence otherwise."""
     environment = SageMakerEnvironment.from_variables()
     if os.environ.get("RANK", "0") == "0":
         environment.failure_file.unlink(missing_ok=True)  # an earlier run's, outside SageMaker
-    try:
-        options, overrides = parse_arguments(
-            sys.argv[1:] if arguments is None else arguments, environment
-        )
-        train(options, overrides, environment)
-    except BrainToTextError as error:
-        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
-        return 1
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
-        return 1
+    with environment.room_for_failure():
+        try:
+            options, overrides = parse_arguments(
+                sys.argv[1:] if arguments is None else arguments, environment
+            )
+            train(options, overrides, environment)
+        except Exception as error:  # noqa: BLE001
+            if not isinstance(error, BrainToTextError):
+                traceback.print_exc()
+            print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

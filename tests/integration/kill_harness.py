@@ -2,10 +2,11 @@
 
     .venv/bin/python tests/integration/kill_harness.py --kills 50 --seed 0
 
-Jobs are real processes that get a real SIGTERM or SIGKILL; a third of the SIGKILLs wait until a
-checkpoint is half-written. A job that was killed is started again on the same checkpoint folder
-until the run is finished; then the next run begins, until all kills are spent. Weights, optimiser,
-counters, RNGs, validation history and log must equal the uninterrupted run's to the last bit.
+Jobs are real processes that get a real SIGTERM or SIGKILL: some time after a line of the log, drawn
+at random, while a checkpoint is half-written, or while the end is written (report, tables). A job
+that was killed is started again on the same checkpoint folder until the run is finished; then the
+next run begins, until all kills are spent. Weights, optimiser, counters, RNGs, validation history,
+log and every file that the run leaves must equal the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "code")]
 import torch  # noqa: E402
 from support.tiny_data import TINY_DECODER, write_dataset  # noqa: E402
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     **TINY_DECODER,
     "num_training_batches": 60,
     "lr_warmup_steps": 5,
@@ -42,7 +43,11 @@ SETTINGS = {
     "classifier": "factored",
     "objective.schedule": "[[0.1, 1.0], [0.9, 0.2]]",
     "time_mask_share": 0.1,
+    "save_all_val_steps": True,
+    "save_final_model": True,
+    "save_val_logits": True,
 }
+KINDS = ("SIGTERM", "SIGKILL", "SIGKILL in a save", "SIGKILL at the end")
 JOB_SECONDS = 300
 
 
@@ -121,11 +126,18 @@ class Job:
 
     def kill_some_time(self, rng: random.Random) -> str | None:
         """Kill the job at a random instant; None when it ended before."""
-        kind = rng.choice(["SIGTERM", "SIGKILL", "SIGKILL in a save"])
-        deadline = time.monotonic() + rng.uniform(0.0, 2.5)
+        kind = rng.choice(KINDS)
+        before = len(self.said())
+        at_the_end = kind == "SIGKILL at the end"
+        step = rng.choice(range(0, SETTINGS["num_training_batches"], 5))
+        line = "Finished at step" if at_the_end else f"Train batch {step}:"
+        wait = rng.uniform(0.0, 1.0)
+        deadline = None if at_the_end or rng.random() < 0.8 else time.monotonic()
         while self.process.is_alive():
+            if deadline is None and line in self.said()[before:]:
+                deadline = time.monotonic()
             saving = kind != "SIGKILL in a save" or any(self.checkpoints.glob("*.tmp"))
-            if time.monotonic() >= deadline and saving:
+            if deadline is not None and time.monotonic() >= deadline + wait and saving:
                 break
             time.sleep(0.001 if kind == "SIGKILL in a save" else 0.01)
         if not self.process.is_alive():
@@ -196,9 +208,29 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "state": {k: v for k, v in state.items() if k != "log"},
         "best": best,
+        "files": files(run),
         "log": [text for line in lines if (text := without_clock(line))],
         "resumed": resumed,
     }
+
+
+def files(run: Path) -> dict[str, Any]:
+    """What lies in the folders that become model.tar.gz and output.tar.gz, by path.
+
+    Weights and logits as they load, tables as text; of the rest, which holds clock readings, only
+    that it is there.
+    """
+    found: dict[str, Any] = {}
+    for folder in (run / "model", run / "output" / "data"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix == ".pt" or (path.parent.name == "checkpoint" and not path.suffix):
+                content = torch.load(path, weights_only=True)
+            elif path.suffix == ".csv":
+                content = path.read_text()
+            else:
+                content = "a folder" if path.is_dir() else "a file"
+            found[path.relative_to(run).as_posix()] = content
+    return found
 
 
 def without_clock(line: str) -> str | None:

@@ -107,12 +107,6 @@ def long_contents() -> dict:
         ],
         "confusion": confusion.tolist(),
         "worst_diphones": [{"diphone": "DH→AH", "rate": 0.5, "errors": 9, "tokens": 18}] * 20,
-        "calibration": {
-            "confidence": [0.3, 0.6, 0.9],
-            "accuracy": [0.2, 0.7, 0.95],
-            "count": [5, 50, 500],
-            "expected_error": 0.05,
-        },
         "examples": [
             {
                 "name": f"{sessions[0]}/data_val.hdf5:trial_0012",

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import train_model_sagemaker
+import yaml
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
+from brain_to_text.model.weights_file import save_atomically
 from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.training import rnn_trainer_s3
 from brain_to_text.training import run as run_room
@@ -638,6 +640,121 @@ def test_a_read_only_volume_is_one_sentence(data, train, small_volume):
     subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
     run = train("job", "--data-dir", str(data), "--checkpoint-dir", str(small_volume))
     assert run.code == 1 and "read-only" in run.failure and "--checkpoint-dir" in run.failure
+
+
+def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
+    data, train, tmp_path, small_volume
+):
+    """The report does not fit; nor would its reason, had no room been kept for it."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "output").symlink_to(small_volume)
+    run = train("job", "--data-dir", str(data))
+    last = run.said.strip().splitlines()[-1]
+    assert run.code == 1
+    assert last.startswith("ERROR: ") and "full" in last, last
+    assert run.failure == last.removeprefix("ERROR: ")
+    assert "Traceback" not in run.said and "Logging error" not in run.said
+    assert not (small_volume / "failure-reserve").exists()
+
+
+@pytest.mark.parametrize("option", ["--model-dir", "--output-data-dir"])
+def test_a_read_only_folder_is_one_sentence(data, train, small_volume, option):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
+    run = train("job", "--data-dir", str(data), option, str(small_volume))
+    assert run.code == 1 and "read-only" in run.failure and option in run.failure
+    assert "Traceback" not in run.said
+
+
+def test_a_full_model_volume_is_one_sentence(data, train, small_volume):
+    run = train("job", "--data-dir", str(data), "--model-dir", str(small_volume))
+    assert run.code == 1 and "is full" in run.failure
+    assert "Traceback" not in run.said and "Logging error" not in run.said
+
+
+@pytest.mark.parametrize("order", ["subset", "grown"])
+def test_a_resumed_run_knows_its_sessions_by_name(data, train, order):
+    """Sessions 11, 13, 18 become 18, 13; or 13 becomes 11, 13: what was theirs stays theirs."""
+    first, then = (
+        ("[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]", "[t15.2023.08.18, t15.2023.08.13]")
+        if order == "subset"
+        else ("[t15.2023.08.13]", "[t15.2023.08.11, t15.2023.08.13]")
+    )
+    settings = {"days_per_batch": 1, "lr_warmup_steps_day": 0, "ema_decay": 0.5}
+    before = train("job", "--data-dir", str(data), sessions=first, **settings)
+    assert before.code == 0, before.said
+    old = before.last()
+    # nothing is left to do but to validate: what was loaded is what is saved
+    after = train(
+        *("job", "--data-dir", str(data), "--accept-changes", "true", "--lr_max", "0.003"),
+        sessions=then,
+        num_training_batches=7,
+        lr_max_day=0,
+        lr_min_day=0,
+        beta0=0,
+        **settings,
+    )
+    assert after.code == 0, after.said
+    assert "Resuming after step 6" in after.said
+    new = after.last()
+    theirs, ours = (yaml.safe_load(text) for text in (first, then))
+    for day, session in enumerate(ours):
+        weights = new["model"][f"day_weights.{day}"]
+        if session in theirs:
+            there = f"day_weights.{theirs.index(session)}"
+            assert torch.equal(weights, old["model"][there]), session
+            place = old["parameters"].index(there)
+            here = new["parameters"].index(f"day_weights.{day}")
+            steps = [
+                state["optimizer"]["state"].get(i, {}).get("step")
+                for state, i in ((old, place), (new, here))
+            ]
+            assert steps[1] in (steps[0], 1 if steps[0] is None else steps[0] + 1), session
+        else:
+            assert torch.equal(weights, torch.eye(16))
+            assert f"no day layer for {session}" in after.said
+
+
+def test_another_model_size_is_one_sentence_before_the_first_step(data, train):
+    assert train("job", "--data-dir", str(data)).code == 0
+    run = train("job", "--data-dir", str(data), "--accept-changes", "true", n_units=24)
+    assert run.code == 1 and "Traceback" not in run.said
+    assert "does not fit this model: h0 is 1x1x16 there and 1x1x24 here" in run.failure
+
+
+@pytest.mark.parametrize("accepted", ["true", "false"])
+def test_fewer_steps_than_were_done_are_one_sentence(data, train, accepted):
+    assert train("job", "--data-dir", str(data)).code == 0
+    run = train(
+        "job", "--data-dir", str(data), "--accept-changes", accepted, num_training_batches=3
+    )
+    assert run.code == 1
+    assert "has done 6 steps and num_training_batches is 3: ask for at least 6" in run.failure
+
+
+def test_the_advice_after_early_stopping_works(data, train):
+    still = {"lr_max": 1e-9, "lr_min": 0, "lr_max_day": 1e-9, "lr_min_day": 0}
+    stopping = {**still, "early_stopping": True, "early_stopping_val_steps": 2}
+    settings = {**stopping, "num_training_batches": 20}
+    first = train("job", "--data-dir", str(data), **settings)
+    assert first.code == 0 and "Stopping early" in first.said
+    again = train("job", "--data-dir", str(data), **settings)
+    assert "set early_stopping to false, with --accept-changes true, to train on" in again.said
+    settings["early_stopping"] = False
+    more = train("job", "--data-dir", str(data), "--accept-changes", "true", **settings)
+    assert more.code == 0 and "Finished at step 20" in more.said, more.said
+
+
+def test_a_state_with_a_setting_that_went_is_resumed(data, train):
+    run = train("job", "--data-dir", str(data))
+    path = max((run.folder / "checkpoints").glob("state-*.pt"))
+    state = run.last()
+    state["identity"]["config"]["dataset"]["gpu_cache_gb"] = 4.0
+    state["identity"]["config"]["no_longer_there"] = True
+    state["run"]["finished"] = False
+    save_atomically(state, path)
+    again = train("job", "--data-dir", str(data))
+    assert again.code == 0, again.said
+    assert "The checkpoint's setting no_longer_there is none any more" in again.said
 
 
 def test_no_secret_is_written(data, train, s3_prefix, upload, s3_environment):

@@ -415,33 +415,6 @@ def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("table", "sentence"),
-    [
-        ("", "has no column 'file'"),
-        ("file,score\n", "has no column 'hypothesis'"),
-        ("file,hypothesis\nnobody,hi\n", "row 2 is about 'nobody', which is none of the 4"),
-        ("file,hypothesis,score\nNAME,hi,nan\n", "row 2 has 'nan' as its score"),
-        ("file,hypothesis,score\nNAME,hi,best\n", "row 2 has 'best' as its score"),
-        ("file,hypothesis\nNAME,hi\nNAME,ho\n", "row 3 has 'nothing' as its score"),
-        ("file,hypothesis,score\nNAME,hi,1\n", "has no row for 3 of 4 decoded trials"),
-        ('file,hypothesis\n"NAME,hi\n', "is no CSV table in UTF-8"),
-        (b"file,hypothesis\nNAME,\xff\n", "is no CSV table in UTF-8"),
-        (b"file,hypothesis\nNAME\0,hi\n", "row 2 is about"),
-    ],
-)
-def test_a_table_that_cannot_be_scored_is_one_sentence(
-    table, sentence, model_folder, data, tmp_path, capsys
-):
-    name = f"{SESSIONS[0]}/data_val.hdf5:trial_0000"
-    table = table.encode() if isinstance(table, str) else table
-    (tmp_path / "mine.csv").write_bytes(table.replace(b"NAME", name.encode()))
-    arguments = ("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path / "out")
-    assert run(*arguments, "--rescored", tmp_path / "mine.csv") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("ERROR: ") and sentence in error
-
-
-@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (("--nbest", "0", "--language-model", "none"), "--nbest is 0: give 1 to 200"),

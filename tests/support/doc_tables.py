@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from brain_to_text.config import TrainingConfig, config_keys
-from brain_to_text.config_reader import LEGACY_KEYS, load_config
+from brain_to_text.config import TrainingConfig
+from brain_to_text.config_reader import load_config
 from brain_to_text.gpus import OLDEST_CAPABILITY
 from brain_to_text.launch.pricing import estimate, gpu_of, table
-from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 
 GUIDE = CODE_FOLDER / "README_SAGEMAKER.md"
 
@@ -39,38 +38,8 @@ def shown(value: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def config_table() -> str:
-    """Every configuration key, its default, the diphone file's value where it differs."""
-    default, diphone = TrainingConfig(), load_config(CODE_FOLDER / DEFAULT_CONFIG)
-    rows = []
-    for path, _, entry in config_keys():
-        base, ours = value_of(default, path), value_of(diphone, path)
-        rows.append(
-            [f"`{path}`", shown(base), shown(ours) if ours != base else "", entry.metadata["help"]]
-        )
-    return markdown(["key", "default", "diphone file", "meaning"], rows)
-
-
-def legacy_table() -> str:
-    return markdown(
-        ["key", "instead"], [[f"`{key}`", legacy.reason] for key, legacy in LEGACY_KEYS.items()]
-    )
-
-
-def options_table() -> str:
-    """Every launcher option."""
-    rows = []
-    for entry in fields(JobSettings):
-        flag = entry.metadata.get("flag", f"--{entry.name.replace('_', '-')}")
-        if flag is None:
-            continue
-        default = "" if entry.default in (MISSING, None, (), False) else f"`{entry.default}`"
-        rows.append([f"`{flag}`", default, entry.metadata["help"]])
-    return markdown(["option", "default", "meaning"], rows)
-
-
 def instance_table() -> str:
-    """GPU types the image supports, by number and kind of GPUs; the smallest with its figures."""
+    """GPU types with a known price, by number and kind of GPUs; the smallest with its figures."""
     config = load_config(CODE_FOLDER / DEFAULT_CONFIG)
     rows: dict[tuple[str, int, str], list[str]] = {}
     for name, row in table()["types"].items():
@@ -82,14 +51,15 @@ def instance_table() -> str:
             known[0] += f", {name.split('.')[2]}"
             continue
         made = estimate(config, name)
-        dollars = "?" if made.usd is None else f"${made.usd:.0f}"
-        hourly = "?" if made.usd_per_hour is None else f"${made.usd_per_hour:.2f}"
+        if made.usd is None or made.usd_per_hour is None:
+            continue
         first = table()["first_estimates"].get(name)
         early = f"{first['hours']} h, ${first['usd']}" if first else ""
         rows[family, row["gpus"], row["gpu"]] = [
             f"`{name}`",
             f"{row['gpus']} x {row['gpu']} {gpu.memory_gib:g} GiB",
-            *(f"{row['ram_gib']} GiB", hourly, f"{made.hours:.1f} h", dollars),
+            *(f"{row['ram_gib']} GiB", f"${made.usd_per_hour:.2f}"),
+            *(f"{made.hours:.1f} h", f"${made.usd:.0f}"),
             *("measured" if made.measured else "estimate", early),
         ]
     header = ["type (and larger)", "GPUs", "RAM", "per hour", "150,000 steps", "cost", "basis"]
@@ -97,9 +67,6 @@ def instance_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "configuration": config_table,
-    "legacy": legacy_table,
-    "options": options_table,
     "instances": instance_table,
 }
 

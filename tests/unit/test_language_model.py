@@ -20,10 +20,20 @@ def test_probabilities_after_any_history_sum_to_one(order):
         assert math.isclose(sum(10 ** model.score(history, w) for w in words), 1, rel_tol=1e-9)
 
 
+def sentence_score(model, sentence: str) -> float:
+    """Log10 probability of a whole sentence, its end included."""
+    history, total = [START], 0.0
+    for word in [*sentence.split(), END]:
+        known = word if (word,) in model.probability else UNKNOWN
+        total += model.score(history, known)
+        history.append(known)
+    return total
+
+
 def test_seen_continuations_are_likelier():
     model = estimate_ngrams(SENTENCES)
     assert model.score(["see", "the"], "cat") > model.score(["see", "the"], "you")
-    assert model.sentence_score("i see the dog") > model.sentence_score("dog the see i")
+    assert sentence_score(model, "i see the dog") > sentence_score(model, "dog the see i")
 
 
 def test_arpa_counts_its_entries(tmp_path):
@@ -43,7 +53,7 @@ def test_kenlm_scores_the_arpa_file_alike(tmp_path):
     model.write_arpa(tmp_path / "lm.arpa")
     other = kenlm.Model(str(tmp_path / "lm.arpa"))
     for sentence in [*SENTENCES, "the the see", "a whale sees you"]:
-        assert other.score(sentence) == pytest.approx(model.sentence_score(sentence), abs=1e-4)
+        assert other.score(sentence) == pytest.approx(sentence_score(model, sentence), abs=1e-4)
 
 
 def test_no_sentences_is_an_error():

@@ -21,6 +21,7 @@ from brain_to_text.labels.pronunciation import (
         ("What's  up,   Doc?", "what's up doc"),
         ("A well-known fact - really, yes!", "a well-known fact really yes"),
         ("rock 'n' roll", "rock'n' roll"),
+        ("It\u2019s na\u00efve\u2014no\u2026 yes", "it's naive no yes"),
         ("", ""),
     ],
 )
@@ -71,6 +72,9 @@ def test_mistakes_in_a_lexicon_are_named(tmp_path):
         read_lexicon(path)
     path.write_text("cat\n")
     with pytest.raises(DataError, match="no phonemes"):
+        read_lexicon(path)
+    path.write_bytes(b"na\xefve N AY IY V\n")
+    with pytest.raises(DataError, match=r"not UTF-8 text .byte 2."):
         read_lexicon(path)
     with pytest.raises(StorageError, match="--lexicon"):
         read_lexicon(tmp_path / "absent")

@@ -69,12 +69,6 @@ def contents() -> dict:
             "PER": {"session": {"t15.2023.08.11": group, "t15.2023.08.13": group}},
         },
         "confusion": confusion.tolist(),
-        "calibration": {
-            "confidence": [0.5, 0.9],
-            "accuracy": [0.4, float("nan")],
-            "count": [4, 0],
-            "expected_error": 0.1,
-        },
         "examples": [
             {
                 "name": "t15.2023.08.11/data_val.hdf5:trial_0001",
@@ -98,7 +92,7 @@ def test_report_shows_what_it_was_given_and_escapes_it():
     outline = Outline(html)
     for shown in (
         *("12.34 %", "job-1 <model>", "fish & chips", "t15.2023.08.13", "n_units: 16"),
-        *("abc", "2.13.0", "Left out: a <trial>", "K→AE", "expected error 10.0 points"),
+        *("abc", "2.13.0", "Left out: a <trial>", "K→AE"),
     ):
         assert shown in outline.text
     assert "<model>" not in html

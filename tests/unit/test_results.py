@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from brain_to_text.errors import StorageError
+from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
 from brain_to_text.scoring.decoding import token_confidences
@@ -17,6 +17,7 @@ from brain_to_text.scoring.summary import summarise
 from brain_to_text.scoring.tables import (
     empty_rows,
     read_table,
+    rescored_sentences,
     session_rows,
     submission_remark,
     trial_row,
@@ -130,6 +131,47 @@ def test_rows_without_text_are_named():
     assert said.startswith("WARNING: submission.csv has 4 rows, 2 of them without text")
     assert empty[0] in said
     assert submission_remark(4, ()) == "submission.csv has 4 rows, each with text"
+
+
+# --- rescored hypotheses --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("", "has no column 'file'"),
+        ("file,score\n", "has no column 'hypothesis'"),
+        ("file,hypothesis\nnobody,hi\n", "row 2 is about 'nobody', which is none of the 4"),
+        ("file,hypothesis,score\nNAME,hi,nan\n", "row 2 has 'nan' as its score"),
+        ("file,hypothesis,score\nNAME,hi,best\n", "row 2 has 'best' as its score"),
+        ("file,hypothesis\nNAME,hi\nNAME,ho\n", "row 3 has 'nothing' as its score"),
+        ("file,hypothesis,score\nNAME,hi,1\n", "has no row for 3 of 4 decoded trials"),
+        ('file,hypothesis\n"NAME,hi\n', "is no CSV table in UTF-8"),
+        (b"file,hypothesis\nNAME,\xff\n", "is no CSV table in UTF-8"),
+        (b"file,hypothesis\nNAME\0,hi\n", "row 2 is about"),
+        ("file,hypothesis,score\nNAME,well, hi,1\n", "row 2 has more cells than columns"),
+        ("file,hypothesis,score,score\nNAME,hi,1,2\n", "a column occurs twice"),
+    ],
+)
+def test_a_table_that_cannot_be_scored_is_one_sentence(table, sentence, tmp_path):
+    trials = [decoded(i, [1], [1], own=record(trial=i)) for i in range(4)]
+    table = table.encode() if isinstance(table, str) else table
+    path = tmp_path / "mine.csv"
+    path.write_bytes(table.replace(b"NAME", record(trial=0).name.encode()))
+    with pytest.raises(DataError) as caught:
+        rescored_sentences(path, trials)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match="cannot be read"):
+        rescored_sentences(tmp_path / "absent.csv", trials)
+
+
+def test_the_best_score_of_each_trial_is_its_sentence(tmp_path):
+    trials = [decoded(i, [1], [1], own=record(trial=i)) for i in range(2)]
+    first, second = (trial.record.name for trial in trials)
+    rows = [(first, "No.", -3), (second, "", -1), (first, "Yes, it is!", -2), (first, "no", -2)]
+    path = tmp_path / "mine.csv"
+    path.write_text("score,hypothesis,file\n" + "".join(f'{s},"{h}",{f}\n' for f, h, s in rows))
+    assert rescored_sentences(path, trials) == {0: "yes it is", 1: ""}
 
 
 # --- examples -------------------------------------------------------------------------------------

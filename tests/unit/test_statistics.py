@@ -13,13 +13,11 @@ from brain_to_text.scoring.statistics import (
     Interval,
     align,
     bootstrap_interval,
-    calibration,
     compare_paired,
     confusion_matrix,
     diphone_errors,
     length_group,
     rates_by,
-    token_correctness,
     worst_diphones,
 )
 from hypothesis import given
@@ -60,7 +58,6 @@ def test_alignment_spells_both_sequences_and_costs_the_edit_distance(reference, 
     assert [r for r, _ in pairs if r is not None] == reference
     assert [h for _, h in pairs if h is not None] == hypothesis
     assert sum(r != h for r, h in pairs) == ErrorCounts.between(reference, hypothesis).edits
-    assert len(token_correctness(reference, hypothesis)) == len(hypothesis)
 
 
 def test_intervals_cover_the_truth_at_their_stated_rate():
@@ -138,13 +135,3 @@ def test_groups_are_sorted_and_add_up():
     assert table["b"]["value"] == 0.2
     assert table["b"]["n_trials"] == 2
     assert [length_group(n) for n in (1, 10, 11)] == ["01–10", "01–10", "11–20"]
-
-
-def test_perfectly_calibrated_confidences_have_no_expected_error():
-    random = np.random.default_rng(3)
-    confidence = random.random(200_000)
-    correct = random.random(200_000) < confidence
-    result = calibration(confidence, correct)
-    assert result.expected_error < 0.01
-    assert result.count.sum() == 200_000
-    assert calibration(np.full(10, 0.9), np.zeros(10, bool)).expected_error == pytest.approx(0.9)

@@ -109,17 +109,6 @@ def test_every_rate_is_grouped_with_intervals(rate, kind, expected):
             assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_calibration_counts_confidences_and_what_was_right():
-    known = summarise(trials())["calibration"]
-    assert known["count"] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 16]
-    # of the two at 0.55 none is right; of the sixteen at 0.95 all but one
-    assert known["accuracy"][5] == 0
-    assert known["accuracy"][9] == 15 / 16
-    assert known["confidence"][9] == pytest.approx(0.95)
-    expected = (2 * 0.55 + 16 * abs(15 / 16 - 0.95)) / 18
-    assert known["expected_error"] == pytest.approx(expected)
-
-
 def test_the_worst_diphones_come_first_by_name():
     k, ae, t, s = phoneme_ids(["K", "AE", "T", "S"]).tolist()
     heard = [[k, t], [k, ae, s], [k, ae, s], *[[k, ae, t]] * 3]

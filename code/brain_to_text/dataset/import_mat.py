@@ -34,6 +34,7 @@ from .workers import Lost, in_workers, limited
 COMMAND = "prepare_dataset.py import-mat"
 SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
 _SESSION = re.compile(r"[A-Za-z0-9]+(\.\d+)+")
+_FIRST_NUMBER = {"train": 0, "val": 1000, "test": 2000}  # so that a session's trials differ
 _CHANNELS = 128
 _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
@@ -184,7 +185,8 @@ def _trials(
                     ) from error
                 left_out.append(f"{path} {name}: {error}")
                 continue
-        trial = TrialContents(name, session, int(blocks[number]), number, values)
+        trial_num = _FIRST_NUMBER[split] + number
+        trial = TrialContents(name, session, int(blocks[number]), trial_num, values)
         contents.append(
             replace(trial, class_ids=labels, phoneme_ids=phonemes, sentence=sentence or None)
         )

@@ -250,7 +250,7 @@ def explain_write_error(path: Path, error: BaseException) -> str:
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (
             f"{folder} is read-only, so {path.name} was not written: "
-            "give a writable folder with --checkpoint-dir and --model-dir."
+            "give a writable folder with --checkpoint-dir, --model-dir or --output-data-dir."
         )
     reason = " ".join(str(error).split())
     return f"{path} could not be written ({reason}); the last good checkpoint is untouched."

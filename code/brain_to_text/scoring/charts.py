@@ -208,35 +208,6 @@ def matrix_chart(title: str, matrix: np.ndarray, labels: Sequence[str]) -> Marku
     return _figure(title, size, size, parts, scroll=True)
 
 
-def reliability_chart(
-    title: str, confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int]
-) -> Markup:
-    """Accuracy over confidence, with the diagonal of perfect calibration; area shows the count."""
-    points = [
-        (a, b, n)
-        for a, b, n in zip(confidence, accuracy, count, strict=True)
-        if n and math.isfinite(a) and math.isfinite(b)
-    ]
-    if not points:
-        return Markup()
-    axes = _Axes((0.0, 1.0), (0.0, 1.0))
-    axes.frame("confidence of the decoded phoneme", "share that is right", percent=True)
-    axes.parts.append(
-        f'<path class="reference" d="M{axes.x(0):.1f} {axes.y(0):.1f}'
-        f'L{axes.x(1):.1f} {axes.y(1):.1f}"/>'
-    )
-    most = max(n for _, _, n in points)
-    line = " ".join(f"{axes.x(a):.1f},{axes.y(b):.1f}" for a, b, _ in points)
-    axes.parts.append(f'<polyline class="line s0" points="{line}"/>')
-    axes.parts += [
-        f'<circle class="dot s0" cx="{axes.x(a):.1f}" cy="{axes.y(b):.1f}" '
-        f'r="{2 + 6 * math.sqrt(n / most):.1f}"><title>confidence {100 * a:.0f} %: right '
-        f"{100 * b:.1f} %, {n} phonemes</title></circle>"
-        for a, b, n in points
-    ]
-    return _figure(title, axes.width, axes.height, axes.parts)
-
-
 def posterior_chart(
     title: str, posteriors: np.ndarray, labels: Sequence[str], seconds_per_frame: float
 ) -> Markup:

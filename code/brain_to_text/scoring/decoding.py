@@ -91,7 +91,6 @@ class SessionScore:
 
     n_trials: int = 0
     n_frames: int = 0
-    n_labels: int = 0
     nats: list[float] = field(default_factory=list)  # per trial, summed exactly when reported
     classes: ErrorCounts = field(default_factory=ErrorCounts)  # DER, or PER of a 41-class model
     phonemes: ErrorCounts = field(default_factory=ErrorCounts)  # from marginalised probabilities
@@ -120,7 +119,6 @@ class ValidationResult:
         per: phoneme error rate, decoded from marginalised probabilities.
         per_path: phoneme error rate of the decoded diphones; None for a 41-class model.
         ctc_loss: nats per output frame, of the model's classes.
-        ctc_loss_per_label: the same sum of nats per reference label.
         per_session: session name to its rates.
         n_trials, seconds: size and duration of the pass.
         logits: per trial [T', C] float16 with its index in the manifest, when they were kept.
@@ -130,7 +128,6 @@ class ValidationResult:
     per: float
     per_path: float | None
     ctc_loss: float
-    ctc_loss_per_label: float
     per_session: dict[str, dict[str, float | int]]
     counts: dict[str, dict[str, int]]
     n_trials: int
@@ -199,7 +196,6 @@ class ValidationMeter:
             per=float(rates["PER"]),
             per_path=total.path.rate if self.diphones else None,
             ctc_loss=math.fsum(total.nats) / max(total.n_frames, 1),
-            ctc_loss_per_label=math.fsum(total.nats) / max(total.n_labels, 1),
             per_session={self.sessions[d]: scores[d].rates(self.diphones) for d in days},
             counts={
                 "classes": asdict(total.classes),
@@ -221,7 +217,6 @@ class ValidationMeter:
             score = self.scores.setdefault(day, SessionScore())
             score.n_trials += 1
             score.n_frames += int(frames[trial])
-            score.n_labels += len(references[trial])
             score.nats.append(nats[trial])
             score.classes += ErrorCounts.between(references[trial], decoded[trial])
             if self.diphones:

@@ -67,15 +67,6 @@ class NgramModel:
             gram = gram[1:]
         return weight + self.probability.get(gram, self.probability[(UNKNOWN,)])
 
-    def sentence_score(self, sentence: str) -> float:
-        """Log10 probability of a whole sentence, its end included."""
-        history, total = [START], 0.0
-        for word in [*sentence.split(), END]:
-            known = word if (word,) in self.probability else UNKNOWN
-            total += self.score(history, known)
-            history.append(known)
-        return total
-
     def write_arpa(self, path: Path) -> None:
         """Write the model as ARPA text."""
         by_order: list[list[Gram]] = [[] for _ in range(self.order)]

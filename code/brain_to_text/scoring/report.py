@@ -69,7 +69,6 @@ def model_report(contents: Mapping[str, Any]) -> str:
                 {value, low, high, n_trials, tokens}; the charts show PER, the tables all.
             confusion: [41, 41] counts, row 0 insertions, column 0 deletions.
             worst_diphones: rows {diphone, rate, errors, tokens}.
-            calibration: {confidence, accuracy, count, expected_error}.
             examples: rows {name, sentence, decoded, alignment, posteriors, labels,
                 seconds_per_frame}.
             comparison: {other, n_trials, left_out, metrics: name → fields of `PairedComparison`}.
@@ -212,11 +211,6 @@ def _errors(contents: Mapping[str, Any]) -> dict[str, Any]:
         title = "Phoneme confusions (row “none”: insertions; column: deletions)"
         shown["matrix"] = charts.matrix_chart(title, matrix, labels)
         shown["confusions"] = _top_confusions(matrix, labels)
-    if known := contents.get("calibration"):
-        title = f"Calibration (expected error {100 * known['expected_error']:.1f} points)"
-        shown["calibration"] = charts.reliability_chart(
-            title, known["confidence"], known["accuracy"], known["count"]
-        )
     return shown
 
 

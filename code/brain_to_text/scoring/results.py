@@ -53,7 +53,7 @@ class Evaluation:
         split: "val", "test" or "train".
         manifest: of the dataset.
         trials: in the manifest's order.
-        summary: rates with intervals, counts, groups, calibration; plain types.
+        summary: rates with intervals, counts, groups; plain types.
         seconds: of the pass over the trials.
         sentences: the trials' text, when words were decoded.
         remarks: one sentence for everything left out, and for every doubt about the numbers.

@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from ..errors import DataError
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..labels.phonemes import BLANK, N_PHONEMES, PHONEMES
@@ -18,13 +16,11 @@ from .statistics import (
     ErrorCounts,
     align,
     bootstrap_interval,
-    calibration,
     compare_paired,
     confusion_matrix,
     diphone_errors,
     length_group,
     rates_by,
-    token_correctness,
     worst_diphones,
 )
 
@@ -84,16 +80,6 @@ def summarise(
         }
         for diphone, c in worst_diphones(diphone_errors(alignments))
     ]
-    known = calibration(
-        np.concatenate([t.confidences for t in labelled]),
-        np.concatenate([token_correctness(t.reference or [], t.hypothesis) for t in labelled]),
-    )
-    summary["calibration"] = {
-        "confidence": known.confidence.tolist(),
-        "accuracy": known.accuracy.tolist(),
-        "count": known.count.tolist(),
-        "expected_error": known.expected_error,
-    }
     return summary
 
 

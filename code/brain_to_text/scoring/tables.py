@@ -167,7 +167,7 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="", strict=True)
             columns = list(reader.fieldnames or ())
-            rows = [{name: row[name] for name in columns} for row in reader]
+            rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path} is no CSV table in UTF-8 ({error}): give one like nbest.csv."
@@ -176,6 +176,10 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
         raise StorageError(
             f"{path} cannot be read ({error.strerror or error}): check the path."
         ) from error
+    crooked = next((number for number, row in enumerate(rows, 2) if None in row), None)
+    if crooked or len(set(columns)) < len(columns):
+        wrong = f"row {crooked} has more cells than columns" if crooked else "a column occurs twice"
+        raise DataError(f"{path} is no table ({wrong}): quote cells that hold commas.")
     lacking = [name for name in needed if name not in columns]
     if lacking:
         raise DataError(

@@ -24,6 +24,7 @@ from .statistics import ErrorCounts
 
 LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
 WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
+BEAM_THRESHOLD = 50.0  # nats by which a hypothesis may be worse than the best
 HOMOPHONES = 6  # words of one pronunciation that flashlight's trie holds; it drops the others
 
 
@@ -36,9 +37,7 @@ class WordSettings:
             natural logarithms of the acoustic ones: w here is w / ln 10 = 0.43 w in a decoder that
             takes natural logarithms of both.
         word_score: added per word; positive values favour more, shorter words.
-        silence_score: added per silence between words.
         beam_size: hypotheses kept per frame.
-        beam_threshold: hypotheses this much worse than the best are dropped.
 
     Raises:
         ConfigError: a weight that is not a number, or no hypothesis to keep.
@@ -46,9 +45,7 @@ class WordSettings:
 
     lm_weight: float = 2.0
     word_score: float = 0.0
-    silence_score: float = 0.0
     beam_size: int = 200
-    beam_threshold: float = 50.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_size <= 1_000_000:
@@ -142,11 +139,11 @@ class WordDecoder:
             api.LexiconDecoderOptions(
                 settings.beam_size,
                 N_PHONEMES,
-                settings.beam_threshold,
+                BEAM_THRESHOLD,
                 settings.lm_weight,
                 settings.word_score,
                 float("-inf"),
-                settings.silence_score,
+                0.0,  # per silence
                 False,
                 api.CriterionType.CTC,
             ),
@@ -184,7 +181,7 @@ class WordDecoder:
             index = self._dictionary.get_index(form)
             scored.append((-self._model.score(start, index)[1], word, index))
         for score, word, index in sorted(scored):
-            for sounds in lexicon[word]:
+            for sounds in dict.fromkeys(lexicon[word]):
                 sharing[sounds] += 1
                 if sharing[sounds] > HOMOPHONES:
                     self.dropped.append(word)

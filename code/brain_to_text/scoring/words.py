@@ -310,7 +310,7 @@ def _with_sentence(trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
 
 def some(names: Sequence[str]) -> str:
     """The first of many names, for a line."""
-    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+    return ", ".join(name[:80] for name in names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
 
 
 def score_sentences(

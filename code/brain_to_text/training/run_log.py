@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..dataset.store import ObjectStore, open_store
-from ..errors import StorageError
+from ..errors import CheckpointError, StorageError
 from ..log_lines import one_line
+from ..model.weights_file import explain_write_error, writing
 
 LOGGER = logging.getLogger("brain_to_text")
 
@@ -62,6 +64,15 @@ class _ScrubbingFormatter(logging.Formatter):
         return one_line(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that remembers why it was not written, where logging would print a traceback."""
+
+    failure: BaseException | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
+        self.failure = sys.exc_info()[1]
+
+
 class RunLog:
     """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
 
@@ -76,12 +87,15 @@ class RunLog:
         self._uploader: LogUploader | None = None
         self._followers: list[Follower] = []
         if metrics_file is not None:  # an earlier job's in the same folder; a resumed run has them
-            metrics_file.unlink(missing_ok=True)
+            with writing(metrics_file):
+                metrics_file.unlink(missing_ok=True)
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        self._file: _LogFile | None = None
         if log_file is not None:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._handlers.append(logging.FileHandler(log_file, mode="w", encoding="utf-8"))
+            with writing(log_file):
+                self._file = _LogFile(log_file, mode="w", encoding="utf-8")
+            self._handlers.append(self._file)
         for handler in self._handlers:
             handler.setFormatter(formatter)
             LOGGER.addHandler(handler)
@@ -89,20 +103,29 @@ class RunLog:
         LOGGER.propagate = False
 
     def info(self, message: str) -> None:
-        """One line, after a timestamp."""
+        """One line, after a timestamp.
+
+        Raises:
+            CheckpointError: the log cannot be written.
+        """
         LOGGER.info("%s", message)
+        self._raise_failure()
 
     def warning(self, message: str) -> None:
         """One line that somebody should read, after a timestamp and WARNING."""
         LOGGER.warning("%s", message)
+        self._raise_failure()
 
     def metrics(self, kind: str, **values: Any) -> None:
-        """Append one JSON object to the metrics file, and show it to the followers."""
+        """Append one JSON object to the metrics file, and show it to the followers.
+
+        Raises:
+            CheckpointError: the metrics file cannot be written.
+        """
         if self.metrics_file is None:
             return
         entry = {"kind": kind, "time": round(time.time(), 3), **values}
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for follower in self._followers:
             follower.record(entry)
@@ -125,13 +148,12 @@ class RunLog:
         ):
             if path is None or not earlier:
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
             so_far = _text(path)
-            with path.open("r+" if path.exists() else "w", encoding="utf-8") as file:
+            mode = "r+" if path.exists() else "w"
+            with writing(path), path.open(mode, encoding="utf-8") as file:
                 file.write(earlier + so_far)
-        for handler in self._handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
+        if self._file is not None:
+            self._file.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
 
     def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread of its own.
@@ -149,8 +171,14 @@ class RunLog:
             self._uploader.close()
         for handler in self._handlers:
             LOGGER.removeHandler(handler)
-            if isinstance(handler, logging.FileHandler):
-                handler.close()
+        if self._file is not None:
+            with suppress(OSError):  # what could not be written was said when it was logged
+                self._file.close()
+
+    def _raise_failure(self) -> None:
+        if self._file is not None and self._file.failure is not None and self.log_file is not None:
+            failure, self._file.failure = self._file.failure, None
+            raise CheckpointError(explain_write_error(self.log_file, failure)) from failure
 
 
 class LogUploader:
