@@ -376,7 +376,7 @@ def _is_trainer_line(line: str) -> bool:
     """Not the toolkit's own chatter, not Compose's."""
     chatter = (
         r"sagemaker-training-toolkit|^Returning the value itself|toolkit_hook INFO"
-        r"|^Attaching to|^(Creating|Recreating|Starting|Aborting)\b|\bexited with"
+        r"|^Attaching to|^(\x1b\[\d*m)?(Creating|Recreating|Starting|Aborting)\b|\bexited with"
     )
     return bool(line.strip()) and not re.search(chatter, line)
 

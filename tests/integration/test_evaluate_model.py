@@ -157,7 +157,9 @@ def test_an_ensemble_decodes_the_mean_of_its_members_log_probabilities(
     assert str(model_folder) in section and str(rival) in section
 
 
-def test_an_ensemble_is_scored_on_the_trials_of_all_members(model_folder, tiny_dataset, tmp_path):
+def test_an_ensemble_is_scored_on_the_trials_of_all_members(
+    model_folder, tiny_dataset, tmp_path, capsys
+):
     write_model(tmp_path / "rival", SESSIONS[1:], seed=3)
     models = ("--model", model_folder, "--model", tmp_path / "rival")
     out = tmp_path / "out"
@@ -165,6 +167,8 @@ def test_an_ensemble_is_scored_on_the_trials_of_all_members(model_folder, tiny_d
     summary = json.loads((out / "summary.json").read_text())
     assert summary["n_trials"] == 6
     assert any(f"Left out: 3 trials that {model_folder}" in line for line in summary["remarks"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(f"{tmp_path / 'rival'}: Left out: 3 trials of 1 sessions" in x for x in lines) == 1
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ def long_contents() -> dict:
                 }
             },
         },
+        "members": [
+            {
+                "model": url,
+                "rates": {name: rate() for name in ("DER", "PER", "WER")},
+                "comparison": {
+                    "difference": {"value": -0.1, "low": -0.12, "high": -0.08},
+                    "p_value": 0.0001,
+                },
+            }
+        ]
+        * 5,
         "words": {
             "settings": {"Language model": url},
             "examples": [{"reference": "a " * 60, "decoded": "b " * 60, "errors": 60}] * 3,
@@ -185,7 +196,7 @@ def long_dataset() -> ValidationReport:
 
 
 PAGES = {
-    "model": (lambda: model_report(long_contents()), 12),
+    "model": (lambda: model_report(long_contents()), 11),
     "dataset": (lambda: dataset_page(long_dataset()), 5),
 }
 

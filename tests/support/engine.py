@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def build_image(
     command = [str(BUILD_SCRIPT), "--no-push", "--repository", IMAGE, "--tag", tag, *options]
     if base_image:
         command += ["--base-image", base_image]
-    if "--cpu" in options:
+    if "--cpu" in options and shutil.which("docker"):
         provide_cpu_torch()
     build = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"

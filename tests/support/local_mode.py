@@ -59,7 +59,7 @@ def fit(
     from sagemaker.estimator import Estimator
     from sagemaker.local import LocalSession
 
-    for name in ("sagemaker", "botocore"):
+    for name in ("sagemaker", "sagemaker.config", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     session = LocalSession(boto_session=boto3.Session(), default_bucket=bucket)
     session.config = {

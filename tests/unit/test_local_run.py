@@ -6,6 +6,7 @@ import subprocess
 import local_run
 import pytest
 from support import local_mode
+from support.bare_path import bare_path
 
 
 def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
@@ -13,13 +14,21 @@ def test_composes_prefix_and_chatter_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     with (tmp_path / "log").open("w") as file:
         tee = local_run._Tee(file, local_run._is_trainer_line, local_run.COMPOSE_PREFIX)
-        tee.write("Creating abc-algo-1 ... done\n")
+        tee.write("Creating abc-algo-1 ... done\n\x1b[0mAborting on container exit...\n")
         tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: sagemaker-training-toolkit INFO  x\r\n")
         tee.write("\x1b[36mabc-algo-1 |\x1b[0m 2026: Train ")
         tee.write("batch 0: loss: 7.43\r\n")
         tee.write("abc-algo-1  | 2026: Val batch 0\n")
     assert terminal.getvalue() == "2026: Train batch 0: loss: 7.43\n2026: Val batch 0\n"
     assert "sagemaker-training-toolkit" in (tmp_path / "log").read_text()
+
+
+def test_without_an_engine_there_is_no_image_and_a_sentence_why(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setenv("PATH", str(bare_path(tmp_path / "tools")))
+    monkeypatch.setattr(local_run, "REPOSITORY", tmp_path)
+    assert local_run.provide_image(tmp_path, gpu=False, base_image=None) is None
+    assert "no docker command was found: install Docker." in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedTrial, decode_trials
 from .results import Evaluation, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark, summarise
-from .tables import empty_rows, rescored_sentences, submission_remark
+from .tables import HYPOTHESES, empty_rows, read_table, rescored_sentences, submission_remark
 from .trained_model import ModelArtefact, open_model
 from .word_decoder import WordDecoder
 from .words import (
@@ -90,24 +90,24 @@ def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = prin
         raise ConfigError(f"--batch-size is {options.batch_size}: give at least 1 trial.")
     device = _device(options.device)
     say(f"Using device: {device}")
-    if options.words is not None:
-        check_words(options.words)
+    words = options.words
+    if words is not None:
+        check_words(words)
+        if words.rescored is not None:
+            read_table(words.rescored, HYPOTHESES)
     purpose = {
         "model": " + ".join(options.models),
         "data": options.data,
         "split": options.split,
     }
-    place = Path(os.path.realpath(options.output_dir))
-    if "://" not in options.data and Path(os.path.realpath(options.data)) in (
-        place,
-        *place.parents,
-    ):
+    place, data = (Path(os.path.realpath(p)) for p in (options.output_dir, options.data))
+    if "://" not in options.data and data in (place, *place.parents):
         raise ConfigError(
             f"--output-dir {options.output_dir} lies in the dataset {options.data}: give a folder "
             "beside it."
         )
-    words = options.words or WordOptions("none")
-    reads = [Path(f) for f in (words.language_model, words.lexicon, words.rescored) if f]
+    files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
+    reads = [Path(file) for file in files if file]
     with complete_or_nothing(options.output_dir, purpose, options.overwrite, reads) as folder:
         evaluation = _evaluate(options, device, folder, say)
     say(f"Tables and report.html are in {options.output_dir}")
@@ -123,12 +123,15 @@ def _evaluate(
     other = open_model(options.compare_with) if options.compare_with else None
     store = open_store(options.data)
     manifest = load_or_build_manifest(store, say)
+    said: set[str] = set()
     for artefact in artefacts:
         _, remarks = select_for_evaluation(
             manifest, artefact.config, artefact.sessions, options.split
         )
+        whose = f"{artefact.location}: " if artefacts[1:] else ""
+        said |= {f"{whose}{sentence}" for sentence in remarks}
         for sentence in remarks:
-            say(sentence if len(artefacts) == 1 else f"{artefact.location}: {sentence}")
+            say(f"{whose}{sentence}")
     decoder: WordDecoder | None = None
     facts: dict[str, str] = {}
     if options.words is not None and options.words.rescored is None:
@@ -160,7 +163,7 @@ def _evaluate(
     finally:
         stream.close()
     for sentence in evaluation.remarks:
-        if sentence not in remarks:
+        if sentence not in said:
             say(sentence)
     for line in describe(evaluation.all_numbers, comparison):
         say(line)

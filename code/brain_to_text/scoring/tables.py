@@ -20,6 +20,7 @@ from .summary import corpus_name
 from .word_decoder import word_errors
 from .words import DecodedSentences, some
 
+HYPOTHESES = ("file", "hypothesis")  # columns that a table of sentences to be scored must have
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets
 
 
@@ -112,7 +113,7 @@ def rescored_sentences(path: Path, trials: Sequence[DecodedTrial]) -> dict[int, 
     """
     index_of = {trial.record.name: trial.index for trial in trials}
     best: dict[int, tuple[float, str]] = {}
-    for number, row in enumerate(read_table(path, ("file", "hypothesis")), 2):
+    for number, row in enumerate(read_table(path, HYPOTHESES), 2):
         index = index_of.get(row["file"])
         if index is None:
             raise DataError(
