@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset.locations import s3_url
 from brain_to_text.errors import BrainToTextError, ConfigError
+from brain_to_text.log_lines import one_line
 
 if TYPE_CHECKING:
     from brain_to_text.scoring.words import WordOptions
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options)
     except BrainToTextError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
 

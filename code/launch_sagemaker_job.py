@@ -29,6 +29,7 @@ from brain_to_text.launch.launch import (
 from brain_to_text.launch.pricing import estimate
 from brain_to_text.launch.request import JobSettings, resolve_config
 from brain_to_text.launch.watch import goodbye, watch
+from brain_to_text.log_lines import one_line
 
 __all__ = ["launch_training_job", "main"]
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _launch(settings, options, account)
         return _existing_job(options, account)
     except BrainToTextError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -41,6 +41,7 @@ from brain_to_text.dataset.validation import (
 )
 from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
+from brain_to_text.log_lines import one_line
 from brain_to_text.scoring.report import dataset_page
 
 OVERWRITE = "replace files of these names in the target that this command did not write"
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         with _stoppable():
             return options.run(options)
     except BrainToTextError as error:
-        print(f"ERROR: {error}", file=sys.stderr, flush=True)
+        print(f"ERROR: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT

@@ -165,7 +165,7 @@ class TrainingConfig:
 
     use_amp: bool = key(True, "mixed precision on GPUs")
     amp_dtype: Literal["auto", "bfloat16", "float16"] = key(
-        "auto", "mixed-precision type; auto: bfloat16 where the GPU has it"
+        "auto", "mixed-precision type; auto: bfloat16; float16 on any GPU without bfloat16 (T4)"
     )
     allow_tf32: bool = key(True, "TF32 for float32 matrix products on GPUs")
     compile: Literal["auto", "true", "false"] = key(

@@ -8,6 +8,7 @@
     python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
     python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
     python tests/benchmarks/bench_step.py --compile                # eager against torch.compile
+    python tests/benchmarks/bench_step.py --counts                 # launches, waits, copies, memory
     python tests/benchmarks/bench_step.py --project                # hours and cost per instance
 
 Options override the configuration's values; a schedule of the phoneme weight becomes its last
@@ -26,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,7 +37,8 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "code"), str(Path(__file__).parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE.parent), str(HERE)]
 
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
@@ -599,6 +602,72 @@ def compare_compile(config: TrainingConfig, args: argparse.Namespace, device) ->
         print(f"{name}: {seconds * 1e3:.1f} ms")
 
 
+def count_step(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
+    """What one step asks of the device: launches, waits, copies, memory, and where its time goes.
+
+    Without a GPU, on tensors that stand in for one: operations instead of kernels, and no times.
+    """
+    if device.type == "cuda":
+        count_on_gpu(config, args, device)
+        return
+    from support.stand_in_gpu import GPU, stand_in_gpu
+
+    config.compile = "false"
+    with stand_in_gpu() as gpu:
+        ours = Ours(config, GPU)
+        batch = synthetic_batch(config, args.bins, args.lengths, 0, GPU)
+        ours.whole(batch, 0)
+        gpu.reset()
+        ours.whole(batch, 1)
+        print(f"no GPU: {sum(gpu.operations.values())} operations on a stand-in for one")
+        rows = [[name, str(n)] for name, n in gpu.operations.most_common(12)]
+        rows += [[n, str(gpu.operations[n])] for n in ("_cudnn_rnn", "_cudnn_rnn_backward")]
+        rows += [["bytes copied to the device", str(gpu.bytes_sent)]]
+        rows += [["waits of the host", str(sum(gpu.waits.values()))]]
+        rows += [[f"  {what} at {where}", str(n)] for (what, where), n in gpu.waits.items()]
+    table("One step", ["of", "count"], rows)
+
+
+def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    ours = Ours(config, device)
+    batches = [synthetic_batch(config, args.bins, args.lengths, seed, device) for seed in range(3)]
+    for k in range(8):
+        ours.whole(batches[k % 3], k)
+    finish(device)
+    started = time.perf_counter()
+    for k in range(args.rounds):
+        ours.whole(batches[k % 3], k)
+    launched = time.perf_counter() - started
+    finish(device)
+    whole = time.perf_counter() - started
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        ours.whole(batches[0], 98)
+    torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        ours.whole(batches[0], 99)
+        finish(device)
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    busy = sum(event.self_device_time_total for event in events)
+    rows = [
+        ["ms per step, back to back", f"{1e3 * whole / args.rounds:.1f}"],
+        ["ms until the host has launched it", f"{1e3 * launched / args.rounds:.1f}"],
+        ["kernels", str(len(events) - len(copies))],
+        ["copies and fills", str(len(copies))],
+        ["busy, % of the step", f"{100 * busy / span:.0f}"],
+        ["waits of the host", str(sum("synchroniz" in str(w.message) for w in waits))],
+        ["peak memory, GB", f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}"],
+        ["reserved, GB", f"{torch.cuda.max_memory_reserved(device) / 1e9:.2f}"],
+    ]
+    table("One step", ["of", "count"], rows)
+    print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=25))
+
+
 def configured(args: argparse.Namespace) -> TrainingConfig:
     """The configuration file, or the recipe sized for a CPU, with what was given beside it."""
     given: dict[str, Any] = {}
@@ -657,9 +726,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bins", type=int, help=f"mean trial length; default {MEAN_BINS}")
     parser.add_argument("--lengths", choices=["equal", "spread"], default="spread")
     parser.add_argument("--bidirectional", action=argparse.BooleanOptionalAction)
-    parser.add_argument(
-        "--rnn-dropout", type=float, help="0: the GRU's layers are one call on a GPU"
-    )
+    parser.add_argument("--rnn-dropout", type=float)
     parser.add_argument("--ctc-kernel", choices=["auto", "torch", "triton"])
     parser.add_argument("--phoneme-weight", type=float)
     parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
@@ -672,6 +739,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ours-only", action="store_true", help="leave the plain one out of --sweep"
     )
     parser.add_argument("--validation", type=int, metavar="TRIALS")
+    parser.add_argument("--counts", action="store_true", help="launches, waits, copies, memory")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
         "--project", action="store_true", help="on a GPU, or with --with-data, measured too"
@@ -714,6 +782,8 @@ def main(words: list[str] | None = None) -> None:
         sweep(config, args, device)
     elif args.validation:
         compare_validation(config, args, device)
+    elif args.counts:
+        count_step(config, args, device)
     elif args.compile:
         compare_compile(config, args, device)
     elif on_gpu or not args.project:

@@ -21,8 +21,7 @@ from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.model.weights_file import save_atomically
 from brain_to_text.scoring.decoding import evaluate
-from brain_to_text.training import rnn_trainer_s3
-from brain_to_text.training import run as run_room
+from brain_to_text.training import build_run, rnn_trainer_s3
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
 
@@ -367,7 +366,7 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(
     data, train, monkeypatch, fits, words
 ):
     # memory cannot run out on purpose here: only the answer of the probe is made up
-    monkeypatch.setattr(run_room, "largest_batch", lambda step, *sizes: fits)
+    monkeypatch.setattr(build_run, "largest_batch", lambda step, *sizes: fits)
     run = train("job", "--data-dir", str(data), try_largest_batches_first="true")
     assert run.code == 1
     assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure
@@ -523,7 +522,7 @@ def test_scores_of_sessions_are_said_unless_switched_off(data, train, said):
 @pytest.mark.parametrize("allowed", [True, False])
 def test_the_run_decides_about_tf32(data, train, monkeypatch, allowed):
     decided = []
-    monkeypatch.setattr(run_room, "allow_tf32", decided.append)
+    monkeypatch.setattr(build_run, "allow_tf32", decided.append)
     train("job", "--data-dir", str(data), allow_tf32=allowed, num_training_batches=1)
     assert decided == [allowed]
 

@@ -125,6 +125,19 @@ def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
     assert said in findings[0].text
 
 
+@pytest.mark.parametrize(
+    ("instance_type", "said"),
+    [
+        ("ml.g4dn.xlarge", ["A T4 has no bfloat16: float16 instead."]),
+        ("ml.g5.2xlarge", []),
+    ],
+)
+def test_a_type_that_the_gpu_has_not_is_replaced_and_said(instance_type, said):
+    config = load_config(None, {"amp_dtype": "bfloat16", "batch_size": 8})
+    findings = check_machine(job(instance_type=instance_type), config)
+    assert [finding.text for finding in findings if finding.name == "precision"] == said
+
+
 def test_the_batch_size_that_is_suggested_fits():
     text = text_of(check_machine(job(), load_config(None, {"batch_size": 512})), "gpu-memory")
     fits = text.split("--batch-size ")[1].rstrip(".")

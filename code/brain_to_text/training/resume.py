@@ -12,7 +12,7 @@ import platform
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ import torch
 from ..config import TrainingConfig, changed, free_on_resume, leaves
 from ..errors import CheckpointError
 from ..model.optimizer import restore
-
-if TYPE_CHECKING:
-    from .run import Run
-    from .run_log import RunLog
+from .run import Run
+from .run_log import RunLog
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
 COMPUTING_FOLDERS = ("labels", "dataset", "streaming", "model", "scoring", "training")

@@ -19,11 +19,12 @@ from ..model.train_step import Health, StepResult
 from ..model.weights_file import save_atomically, writing
 from ..scoring.decoding import ValidationResult, evaluate
 from ..streaming.stream_stats import StreamCounts
+from .build_run import build_run, try_largest_batches
 from .distributed import World
 from .interruption import Interruption, RunInterrupted
 from .outputs import bring_back, write_best, write_model, write_validations
 from .resume import snapshot
-from .run import Interval, Run, RunPaths, RunState, build_run, try_largest_batches
+from .run import Interval, Run, RunPaths, RunState
 from .run_log import RunLog, process_seconds
 from .trackers import announce, open_trackers
 

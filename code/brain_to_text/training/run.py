@@ -1,41 +1,29 @@
-"""A training run as one object, built at once: data, model, optimizer, where it stands."""
+"""A training run as one object: its parts, where it writes, where it stands."""
 
 from __future__ import annotations
 
-import random
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainingConfig
-from ..dataset.indexing import load_or_build_manifest
-from ..dataset.locations import is_s3
 from ..dataset.manifest import TrialManifest
-from ..dataset.selection import TrialSelection, select_trials
-from ..dataset.store import open_store
-from ..errors import TrainingError
-from ..log_lines import total_line
+from ..dataset.selection import TrialSelection
 from ..model.augmentations import Augmentation
-from ..model.device import allow_tf32, notes, unusable
 from ..model.losses import JointObjective
-from ..model.optimizer import build_optimizer, build_scheduler
 from ..model.rnn_model import GRUDecoder
-from ..model.train_step import TrainStep, largest_batch
+from ..model.train_step import TrainStep
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, DeviceFeeder, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
-from .distributed import GradientSum, World
-from .resume import check_identity, identity, restore_run
+from .distributed import World
 from .run_log import RunLog
-from .start_weights import start_from
 
 
 @dataclass(frozen=True)
@@ -146,209 +134,3 @@ class Run:
     refusals_said: int = 0
     traffic_of_others: list[StreamCounts] = field(default_factory=list)
     state: RunState = field(default_factory=RunState)
-
-
-def build_run(
-    config: TrainingConfig,
-    data_url: str,
-    paths: RunPaths,
-    *,
-    world: World,
-    device: torch.device,
-    log: RunLog,
-    accept_changes: bool,
-    closing: ExitStack,
-) -> Run:
-    """Everything up to the first step: read the manifest, find a state, build the model, continue.
-
-    What the configuration leaves to the data is filled in.
-
-    Args:
-        closing: gets what must be closed when the run ends, however it ends.
-
-    Raises:
-        BrainToTextError: bad configuration, data, storage or checkpoints.
-    """
-    problem = unusable(device)
-    if problem is not None:
-        raise TrainingError(problem)
-    for sentence in notes(config, device):
-        log.info(sentence)
-    allow_tf32(config.allow_tf32)
-    log.info(f"Loading data from: {data_url.removeprefix('s3://')}")
-    store = open_store(data_url)
-    manifest = world.from_main(
-        lambda: load_or_build_manifest(store, log.info, on_damage=config.dataset.on_damaged_trial)
-    )
-    selection = select_trials(manifest, config)
-    _say_selection(selection, config, log)
-    stream = TrialStream.from_config(store, manifest, config.dataset, world.local_size)
-    closing.callback(stream.close)
-    traffic_of_others: list[StreamCounts] = []
-    closing.callback(_say_traffic, stream, traffic_of_others, world, log)
-    log.info(f"Cache: {stream.cache.budget_bytes / 1e9:.1f} GB for this process")
-    share: dict[str, Any] = {"device": device, "rank": world.rank, "world_size": world.size}
-    train_set = BrainToTextDatasetS3.from_config(stream, selection.train, config, **share)
-    closing.callback(train_set.close)
-    val_set = EvaluationDatasetS3.from_config(stream, selection.val, config, **share)
-    closing.callback(val_set.close)
-    log.info("Successfully initialized S3-backed datasets")
-    log.info(total_line(config.num_training_batches))
-    log.info(f"Val batches: {len(val_set)}")
-    log.info(
-        f"Trials: {sum(map(len, selection.train))} train, {sum(map(len, selection.val))} val, "
-        f"from {len(selection.sessions)} sessions"
-    )
-
-    own = identity(config, manifest.fingerprint(), world.size)
-    checkpoints = CheckpointFolder(paths.checkpoint_dir) if world.is_main else None
-    if checkpoints is not None:
-        closing.callback(checkpoints.close)
-    saved = world.from_main(lambda: _find_state(checkpoints, own, accept_changes, log))
-    step = 0 if saved is None else saved["run"]["step"]
-    batches = train_set.batches(start=step, stop=config.num_training_batches)  # while we build
-
-    model = _build_model(config, len(selection.sessions), device, log)
-    augmentation = Augmentation(config.dataset.data_transforms)
-    objective = JointObjective.from_config(config)
-    optimizer = build_optimizer(model, config, device)
-    scheduler = build_scheduler(optimizer, config)
-    train_step = TrainStep(
-        model,
-        augmentation,
-        objective,
-        optimizer,
-        scheduler,
-        config,
-        device,
-        rank=world.rank,
-        after_backward=_sum_over_ranks(model, world, train_set, selection),
-        on_every_rank=world.all_on_device,
-    )
-    run = Run(
-        config=config,
-        paths=paths,
-        world=world,
-        device=device,
-        log=log,
-        manifest=manifest,
-        selection=selection,
-        stream=stream,
-        train_set=train_set,
-        val_set=val_set,
-        model=model,
-        augmentation=augmentation,
-        objective=objective,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        train_step=train_step,
-        checkpoints=checkpoints,
-        identity=own,
-        batches=batches,
-        interval=Interval(step, stream.stats.snapshot()),
-        resumed=saved is not None,
-        next_save=time.monotonic() + config.checkpoint_interval_seconds,
-        traffic_of_others=traffic_of_others,
-    )
-    if saved is not None:
-        restore_run(run, saved)
-    elif config.init_from_checkpoint:
-        start_from(str(config.init_checkpoint_path), model, selection.sessions, log)
-    return run
-
-
-def try_largest_batches(run: Run) -> None:
-    """Meet out-of-memory in minute one: a step on the longest trials, without an update."""
-    choice = run.config.try_largest_batches_first
-    steps = run.config.num_training_batches - run.state.step
-    short = run.device.type != "cuda" or steps < 20_000  # about an hour on a T4 or A10G
-    if choice == "false" or (choice == "auto" and short):
-        return
-    trials = [run.manifest.trials[i] for i in np.concatenate(run.selection.train)]
-    n_bins = max(trial.n_time_steps for trial in trials)
-    n_labels = max(len(trial.class_ids) for trial in trials if trial.class_ids is not None)
-    wanted = run.config.dataset.batch_size
-    share = -(-wanted // run.world.size)
-    fits = run.world.size * min(
-        run.world.gather(largest_batch(run.train_step, share, n_bins, n_labels))
-    )
-    if fits < wanted:
-        raise TrainingError(
-            f"A batch of {wanted} trials of {n_bins} bins does not fit the memory of "
-            f"{run.device}: start again with --batch-size {fits}."
-            if fits
-            else f"Not even one trial of {n_bins} bins fits the memory of {run.device}: "
-            "lower model.n_units, or take a larger instance type."
-        )
-    run.log.info(f"The largest batch fits: {wanted} trials of {n_bins} bins")
-
-
-def _say_selection(selection: TrialSelection, config: TrainingConfig, log: RunLog) -> None:
-    for sentence in selection.warnings:
-        log.warning(sentence)
-    for sentence in selection.excluded:
-        log.info(f"Left out: {sentence}")
-    if selection.excluded:
-        log.warning(f"{len(selection.excluded)} trials are left out of this run")
-    if config.log_val_skip_logs:
-        for session in selection.val_skipped:
-            log.info(f"Validation skips session {session}")
-
-
-def _say_traffic(
-    stream: TrialStream, others: list[StreamCounts], world: World, log: RunLog
-) -> None:
-    """The last words on the data, however the run ended, after everything was read."""
-    known = [stream.stats.snapshot(), *others]
-    whose = "Streaming" if len(known) == world.size else "Streaming by the first process"
-    priced = is_s3(stream.url)
-    log.info(f"{whose}: {StreamCounts.total(known).describe(priced)}")
-
-
-def _find_state(
-    checkpoints: CheckpointFolder | None, own: dict[str, Any], accept: bool, log: RunLog
-) -> dict[str, Any] | None:
-    """On the main rank: the newest valid state of this very run, if there is one."""
-    assert checkpoints is not None
-    state, passed_over = checkpoints.load_latest()
-    for sentence in passed_over:
-        log.warning(f"{sentence} Going back to the checkpoint before it.")
-    if state is not None:
-        check_identity(state, own, checkpoints.path, accept, log)
-    return state
-
-
-def _build_model(
-    config: TrainingConfig, n_days: int, device: torch.device, log: RunLog
-) -> GRUDecoder:
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    model = GRUDecoder.from_config(config, n_days, for_training=True).to(device)
-    for name, parameter in model.named_parameters():
-        frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
-            name.startswith("day_") and not config.model.input_network.input_trainable
-        )
-        parameter.requires_grad_(not frozen)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    n_day = sum(p.numel() for name, p in model.named_parameters() if "day_" in name)
-    log.info("Initialized RNN decoding model")
-    log.info(f"Model has {n_parameters:,} parameters")
-    log.info(f"Model has {n_day:,} day-specific parameters ({100 * n_day / n_parameters:.1f}%)")
-    return model
-
-
-def _sum_over_ranks(
-    model: GRUDecoder, world: World, train_set: BrainToTextDatasetS3, selection: TrialSelection
-) -> Any:
-    """What sums gradients over ranks between backward and clipping; None for one process."""
-    if world.size == 1:
-        return None
-    gradients = GradientSum(model, world)
-    day_of_trial = {int(t): day for day, trials in enumerate(selection.train) for t in trials}
-
-    def after_backward(batch: Any) -> None:
-        trials = train_set.plan.trials(batch.step)
-        gradients.finish(day_of_trial[int(trial)] for trial in trials)
-
-    return after_backward
