@@ -12,8 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+if missing := [
+    name for name in ("h5py", "jinja2", "numpy", "s3fs", "yaml") if find_spec(name) is None
+]:
+    sys.exit(
+        f"prepare_dataset.py needs Python packages that are not here ({', '.join(missing)}): run "
+        "`pip install boto3 h5py jinja2 numpy pyyaml s3fs`."
+    )
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset

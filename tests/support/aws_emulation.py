@@ -134,9 +134,21 @@ class EmulatedAccount:
     def _servicequotas_ListServiceQuotas(self, call: Call, request: Request) -> Response:
         names = sorted(self.quotas)
         start, page = int(call.params.get("NextToken", 0)), 3
-        found = [{"QuotaName": n, "Value": self.quotas[n]} for n in names[start : start + page]]
+        found = [
+            {"QuotaName": name, "QuotaCode": _quota_code(name), "Value": self.quotas[name]}
+            for name in names[start : start + page]
+        ]
         more = {"NextToken": str(start + page)} if start + page < len(names) else {}
         return _json({"Quotas": found, **more})
+
+    def _servicequotas_RequestServiceQuotaIncrease(self, call: Call, request: Request) -> Response:
+        (name,) = [n for n in self.quotas if _quota_code(n) == call.params["QuotaCode"]]
+        asked = {
+            "QuotaName": name,
+            "DesiredValue": call.params["DesiredValue"],
+            "Status": "PENDING",
+        }
+        return _json({"RequestedQuota": asked})
 
     def _pricing_GetProducts(self, call: Call, request: Request) -> Response:
         products: list[dict[str, Any]] = []
@@ -216,6 +228,10 @@ class EmulatedAccount:
                 job["WarmPoolStatus"] = {"Status": self.warm_pools[job["TrainingJobName"]]}
         response.set_data(json.dumps(content))
         return response
+
+
+def _quota_code(name: str) -> str:
+    return "L-" + hashlib.sha256(name.encode()).hexdigest()[:8].upper()
 
 
 def _refused_by_the_model(call: Call) -> Response | None:

@@ -131,12 +131,12 @@ class TrialRecord:
                             raw = zlib.decompress(raw, bufsize=chunk_bytes)
                         else:
                             raw = _inflate_lzf(bytes(raw), chunk_bytes)
-                    except (zlib.error, OSError) as error:
+                    except (zlib.error, OSError, RuntimeError, ValueError) as error:
                         raise DataError(
                             f"{self.name}: the chunk at bin {row} cannot be decompressed "
                             f"({error}); write or upload the file again."
                         ) from error
-                elif name == "shuffle":
+                elif name == "shuffle" and len(raw) % dtype.itemsize == 0:
                     planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
                     whole = np.empty((planes.shape[1], dtype.itemsize), np.uint8)
                     for byte, plane in enumerate(planes):  # five times faster than planes.T

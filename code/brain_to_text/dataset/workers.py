@@ -59,9 +59,7 @@ class Lost:
             return "reading it does not come to an end: it is damaged, copy it again"
         if self.signal in _DAMAGE:
             name = signal.Signals(self.signal).name
-            return (
-                f"reading it crashes the HDF5 library ({name}): the file is damaged, copy it again"
-            )
+            return f"reading it crashes the process ({name}): the file is damaged, copy it again"
         if self.signal:
             raise StorageError(
                 f"A worker process was killed ({signal.Signals(self.signal).name}), probably for "
@@ -83,6 +81,10 @@ def in_workers(
         jobs: arguments of each call, by name.
         processes: how many jobs run at once.
     """
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError as error:
+        raise StorageError("The folder you are in was removed: go to another with 'cd'.") from error
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
     waiting = list(jobs.items())[::-1]
@@ -95,9 +97,7 @@ def in_workers(
                 worker = idle.pop() if idle else _Worker()
                 name, arguments = waiting.pop()
                 try:
-                    worker.connection.send(
-                        (dict(os.environ), Path.cwd(), mask, function, arguments)
-                    )
+                    worker.connection.send((dict(os.environ), folder, mask, function, arguments))
                 except OSError:
                     yield name, worker.lost()
                     continue
