@@ -20,7 +20,7 @@ from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.model.weights_file import save_atomically
-from brain_to_text.scoring.decoding import evaluate
+from brain_to_text.scoring.decoding import ValidationResult, evaluate
 from brain_to_text.training import build_run, rnn_trainer_s3
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
@@ -445,6 +445,17 @@ def test_a_stop_before_any_validation_leaves_the_averaged_model(data, train, mon
     run = train("job", "--data-dir", str(data), **AVERAGING)
     assert run.code == 0 and "Stopped by SIGTERM after 5 steps" in run.said
     assert_averaged(run, run.best()["model_state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("deletions", "insertions", "said"), [(100, 0, True), (100, 1, True), (98, 0, False)]
+)
+def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions, said):
+    counts = {"reference_labels": 100, "deletions": deletions, "insertions": insertions}
+    result = ValidationResult(1.0, 1.0, None, 5.0, {}, {"classes": counts}, 3)
+    remark = rnn_trainer_s3.blank_remark(result)
+    assert (remark is not None) == said
+    assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
 
 
 def test_early_stopping_ends_the_run(data, train):

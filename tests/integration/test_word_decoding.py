@@ -414,6 +414,21 @@ def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, tmp_path
     assert trials[truth["file"]]["word_errors"] == "0"
 
 
+def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, tmp_path):
+    write_model(tmp_path / "rival", SESSIONS[:2], n_classes=41, seed=4)
+    words = ("--data-dir", data, "--language-model", "training", "--beam-size", "20")
+    alone = []
+    for name, model in (("a", model_folder), ("b", tmp_path / "rival")):
+        assert run("--model", model, *words, "--output-dir", tmp_path / name) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        alone.append(summary["rates"]["WER"])
+    both = ("--model", model_folder, "--model", tmp_path / "rival")
+    assert run(*both, *words, "--output-dir", tmp_path / "both") == 0
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert [member["rates"]["WER"] for member in summary["members"]] == alone
+    assert not (tmp_path / "both" / "nbest.csv").exists(), "only where it was asked for"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

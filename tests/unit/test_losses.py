@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from brain_to_text.config_reader import load_config
+from brain_to_text.dataset.selection import ctc_problem
 from brain_to_text.labels.diphones import marginalise_log_probs
-from brain_to_text.model.losses import JointObjective, ctc_nll, min_frames
+from brain_to_text.model.losses import JointObjective, ctc_nll
 from support.training_examples import example_batch
 
 
@@ -29,24 +30,15 @@ def fixed(weight: float) -> JointObjective:
     return objective((0, weight))
 
 
-def test_min_frames_is_labels_plus_repeats() -> None:
-    random = np.random.default_rng(0)
-    labels = torch.from_numpy(random.integers(1, 4, (50, 12)))
-    lengths = torch.from_numpy(random.integers(0, 13, 50))
-    expected = [
-        length + sum(sum(1 for _ in run) - 1 for _, run in groupby(row[:length]))
-        for row, length in zip(labels.tolist(), lengths.tolist(), strict=True)
-    ]
-    assert min_frames(labels, lengths).tolist() == expected
-
-
-def test_a_label_sequence_fits_exactly_from_min_frames_on() -> None:
-    labels = torch.tensor([[3, 3, 5, 5, 5]])
+def test_what_ctc_can_and_cannot_align_is_what_selection_says() -> None:
+    labels = np.array([3, 3, 5, 5, 5])
     log_probs = torch.zeros(1, 12, 7).log_softmax(-1)
-    need = int(min_frames(labels, torch.tensor([5])))
     for frames in range(5, 12):
-        nll = ctc_nll(log_probs, labels, torch.tensor([frames]), torch.tensor([5]))
-        assert torch.isfinite(nll).item() == (frames >= need)
+        nll = ctc_nll(
+            log_probs, torch.from_numpy(labels)[None], torch.tensor([frames]), torch.tensor([5])
+        )
+        problem = ctc_problem(SimpleNamespace(class_ids=labels, n_time_steps=frames), 1, 1, 0)
+        assert torch.isfinite(nll).item() == (problem is None) == (frames >= 8)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])

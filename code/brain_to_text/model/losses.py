@@ -41,14 +41,6 @@ class LossTerms:
     alpha: float
 
 
-def min_frames(labels: torch.Tensor, label_lengths: torch.Tensor) -> torch.Tensor:
-    """[B] frames that CTC needs at least: one per label and one blank between equal neighbours."""
-    pair = torch.arange(1, labels.shape[1], device=labels.device)
-    inside = pair < label_lengths.to(labels.device).unsqueeze(1)
-    repeats = ((labels[:, 1:] == labels[:, :-1]) & inside).sum(1)
-    return label_lengths.to(labels.device) + repeats
-
-
 def ctc_nll(
     log_probs: torch.Tensor,
     labels: torch.Tensor,

@@ -221,9 +221,9 @@ def _with_words(
 ) -> dict[str, Any]:
     """An ensemble member's row with its word error rate, at the weights used for the whole."""
     text = {}
-    shared = [trial for trial in member.trials if trial.index in whole.n_best]
+    shared = [trial for trial in member.trials if trial.index in whole.settings]
     for trial in shared:
-        text[trial.index] = decoder.decode(trial.phoneme_log_probs, whole.n_best[trial.index][0])
+        text[trial.index] = decoder.decode(trial.phoneme_log_probs, whole.settings[trial.index])
         progress()
     own = score_sentences(shared, text, {}).summary
     return {**row, "rates": {**row["rates"], "WER": own["WER"]}} if "WER" in own else row

@@ -90,13 +90,12 @@ def n_best_rows(
             "acoustic": one.acoustic,
             "language": one.language,
             "words": len(one.text.split()),
-            "lm_weight": settings.lm_weight,
-            "word_score": settings.word_score,
+            "lm_weight": sentences.settings[trial.index].lm_weight,
+            "word_score": sentences.settings[trial.index].word_score,
             "score": one.score,
         }
         for trial in trials
-        for settings, hypotheses in [sentences.n_best[trial.index]]
-        for rank, one in enumerate(hypotheses, 1)
+        for rank, one in enumerate(sentences.n_best[trial.index], 1)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,15 @@ class DecodedSentences:
         text: normalised sentence by trial index.
         summary: WER with interval (with labels), counts, facts and examples, as plain types.
         groups: WER by session and by whether training has the sentence, as `rates_by` gives it.
-        n_best: the best hypotheses of every trial, with the weights used.
+        settings: of the search, by trial index.
+        n_best: the best hypotheses by trial index, where more than one was asked for.
     """
 
     text: Mapping[int, str]
     summary: dict[str, Any]
     groups: dict[str, Any] = field(default_factory=dict)
-    n_best: Mapping[int, tuple[WordSettings, list[Hypothesis]]] = field(default_factory=dict)
+    settings: Mapping[int, WordSettings] = field(default_factory=dict)
+    n_best: Mapping[int, list[Hypothesis]] = field(default_factory=dict)
 
 
 def check_words(options: WordOptions) -> None:
@@ -265,33 +267,32 @@ def decode_sentences(
             ]
         else:
             halves = [(list(trials), points[int(errors.sum(1).argmin())])]
-    n_best = {}
+    found: dict[int, list[Hypothesis]] = {}
+    used_for: dict[int, WordSettings] = {}
     for members, settings in halves:
         for trial in members:
-            found = decoder.hypotheses(trial.phoneme_log_probs, settings, options.n_best)
-            n_best[trial.index] = (settings, found)
+            best = decoder.hypotheses(trial.phoneme_log_probs, settings, options.n_best)
+            found[trial.index], used_for[trial.index] = best, settings
             progress()
     used = [settings for members, settings in halves if members]
     weights = {
         name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used))
         for name in asdict(options.settings)
     }
-    text = {index: found[0].text for index, (_, found) in n_best.items()}
+    text = {index: best[0].text for index, best in found.items()}
     sentences = score_sentences(trials, text, {**facts, **weights}, trained_on)
     if rows:
         sentences.summary["grid"] = rows
-    if options.n_best == 1:
-        return sentences
-    labelled = _with_sentence(trials)
-    words_of = {t.index: word_errors(t.record.sentence_label or "", "") for t in labelled}
-    if total := sum(c.reference_labels for c in words_of.values()):
-        best = sum(
-            min(word_errors(t.record.sentence_label or "", h.text).edits for h in found)
-            for t in labelled
-            for _, found in [n_best[t.index]]
-        )
-        sentences.summary["WER of the best hypothesis"] = best / total
-    return DecodedSentences(text, sentences.summary, sentences.groups, n_best)
+    if options.n_best > 1 and "WER" in sentences.summary:
+        known = _with_sentence(trials)
+        nearest = {t.index: _nearest(t.record.sentence_label or "", found[t.index]) for t in known}
+        least = score_sentences(known, nearest, {}).summary["WER"]["value"]
+        sentences.summary["WER of the best hypothesis"] = least
+    return replace(sentences, settings=used_for, n_best=found if options.n_best > 1 else {})
+
+
+def _nearest(sentence: str, hypotheses: Sequence[Hypothesis]) -> str:
+    return min((h.text for h in hypotheses), key=lambda text: word_errors(sentence, text).edits)
 
 
 def decodings(

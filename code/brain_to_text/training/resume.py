@@ -99,6 +99,19 @@ def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:
     state.finished = state.finished and ended
 
 
+def already_finished(run: Run) -> str:
+    """What to say, and how to train on, when nothing is left to do."""
+    more = (
+        "Raise early_stopping_val_steps, or set early_stopping to false,"
+        if run.state.stopped_early
+        else "Raise num_training_batches,"
+    )
+    return (
+        f"This run already finished at step {run.state.step}; its model is in "
+        f"{run.paths.model_dir}. {more} with --accept-changes true, to train on."
+    )
+
+
 def identity(config: TrainingConfig, dataset: str, world_size: int) -> dict[str, Any]:
     """What a resumed run must share with the one that stopped.
 

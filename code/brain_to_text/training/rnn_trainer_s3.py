@@ -23,7 +23,7 @@ from .build_run import build_run, try_largest_batches
 from .distributed import World
 from .interruption import Interruption, RunInterrupted
 from .outputs import bring_back, write_best, write_model, write_validations
-from .resume import snapshot
+from .resume import already_finished, snapshot
 from .run import Interval, Run, RunPaths, RunState
 from .run_log import RunLog, process_seconds
 from .trackers import announce, open_trackers
@@ -31,7 +31,7 @@ from .trackers import announce, open_trackers
 __all__ = ["BrainToTextDecoder_Trainer_S3", "RunPaths", "RunState"]
 
 CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
-NOTHING_DECODED = 0.99  # error rates from here on are those of a model that says next to nothing
+NEXT_TO_NOTHING = 0.01  # decoded labels per reference label, of a model that answers with blanks
 
 
 class BrainToTextDecoder_Trainer_S3:
@@ -113,7 +113,7 @@ class BrainToTextDecoder_Trainer_S3:
         first_step = state.step
         try:
             if state.finished:
-                run.log.info(self._already_finished(run))
+                run.log.info(already_finished(run))
                 return self._finish(run)
             try_largest_batches(run)
             run.interval = self._new_interval(run)
@@ -182,8 +182,8 @@ class BrainToTextDecoder_Trainer_S3:
                 write_model(run, run.paths.validated(step), result, keep=True)
             if value < state.best_value:
                 run.log.info(best_line(metric, state.best_value, value))
-                if value >= NOTHING_DECODED:
-                    run.log.info("Next to nothing is decoded yet: the model answers with blanks")
+                if (said := blank_remark(result)) is not None:
+                    run.log.info(said)
                 state.best_value, state.best_step = value, state.step
                 state.validations_without_improvement = 0
                 if config.save_best_checkpoint:
@@ -225,17 +225,6 @@ class BrainToTextDecoder_Trainer_S3:
         if self.report is not None and config.save_best_checkpoint and run.world.is_main:
             self.report(run)
             run.log.info(f"Report: {run.paths.output_data_dir / 'report.html'}")
-
-    def _already_finished(self, run: Run) -> str:
-        more = (
-            "Raise early_stopping_val_steps, or set early_stopping to false,"
-            if run.state.stopped_early
-            else "Raise num_training_batches,"
-        )
-        return (
-            f"This run already finished at step {run.state.step}; its model is in "
-            f"{run.paths.model_dir}. {more} with --accept-changes true, to train on."
-        )
 
     def _stop_on_signal(self, run: Run) -> None:
         """Leave a state to resume from, and a model even when no validation has chosen one yet."""
@@ -411,3 +400,16 @@ class BrainToTextDecoder_Trainer_S3:
         blocked = time.monotonic() - started
         interval = max(run.config.checkpoint_interval_seconds, blocked / CHECKPOINT_SHARE)
         run.next_save = time.monotonic() + interval
+
+
+def blank_remark(result: ValidationResult) -> str | None:
+    """What a best model's error rate does not tell: that nearly all it answers is the blank."""
+    counts = result.counts["classes"]
+    wanted = counts["reference_labels"]
+    decoded = wanted - counts["deletions"] + counts["insertions"]
+    if decoded > NEXT_TO_NOTHING * wanted:
+        return None
+    return (
+        f"This model decodes {decoded} labels where {wanted} were spoken: it answers with blanks, "
+        "as models do at first; its error rate means nothing yet"
+    )
