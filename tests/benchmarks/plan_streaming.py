@@ -3,9 +3,10 @@
     python tests/benchmarks/plan_streaming.py
 
 Assumes weak scaling (48 trials of 1.74 MB per GPU and step), the RAM cache's automatic budget with
-one cache per process (each meets every trial), uniform draws (hit rate = cache / train set) and published limits: network of
-the instance type, 5,500 GETs/s per S3 prefix (one prefix per session folder, of which 4 are drawn
-per batch). Figures marked "cold" are those of a run's first minutes, "steady" once caches are full.
+one cache per process (each meets every trial), uniform draws (hit rate = cache / train set) and
+published limits: network of the instance type, 5,500 GETs/s per S3 prefix (one prefix per session
+folder, of which 4 are drawn per batch). Figures marked "cold" are those of a run's first minutes,
+"steady" once caches are full.
 """
 
 from __future__ import annotations
