@@ -3,9 +3,10 @@
     python tests/benchmarks/plan_streaming.py
 
 Assumes weak scaling (48 trials of 1.74 MB per GPU and step), the RAM cache's automatic budget with
-one cache per machine, uniform draws (hit rate = cache / train set) and published limits: network of
-the instance type, 5,500 GETs/s per S3 prefix (one prefix per session folder, of which 4 are drawn
-per batch). Figures marked "cold" are those of a run's first minutes, "steady" once caches are full.
+one cache per process (each meets every trial), uniform draws (hit rate = cache / train set) and
+published limits: network of the instance type, 5,500 GETs/s per S3 prefix (one prefix per session
+folder, of which 4 are drawn per batch). Figures marked "cold" are those of a run's first minutes,
+"steady" once caches are full.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ INSTANCES = (
 
 
 def hit_rate(instance: Instance, bytes_per_value: int) -> float:
-    """Steady hit rate of the cache that a machine's processes share."""
+    """Steady hit rate of each process's cache."""
     rest = instance.ram_gb - HEADROOM_GB - instance.gpus * PREFETCH_GB
-    cache = max(0.0, CACHE_SHARE * rest)
+    cache = max(0.0, CACHE_SHARE * rest / instance.gpus)
     return min(1.0, cache / (TRAIN_SET_GB * bytes_per_value / 4))
 
 

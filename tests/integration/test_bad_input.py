@@ -591,6 +591,28 @@ def test_float16_overflow_is_named(tmp_path, capsys) -> None:
     assert "exceeds what float16 can hold" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--electrodes", "0"], "--electrodes must be from 1"),
+        (["--electrodes", "9999999"], "--electrodes must be from 1"),
+        (["--sessions", "46"], "--sessions must be from 1 to 45"),
+        (["--trials", "0"], "--trials is 0: give at least 1"),
+    ],
+)
+def test_what_cannot_be_synthesized_is_one_sentence(arguments, reason, tmp_path, capsys) -> None:
+    assert run("synthesize", tmp_path / "new", *arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert reason in error and "\n" not in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lexicon_that_would_not_be_used_is_refused(dataset, tmp_path, capsys) -> None:
+    assert run("encode", dataset, tmp_path / "new", "--lexicon", "words.txt") == 1
+    assert capsys.readouterr().err.startswith("ERROR: --lexicon is for labels from text")
+
+
 def test_usage_errors_exit_with_2(capsys) -> None:
     for wrong in (["encode", "a"], ["index"], ["paint"], ["synthesize", "x", "--trials", "zip"]):
         with pytest.raises(SystemExit) as stopped:

@@ -167,7 +167,7 @@ def test_corpora_are_known_by_block():
     [
         ({"sessions": 0}, "from 1 to 45"),
         ({"sessions": 46}, "from 1 to 45"),
-        ({"electrodes": 0}, "must be positive"),
+        ({"electrodes": 0}, "trial counts positive"),
     ],
 )
 def test_impossible_descriptions_are_refused(tmp_path, changes, message):
@@ -187,5 +187,5 @@ def test_coarticulation_moves_onsets_and_nothing_else(tmp_path):
     assert plain.sentence_label == pulled.sentence_label
     assert without.shape == with_it.shape
     assert not np.array_equal(without, with_it)
-    with pytest.raises(DataError, match="--coarticulation must be from 0 to 2"):
+    with pytest.raises(DataError, match="coarticulation must be from 0 to 2"):
         made(tmp_path / "odd", coarticulation=-1.0)

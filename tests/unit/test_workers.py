@@ -34,6 +34,11 @@ def test_a_killed_worker_is_a_sentence_that_does_not_blame_the_file():
         lost.damage  # noqa: B018
 
 
+def test_what_needs_more_memory_than_there_is_is_a_sentence():
+    ((_, lost),) = in_workers(bytearray, {"file": (1 << 60,)})
+    assert "takes more memory than a sound file" in lost.damage
+
+
 def test_an_error_of_ours_comes_back_as_itself():
     with pytest.raises(DataError, match=r"Phoneme label 0 is 99"):
         from brain_to_text.labels.diphones import encode_diphones

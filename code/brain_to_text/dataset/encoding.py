@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
 from ..labels.pronunciation import (
     Lexicon,
@@ -64,9 +64,11 @@ class EncodingOptions:
         """What decides the target's content: of a lexicon its words, not its name.
 
         Raises:
-            StorageError, DataError: the lexicon cannot be read.
+            ConfigError: a lexicon that is not used. StorageError, DataError: it cannot be read.
         """
         purpose = asdict(self)
+        if self.lexicon and not self.from_text:
+            raise ConfigError("--lexicon is for labels from text: say --from-text, too.")
         if self.from_text:
             words = repr(sorted((_lexicon(self) or {}).items())).encode()
             purpose["lexicon"] = f"{zlib.crc32(words):08x}" if self.lexicon else None

@@ -163,10 +163,12 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
     sessions = list(dict.fromkeys(block.session for block in recording_blocks()))
     if not 1 <= dataset.sessions <= len(sessions):
         raise DataError(f"--sessions must be from 1 to {len(sessions)}, not {dataset.sessions}.")
-    if dataset.electrodes < 1 or min(dataset.train_trials, dataset.val_trials) < 0:
-        raise DataError("--electrodes and the trial counts must be positive.")
+    if not 1 <= dataset.electrodes <= 4096 or min(dataset.train_trials, dataset.val_trials) < 0:
+        raise DataError("--electrodes must be from 1 to 4096, the trial counts positive.")
+    if dataset.seed < 0:
+        raise DataError(f"--seed must not be negative, like {dataset.seed}.")
     if not 0 <= dataset.coarticulation <= 2:
-        raise DataError(f"--coarticulation must be from 0 to 2, not {dataset.coarticulation:g}.")
+        raise DataError(f"coarticulation must be from 0 to 2, not {dataset.coarticulation:g}.")
     rng = np.random.default_rng([dataset.seed, 1])
     slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
     n_train = sum(split == "train" for _, (split, _, _) in slots)

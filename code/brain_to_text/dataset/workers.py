@@ -23,7 +23,7 @@ from typing import Any
 
 from ..errors import BrainToTextError, StorageError
 
-_SECONDS, _BYTES_PER_SECOND = 5.0, 4e6  # of computing, so that other load does not count
+_SECONDS, _BYTES_PER_SECOND = 5.0, 1e6  # of computing, so that other load does not count
 _MEMORY, _MEMORY_PER_BYTE = 2**30, 20
 _DAMAGE = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _PR_SET_PDEATHSIG = 1
@@ -43,10 +43,14 @@ def _end_parked() -> None:
 
 @dataclass(frozen=True)
 class Lost:
-    """A job whose process ended before it answered. signal: that ended it, 0 for none."""
+    """A job whose process ended before it answered.
+
+    signal: that ended it, 0 for none. too_large: it ran into its limit of memory.
+    """
 
     signal: int
     detail: str = ""
+    too_large: bool = False
 
     @property
     def damage(self) -> str:
@@ -55,6 +59,8 @@ class Lost:
         Raises:
             StorageError: the process was ended from outside, which says nothing about the file.
         """
+        if self.too_large:
+            return "reading it takes more memory than a sound file of its size: copy it again"
         if self.signal == signal.SIGXCPU:
             return "reading it does not come to an end: it is damaged, copy it again"
         if self.signal in _DAMAGE:
@@ -216,6 +222,8 @@ def _serve(descriptor: int, parent: int) -> None:
             answer: tuple[bool, Any] = (True, function(*arguments))
         except BrainToTextError as error:
             answer = (False, error)
+        except MemoryError:
+            answer = (True, Lost(0, too_large=True))
         except Exception as error:  # noqa: BLE001 - it is raised in the parent
             answer = (False, RuntimeError(f"{type(error).__name__}: {error}"))
             answer[1].__cause__ = error
