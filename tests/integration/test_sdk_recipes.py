@@ -92,17 +92,11 @@ def differing(sent, job):
     return {path for path, _ in set(leaves(ours.request)) ^ set(leaves(sent))}
 
 
-def test_the_estimator_sends_the_launchers_request(aws, tmp_path):
-    pytest.importorskip("sagemaker.estimator", reason="SDK v2 is not installed")
-    shared, estimator, _, _ = blocks()
-    (sent,) = run(aws, tmp_path / "home", shared, estimator)
-    assert differing(sent, "b2t-estimator") == MAY_DIFFER["Estimator"]
-
-
-def test_the_tuner_runs_the_estimators_job_and_knows_its_metrics(aws, tmp_path):
+def test_the_estimator_and_the_tuner_around_it_send_the_launchers_request(aws, tmp_path):
     pytest.importorskip("sagemaker.estimator", reason="SDK v2 is not installed")
     shared, estimator, tuner, _ = blocks()
     single, sweep = run(aws, tmp_path / "home", shared, estimator, tuner)
+    assert differing(single, "b2t-estimator") == MAY_DIFFER["Estimator"]
     definition = sweep["TrainingJobDefinition"]
     algorithm, alone = definition["AlgorithmSpecification"], single["AlgorithmSpecification"]
     assert algorithm["TrainingImage"] == alone["TrainingImage"]

@@ -22,8 +22,9 @@ from .account import AwsAccount, no_answer
 REPOSITORY = Path(__file__).resolve().parents[3]
 LABEL = "brain-to-text.code-fingerprints"
 _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache")
-# what only the desk uses, and a job's result cannot depend on
+# what only the desk uses or leaves behind, and a job's result cannot depend on
 _DESK = (
+    "*/.*",
     "code/*.md",
     "code/NOTICE",
     "code/aws/*",
