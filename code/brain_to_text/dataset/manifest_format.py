@@ -10,7 +10,6 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,12 +136,17 @@ def _check_places(records: Sequence[TrialRecord], file_size: int) -> None:
                 f"{record.name} ends at byte {record.offset + record.length:,} of a file of "
                 f"{file_size:,}"
             )
-    pieces = sorted(
-        (start, end, record.name) for record in records for start, end in record.pieces().tolist()
-    )
-    for (_, end, one), (start, _, other) in pairwise(pieces):
-        if start < end:
-            raise ValueError(f"{other} lies on bytes of {one}")
+    if not records:
+        return
+    pieces = [record.pieces() for record in records]
+    owner = np.repeat(np.arange(len(records)), [len(own) for own in pieces])
+    bounds = np.concatenate(pieces)
+    order = np.argsort(bounds[:, 0], kind="stable")
+    starts, ends = bounds[order].T
+    overlapping = np.flatnonzero(starts[1:] < ends[:-1])
+    if overlapping.size:
+        one, other = (records[owner[order[overlapping[0] + k]]].name for k in (0, 1))
+        raise ValueError(f"{other} lies on bytes of {one}")
 
 
 # --- one file's trials as columns -----------------------------------------------------------------
