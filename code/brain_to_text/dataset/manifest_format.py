@@ -7,6 +7,7 @@ was wrong, is refused with what cannot be.
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ N_CLASSES = {
     "phoneme": N_PHONEMES,
     "unlabelled": 0,
 }
+_PHONEMES = re.compile(f"[1-{chr(47 + N_PHONEMES)}]+")  # chr(48 + id)
 # A gzip file like any other, whose header's comment holds a checksum of all that follows it.
 _HEADER = b"\x1f\x8b\x08\x10\x00\x00\x00\x00\x02\xffsha256 "
 _DIGITS = 64
@@ -254,9 +256,9 @@ def _labels(
         return None, None
     if form == "unlabelled" or type(closed) is not bool:
         raise ValueError(f"{where} has labels in a set without any, or no closing pair")
-    phonemes = np.frombuffer(symbols.encode("latin-1"), np.uint8).astype(np.int32) - 48
-    if not len(phonemes) or phonemes.min() < 1 or phonemes.max() >= N_PHONEMES:
+    if not _PHONEMES.fullmatch(symbols):
         raise ValueError(f"{where} has labels that are no phonemes")
+    phonemes = np.frombuffer(symbols.encode(), np.uint8).astype(np.int32) - 48
     if form == "phoneme":
         return phonemes, phonemes
     return phonemes, encode_diphones(phonemes, form, closed)  # type: ignore[arg-type]
@@ -302,7 +304,8 @@ def _unpack_chunks(
         table[:, 3].min() < 1
         or table[:, 2].min() != 0
         or ends.max() != length
-        or not 0 <= table[:, 4].min() <= table[:, 4].max() < 2 ** len(filters)
+        or (masks != 0 and not (table[:, 4] >= 0).all())
+        or (masks != 0 and not (table[:, 4] < 2 ** len(filters)).all())
     ):
         raise ValueError(f"chunks do not make up the {length:,} bytes they are in")
     return ChunkLayout((rows, columns), tuple(filters), table)
