@@ -32,6 +32,7 @@ from support.container_job import write_configuration  # noqa: E402
 from support.engine import ImageError, build_image, container_host  # noqa: E402
 from support.local_mode import OUTPUT_PREFIX  # noqa: E402
 from support.local_s3 import LocalS3, serve_s3  # noqa: E402
+from support.processes import stop  # noqa: E402
 
 LOCAL = REPOSITORY / ".local"
 BUCKET = "brain-to-text-local"
@@ -277,11 +278,7 @@ def train_without_docker(run: Run, gpu: bool) -> None:
             process.wait()
         finally:
             if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+                stop(process, STOP_SECONDS, group=True)
     if process.returncode:
         failure = base / "output" / "failure"
         reason = failure.read_text().strip() if failure.exists() else "no reason was written"

@@ -50,6 +50,7 @@ from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.local_s3 import make_certificate, serve_s3
+from support.processes import stop
 from support.tiny_data import write_dataset
 
 BUCKET_URL = "s3://bench/data"
@@ -332,8 +333,7 @@ def proxy_process(
     try:
         yield process.stdout.readline().strip()
     finally:
-        process.terminate()
-        process.wait()
+        stop(process, 10)
 
 
 @dataclasses.dataclass

@@ -125,6 +125,9 @@ def test_a_run_continues_on_fewer_processes(data, alone, tmp_path):
         assert list((tmp_path / "checkpoints").glob("state-*.pt"))
     found = train(data, tmp_path, 1, batches_per_train_log=1)
     assert_same_run(alone[0], found)
+    said = (tmp_path / "said").read_text()
+    for before, now in ((4, 2), (2, 1)):
+        assert f"The run had {before} processes and has {now}: its batches stay the same" in said
 
 
 def ranks_of(launcher: int) -> list[int]:

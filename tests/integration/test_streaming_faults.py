@@ -168,12 +168,12 @@ def test_a_provider_that_fails_for_a_while_is_asked_again(
 def test_a_provider_that_fails_beyond_the_budget_is_the_cause(
     tiny_dataset_s3: str, manifest, provider: FaultProxy
 ) -> None:
-    retry = dataclasses.replace(QUICK, budget_seconds=2)
+    retry = dataclasses.replace(QUICK, budget_seconds=6)
     with training_batches(tiny_dataset_s3, manifest, retry) as dataset:
         batches = dataset.batches()
         next(batches)
         provider.faults = Faults(rejected_tokens=tuple(provider.tokens), no_credentials=10**6)
-        with pytest.raises(StorageError, match=r"2 s budget, last cause: .*container-role.* 500"):
+        with pytest.raises(StorageError, match=r"6 s budget, last cause: .*container-role.* 500"):
             list(batches)
 
 

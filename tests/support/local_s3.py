@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.processes import stop
+
 # The server refuses some key pairs; this one works. Not a secret: it opens a local folder.
 ACCESS_KEY = "AKIDEXAMPLE"
 SECRET_KEY = "secretsecretsecret"
@@ -127,7 +129,7 @@ def serve_s3(
             errors="replace",
             process_group=0,
         )
-        stack.callback(_stop, process)
+        stack.callback(stop, process, 5)
         url = _wait_for_address(process, log_file)
         yield LocalS3(url, root, ca_bundle=ca_bundle)
 
@@ -179,15 +181,6 @@ def _wait_for_address(process: subprocess.Popen[str], log_file: Path | None) -> 
             f"The S3 server did not start: {seen[-1] if seen else 'no message from rclone'}"
         )
     return found[0]
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from support.processes import stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = REPOSITORY / ".local" / "mlflow"
@@ -111,13 +112,7 @@ def serve_mlflow(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
             time.sleep(0.2)
         yield url
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(process, 10, group=True)
 
 
 class MlflowRest:

@@ -1,0 +1,31 @@
+"""Ending a process that was started here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+
+def stop(process: subprocess.Popen[Any], seconds: float, *, group: bool = False) -> None:
+    """SIGTERM, and SIGKILL to what has not ended after `seconds`; returns when it has.
+
+    Args:
+        group: the process leads a group of its own, whose members end with it.
+    """
+
+    def send(number: int) -> None:
+        if group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+
+    try:
+        send(signal.SIGTERM)
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        send(signal.SIGKILL)
+        process.wait()
+    except ProcessLookupError:
+        process.wait()
