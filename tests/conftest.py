@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
@@ -18,6 +19,10 @@ from brain_to_text.dataset.store import open_store
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
 from support.tiny_data import write_dataset
+
+# a loaded machine is slow, not wrong; and the same examples everywhere
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 _numbers = itertools.count()
 

@@ -652,6 +652,8 @@ def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch
         finish(device)
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
+    if not events:
+        raise SystemExit("The profiler saw nothing on the GPU: is CUPTI usable there?")
     span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
     busy = sum(event.self_device_time_total for event in events)
     rows = [

@@ -80,12 +80,14 @@ def test_a_run_that_is_stopped_before_validation_still_leaves_a_usable_model(dat
     assert best["model_state_dict"]["out.weight"].shape[0] == 1681
 
 
-def test_a_finished_run_is_not_run_again_and_leaves_its_model_again(data, tmp_path):
+def test_a_finished_run_is_not_run_again_and_leaves_everything_again(data, tmp_path):
     job = Job(data, tmp_path, **SHORT)
     assert end(job)[0] == 0
     code, said = end(job)
     assert code == 0 and "already finished at step 6" in said
     assert (tmp_path / "model" / "checkpoint" / "best_checkpoint").exists()
+    left = {path.name for path in (tmp_path / "output" / "data").iterdir()}
+    assert {"report.html", "summary.json", "trials.csv", "metrics.jsonl"} <= left
 
 
 def test_changes_are_named_and_refused_unless_accepted(data, tmp_path):

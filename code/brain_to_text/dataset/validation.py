@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from .copies import repeated_features, repeated_numbers, sketch_of
 from .hdf5_reader import DATA_FILE, FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
 from .label_check import labels_against_sentences
@@ -26,7 +27,6 @@ PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
-_SAME_FEATURES = 1e-3  # standard deviations by which copies' means may differ
 _SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
 _KNOWN_COMPANION = re.compile(rf"{re.escape(RECORD_NAME)}|.*\.(md|txt|csv|json|html)")
 
@@ -76,19 +76,8 @@ class ValueStatistics:
 
 
 def look_at(features: np.ndarray) -> tuple[ValueStatistics, np.ndarray]:
-    """A trial's [T, C] value statistics, and how it looks from afar: [n + 1] float64.
-
-    Means over up to 4 parts of its time × 8 parts of its channels, then the standard deviation:
-    copies are found by them, because they hardly feel how features are stored or rounded.
-    """
-    rows, columns = (
-        np.linspace(0, size, min(size, parts) + 1).astype(int)
-        for size, parts in zip(features.shape, (4, 8), strict=True)
-    )
-    sums = np.add.reduceat(features, rows[:-1], axis=0, dtype=np.float64)
-    sums = np.add.reduceat(sums, columns[:-1], axis=1)
-    means = sums / np.outer(np.diff(rows), np.diff(columns))
-    return ValueStatistics.of(features), np.append(means, features.std(dtype=np.float64))
+    """A trial's [T, C] value statistics, and how it looks from afar."""
+    return ValueStatistics.of(features), sketch_of(features)
 
 
 @dataclass(frozen=True)
@@ -218,8 +207,11 @@ def validate_dataset(
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
     findings += _infeasible(manifest.trials, patch_size, patch_stride, random_cut)
-    findings += _repeated_features(manifest.trials, inspections)
-    findings += _repeated_numbers(manifest.trials)
+    looks = (
+        (r.name, look) for i in inspections for r, look in zip(i.records, i.looks, strict=True)
+    )
+    findings += repeated_features(manifest.trials, {name: sketch for name, (_, sketch) in looks})
+    findings += repeated_numbers(manifest.trials)
     findings += _missing_files(files)
     findings += _unknown_files(listing)
     findings += scattered_chunks(manifest.trials)
@@ -272,54 +264,6 @@ def _infeasible(
         reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
         if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
-
-
-def _repeated_features(
-    trials: Sequence[TrialRecord], inspections: Sequence[FileInspection]
-) -> Iterator[Finding]:
-    """Trials whose features are those of a trial before, however both are stored."""
-    sketches = {
-        record.name: sketch
-        for inspection in inspections
-        for record, (_, sketch) in zip(inspection.records, inspection.looks, strict=True)
-    }
-    alike: dict[tuple[int, int], list[TrialRecord]] = defaultdict(list)
-    for trial in trials:
-        alike[trial.n_time_steps, trial.n_features].append(trial)
-    for group in alike.values():
-        table = np.stack([sketches[trial.name] for trial in group])
-        for place, trial in enumerate(group):
-            near = _SAME_FEATURES * table[place, -1] + 1e-9
-            same = np.flatnonzero((np.abs(table[:place] - table[place]) <= near).all(axis=1))
-            if not same.size:
-                continue
-            first = group[int(same[0])]
-            stored_alike = (trial.crc32, trial.length) == (first.crc32, first.length)
-            reason = f"has the same features as {first.name}"
-            if not stored_alike:
-                reason += " (stored otherwise, or the same within a thousandth)"
-            between = first.split != trial.split
-            if between:
-                reason += f": {trial.split} is not independent of {first.split}"
-            severity = "error" if between else "warning"
-            yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
-
-
-def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
-    """Block and trial numbers used twice in a session."""
-    by_number: dict[tuple[Any, ...], TrialRecord] = {}
-    for trial in trials:
-        number = (trial.session, trial.block_num, trial.trial_num)
-        first = by_number.setdefault(number, trial)
-        if first is trial:
-            continue
-        reason = (
-            f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
-        )
-        labels, earlier = trial.class_ids, first.class_ids
-        if labels is not None and earlier is not None and np.array_equal(labels, earlier):
-            reason += ", with the same labels"
-        yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
 
 
 def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
