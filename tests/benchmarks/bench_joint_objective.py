@@ -107,10 +107,7 @@ def train_and_decode(arm: str, seed: int, steps: int, options: argparse.Namespac
         "dataset.seed": seed,
         "num_training_batches": steps,
         "batches_per_val_step": steps,
-        "model.n_input_features": 2 * ELECTRODES,
-        "model.input_network.input_layer_sizes": [2 * ELECTRODES],
         "model.n_units": options.units,
-        "dataset.neural_dim": 2 * ELECTRODES,
         "dataset.batch_size": options.batch_size,
         "dataset.days_per_batch": SESSIONS,
         **(RECIPE if options.recipe else {}),
@@ -199,16 +196,15 @@ def _verdict(pairs: list[tuple[Run, Run]], metric: str) -> str:
 # --- beside the public baseline -------------------------------------------------------------------
 
 
-def beside_baseline(folder: Path, arm: str, seed: int) -> None:
+def beside_baseline(folder: Path, arm: str) -> None:
     data = folder / "smoke"
     if not (data / "trial_manifest.json.gz").exists():
         synthesize(open_store(data), SyntheticDataset())
-    kept = folder / f"baseline-{arm}-{seed}.json"
+    kept = folder / f"baseline-{arm}.json"
     if not kept.exists():
         sizes = {"model.n_units": 96, "dataset.batch_size": 16, "num_training_batches": 400}
-        own = {"seed": seed, "dataset.seed": seed, "batches_per_val_step": 100}
-        place = folder / f"baseline-{arm}-{seed}"
-        validations = train(data, place, RECIPE | sizes | own | ARMS[arm])
+        own = sizes | {"batches_per_val_step": 100}
+        validations = train(data, folder / f"baseline-{arm}", RECIPE | own | ARMS[arm])
         kept.write_text(json.dumps(validations), encoding="utf-8")
     print("| step | the baseline's DER | ours | PER |\n|---|---|---|---|")
     for validation in json.loads(kept.read_text(encoding="utf-8"))[1:]:
@@ -239,7 +235,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.baseline:
         arm = options.arms[0] if len(options.arms) == 1 else "factored"
-        beside_baseline(options.folder, arm, options.seeds[0])
+        beside_baseline(options.folder, arm)
         return
     files = {
         (steps, seed, arm): options.folder / f"seed-{seed}" / f"{arm}-{steps}.json"

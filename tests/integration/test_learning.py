@@ -1,7 +1,7 @@
 """The smoke configuration learns the smoke data, for the right reasons.
 
 Runs of rnn_args_smoke.yaml, all by the real trainer on the real files: as it is (DER and PER fall
-below 0.10, and a language model of the training sentences lowers the word error rate on held-out
+below 0.05, and a language model of the training sentences lowers the word error rate on held-out
 sentences), with labels permuted between trials (nothing can be learnt, the error rates stay above
 0.8), and without training the day layers (clearly worse, because sessions differ).
 """
@@ -50,9 +50,9 @@ def reference(smoke_data: Path, reference_folder: Path) -> dict[str, float]:
     return trained(reference_folder, smoke_data)
 
 
-def test_error_rates_fall_below_a_tenth(reference: dict[str, float]) -> None:
-    assert reference["der"] < 0.10
-    assert reference["per"] < 0.10
+def test_error_rates_fall_below_a_twentieth(reference: dict[str, float]) -> None:
+    assert reference["der"] < 0.05
+    assert reference["per"] < 0.05
 
 
 def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
@@ -80,7 +80,7 @@ def test_a_language_model_of_the_training_sentences_lowers_the_word_error_rate(
         assert evaluate_model.main([str(argument) for argument in arguments]) == 0
         summary = json.loads((tmp_path / model / "summary.json").read_text())
         rates[model] = summary["rates"]["WER"]["value"]
-    assert rates["training"] < rates["none"]  # 0.018 against 0.072 when this was written
+    assert rates["training"] < rates["none"]  # 0.011 against 0.063 when this was written
 
 
 def test_nothing_is_learnt_from_permuted_labels(tmp_path: Path) -> None:

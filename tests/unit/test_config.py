@@ -44,7 +44,7 @@ def test_diphone_config_is_the_missions_table():
     assert config.weight_decay == 0.002
 
 
-def test_diphone_config_differs_from_the_phoneme_config_only_where_the_mission_says():
+def test_diphone_config_differs_from_the_phoneme_config_where_the_mission_says_and_in_its_classes():
     changed = differences(
         load_config(CODE / "rnn_args_phoneme_sagemaker.yaml"),
         load_config(CODE / "rnn_args_diphone_sagemaker.yaml"),
@@ -54,6 +54,7 @@ def test_diphone_config_differs_from_the_phoneme_config_only_where_the_mission_s
         "dataset.batch_size",
         "dataset.n_classes",
         "lr_max",
+        "model.classifier",
         "model.n_units",
         "model.rnn_dropout",
         "num_training_batches",

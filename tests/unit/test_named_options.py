@@ -29,7 +29,12 @@ FOREIGN = {
     *("include", "stack-name", "template-body", "template-file", "capabilities", "parameters"),
     *("parameter-overrides", "policy-document", "role-name", "policy-name", "profile", "gpus"),
     *("tracking-server-name", "service-code", "quota-code", "desired-value", "instance-arn"),
-    *("permission-set-arn", "user-name", "inline-policy"),  # of the AWS command line
+    *(
+        "permission-set-arn",
+        "user-name",
+        "inline-policy",
+        "repository-name",
+    ),  # of the AWS command line
     "logdir",  # of TensorBoard
     "x-s3",  # how the names of S3's directory buckets end
 }
@@ -123,7 +128,7 @@ def test_every_command_that_is_named_exists(path):
     ]
     said = texts(path) if path.suffix == ".py" else [path.read_text(encoding="utf-8")]
     named = {name for text in said for _, name in COMMAND.findall(text)}
-    assert named <= {*commands, "and", "or", "with", "in", "once"}, named - set(commands)
+    assert named <= {*commands, "and", "or", "with", "in", "once", "needs"}, named - set(commands)
 
 
 def test_an_option_that_does_not_exist_is_found(known):

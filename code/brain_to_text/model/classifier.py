@@ -24,8 +24,8 @@ PLAIN_NAMES = (f"{PREFIX}weight", f"{PREFIX}bias")
 class FactoredClassifier(nn.Module):
     """Logits [..., 1681] of hidden states [..., n_inputs].
 
-    Residual and biases start at zero, the rows of `current` Xavier-uniform, and those of `previous`
-    at zero: while these are being learnt they do not steer the layers below.
+    The rows of `current` start Xavier-uniform, all else at zero: a phoneme classifier to which
+    every previous phoneme is as likely as the others.
     """
 
     def __init__(self, n_inputs: int) -> None:
