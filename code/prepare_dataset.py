@@ -19,7 +19,7 @@ if missing := [
     name for name in ("h5py", "jinja2", "numpy", "s3fs", "yaml") if find_spec(name) is None
 ]:
     sys.exit(
-        f"prepare_dataset.py needs Python packages that are not here ({', '.join(missing)}): run "
+        f"Python packages that this program needs are not here ({', '.join(missing)}): run "
         "`pip install boto3 h5py jinja2 numpy pyyaml s3fs`."
     )
 sys.path.insert(0, str(Path(__file__).resolve().parent))
