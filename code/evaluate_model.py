@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from brain_to_text.dataset.locations import s3_url
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.log_lines import one_line
+from brain_to_text.storage.locations import s3_url
 
 if TYPE_CHECKING:
     from brain_to_text.scoring.words import WordOptions

@@ -28,11 +28,8 @@ from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
 from brain_to_text.dataset.import_mat import ImportOptions, import_mat
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.locations import MANIFEST_NAME, not_taken_sentence
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
-from brain_to_text.dataset.targets import replace_own
 from brain_to_text.dataset.validation import (
     PATCH_SIZE,
     PATCH_STRIDE,
@@ -43,6 +40,9 @@ from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.log_lines import one_line
 from brain_to_text.scoring.report import dataset_page
+from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
+from brain_to_text.storage.store import open_store
+from brain_to_text.storage.targets import replace_own
 
 OVERWRITE = "replace files of these names in the target that this command did not write"
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(HERE))
 
 from brain_to_text.config import config_keys  # noqa: E402
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
-from brain_to_text.dataset.locations import s3_url  # noqa: E402
 from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
+from brain_to_text.storage.locations import s3_url  # noqa: E402
 from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest
-from brain_to_text.dataset.store import open_store
+from brain_to_text.storage.store import open_store
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
 from support.tiny_data import write_dataset

@@ -148,7 +148,7 @@ def wants_gpu(options: argparse.Namespace) -> bool:
 def provide_data() -> None:
     """Synthesise the smoke data straight into the S3 server; kept for the next run."""
     from brain_to_text.dataset.manifest import load_manifest
-    from brain_to_text.dataset.store import open_store
+    from brain_to_text.storage.store import open_store
 
     url = f"s3://{BUCKET}/{DATA_PREFIX}"
     if (LOCAL / "s3" / BUCKET / DATA_PREFIX).exists() and load_manifest(open_store(url)):

@@ -44,7 +44,6 @@ from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.store import open_store
 from brain_to_text.gpus import GPUS, OLDEST_CAPABILITY, flops_per_step, known_as, step_time
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.launch.pricing import table as instance_table
@@ -60,6 +59,7 @@ from brain_to_text.model.optimizer import (
 from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.scoring.decoding import evaluate
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream

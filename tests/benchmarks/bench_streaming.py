@@ -41,9 +41,9 @@ import numpy as np
 import torch
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest, write_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch import pad_features
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3

@@ -11,7 +11,7 @@ import torch
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.selection import select_trials
-from brain_to_text.dataset.store import open_store
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch_plan import BatchPlan
 from support import local_mode
 from support.container_job import BUCKET, PREFIX, TINY_JOB, Cluster, Job

@@ -19,9 +19,9 @@ import prepare_dataset
 import pytest
 from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
-from brain_to_text.dataset.locations import MANIFEST_NAME
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError
+from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.store import open_store
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -501,8 +501,8 @@ def test_other_things(tmp_path, capsys) -> None:
 
 def test_a_damaged_manifest_stops_a_job(dataset) -> None:
     from brain_to_text.dataset.indexing import load_or_build_manifest
-    from brain_to_text.dataset.store import open_store
     from brain_to_text.errors import DataError
+    from brain_to_text.storage.store import open_store
 
     damaged_manifest(dataset)
     with pytest.raises(DataError, match=r"is damaged .*prepare_dataset.py index"):

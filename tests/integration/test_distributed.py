@@ -14,7 +14,7 @@ import h5py
 import pytest
 import torch
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.store import open_store
+from brain_to_text.storage.store import open_store
 from integration.kill_harness import SETTINGS
 from support.tiny_data import write_dataset
 

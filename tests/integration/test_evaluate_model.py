@@ -16,7 +16,6 @@ import torch
 import yaml
 from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.selection import select_for_evaluation
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
@@ -24,6 +23,7 @@ from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.scoring.trained_model import open_model
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.tiny_data import write_dataset

@@ -16,12 +16,12 @@ import numpy as np
 import prepare_dataset
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.locations import MANIFEST_NAME
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.dataset.store import open_store
-from brain_to_text.dataset.targets import RECORD_NAME, Target
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
+from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.store import open_store
+from brain_to_text.storage.targets import RECORD_NAME, Target
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"

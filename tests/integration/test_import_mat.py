@@ -10,8 +10,8 @@ import prepare_dataset
 import pytest
 import train_model_sagemaker
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.labels.phonemes import phoneme_symbols
+from brain_to_text.storage.store import open_store
 
 savemat = pytest.importorskip("scipy.io").savemat
 

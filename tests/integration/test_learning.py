@@ -16,8 +16,8 @@ import prepare_dataset
 import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
+from brain_to_text.storage.store import open_store
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
 CONFIG = Path(prepare_dataset.__file__).with_name("rnn_args_smoke.yaml")

@@ -18,10 +18,10 @@ import prepare_dataset
 import pytest
 from brain_to_text.dataset.encoding import encode_dataset
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.locations import MANIFEST_NAME
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.labels.diphones import decode_diphones
+from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.store import open_store
 from support.small_data import SESSIONS, write_small_dataset
 from support.tiny_data import append_in_turns
 

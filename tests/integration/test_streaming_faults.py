@@ -13,11 +13,11 @@ import botocore.utils
 import numpy as np
 import pytest
 import torch
-from brain_to_text.dataset.attempts import RetryPolicy
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError, StorageError
+from brain_to_text.storage.attempts import RetryPolicy
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3

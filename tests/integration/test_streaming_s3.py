@@ -11,8 +11,8 @@ import pytest
 import torch
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream

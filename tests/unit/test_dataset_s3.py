@@ -15,8 +15,8 @@ import torch
 from brain_to_text.config import TrainingConfig
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import DataError, StorageError
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch import Batch, pad_features
 from brain_to_text.streaming.dataset_s3 import (
     BrainToTextDatasetS3,

@@ -83,8 +83,8 @@ def test_what_the_troubleshooting_table_quotes_is_printed_by_the_code():
 
 
 # The folders in the order in which data moves; "" is the top, which every folder may know.
-FOLDERS = ("", "labels", "dataset", "streaming", "model", "scoring", "training")
-KNOWN_TO_LAUNCH = {"", "labels", "dataset", "launch"}
+FOLDERS = ("", "labels", "storage", "dataset", "streaming", "model", "scoring", "training")
+KNOWN_TO_LAUNCH = {"", "labels", "storage", "dataset", "launch"}
 LIBRARY = CODE_FOLDER / "brain_to_text"
 
 

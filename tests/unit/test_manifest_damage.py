@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from brain_to_text.dataset.hdf5_writer import data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
-from brain_to_text.dataset.locations import MANIFEST_NAME
 from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
 from brain_to_text.dataset.manifest_format import packed
-from brain_to_text.dataset.store import LocalStore, open_store
 from brain_to_text.errors import DataError
+from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.store import LocalStore, open_store
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.fuzzing import rounds
 from support.small_data import SESSIONS, small_trial, write_small_dataset

@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from brain_to_text.dataset.locations import ObjectInfo, s3_url, split_s3_url
-from brain_to_text.dataset.s3_store import S3Store
-from brain_to_text.dataset.store import (
+from brain_to_text.errors import DataError, StorageError
+from brain_to_text.storage.locations import ObjectInfo, s3_url, split_s3_url
+from brain_to_text.storage.s3_store import S3Store
+from brain_to_text.storage.store import (
     LocalStore,
     gunzipped,
     listing_after_writing,
     open_store,
 )
-from brain_to_text.errors import DataError, StorageError
 
 
 def test_what_was_written_is_read_and_listed(tmp_path):

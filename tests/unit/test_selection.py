@@ -7,8 +7,8 @@ import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.selection import against_config, ctc_problem, select_trials
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import ConfigError
+from brain_to_text.storage.store import open_store
 
 FITTING = {
     "n_classes": 1681,

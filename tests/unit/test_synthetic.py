@@ -6,11 +6,11 @@ import h5py
 import numpy as np
 import pytest
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
 from brain_to_text.dataset.synthetic import _plan as plan_of
 from brain_to_text.errors import DataError
 from brain_to_text.labels.recording_blocks import corpus_of, recording_blocks
+from brain_to_text.storage.store import open_store
 
 SMALL = SyntheticDataset(sessions=2, train_trials=6, val_trials=3, test_trials=2, electrodes=8)
 

@@ -18,10 +18,10 @@ from brain_to_text.dataset.indexing import (
     load_or_build_manifest,
     manifest_from_inspections,
 )
-from brain_to_text.dataset.locations import MANIFEST_NAME
 from brain_to_text.dataset.manifest import FileRecord, TrialManifest, load_manifest, write_manifest
-from brain_to_text.dataset.store import ObjectInfo, open_store
 from brain_to_text.errors import DataError
+from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.store import ObjectInfo, open_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_data import SESSIONS, small_trial, write_small_dataset

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from brain_to_text.dataset.attempts import ReadError, RetryPolicy
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
-from brain_to_text.dataset.store import open_store
 from brain_to_text.errors import StorageError
+from brain_to_text.storage.attempts import ReadError, RetryPolicy
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.ranged_reads import LocalRangedReader
 from brain_to_text.streaming.trial_stream import TrialStream
 

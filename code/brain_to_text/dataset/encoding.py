@@ -21,6 +21,9 @@ from ..labels.pronunciation import (
     read_lexicon,
     text_phonemes,
 )
+from ..storage.locations import S3_ETAG, ObjectInfo, data_files
+from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.targets import Target
 from .hdf5_reader import (
     DATA_FILE,
     TRIAL_NAME,
@@ -33,10 +36,7 @@ from .hdf5_reader import (
 from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
 from .hdf5_writer import FeatureType, Layout, padded, write_features
 from .indexing import manifest_from_inspections
-from .locations import S3_ETAG, ObjectInfo, data_files
 from .manifest import TrialManifest, write_manifest
-from .store import ObjectStore, listing_after_writing, open_store
-from .targets import Target
 from .workers import Lost, in_workers, limited
 
 COMMAND = "prepare_dataset.py encode"

@@ -17,6 +17,7 @@ from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones, detect_l
 from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
+from ..storage.locations import DATA_FILE
 from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
@@ -30,7 +31,6 @@ from .hdf5_values import (
     read_text,
     text_of,
 )
-from .locations import DATA_FILE
 from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
 
 TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")

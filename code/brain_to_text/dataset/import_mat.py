@@ -22,13 +22,13 @@ import numpy as np
 from ..errors import ConfigError, DataError, StorageError
 from ..labels.diphones import LabelForm, encode_diphones
 from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
+from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.targets import Target
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_values import DamagedTrial, one_line, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .indexing import manifest_from_inspections
 from .manifest import TrialManifest, write_manifest
-from .store import ObjectStore, listing_after_writing, open_store
-from .targets import Target
 from .workers import Lost, in_workers, limited
 
 COMMAND = "prepare_dataset.py import-mat"

@@ -13,11 +13,11 @@ import numpy as np
 from ..errors import DataError, StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import N_PHONEMES
+from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
+from ..storage.store import ObjectStore, open_store
 from .hdf5_reader import FileInspection, inspect_file
-from .locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
 from .manifest import TrialManifest, load_manifest, write_manifest
 from .manifest_format import FileRecord, trial_order
-from .store import ObjectStore, open_store
 from .trial_record import Finding, TrialRecord
 from .workers import Lost, in_workers, limited
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import DataError
-from .locations import DATA_FILE, MANIFEST_NAME, S3_ETAG, ObjectInfo, shortened
+from ..storage.locations import DATA_FILE, MANIFEST_NAME, S3_ETAG, ObjectInfo, shortened
+from ..storage.store import ObjectStore
 from .manifest_format import FileRecord, columns_of, packed, parsed, unpacked
-from .store import ObjectStore
 from .trial_record import Finding, TrialRecord
 
 VERSION = 1

@@ -18,9 +18,9 @@ import numpy as np
 from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
+from ..storage.locations import DATA_FILE
+from ..storage.store import gunzipped
 from .hdf5_reader import TRIAL_NAME
-from .locations import DATA_FILE
-from .store import gunzipped
 from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
 
 SPLITS = ("train", "val", "test")

@@ -21,12 +21,12 @@ from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
+from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.targets import Target
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_writer import FeatureType, Layout, TrialContents, data_file_bytes
 from .indexing import manifest_from_inspections
 from .manifest import TrialManifest, write_manifest
-from .store import ObjectStore, listing_after_writing, open_store
-from .targets import Target
 from .workers import Lost, in_workers
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..storage.locations import MANIFEST_NAME, data_files
+from ..storage.store import ObjectInfo, ObjectStore
+from ..storage.targets import RECORD_NAME
 from .copies import repeated_features, repeated_numbers, sketch_of
 from .hdf5_reader import DATA_FILE, FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
 from .label_check import labels_against_sentences
-from .locations import MANIFEST_NAME, data_files
 from .manifest import TrialManifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
-from .store import ObjectInfo, ObjectStore
-from .targets import RECORD_NAME
 from .trial_record import Finding, TrialRecord
 
 PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe

@@ -1,1 +1,1 @@
-"""The desk: jobs requested, checked, watched, fetched. Knows top, `labels` and `dataset` only."""
+"""The desk: jobs requested, checked, watched, fetched. Knows top to `dataset` only."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from ..dataset.locations import split_s3_url
+from ..storage.locations import split_s3_url
 from .account import AwsAccount, error_code, sentence
 from .checks import Finding, error, warning
 from .image import ECR_URI

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..config import TrainingConfig
-from ..dataset.locations import (
+from ..errors import BrainToTextError
+from ..gpus import OLDEST_CAPABILITY, n_frames
+from ..storage.locations import (
     DATA_FILE,
     MANIFEST_NAME,
     ObjectInfo,
@@ -19,8 +21,6 @@ from ..dataset.locations import (
     s3_url,
     split_s3_url,
 )
-from ..errors import BrainToTextError
-from ..gpus import OLDEST_CAPABILITY, n_frames
 from .account import AwsAccount, error_code, sentence
 from .image import ECR_URI, Image, code_differences, look_at
 from .pricing import gpu_of, instance_type, step_seconds

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..dataset.locations import s3_url, split_s3_url
 from ..errors import JobError
 from ..log_lines import Progress
+from ..storage.locations import s3_url, split_s3_url
 from .account import AwsAccount, error_code, explained
 from .jobs import job_state
 

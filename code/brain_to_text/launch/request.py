@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from ..config import TrainingConfig, config_keys
 from ..config_reader import load_config, resolve_key
-from ..dataset.locations import s3_url
 from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
+from ..storage.locations import s3_url
 from .image import unchanged_in_image
 from .service_model import breaches
 

@@ -22,10 +22,10 @@ from ..config import TrainingConfig
 from ..dataset.indexing import load_or_build_manifest
 from ..dataset.manifest import TrialManifest
 from ..dataset.selection import select_for_evaluation
-from ..dataset.store import open_store
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
 from ..model.device import autocast_dtype
+from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedTrial, decode_trials

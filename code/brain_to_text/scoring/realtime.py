@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..dataset.targets import replace_own
 from ..errors import CheckpointError
 from ..model.augmentations import Augmentation
 from ..model.rnn_model import GRUDecoder
+from ..storage.targets import replace_own
 from .trained_model import ModelArtefact
 
 METADATA = "decoder.json"  # extra file inside an exported decoder

@@ -19,13 +19,13 @@ import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import config_from_dict
-from ..dataset.locations import is_s3
-from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
 from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from ..model.weights_file import load_verified
+from ..storage.locations import is_s3
+from ..storage.store import ObjectStore, open_store
 from ..strict_yaml import read_yaml, shown
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import fsspec.asyn
 
-from ..dataset.attempts import PersistentError, ReadError
+from ..storage.attempts import PersistentError, ReadError
 
 
 class RangedReader(Protocol):

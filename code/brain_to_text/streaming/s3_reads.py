@@ -29,9 +29,10 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
-from ..dataset.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
-from ..dataset.locations import S3_ETAG, split_s3_url
-from ..dataset.s3_client import (
+from ..errors import StorageError
+from ..storage.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
+from ..storage.locations import S3_ETAG, split_s3_url
+from ..storage.s3_client import (
     PROVIDER_ERRORS,
     S3Client,
     answer_fault,
@@ -40,7 +41,6 @@ from ..dataset.s3_client import (
     read_at_most,
     web_page_fault,
 )
-from ..errors import StorageError
 
 log = logging.getLogger("brain_to_text")
 

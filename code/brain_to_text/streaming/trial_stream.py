@@ -19,18 +19,18 @@ from typing import Literal
 import numpy as np
 
 from ..config import DatasetConfig
-from ..dataset.attempts import (
+from ..dataset.manifest import TrialManifest
+from ..dataset.trial_record import TrialRecord
+from ..errors import BrainToTextError, DataError, StorageError
+from ..storage.attempts import (
     Attempts,
     ObjectReplacedError,
     PersistentError,
     ReadError,
     RetryPolicy,
 )
-from ..dataset.locations import is_s3
-from ..dataset.manifest import TrialManifest
-from ..dataset.store import ObjectStore
-from ..dataset.trial_record import TrialRecord
-from ..errors import BrainToTextError, DataError, StorageError
+from ..storage.locations import is_s3
+from ..storage.store import ObjectStore
 from .ranged_reads import LocalRangedReader, RangedReader
 from .stream_stats import StreamStats
 from .trial_cache import TrialCache, cache_budget_bytes, decoded_dtype, plan_cache

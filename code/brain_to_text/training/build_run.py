@@ -12,9 +12,7 @@ import torch
 
 from ..config import TrainingConfig
 from ..dataset.indexing import load_or_build_manifest
-from ..dataset.locations import is_s3
 from ..dataset.selection import TrialSelection, select_trials
-from ..dataset.store import open_store
 from ..errors import TrainingError
 from ..log_lines import total_line
 from ..model.augmentations import Augmentation
@@ -23,6 +21,8 @@ from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep, largest_batch
+from ..storage.locations import is_s3
+from ..storage.store import open_store
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream

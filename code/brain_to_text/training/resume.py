@@ -24,7 +24,7 @@ from .run import Run
 from .run_log import RunLog
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
-COMPUTING_FOLDERS = ("labels", "dataset", "streaming", "model", "scoring", "training")
+COMPUTING_FOLDERS = ("labels", "storage", "dataset", "streaming", "model", "scoring", "training")
 
 
 def snapshot(run: Run) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..dataset.store import ObjectStore, open_store
 from ..errors import CheckpointError, StorageError
 from ..log_lines import one_line
 from ..model.weights_file import explain_write_error, writing
+from ..storage.store import ObjectStore, open_store
 
 LOGGER = logging.getLogger("brain_to_text")
 
