@@ -17,6 +17,7 @@ import prepare_dataset
 import pytest
 from brain_to_text.dataset.workers import Lost, in_workers
 from support.hdf5_fuzz import KEY, look_at, mutations
+from support.processes import heed_signals
 from support.small_data import SESSIONS, write_small_dataset
 
 FRONT_DOOR = Path(prepare_dataset.__file__)
@@ -203,6 +204,7 @@ def encoding(source: Path, tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120

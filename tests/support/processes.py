@@ -1,4 +1,4 @@
-"""Ending a process that was started here."""
+"""Processes that tests start: how they heed signals, how they end."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def stop(process: subprocess.Popen[Any], seconds: float, *, group: bool = False)
         process.wait()
     except ProcessLookupError:
         process.wait()
+
+
+def heed_signals() -> None:
+    """For `preexec_fn`: as at a terminal; a background job hands SIGINT and SIGHUP down ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

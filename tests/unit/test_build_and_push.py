@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from brain_to_text.launch.image import code_differences, fingerprints
 from support.bare_path import bare_path
+from support.processes import heed_signals
 
 TOP = Path(__file__).parents[2]
 REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -55,12 +56,6 @@ describe-images)
 get-authorization-token) echo QVdTOnBhc3N3b3Jk ;;
 esac
 """.replace("REGISTRY", REGISTRY)
-
-
-def _heed_signals() -> None:
-    """As at a terminal: a test run in the background hands down SIGINT and SIGHUP as ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Desk:
@@ -115,7 +110,7 @@ class Desk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_heed_signals,
+            preexec_fn=heed_signals,
         )
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
