@@ -172,6 +172,10 @@ def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[s
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     for name in ("tags", "environment"):
         if name in given:
+            keys = [key for key, _ in given[name]]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                option = "--tag" if name == "tags" else "--env"
+                raise ConfigError(f"{option} {twice[0]} is given twice: give it once.")
             given[name] = dict(given[name])
     for name in ("subnets", "security_group_ids"):
         if name in given:
@@ -193,6 +197,8 @@ def overrides(extra: list[str], parser: argparse.ArgumentParser) -> dict[str, st
             if not remaining or remaining[0].startswith("--"):
                 parser.error(f"--{name} needs a value (and is no option of this command)")
             value = remaining.pop(0)
+        if name in values:
+            parser.error(f"--{name} is given twice: give it once")
         values[name] = value
     return values
 

@@ -122,11 +122,11 @@ def run_index(options: argparse.Namespace) -> int:
         )
     overlooked = not_taken_sentence(listing)
     if overlooked:
-        print(overlooked)
+        print(one_line(overlooked))
     for finding in manifest.damaged:
-        print(f"Left out as damaged: {finding}")
+        print(one_line(f"Left out as damaged: {finding}"))
     for finding in scattered_chunks(manifest.trials):
-        print(f"Warning: {finding}")
+        print(one_line(f"Warning: {finding}"))
     write_manifest(store, manifest)
     print(_summary(store.url, manifest))
     print(f"Wrote {store.url}/{MANIFEST_NAME} in {time.monotonic() - started:.1f} s")

@@ -368,6 +368,9 @@ def _unknown(name: str, source: str) -> ConfigError:
             "[[step, weight], ...]."
         )
     known = [path for path, _, _ in config_keys()]
+    if name in known:
+        first, _, rest = name.partition(".")
+        return ConfigError(f"{said} In a file it is written nested: {first}: {{{rest}: ...}}.")
     leaf = {path.rsplit(".", 1)[-1]: path for path in known}
     wanted = name[:80].replace("-", "_")
     close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
@@ -387,7 +390,10 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
-        return f"a list of {_describe(typing.get_args(hint)[0]).removeprefix('a ')}s"
+        (item,) = typing.get_args(hint)
+        if typing.get_origin(item) is list:
+            return "a list of lists of numbers"
+        return f"a list of {_describe(item).removeprefix('a ')}s"
     if origin is dict:
         return "a mapping of sessions to block numbers to lists of trial numbers"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")

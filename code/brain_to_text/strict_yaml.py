@@ -70,4 +70,7 @@ def shown(value: Any) -> str:
     """A value for an error message: never long, never over several lines."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python refuses to write a whole number of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"

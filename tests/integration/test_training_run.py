@@ -708,6 +708,11 @@ def test_a_resumed_run_knows_its_sessions_by_name(data, train, order):
     assert "Resuming after step 6" in after.said
     new = after.last()
     theirs, ours = (yaml.safe_load(text) for text in (first, then))
+    assert "scored on other sessions or trials" in after.said
+    folder = after.folder / "model" / "checkpoint"
+    best = torch.load(folder / "best_checkpoint", weights_only=True)
+    assert best["sessions"] == ours and best["step"] == 7
+    assert yaml.safe_load((folder / "args.yaml").read_text())["dataset"]["sessions"] == ours
     for day, session in enumerate(ours):
         weights = new["model"][f"day_weights.{day}"]
         if session in theirs:

@@ -297,3 +297,15 @@ def test_every_key_has_help_and_resolves_to_itself():
         if "help" in entry.metadata:
             assert entry.metadata["help"]
             assert resolve_key(path) == path
+
+
+def test_a_number_of_thousands_of_hexadecimal_digits_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        load_config(None, {"seed": "0x" + "f" * 6000})
+
+
+def test_a_dotted_key_in_a_file_is_advised_to_be_nested(tmp_path) -> None:
+    path = tmp_path / "dotted.yaml"
+    path.write_text("model.n_units: 5\n")
+    with pytest.raises(ConfigError, match=r"written nested: model: \{n_units: \.\.\.\}"):
+        load_config(path)

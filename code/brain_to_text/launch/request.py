@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ..config import TrainingConfig, config_keys
 from ..config_reader import load_config, resolve_key
-from ..errors import JobError
+from ..errors import ConfigError, JobError
 from ..log_lines import METRIC_DEFINITIONS
 from ..storage.locations import s3_url
 from .image import unchanged_in_image
@@ -154,7 +154,16 @@ def resolve_config(
     shipped = CODE_FOLDER / given.name
     if not given.is_file() and len(given.parts) == 1:
         given = shipped
-    overrides = {resolve_key(name): value for name, value in settings.overrides.items()}
+    own = {
+        "num_training_batches": settings.num_training_batches,
+        "dataset.batch_size": settings.batch_size,
+    }
+    overrides: dict[str, Any] = {}
+    for name, value in settings.overrides.items():
+        path = resolve_key(name)
+        if path in overrides or own.get(path) is not None:
+            raise ConfigError(f"Setting '{path}' is given twice: give it once.")
+        overrides[path] = value
     if settings.num_training_batches is not None:
         overrides["num_training_batches"] = settings.num_training_batches
     if settings.batch_size is not None:

@@ -162,6 +162,11 @@ class LocalStore:
             yield
         except OSError as error:
             path = Path(error.filename or self.folder / key)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageError(
+                    f"Cannot {verb} {printable(path)} ({error.strerror}): free space there, then "
+                    "repeat the command."
+                ) from error
             raise StorageError(
                 f"Cannot {verb} {printable(path)} ({error.strerror or error}): check the path and "
                 f"its permissions with 'ls -l {printable(path.parent)}'."

@@ -24,6 +24,11 @@ from .run import Run
 from .run_log import RunLog
 
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
+# Settings below `dataset` that decide which trials are validated, and how they are scored.
+VALIDATION_KEYS = (
+    *("sessions", "bad_trials_dict", "dataset_probability_val", "n_classes", "feature_subset"),
+    "on_damaged_trial",
+)
 COMPUTING_FOLDERS = ("labels", "storage", "dataset", "streaming", "model", "scoring", "training")
 
 
@@ -84,6 +89,7 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
         ]
     run.train_step.load_state_dict(step_state)
     _restore_progress(run, saved["run"])
+    _forget_best_of_other_trials(run, saved["identity"])
     set_rng_state(saved["rng"], run.device)
     run.log.restore(saved["log"])
 
@@ -97,6 +103,32 @@ def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:
     state.stopped_early = state.stopped_early and config.early_stopping and not patient
     ended = state.stopped_early or state.step >= config.num_training_batches
     state.finished = state.finished and ended
+
+
+def _forget_best_of_other_trials(run: Run, before: Mapping[str, Any]) -> None:
+    """After accepted changes of what validation scores, earlier error rates mean nothing here.
+
+    Raises:
+        CheckpointError: the run has finished, so that no model of the new settings would follow.
+    """
+    state, own = run.state, run.identity
+    old, new = before["config"]["dataset"], own["config"]["dataset"]
+    alike = all(old.get(name) == new.get(name) for name in VALIDATION_KEYS)
+    if before["dataset"] == own["dataset"] and alike:
+        return
+    if state.finished:
+        raise CheckpointError(
+            f"The run in {run.paths.checkpoint_dir} has finished on other sessions or trials: "
+            "raise num_training_batches to train it on, or give this run its own checkpoint "
+            "location."
+        )
+    if state.best_step >= 0:
+        run.log.warning(
+            "The best model so far was scored on other sessions or trials: the next validation "
+            "chooses anew."
+        )
+    state.best_value, state.best_step = float("inf"), -1
+    state.validations_without_improvement = 0
 
 
 def already_finished(run: Run) -> str:
