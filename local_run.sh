@@ -10,12 +10,13 @@
 #   --base-image IMAGE  build on another Debian or Ubuntu image with Python >= 3.11 (or BASE_IMAGE=...)
 #
 # Needs Python >= 3.11 (PYTHON names another than python3); with Docker: an engine and Compose.
-# Everything it makes is in .venv/ and .local/. Exit code 0: trained, and the decoder learned.
+# Everything it makes is ignored by git: .venv/, .local/, a wheel in docker/wheels/.
+# Exit code 0: trained and, without --steps, the decoder learned.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-    sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 

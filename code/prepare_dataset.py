@@ -16,11 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if missing := [
-    name for name in ("h5py", "jinja2", "numpy", "s3fs", "yaml") if find_spec(name) is None
+    name
+    for name in ("aiobotocore", "h5py", "jinja2", "numpy", "s3fs", "tqdm", "yaml")
+    if find_spec(name) is None
 ]:
     sys.exit(
         f"Python packages that this program needs are not here ({', '.join(missing)}): run "
-        "`pip install boto3 h5py jinja2 numpy pyyaml s3fs`."
+        "`pip install 's3fs>=2026' boto3 h5py jinja2 numpy pyyaml tqdm`."
     )
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -307,8 +307,7 @@ def show_results(run: Run) -> int:
     archive = run.folder / "model.tar.gz"
     boto3.client("s3").download_file(BUCKET, run.model_key, str(archive))
     model = run.folder / "model"
-    with tarfile.open(archive) as packed:
-        packed.extractall(model, filter="data")
+    shutil.unpack_archive(archive, model)  # tarfile's `filter` is younger than Python 3.11
     held = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
     if missing := sorted(PROMISED - held):
         raise LocalRunError(f"model.tar.gz lacks {', '.join(missing)}: see {_short(run.folder)}.")

@@ -372,7 +372,10 @@ def _check_objective(config: TrainingConfig) -> None:
             "with 41 classes the phoneme loss is the only one."
         )
     if objective.phoneme_weight > 0 and schedule is not None:
-        raise ConfigError("Give objective.phoneme_weight or objective.schedule, not both.")
+        raise ConfigError(
+            "Give objective.phoneme_weight or objective.schedule, not both: set the weight to 0, "
+            "or the schedule to null."
+        )
     _check_schedule(objective, config.num_training_batches)
 
 

@@ -558,3 +558,14 @@ def test_a_lexicon_edited_between_two_runs_is_noticed(source, capsys) -> None:
     lexicon.write_text("go G OW\n")
     assert run(*command) == 1
     assert "begun with other options (lexicon was " in sentence(capsys)
+
+
+def test_a_newline_in_a_folders_name_cannot_fake_a_line(source, tmp_path, capsys):
+    folder = tmp_path / "data" / "t15.2023.08.11\n2026-01-01: Finished at step 9"
+    shutil.copytree(source / SESSIONS[0], folder)
+    shutil.copytree(source / SESSIONS[1], folder.parent / SESSIONS[1])
+    for command in ("index", "validate"):
+        run(command, folder.parent)
+        said = capsys.readouterr()
+        lines = (said.out + said.err).splitlines()
+        assert not [line for line in lines if line.startswith("2026-01-01")], command

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..log_lines import one_line
 from ..storage.locations import MANIFEST_NAME, data_files
 from ..storage.store import ObjectInfo, ObjectStore
 from ..storage.targets import RECORD_NAME
@@ -160,13 +161,13 @@ class ValidationReport:
             )
         lines.append("")
         for note in self.notes:
-            lines.append(f"Note: {note}")
+            lines.append(one_line(f"Note: {note}"))
         for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
             by_kind: dict[str, list[Finding]] = defaultdict(list)
             for finding in findings:
                 by_kind[finding.kind].append(finding)
             for kind, group in by_kind.items():
-                lines += [f"{title} ({kind}): {finding}" for finding in group[:most]]
+                lines += [one_line(f"{title} ({kind}): {finding}") for finding in group[:most]]
                 if len(group) > most:
                     lines.append(f"{title} ({kind}): and {len(group) - most} more; see --json")
         verdict = "nothing to repair" if not self.errors else "repair these, or exclude them"
