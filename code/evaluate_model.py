@@ -98,6 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(
+            f"ERROR: This program needs the Python package {error.name}, which is not here: run it "
+            "as .venv/bin/python code/evaluate_model.py (./local_run.sh makes .venv).",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -125,21 +132,19 @@ def evaluate(options: argparse.Namespace) -> None:
         data = s3_url(options.s3_bucket, options.s3_data_prefix)
 
     # After the cheap checks: importing torch takes seconds.
-    from brain_to_text.scoring.evaluate import EvaluationOptions, evaluate_model
+    from brain_to_text.scoring.evaluate import evaluate_model
 
     evaluate_model(
-        EvaluationOptions(
-            models=options.model,
-            data=data,
-            split=options.split,
-            output_dir=options.output_dir,
-            compare_with=options.compare_with,
-            batch_size=options.batch_size,
-            device=options.device,
-            export_logits=options.export_logits,
-            words=_word_options(options),
-            overwrite=options.overwrite,
-        )
+        options.model,
+        data,
+        options.split,
+        options.output_dir,
+        compare_with=options.compare_with,
+        batch_size=options.batch_size,
+        device=options.device,
+        export_logits=options.export_logits,
+        words=_word_options(options),
+        overwrite=options.overwrite,
     )
 
 

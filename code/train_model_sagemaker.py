@@ -141,7 +141,6 @@ def write_report(run: Run) -> None:
         run.paths.output_data_dir,
         run.stream,
         run.device,
-        metrics_file=run.paths.output_data_dir / "metrics.jsonl",
         batch_size=run.config.dataset.batch_size,
     )
 

@@ -118,7 +118,7 @@ def train_and_decode(arm: str, seed: int, steps: int, options: argparse.Namespac
     store = open_store(str(data_folder(options, seed, phonemes=False)))
     with TrialStream(store, load_or_build_manifest(store, print)) as stream:
         artefact = open_model(str(place / "model" / "checkpoint" / "final_checkpoint"))
-        decoded = run_model(artefact, stream, "val", torch.device("cpu"), progress=False)
+        decoded = run_model(artefact, stream, "val", torch.device("cpu"))
     kept = ("file", "phonemes", "errors", "diphones", "diphone_errors")
     rows = [trial_row(trial) for trial in decoded.trials]
     return [{name: row[name] for name in kept if name in row} for row in rows]

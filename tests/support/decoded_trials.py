@@ -47,11 +47,9 @@ def decoded(
     hypothesis: list[int],
     *,
     own: TrialRecord | None = None,
-    confidences: Sequence[float] | None = None,
     classes: tuple[list[int], list[int]] | None = None,
     path: list[int] | None = None,
     class_log_probs: np.ndarray | None = None,
-    nats: float | None = None,
 ) -> DecodedTrial:
     """A trial with what the model said about it; `classes` are diphones (reference, hypothesis)."""
     return DecodedTrial(
@@ -59,11 +57,9 @@ def decoded(
         record=own or record(trial=index),
         reference=reference,
         hypothesis=hypothesis,
-        confidences=np.array([0.9] * len(hypothesis) if confidences is None else confidences),
         class_reference=classes[0] if classes else None,
         class_hypothesis=classes[1] if classes else None,
         path=path,
         phoneme_log_probs=np.log(np.full((5, 41), 1 / 41, np.float32)),
         class_log_probs=class_log_probs,
-        nats=nats,
     )

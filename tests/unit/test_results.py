@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import numpy as np
 import pytest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
-from brain_to_text.scoring.decoding import token_confidences
-from brain_to_text.scoring.results import complete_or_nothing, example
-from brain_to_text.scoring.statistics import bootstrap_interval
-from brain_to_text.scoring.summary import summarise
+from brain_to_text.scoring.results import check_place, complete_or_nothing, example
 from brain_to_text.scoring.tables import (
-    empty_rows,
     read_table,
     rescored_sentences,
-    session_rows,
     submission_remark,
     trial_row,
     write_submission,
@@ -57,21 +51,6 @@ def test_text_that_begins_like_a_formula_is_text_and_comes_back(tmp_path):
     assert [row["text"] for row in read_table(tmp_path / "table.csv")] == cells
 
 
-def test_sessions_have_every_rate_with_its_interval():
-    trials = [
-        decoded(0, [1, 2], [1], own=record(FIRST, 0), classes=([5, 6], [5, 6]), path=[1, 2]),
-        decoded(1, [1, 2], [1, 2], own=record(FIRST, 1), classes=([5, 6], [6]), path=[9, 2]),
-        decoded(2, [1], [1], own=record(SECOND, 0), classes=([5], [5]), path=[1]),
-    ]
-    first, second = session_rows(summarise(trials)["groups"])
-    assert (first["session"], first["trials"], second["session"]) == (FIRST, 2, SECOND)
-    interval = bootstrap_interval([1, 0], [2, 2], resamples=2000)
-    found = (first["PER"], first["PER low"], first["PER high"])
-    assert found == (interval.value, interval.low, interval.high)
-    assert (first["DER errors"], first["DER labels"]) == (1, 4)
-    assert (first["PER (diphone path) errors"], first["PER (diphone path)"]) == (1, 0.25)
-
-
 # --- whole or not at all --------------------------------------------------------------------------
 
 
@@ -80,6 +59,15 @@ def test_results_appear_when_all_are_written(tmp_path):
         (folder / "a.csv").write_text("a")
         assert not (tmp_path / "new" / "out" / "a.csv").exists()
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["a.csv"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_written_is_told_without_writing(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file is a file\): give a writable folder"):
+        check_place(tmp_path / place, {}, overwrite=True)
+    check_place(tmp_path / "new" / "out", {}, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_error_leaves_what_was_there_before(tmp_path):
@@ -125,12 +113,11 @@ def test_every_test_trial_keeps_its_row_in_the_public_order(tmp_path):
 
 def test_rows_without_text_are_named():
     manifest, text = submitted()
-    empty = empty_rows(manifest, "test", text)
-    assert empty == (f"{FIRST}/data_test.hdf5:trial_0003", f"{SECOND}/data_test.hdf5:trial_0000")
-    said = submission_remark(4, empty)
+    said = submission_remark(manifest, "test", text)
     assert said.startswith("WARNING: submission.csv has 4 rows, 2 of them without text")
-    assert empty[0] in said
-    assert submission_remark(4, ()) == "submission.csv has 4 rows, each with text"
+    assert f"{FIRST}/data_test.hdf5:trial_0003, {SECOND}/data_test.hdf5:trial_0000" in said
+    whole = submission_remark(manifest, "test", dict.fromkeys(range(6), "text"))
+    assert whole == "submission.csv has 4 rows, each with text"
 
 
 # --- rescored hypotheses --------------------------------------------------------------------------
@@ -154,7 +141,7 @@ def test_rows_without_text_are_named():
     ],
 )
 def test_a_table_that_cannot_be_scored_is_one_sentence(table, sentence, tmp_path):
-    trials = [decoded(i, [1], [1], own=record(trial=i)) for i in range(4)]
+    trials = {record(trial=i).name: i for i in range(4)}
     table = table.encode() if isinstance(table, str) else table
     path = tmp_path / "mine.csv"
     path.write_bytes(table.replace(b"NAME", record(trial=0).name.encode()))
@@ -166,8 +153,8 @@ def test_a_table_that_cannot_be_scored_is_one_sentence(table, sentence, tmp_path
 
 
 def test_the_best_score_of_each_trial_is_its_sentence(tmp_path):
-    trials = [decoded(i, [1], [1], own=record(trial=i)) for i in range(2)]
-    first, second = (trial.record.name for trial in trials)
+    trials = {record(trial=i).name: i for i in range(2)}
+    first, second = trials
     rows = [(first, "No.", -3), (second, "", -1), (first, "Yes, it is!", -2), (first, "no", -2)]
     path = tmp_path / "mine.csv"
     path.write_text("score,hypothesis,file\n" + "".join(f'{s},"{h}",{f}\n' for f, h, s in rows))
@@ -204,23 +191,3 @@ def test_a_phoneme_models_example_names_phonemes():
     shown = example(trial, 0.08)
     assert (shown["labels"], shown["kind"]) == (["CH"], "phonemes")
     assert shown["alignment"] == [("CH", "CH")], "without labels nothing is marked as wrong"
-
-
-# --- confidences ----------------------------------------------------------------------------------
-
-
-def test_a_confidence_is_the_mean_probability_over_the_frames_that_a_label_won():
-    frames = [(0, 0.9), (3, 0.5), (3, 0.7), (0, 0.8), (3, 0.6), (5, 0.4)]
-    probabilities = np.full((len(frames), N_PHONEMES), 0.001)
-    for row, (label, probability) in enumerate(frames):
-        probabilities[row, label] = probability
-    found = token_confidences(np.log(probabilities))
-    np.testing.assert_allclose(found, [0.6, 0.6, 0.4])
-    assert len(token_confidences(np.zeros((0, N_PHONEMES)))) == 0
-    assert len(token_confidences(np.log(probabilities[:1]))) == 0, "a blank is no label"
-
-
-def test_a_trials_row_has_its_mean_confidence():
-    row = trial_row(decoded(0, [1, 2], [1, 2], confidences=[0.5, 0.75]))
-    assert row["confidence"] == 0.625
-    assert json.loads(json.dumps(row))["reference"] == "AA AE"

@@ -6,11 +6,9 @@ from dataclasses import asdict
 
 import pytest
 from brain_to_text.errors import DataError
-from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.scoring.statistics import bootstrap_interval
 from brain_to_text.scoring.summary import (
-    apparent_label_form,
     compare,
     describe,
     label_form_remark,
@@ -30,7 +28,6 @@ def trials():
             [1, 2, 3],
             [1, 9, 3],
             own=record(FIRST, 0, block=2, corpus="one"),
-            confidences=[0.95, 0.55, 0.95],
             classes=([5, 6, 7], [5, 6]),
             path=[1, 2, 3],
         ),
@@ -39,7 +36,6 @@ def trials():
             [1, 2],
             [1, 2],
             own=record(FIRST, 1, block=3, corpus="one"),
-            confidences=[0.95, 0.95],
             classes=([5, 6], [5, 6]),
             path=[1],
         ),
@@ -48,7 +44,6 @@ def trials():
             LONG,
             [9, 9, *LONG[2:]],
             own=record(SECOND, 0, block=2, corpus="two"),
-            confidences=[0.55, 0.95, *[0.95] * 10],
             classes=(LONG, [7, 7, 7, *LONG[3:]]),
             path=LONG,
         ),
@@ -57,7 +52,6 @@ def trials():
             [1, 2],
             [1],
             own=record(SECOND, 1, block=2, corpus="one"),
-            confidences=[0.95],
             classes=([5], [5]),
             path=[],
         ),
@@ -126,11 +120,6 @@ def test_confusions_are_reference_by_hypothesis():
     assert matrix[9][2] == 0
 
 
-def test_nats_are_averaged_over_frames():
-    some = [decoded(0, [1], [1], nats=10.0), decoded(1, [1], [1], nats=20.0)]
-    assert summarise(some)["ctc_nats_per_frame"] == 30.0 / 10  # five frames each
-
-
 def test_without_labels_there_are_only_trials():
     assert summarise([decoded(0, None, [1])]) == {"n_trials": 1}
 
@@ -195,37 +184,14 @@ def test_the_terminal_has_every_rate_with_its_interval_and_edits():
 
 # --- label forms ----------------------------------------------------------------------------------
 
-SPOKEN = [[3, 7, 7, 12, 5, 9, 20, 31, 2, 40], [4, 8, 15, 16, 23, 1, 19, 33, 40]] * 4
-
-
-def said_in(form: str, *, right: bool = True):
-    return [
-        decoded(
-            i,
-            spoken,
-            spoken if right else [],
-            classes=([1], encode_diphones(spoken, form).tolist()),
-            path=[],
-        )
-        for i, spoken in enumerate(SPOKEN)
-    ]
-
-
-@pytest.mark.parametrize("form", ["self_loop", "transition"])
-def test_the_form_of_a_models_labels_shows_in_what_it_decodes(form):
-    assert apparent_label_form(said_in(form)) == form
-    assert apparent_label_form(said_in(form)[:1]) is None, "too little to tell"
-
-
-def test_a_poor_model_is_not_taken_for_one_of_the_transition_form():
-    assert apparent_label_form(said_in("transition", right=False)) is None
-
 
 def test_a_remark_names_both_forms_where_they_differ():
-    assert label_form_remark(said_in("self_loop"), None, "self_loop") is None
-    assert label_form_remark(said_in("self_loop"), None, "unlabelled") is None
-    guessed = label_form_remark(said_in("self_loop"), None, "transition")
-    assert guessed is not None and guessed.startswith("WARNING: the data has transition labels")
-    assert "look like self_loop labels" in guessed and "--form self_loop" in guessed
-    known = label_form_remark([], "transition", "self_loop")
-    assert known is not None and "trained on transition labels and the data has self_loop" in known
+    for known, data in (
+        ("self_loop", "self_loop"),
+        ("self_loop", "unlabelled"),
+        (None, "self_loop"),
+    ):
+        assert label_form_remark(known, data) is None
+    said = label_form_remark("transition", "self_loop")
+    assert said is not None and "trained on transition labels and the data has self_loop" in said
+    assert "--form transition" in said

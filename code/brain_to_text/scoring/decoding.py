@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -12,10 +12,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
-from ..labels.phonemes import BLANK, N_PHONEMES
+from ..labels.phonemes import N_PHONEMES
 from ..model.augmentations import Augmentation
 from ..model.losses import ctc_nll
 from ..model.rnn_model import GRUDecoder
@@ -287,42 +286,35 @@ class DecodedTrial:
         record: the trial.
         reference: phoneme ids; None without labels.
         hypothesis: phoneme ids decoded from (marginalised) phoneme probabilities.
-        confidences: [len(hypothesis)] mean probability of each phoneme over its frames.
+        phoneme_log_probs: [T', 41] float32.
         class_reference, class_hypothesis: diphone ids; None for a 41-class model. No reference,
             either, where the labels are in another form than the model's.
         path: phoneme ids that the decoded diphones stand for; None for a 41-class model.
-        phoneme_log_probs: [T', 41] float32.
         class_log_probs: [T', n_classes] float32, for chosen trials only.
-        nats: CTC negative log-likelihood of the labels; None without labels of the model's classes
-            and form.
     """
 
     index: int
     record: TrialRecord
     reference: list[int] | None
     hypothesis: list[int]
-    confidences: np.ndarray
-    class_reference: list[int] | None
-    class_hypothesis: list[int] | None
-    path: list[int] | None
     phoneme_log_probs: np.ndarray
-    class_log_probs: np.ndarray | None
-    nats: float | None
+    class_reference: list[int] | None = None
+    class_hypothesis: list[int] | None = None
+    path: list[int] | None = None
+    class_log_probs: np.ndarray | None = None
 
     @classmethod
     def of_phonemes(
         cls, index: int, record: TrialRecord, log_probs: np.ndarray, **classes: Any
     ) -> DecodedTrial:
         """A trial from its phoneme log-probabilities [T', 41], which are decoded here."""
-        nothing = dict.fromkeys(("class_reference", "class_hypothesis", "path"))
         return cls(
             index=index,
             record=record,
             reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
             hypothesis=merge_frames(log_probs.argmax(-1)[None], np.array([len(log_probs)]))[0],
-            confidences=token_confidences(log_probs),
             phoneme_log_probs=log_probs,
-            **{**nothing, "class_log_probs": None, "nats": None, **classes},
+            **classes,
         )
 
 
@@ -334,7 +326,7 @@ def decode_trials(
     autocast: Autocast = nullcontext,
     keep_classes: Collection[int] = (),
     label_form: LabelForm | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[DecodedTrial]:
     """Decode every trial of `dataset` greedily.
 
@@ -350,67 +342,29 @@ def decode_trials(
     Returns:
         One entry per trial, in the manifest's order.
     """
+    manifest = dataset.manifest
+    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
+    comparable = manifest.n_classes == model.n_classes and manifest.label_form == form
     decoded: list[DecodedTrial] = []
     with closing(_pass_over(model, augmentation, dataset, autocast)) as batches:
         for batch, logits, frames in batches:
-            decoded += _decode_batch(
-                batch, logits, frames, dataset.manifest, keep_classes, label_form
-            )
-            if progress is not None:
-                progress(len(batch))
+            log_probs, lengths = logits.float().log_softmax(-1), frames.tolist()
+            diphones = model.n_classes == N_DIPHONES
+            phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
+            classes = greedy_decode(log_probs, frames) if diphones else []
+            for row, index in enumerate(batch.trial_indices.tolist()):
+                record, n = manifest.trials[index], lengths[row]
+                about: dict[str, Any] = {}
+                if diphones:
+                    labels = record.class_ids if comparable else None
+                    about = {
+                        "class_reference": None if labels is None else labels.tolist(),
+                        "class_hypothesis": classes[row],
+                        "path": collapse_to_phonemes(classes[row], form),
+                    }
+                if index in keep_classes:
+                    about["class_log_probs"] = log_probs[row, :n].cpu().numpy()
+                own = phonemes[row, :n].copy()
+                decoded.append(DecodedTrial.of_phonemes(index, record, own, **about))
+            progress(len(batch))
     return sorted(decoded, key=lambda trial: trial.index)
-
-
-def _decode_batch(
-    batch: Batch,
-    logits: torch.Tensor,
-    frames: torch.Tensor,
-    manifest: TrialManifest,
-    keep_classes: Collection[int],
-    label_form: LabelForm | None,
-) -> Iterator[DecodedTrial]:
-    log_probs = logits.float().log_softmax(-1)
-    diphones = logits.shape[-1] == N_DIPHONES
-    lengths = frames.numpy()
-    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
-    same_classes = manifest.n_classes == logits.shape[-1]
-    if diphones:
-        same_classes = same_classes and manifest.label_form == form
-    nats: list[float | None] = [None] * len(logits)
-    if batch.labels is not None and batch.label_lengths is not None and same_classes:
-        nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths).tolist()
-    phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
-    classes = greedy_decode(log_probs, frames) if diphones else []
-    for row, index in enumerate(batch.trial_indices.tolist()):
-        record = manifest.trials[index]
-        kept = log_probs[row, : lengths[row]].cpu().numpy() if index in keep_classes else None
-        labels = record.class_ids if diphones and same_classes else None
-        yield DecodedTrial.of_phonemes(
-            index,
-            record,
-            phonemes[row, : lengths[row]].copy(),
-            class_reference=None if labels is None else labels.tolist(),
-            class_hypothesis=classes[row] if diphones else None,
-            path=collapse_to_phonemes(classes[row], form) if diphones else None,
-            class_log_probs=kept,
-            nats=nats[row],
-        )
-
-
-def token_confidences(log_probs: np.ndarray) -> np.ndarray:
-    """Confidence of each greedily decoded label: its mean probability over the frames it won.
-
-    Args:
-        log_probs: [T', C] normalised.
-
-    Returns:
-        [number of decoded labels] float64, in 0 … 1.
-    """
-    best = log_probs.argmax(-1)
-    if not len(best):
-        return np.zeros(0)
-    run = np.cumsum(np.concatenate([[True], best[1:] != best[:-1]])) - 1
-    probability = np.exp(log_probs.max(-1).astype(np.float64))
-    mean = np.bincount(run, probability) / np.bincount(run)
-    label = best[np.unique(run, return_index=True)[1]]
-    return np.minimum(mean[label != BLANK], 1.0)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +27,16 @@ from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedTrial, decode_trials
-from .results import Evaluation, complete_or_nothing, write_results
+from .results import Evaluation, check_place, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark, summarise
-from .tables import HYPOTHESES, empty_rows, read_table, rescored_sentences, submission_remark
-from .trained_model import ModelArtefact, open_model
+from .tables import rescored_sentences, submission_remark
+from .trained_model import CHECKPOINTS, ModelArtefact, open_model
 from .word_decoder import WordDecoder
 from .words import (
     DecodedSentences,
     WordOptions,
     check_words,
     decode_sentences,
-    decodings,
     make_decoder,
     score_sentences,
     training_sentences,
@@ -48,11 +45,26 @@ from .words import (
 N_EXAMPLES = 4
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What `evaluate_model.py` was asked to do.
+def evaluate_model(
+    models: Sequence[str],
+    data: str,
+    split: str,
+    output_dir: Path,
+    *,
+    compare_with: str | None = None,
+    batch_size: int = 128,
+    device: str | None = None,
+    export_logits: bool = False,
+    words: WordOptions | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Evaluation:
+    """Decode a split, score it, write tables and the report.
 
-    Attributes:
+    What can be known to fail fails before anything is decoded or written, and results are written
+    completely or not at all.
+
+    Args:
         models: folder, model.tar.gz or `s3://` URL; several are an ensemble.
         data: dataset folder or `s3://` URL.
         split: "val", "test" or "train".
@@ -63,170 +75,115 @@ class EvaluationOptions:
         export_logits: also write phoneme logits for the public language-model server.
         words: decode or score sentences too, or None.
         overwrite: replace results of another model, dataset or split in output_dir.
-    """
-
-    models: Sequence[str]
-    data: str
-    split: str
-    output_dir: Path
-    compare_with: str | None = None
-    batch_size: int = 128
-    device: str | None = None
-    export_logits: bool = False
-    words: WordOptions | None = None
-    overwrite: bool = False
-
-
-def evaluate_model(options: EvaluationOptions, say: Callable[[str], None] = print) -> Evaluation:
-    """Decode a split, score it, write tables and the report to `options.output_dir`.
-
-    What can be known to fail fails before anything is decoded, and results are written completely
-    or not at all.
+        say: takes each line for the terminal.
 
     Raises:
         BrainToTextError: model, data or output cannot be read, used or written.
     """
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size is {options.batch_size}: give at least 1 trial.")
-    device = _device(options.device)
-    say(f"Using device: {device}")
-    words = options.words
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}: give at least 1 trial.")
+    where = _device(device)
+    say(f"Using device: {where}")
     if words is not None:
         check_words(words)
-        if words.rescored is not None:
-            read_table(words.rescored, HYPOTHESES)
-    purpose = {
-        "model": " + ".join(options.models),
-        "data": options.data,
-        "split": options.split,
-    }
-    place, data = (Path(os.path.realpath(p)) for p in (options.output_dir, options.data))
-    if "://" not in options.data and data in (place, *place.parents):
+    place, source = (Path(os.path.realpath(p)) for p in (output_dir, data))
+    if "://" not in data and source in (place, *place.parents):
         raise ConfigError(
-            f"--output-dir {options.output_dir} lies in the dataset {options.data}: give a folder "
-            "beside it."
+            f"--output-dir {output_dir} lies in the dataset {data}: give a folder beside it."
         )
-    files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
-    reads = [Path(file) for file in files if file]
-    with complete_or_nothing(options.output_dir, purpose, options.overwrite, reads) as folder:
-        evaluation = _evaluate(options, device, folder, say)
-    say(f"Tables and report.html are in {options.output_dir}")
-    return evaluation
+    if any((place / name).exists() for name in CHECKPOINTS):
+        raise ConfigError(f"--output-dir {output_dir} holds a model: give a folder beside it.")
+    purpose = {"model": " + ".join(models), "data": data, "split": split}
+    check_place(output_dir, purpose, overwrite)
 
-
-def _evaluate(
-    options: EvaluationOptions, device: torch.device, folder: Path, say: Callable[[str], None]
-) -> Evaluation:
-    """All of `evaluate_model` between the first checks and the results' final place."""
-    artefacts = [open_model(model) for model in options.models]
+    artefacts = [open_model(model) for model in models]
     _check_ensemble(artefacts)
-    other = open_model(options.compare_with) if options.compare_with else None
-    store = open_store(options.data)
+    rivals = [open_model(compare_with)] if compare_with else []
+    store = open_store(data)
     manifest = load_or_build_manifest(store, say)
-    said: set[str] = set()
-    for artefact in artefacts:
-        _, remarks = select_for_evaluation(
-            manifest, artefact.config, artefact.sessions, options.split
-        )
-        whose = f"{artefact.location}: " if artefacts[1:] else ""
-        said |= {f"{whose}{sentence}" for sentence in remarks}
-        for sentence in remarks:
-            say(f"{whose}{sentence}")
-    decoder: WordDecoder | None = None
-    facts: dict[str, str] = {}
-    if options.words is not None and options.words.rescored is None:
-        decoder, facts = make_decoder(options.words, manifest, folder, options.split)
-        for name, fact in facts.items():
-            say(f"{name}: {fact}")
-    stream = TrialStream(store, manifest)
-    run = partial(run_model, stream=stream, device=device, batch_size=options.batch_size)
-    try:
-        members = [run(artefact, split=options.split) for artefact in artefacts]
+    chosen = [
+        set(np.concatenate(select_for_evaluation(manifest, a.config, a.sessions, split)[0]))
+        for a in (*artefacts, *rivals)
+    ]
+    text: dict[int, str] = {}
+    if words is not None and words.rescored is not None:
+        shared = sorted(set.intersection(*chosen[: len(artefacts)]))
+        text = rescored_sentences(words.rescored, {manifest.trials[i].name: i for i in shared})
+    files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
+    with (
+        complete_or_nothing(output_dir, [Path(file) for file in files if file]) as folder,
+        closing(TrialStream(store, manifest)) as stream,
+    ):
+        decoder, facts = None, {"Sentences": f"those with the best score in {files and files[2]}"}
+        if words is not None and words.rescored is None:
+            decoder, facts = make_decoder(words, manifest, folder, split)
+            for name, fact in facts.items():
+                say(f"{name}: {fact}")
+        run = partial(run_model, stream=stream, device=where, batch_size=batch_size)
+        members = [run(artefact, split=split) for artefact in artefacts]
         seconds = sum(member.seconds for member in members)
         say(
             f"Decoded {len(members[0].trials)} trials in {seconds:.1f} s: "
             f"{sum(len(m.trials) for m in members) / max(seconds, 1e-9):.1f} trials/s"
         )
-        evaluation = combine(members) if len(members) > 1 else members[0]
+        evaluation = combine(members)
         comparison = None
-        if other is not None:
-            rival = run(other, split=options.split).trials
-            comparison = compare(evaluation.trials, rival, other.location)
-        if options.words is not None:
+        for rival in rivals:
+            others = run(rival, split=split).trials
+            comparison = compare(evaluation.trials, others, rival.location)
+        if words is not None:
             tuning = None
-            if options.words.tune and options.split != "val":
-                on_val = [run(artefact, split="val") for artefact in artefacts]
-                tuning = (combine(on_val) if len(on_val) > 1 else on_val[0]).trials
-            evaluation = _add_sentences(
-                options.words, decoder, facts, evaluation, tuning, members if members[1:] else ()
-            )
-    finally:
-        stream.close()
-    for sentence in evaluation.remarks:
-        if sentence not in said:
+            if words.tune and split != "val":
+                tuning = combine([run(a, split="val") for a in artefacts]).trials
+            trained_on = set(training_sentences(manifest))
+            if decoder is None:
+                sentences = score_sentences(evaluation.trials, text, facts, trained_on)
+            else:
+                sentences = decode_sentences(
+                    words, decoder, facts, evaluation.trials, tuning, trained_on
+                )
+            evaluation = _with_sentences(evaluation, sentences, decoder, members)
+        for sentence in evaluation.remarks:
             say(sentence)
-    for line in describe(evaluation.all_numbers, comparison):
-        say(line)
-    write_results(evaluation, folder, comparison=comparison, logits=options.export_logits)
+        for line in describe(evaluation.all_numbers, comparison):
+            say(line)
+        write_results(evaluation, folder, comparison=comparison, logits=export_logits)
+    say(f"Tables and report.html are in {output_dir}")
     return evaluation
 
 
-def _add_sentences(
-    words: WordOptions,
-    decoder: WordDecoder | None,
-    facts: Mapping[str, str],
+def _with_sentences(
     evaluation: Evaluation,
-    tuning: Sequence[DecodedTrial] | None,
+    sentences: DecodedSentences,
+    decoder: WordDecoder | None,
     members: Sequence[Evaluation],
 ) -> Evaluation:
-    """Sentences and their error rates, those of an ensemble's members too."""
-    trials, manifest, split = evaluation.trials, evaluation.manifest, evaluation.split
-    trained_on = set(training_sentences(manifest))
+    """An evaluation with its sentences, and the word error rates of an ensemble's members.
+
+    Args:
+        decoder: None where nothing was decoded: then members have no sentences of their own.
+        members: each is decoded with the weights that were used for the whole.
+    """
     summary = evaluation.summary
-    if decoder is None:
-        assert words.rescored is not None
-        text = rescored_sentences(words.rescored, trials)
-        facts = {"Sentences": f"those with the best score in {words.rescored}"}
-        sentences = score_sentences(trials, text, facts, trained_on)
-    else:
-        total = decodings(words, trials, tuning) + len(members) * len(trials)
-        with tqdm(total=total, unit="sentence", desc="Sentences") as bar:
-            sentences = decode_sentences(
-                words, decoder, facts, trials, tuning, bar.update, trained_on
-            )
-            if members:
-                rows = [
-                    _with_words(row, member, decoder, sentences, bar.update)
-                    for row, member in zip(summary["members"], members, strict=True)
-                ]
-                summary = {**summary, "members": rows}
-    rows_written = len(manifest.select(split))
-    empty = empty_rows(manifest, split, sentences.text)
-    sentences.summary["submission"] = {"rows": rows_written, "empty": empty}
-    remark = submission_remark(rows_written, empty)
+    if decoder is not None and "members" in summary:
+        rows = []
+        for row, member in zip(summary["members"], members, strict=True):
+            shared = [trial for trial in member.trials if trial.index in sentences.settings]
+            text = {
+                t.index: decoder.decode(t.phoneme_log_probs, sentences.settings[t.index])
+                for t in tqdm(shared, unit="sentence", desc="A member's sentences", disable=None)
+            }
+            rates = score_sentences(shared, text, {}).summary
+            own = {name: rates[name] for name in ("WER",) if name in rates}
+            rows.append({**row, "rates": {**row["rates"], **own}})
+        summary = {**summary, "members": rows}
+    remark = submission_remark(evaluation.manifest, evaluation.split, sentences.text)
     return dataclasses.replace(
         evaluation,
         sentences=sentences,
         summary=summary,
         remarks=(*evaluation.remarks, remark),
     )
-
-
-def _with_words(
-    row: dict[str, Any],
-    member: Evaluation,
-    decoder: WordDecoder,
-    whole: DecodedSentences,
-    progress: Callable[[], object],
-) -> dict[str, Any]:
-    """An ensemble member's row with its word error rate, at the weights used for the whole."""
-    text = {}
-    shared = [trial for trial in member.trials if trial.index in whole.settings]
-    for trial in shared:
-        text[trial.index] = decoder.decode(trial.phoneme_log_probs, whole.settings[trial.index])
-        progress()
-    own = score_sentences(shared, text, {}).summary
-    return {**row, "rates": {**row["rates"], "WER": own["WER"]}} if "WER" in own else row
 
 
 # --- ensembles ------------------------------------------------------------------------------------
@@ -250,11 +207,14 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
     """An ensemble: the mean of its members' (marginalised) phoneme log-probabilities, decoded.
 
     Only trials that every member decoded take part; there is no DER, as the mean has no diphones.
+    One member alone is the whole.
 
     Raises:
         DataError: the members share no trial.
     """
     first, manifest = members[0], members[0].manifest
+    if len(members) == 1:
+        return first
     by_index = [{trial.index: trial for trial in member.trials} for member in members]
     shared = sorted(set.intersection(*(set(trials) for trials in by_index)))
     if not shared:
@@ -274,7 +234,7 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
     rows, remarks = [], []
     for member, trials_of in zip(members, by_index, strict=True):
         own = [trials_of[index] for index in shared]
-        row = {
+        row: dict[str, Any] = {
             "model": member.artefact.location,
             "step": member.artefact.step,
             "rates": summarise(own).get("rates", {}),
@@ -308,7 +268,6 @@ def run_model(
     split: str,
     device: torch.device,
     batch_size: int = 128,
-    progress: bool = True,
 ) -> Evaluation:
     """Decode one split with one model and score it."""
     config, manifest = artefact.config, stream.manifest
@@ -324,7 +283,7 @@ def run_model(
     indices = np.concatenate(chosen)
     examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
     started = time.perf_counter()
-    with tqdm(total=len(indices), unit="trial", disable=not progress, desc="Decoding") as bar:
+    with tqdm(total=len(indices), unit="trial", disable=None, desc="Decoding") as bar:
         trials = decode_trials(
             model,
             Augmentation(config.dataset.data_transforms),
@@ -335,7 +294,7 @@ def run_model(
             progress=bar.update,
         )
     seconds = time.perf_counter() - started
-    doubt = label_form_remark(trials, artefact.label_form, manifest.label_form)
+    doubt = label_form_remark(artefact.label_form, manifest.label_form)
     return Evaluation(
         artefact,
         stream.url,
@@ -364,37 +323,22 @@ def write_run_report(
     stream: TrialStream,
     device: torch.device,
     *,
-    metrics_file: Path | None = None,
     batch_size: int = 128,
 ) -> Evaluation:
     """Evaluate the best model of a finished run and leave tables and report.html beside it.
 
     Args:
-        model_dir: holds checkpoint/best_checkpoint and checkpoint/args.yaml.
+        model_dir: holds checkpoint/best_checkpoint, checkpoint/args.yaml and training_log.
         output_dir: where the results go; those of the run's earlier starts are replaced.
         stream: the run's own; its cache may still hold the validation trials.
-        metrics_file: the run's metrics.jsonl, for the curves.
 
     Raises:
         CheckpointError: no model there. StorageError: data or results cannot be read or written.
     """
-    artefact = open_model(model_dir)
-    if metrics_file is not None:
-        artefact = dataclasses.replace(artefact, metrics=read_metrics(metrics_file))
-    evaluation = run_model(artefact, stream, "val", device, batch_size, progress=False)
-    with complete_or_nothing(output_dir, overwrite=True) as folder:
+    evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size)
+    with complete_or_nothing(output_dir) as folder:
         write_results(evaluation, folder)
     return evaluation
-
-
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a run's metrics.jsonl by kind ("train", "validation"); {} without a file."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows.setdefault(row.pop("kind"), []).append(row)
-    return rows
 
 
 def _device(name: str | None) -> torch.device:

@@ -20,24 +20,18 @@ from ..dataset.manifest import TrialManifest
 from ..errors import StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import BLANK, PHONEMES
+from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .report import model_report
 from .statistics import align
 from .summary import diphone_name
-from .tables import (
-    n_best_rows,
-    session_rows,
-    trial_row,
-    write_logits,
-    write_submission,
-    write_table,
-)
+from .tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .trained_model import ModelArtefact
-from .words import DecodedSentences, some
+from .words import DecodedSentences
 
 BIN_SECONDS = 0.02
 RESULTS = (
-    *("trials.csv", "sessions.csv", "summary.json", "report.html", "phoneme_logits.hdf5"),
+    *("trials.csv", "summary.json", "report.html", "phoneme_logits.hdf5"),
     *("submission.csv", "nbest.csv", "language_model.arpa"),
 )
 _SHOWN_CLASSES = 16  # rows of a posterior chart
@@ -84,50 +78,22 @@ class Evaluation:
         return numbers
 
 
-@contextmanager
-def complete_or_nothing(
-    folder: Path,
-    purpose: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-    reads: Collection[Path] = (),
-) -> Iterator[Path]:
-    """A folder to write results into; they appear in `folder` when the block ends without an error.
-
-    Results that an evaluation for the same purpose left there are replaced, all of them.
+def check_place(folder: Path, purpose: Mapping[str, str], overwrite: bool) -> None:
+    """Check, without writing, that results may go to `folder`.
 
     Args:
-        purpose: the model, data and split, as summary.json names them.
+        purpose: the model, data and split, as summary.json names them: results that an evaluation
+            for the same purpose left there are replaced.
         overwrite: replace any results.
-        reads: files that the block reads, and which therefore stay.
 
     Raises:
-        StorageError: `folder` cannot be written, or holds results of something else, which shows
-            before the block begins.
+        StorageError: it cannot be written, or holds results of something else.
     """
-    if not overwrite:
-        _check_same_purpose(folder, purpose or {})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    with draft:
-        yield Path(draft.name)
-        try:
-            written = sorted(Path(draft.name).iterdir())
-            for file in written:
-                file.replace(folder / file.name)
-            kept = {os.path.realpath(path) for path in reads}
-            for name in set(RESULTS) - {file.name for file in written}:
-                if os.path.realpath(folder / name) not in kept:
-                    (folder / name).unlink(missing_ok=True)  # of the evaluation before
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-
-
-def _check_same_purpose(folder: Path, purpose: Mapping[str, str]) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise _unwritable(folder, f"{nearest} is {'read-only' if nearest.is_dir() else 'a file'}")
     present = [name for name in RESULTS if (folder / name).exists()]
-    if not present:
+    if overwrite or not present:
         return
     try:
         found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -140,12 +106,43 @@ def _check_same_purpose(folder: Path, purpose: Mapping[str, str]) -> None:
     whose = (
         f"the results of {theirs['model']} on {theirs['split']} of {theirs['data']}"
         if theirs
-        else f"{some(present)}, which nothing says an evaluation wrote"
+        else f"{shortened(present)}, which nothing says an evaluation wrote"
     )
     raise StorageError(
         f"{folder} holds {whose}: give another folder with --output-dir, or --overwrite to replace "
         "them."
     )
+
+
+@contextmanager
+def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[Path]:
+    """A folder to write results into; they appear in `folder` when the block ends without an error.
+
+    Results that lie there are replaced, all of them.
+
+    Args:
+        reads: files that the block reads, and which therefore stay.
+
+    Raises:
+        StorageError: `folder` cannot be written, which shows before the block begins.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
+    except OSError as error:
+        raise _unwritable(folder, str(error.strerror or error)) from error
+    with draft:
+        yield Path(draft.name)
+        try:
+            written = sorted(Path(draft.name).iterdir())
+            for file in written:
+                file.replace(folder / file.name)
+            kept = {os.path.realpath(path) for path in reads}
+            for name in set(RESULTS) - {file.name for file in written}:
+                if os.path.realpath(folder / name) not in kept:
+                    (folder / name).unlink(missing_ok=True)  # of the evaluation before
+        except OSError as error:
+            raise _unwritable(folder, str(error.strerror or error)) from error
 
 
 def _place(location: str) -> str:
@@ -161,30 +158,48 @@ def write_results(
     comparison: Mapping[str, Any] | None = None,
     logits: bool = False,
 ) -> None:
-    """trials.csv, sessions.csv, summary.json, report.html; on request the logits.
+    """trials.csv, summary.json, report.html; on request the logits.
 
     submission.csv, too, where words were decoded, and nbest.csv where there are N-best lists.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    sentences = evaluation.sentences
+    artefact, sentences = evaluation.artefact, evaluation.sentences
+    text = sentences.text if sentences else {}
+    model = evaluation.model or artefact.location
+    numbers = evaluation.all_numbers
+    summary = {
+        "model": model,
+        "step": artefact.step,
+        "data": evaluation.data,
+        "split": evaluation.split,
+        "fingerprint": evaluation.manifest.fingerprint(),
+        "remarks": evaluation.remarks,
+        **numbers,
+        **({"comparison": comparison} if comparison else {}),
+    }
+    seconds_per_frame = max(artefact.config.model.patch_stride, 1) * BIN_SECONDS
+    page = {
+        **numbers,
+        "title": f"{model} on {evaluation.split}",
+        "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
+        "split": evaluation.split,
+        "metrics": artefact.metrics,
+        "examples": [
+            example(trial, seconds_per_frame, text.get(trial.index))
+            for trial in evaluation.trials
+            if trial.class_log_probs is not None
+        ],
+        "comparison": comparison,
+        "config": artefact.config.to_yaml(),
+        "data": _data_facts(evaluation),
+        "remarks": evaluation.remarks,
+        "environment": _environment_facts(evaluation),
+    }
     try:
-        text = sentences.text if sentences else {}
         rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
         write_table(folder / "trials.csv", rows)
-        numbers = evaluation.all_numbers
-        write_table(folder / "sessions.csv", session_rows(numbers.get("groups", {})))
-        summary = {
-            "model": evaluation.model or evaluation.artefact.location,
-            "step": evaluation.artefact.step,
-            "data": evaluation.data,
-            "split": evaluation.split,
-            "fingerprint": evaluation.manifest.fingerprint(),
-            "remarks": evaluation.remarks,
-            **numbers,
-            **({"comparison": comparison} if comparison else {}),
-        }
         (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
         if logits:
             write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
@@ -192,60 +207,43 @@ def write_results(
             write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
             if sentences.n_best:
                 write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
-        contents = {**report_contents(evaluation), "comparison": comparison}
-        (folder / "report.html").write_text(model_report(contents), encoding="utf-8")
+        (folder / "report.html").write_text(model_report(page), encoding="utf-8")
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, str(error.strerror or error)) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> StorageError:
+def _unwritable(folder: Path, reason: str) -> StorageError:
     return StorageError(
-        f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
-        "folder with --output-dir."
+        f"Results cannot be written to {folder} ({reason}): give a writable folder with "
+        "--output-dir."
     )
 
 
-def report_contents(evaluation: Evaluation) -> dict[str, Any]:
-    """What `report.model_report` shows about an evaluation."""
-    artefact, manifest = evaluation.artefact, evaluation.manifest
+def _data_facts(evaluation: Evaluation) -> dict[str, Any]:
+    manifest = evaluation.manifest
     by_split = {s: len(manifest.select(s)) for s in ("train", "val", "test")}
-    text = evaluation.sentences.text if evaluation.sentences else {}
-    stride = max(artefact.config.model.patch_stride, 1)
     sessions = manifest.sessions
     return {
-        **evaluation.all_numbers,
-        "title": f"{evaluation.model or artefact.location} on {evaluation.split}",
-        "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
-        "split": evaluation.split,
-        "metrics": artefact.metrics,
-        "examples": [
-            example(trial, stride * BIN_SECONDS, text.get(trial.index))
-            for trial in evaluation.trials
-            if trial.class_log_probs is not None
-        ],
-        "config": artefact.config.to_yaml(),
-        "data": {
-            "Location": evaluation.data,
-            "Fingerprint": manifest.fingerprint(),
-            "Trials": ", ".join(f"{count:,} {s}" for s, count in by_split.items() if count),
-            "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}",
-            "Features per bin": manifest.n_features,
-            "Label form": manifest.label_form,
-        },
-        "remarks": evaluation.remarks,
-        "environment": environment_facts(artefact, evaluation.seconds, len(evaluation.trials)),
+        "Location": evaluation.data,
+        "Fingerprint": manifest.fingerprint(),
+        "Trials": ", ".join(f"{count:,} {s}" for s, count in by_split.items() if count),
+        "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}",
+        "Features per bin": manifest.n_features,
+        "Label form": manifest.label_form,
     }
 
 
-def environment_facts(artefact: ModelArtefact, seconds: float, n_trials: int) -> dict[str, Any]:
+def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:
     """What the numbers were made with."""
+    artefact = evaluation.artefact
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parameters = sum(weight.numel() for weight in artefact.weights.values())
+    speed = len(evaluation.trials) / max(evaluation.seconds, 1e-9)
     return {
         "Parameters": f"{parameters:,}",
         "Training steps": artefact.step,
         "Label form": artefact.label_form,
-        "Decoding": f"{n_trials / max(seconds, 1e-9):.1f} trials/s",
+        "Decoding": f"{speed:.1f} trials/s",
         "Processor": gpu or platform.processor() or platform.machine(),
         "Python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..errors import DataError
 from ..labels.diphones import LABEL_FORMS, LabelForm
-from ..labels.phonemes import BLANK, N_PHONEMES, PHONEMES
+from ..labels.phonemes import BLANK, PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
+from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .statistics import (
     ErrorCounts,
@@ -26,9 +27,6 @@ from .statistics import (
 
 RATES = ("DER", "PER", "PER (diphone path)")
 _BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
-_NAMED = 5  # trials that a line names before it says "…"
-# Half of all self-loop labels are p→p; of transition labels, those of a repeated phoneme.
-_MANY_LOOPS, _FEW_LOOPS, _ENOUGH_DIPHONES = 0.25, 0.05, 50
 
 
 def summarise(
@@ -53,10 +51,6 @@ def summarise(
     summary["counts"] = {
         name: vars(sum(rows, ErrorCounts())).copy() for name, rows in counts.items()
     }
-    nats = [trial.nats for trial in labelled if trial.nats is not None]
-    if nats:
-        frames = sum(len(t.phoneme_log_probs) for t in labelled if t.nats is not None)
-        summary["ctc_nats_per_frame"] = sum(nats) / max(frames, 1)
     keys: dict[str, list[Any]] = {
         "session": [t.record.session for t in labelled],
         "corpus": [corpus_name(t) for t in labelled],
@@ -138,48 +132,23 @@ def compared_trials(comparison: Mapping[str, Any]) -> str:
     """On which trials a comparison was made, in one sentence."""
     said = f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
     for reason, names in comparison.get("left_out", {}).items():
-        some = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
-        said += f"; {len(names):,} left out, {reason} ({some})"
+        said += f"; {len(names):,} left out, {reason} ({shortened(names)})"
     return said
 
 
-def apparent_label_form(trials: Sequence[DecodedTrial]) -> LabelForm | None:
-    """The form of the labels that a model must have been trained on, by what it decodes.
-
-    None where that is not plain: too little decoded, or too badly for its silence on p→p to count.
-    """
-    decoded = [c for t in trials for c in t.class_hypothesis or ()]
-    if len(decoded) < _ENOUGH_DIPHONES:
-        return None
-    share = sum(c // N_PHONEMES == c % N_PHONEMES for c in decoded) / len(decoded)
-    if share >= _MANY_LOOPS:
-        return "self_loop"
-    labelled = [t for t in trials if t.reference]
-    per = sum(_counts(labelled, "PER"), ErrorCounts()).rate if labelled else 1.0
-    return "transition" if share <= _FEW_LOOPS and per < 0.5 else None
-
-
-def label_form_remark(
-    trials: Sequence[DecodedTrial], known: LabelForm | None, data: str
-) -> str | None:
+def label_form_remark(known: LabelForm | None, data: str) -> str | None:
     """One sentence where the model's diphones and the data's are in different forms.
 
     Args:
         known: the model's form, where training kept it.
         data: the manifest's.
     """
-    form = known or apparent_label_form(trials)
-    if form is None or data not in LABEL_FORMS or form == data:
+    if known is None or data not in LABEL_FORMS or known == data:
         return None
-    encode = f"'python code/prepare_dataset.py encode SOURCE TARGET --form {form}'"
-    if known is not None:
-        return (
-            f"WARNING: the model was trained on {form} labels and the data has {data} labels: its "
-            f"diphones are read in its own form, and there is no DER; for one, type {encode}"
-        )
     return (
-        f"WARNING: the data has {data} labels but the model's diphones look like {form} labels: "
-        f"DER and PER (diphone path) say nothing, PER is sound; for all three, type {encode}"
+        f"WARNING: the model was trained on {known} labels and the data has {data} labels: its "
+        "diphones are read in its own form, and there is no DER; for one, type 'python "
+        f"code/prepare_dataset.py encode SOURCE TARGET --form {known}'"
     )
 
 

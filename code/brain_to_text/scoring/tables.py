@@ -14,11 +14,12 @@ from ..dataset.manifest import TrialManifest
 from ..errors import DataError, StorageError
 from ..labels.phonemes import BLANK, SILENCE, phoneme_symbols
 from ..labels.pronunciation import normalise_text
+from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .statistics import ErrorCounts
 from .summary import corpus_name
 from .word_decoder import word_errors
-from .words import DecodedSentences, some
+from .words import DecodedSentences
 
 HYPOTHESES = ("file", "hypothesis")  # columns that a table of sentences to be scored must have
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets
@@ -40,7 +41,6 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
         "sentence": record.sentence_label,
         "reference": None if trial.reference is None else _spelled(trial.reference),
         "hypothesis": _spelled(trial.hypothesis),
-        "confidence": round(float(trial.confidences.mean()), 4) if len(trial.confidences) else None,
     }
     if sentence is not None:
         row["decoded_sentence"] = sentence
@@ -60,22 +60,6 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
         diphones = ErrorCounts.between(trial.class_reference, trial.class_hypothesis)
         row |= {"diphones": diphones.reference_labels, "diphone_errors": diphones.edits}
     return row
-
-
-def session_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per session: of each error rate its value, interval, errors and labels."""
-    by_session: dict[str, dict[str, Any]] = {}
-    for rate, kinds in groups.items():
-        for session, row in kinds["session"].items():
-            own = by_session.setdefault(session, {"session": session, "trials": row["n_trials"]})
-            own |= {
-                rate: row["value"],
-                f"{rate} low": row["low"],
-                f"{rate} high": row["high"],
-                f"{rate} errors": row["errors"],
-                f"{rate} labels": row["tokens"],
-            }
-    return list(by_session.values())
 
 
 def n_best_rows(
@@ -99,25 +83,24 @@ def n_best_rows(
     ]
 
 
-def rescored_sentences(path: Path, trials: Sequence[DecodedTrial]) -> dict[int, str]:
+def rescored_sentences(path: Path, index_of: Mapping[str, int]) -> dict[int, str]:
     """The best-scored sentence of every trial in a table of hypotheses.
 
     Args:
         path: a table as `nbest.csv`: columns file and hypothesis, and score where a trial has more
             than one row.
-        trials: all of which must be there, and no others.
+        index_of: name → index of the trials, all of which must be there, and no others.
 
     Raises:
         DataError: another table. StorageError: unreadable.
     """
-    index_of = {trial.record.name: trial.index for trial in trials}
     best: dict[int, tuple[float, str]] = {}
     for number, row in enumerate(read_table(path, HYPOTHESES), 2):
         index = index_of.get(row["file"])
         if index is None:
             raise DataError(
                 f"{path} row {number} is about {row['file']!r}, which is none of the "
-                f"{len(trials):,} decoded trials: rescore the nbest.csv of this very split."
+                f"{len(index_of):,} decoded trials: rescore the nbest.csv of this very split."
             )
         try:
             score = float(row["score"]) if "score" in row or index in best else 0.0
@@ -130,11 +113,12 @@ def rescored_sentences(path: Path, trials: Sequence[DecodedTrial]) -> dict[int, 
             )
         if index not in best or score > best[index][0]:
             best[index] = (score, normalise_text(row["hypothesis"]))
-    missing = [trial.record.name for trial in trials if trial.index not in best]
+    missing = [name for name, index in index_of.items() if index not in best]
     if missing:
         raise DataError(
-            f"{path} has no row for {len(missing):,} of {len(trials):,} decoded trials "
-            f"({some(missing)}): hand back a row for each, with an empty hypothesis if need be."
+            f"{path} has no row for {len(missing):,} of {len(index_of):,} decoded trials "
+            f"({shortened(missing)}): hand back a row for each, with an empty hypothesis if need "
+            "be."
         )
     return {index: text for index, (_, text) in best.items()}
 
@@ -212,18 +196,15 @@ def write_submission(
         writer.writerows((number, text.get(index, "")) for number, index in rows)
 
 
-def empty_rows(manifest: TrialManifest, split: str, text: Mapping[int, str]) -> tuple[str, ...]:
-    """The trials whose row of the submission holds no text, by name."""
-    return tuple(manifest.trials[i].name for i in manifest.select(split) if not text.get(i))
-
-
-def submission_remark(n_rows: int, empty: Sequence[str]) -> str:
-    """What `write_submission` wrote, in one sentence."""
+def submission_remark(manifest: TrialManifest, split: str, text: Mapping[int, str]) -> str:
+    """What `write_submission` writes, in one sentence: the rows without text are named."""
+    rows = manifest.select(split)
+    empty = [manifest.trials[i].name for i in rows if not text.get(i)]
     if not empty:
-        return f"submission.csv has {n_rows:,} rows, each with text"
+        return f"submission.csv has {len(rows):,} rows, each with text"
     return (
-        f"WARNING: submission.csv has {n_rows:,} rows, {len(empty):,} of them without text, as the "
-        f"trial was left out or no word was found: {some(empty)}"
+        f"WARNING: submission.csv has {len(rows):,} rows, {len(empty):,} of them without text, as "
+        f"the trial was left out or no word was found: {shortened(empty)}"
     )
 
 

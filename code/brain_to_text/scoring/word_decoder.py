@@ -6,11 +6,10 @@ they are imported when a decoder is made.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from ..labels.pronunciation import Lexicon, normalise_text
 from .language_model import not_a_model
 from .statistics import ErrorCounts
 
-LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
-WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
 BEAM_THRESHOLD = 50.0  # nats by which a hypothesis may be worse than the best
 HOMOPHONES = 6  # words of one pronunciation that flashlight's trie holds; it drops the others
 
@@ -96,7 +93,7 @@ class WordDecoder:
         language_model: Path | None,
         forms: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        decoder, dictionary = _flashlight()
+        decoder, dictionary = flashlight()
         if not lexicon:
             raise DataError(
                 "The lexicon is empty: give --lexicon FILE, or a language model whose words the "
@@ -198,48 +195,12 @@ def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
     )
 
 
-def grid(settings: WordSettings) -> list[WordSettings]:
-    """`settings` with every pair of language-model and word weights that tuning tries."""
-    return [
-        replace(settings, lm_weight=lm_weight, word_score=word_score)
-        for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
-    ]
+def flashlight() -> tuple[Any, Any]:
+    """Flashlight's decoder and dictionary modules.
 
-
-def grid_errors(
-    decoder: WordDecoder,
-    log_probs: Sequence[np.ndarray],
-    sentences: Sequence[str],
-    settings: WordSettings,
-    progress: Callable[[], object] | None = None,
-) -> tuple[list[WordSettings], np.ndarray, np.ndarray]:
-    """Word errors of every trial at every point of the grid of language-model and word weights.
-
-    Args:
-        log_probs, sentences: of the trials to tune on.
-        settings: everything but the two weights.
-        progress: called after each decoded sentence.
-
-    Returns:
-        (the points of the grid, errors [points, trials] int64, reference words [trials] int64).
+    Raises:
+        ConfigError: an optional package is not installed.
     """
-    points = grid(settings)
-    errors = np.zeros((len(points), len(sentences)), dtype=np.int64)
-    for row, point in enumerate(points):
-        for column, (own, sentence) in enumerate(zip(log_probs, sentences, strict=True)):
-            errors[row, column] = word_errors(sentence, decoder.decode(own, point)).edits
-            if progress is not None:
-                progress()
-    words = np.array([len(normalise_text(sentence).split()) for sentence in sentences])
-    return points, errors, words
-
-
-def check_words_packages() -> None:
-    """Raises: ConfigError: an optional package is not installed."""
-    _flashlight()
-
-
-def _flashlight() -> tuple[Any, Any]:
     try:
         import flashlight.lib.text.decoder as decoder
         import flashlight.lib.text.dictionary as dictionary

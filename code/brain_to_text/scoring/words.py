@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ..dataset.manifest import TrialManifest
 from ..errors import ConfigError, DataError, StorageError
 from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lexicon
+from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .language_model import check_language_model, estimate_ngrams, words_of_model
 from .statistics import bootstrap_interval, rates_by
 from .summary import seen_in_training
-from .word_decoder import (
-    Hypothesis,
-    WordDecoder,
-    WordSettings,
-    check_words_packages,
-    grid,
-    grid_errors,
-    word_errors,
-)
+from .word_decoder import Hypothesis, WordDecoder, WordSettings, flashlight, word_errors
 
 FROM_TRAINING = "training"
 LEXICON_ONLY = "none"
 NGRAM_ORDER = 3
-_NAMED = 8  # words or trials that a line names before it says "…"
+LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
+WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
+_NAMED = 8  # words that a line names
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def check_words(options: WordOptions) -> None:
     """
     if options.rescored is not None:
         return
-    check_words_packages()
+    flashlight()
     if options.language_model not in (FROM_TRAINING, LEXICON_ONLY):
         check_language_model(Path(options.language_model or ""))
     if options.lexicon is not None:
@@ -158,7 +155,7 @@ def make_decoder(
         "Vocabulary": vocabulary,
         "Words that can be decoded": f"{len(lexicon | own):,}",
         "Words without a pronunciation": f"{len(unknown):,}"
-        + (f" ({some(unknown)})" if unknown else ""),
+        + (f" ({_some(unknown)})" if unknown else ""),
     }
     folded = sum(form != word for word, own_forms in forms.items() for form in own_forms)
     if folded:
@@ -167,13 +164,13 @@ def make_decoder(
         missing = sorted(own.keys() - forms.keys())
         share = f"{len(own) - len(missing):,} of {len(own):,}"
         facts["Words of the lexicon that the language model knows"] = share + (
-            f" (not {some(missing)})" if missing else ""
+            f" (not {_some(missing)})" if missing else ""
         )
     known = lexicon.keys() | (own.keys() & forms.keys() if forms else own.keys())
     facts |= _transcripts(known, manifest, split, str(source), strict=given)
     decoder = WordDecoder(lexicon | own, model_file, forms)
     if decoder.dropped:
-        facts["Left out, as too many words sound alike"] = some(decoder.dropped)
+        facts["Left out, as too many words sound alike"] = _some(decoder.dropped)
     return decoder, facts
 
 
@@ -197,7 +194,7 @@ def _transcripts(
     share = 1 - sum(unknown.values()) / total
     examples = [word for word, _ in unknown.most_common(_NAMED)]
     said = f"{100 * share:.1f} % of {total:,} in {name}"
-    said += f" (not {some(examples)})" if examples else ""
+    said += f" (not {_some(examples)})" if examples else ""
     if strict and share < 0.5:
         raise DataError(
             f"The language model {source} does not speak the words of the data: it knows {said}; "
@@ -219,7 +216,6 @@ def decode_sentences(
     facts: Mapping[str, Any],
     trials: Sequence[DecodedTrial],
     tuning: Sequence[DecodedTrial] | None = None,
-    progress: Callable[[], object] = lambda: None,
     trained_on: Collection[str] = (),
 ) -> DecodedSentences:
     """Decode every trial, with weights tuned where asked.
@@ -230,88 +226,79 @@ def decode_sentences(
     Args:
         trials: the trials to decode.
         tuning: labelled trials of the validation split; None: `trials` themselves.
-        progress: called after each of `decodings` sentences.
         trained_on: normalised sentences of the training split.
 
     Raises:
         DataError: tuning without labelled trials.
     """
-    halves = [(list(trials), options.settings)]
+    used = {trial.index: options.settings for trial in trials}
     rows: list[dict[str, float]] = []
     if options.tune:
         known = _with_sentence(trials if tuning is None else tuning)
-        if len(known) < 2:
-            raise DataError(
-                "Tuning needs validation trials with sentences: use data with a val split, or "
-                "leave out --tune-words."
-            )
-        points, errors, words = grid_errors(
-            decoder,
-            [t.phoneme_log_probs for t in known],
-            [t.record.sentence_label or "" for t in known],
-            options.settings,
-            progress,
-        )
-        totals = max(int(words.sum()), 1)
+        points, errors, n_words = _grid_errors(decoder, known, options.settings)
         rows = [
-            {"lm_weight": p.lm_weight, "word_score": p.word_score, "WER": int(e.sum()) / totals}
-            for p, e in zip(points, errors, strict=True)
+            {"lm_weight": p.lm_weight, "word_score": p.word_score, "WER": sum(e) / max(n_words, 1)}
+            for p, e in zip(points, errors.tolist(), strict=True)
         ]
         if tuning is None:
-            even = np.arange(len(known)) % 2 == 0
-            place = {t.index: position for position, t in enumerate(known)}
-            split = [[t for t in trials if place.get(t.index, 1) % 2 == half] for half in (0, 1)]
-            halves = [
-                (split[0], points[int(errors[:, ~even].sum(1).argmin())]),
-                (split[1], points[int(errors[:, even].sum(1).argmin())]),
-            ]
+            half = np.arange(len(known)) % 2
+            best = [points[errors[:, half != own].sum(1).argmin()] for own in (0, 1)]
+            place = {trial.index: position for position, trial in enumerate(known)}
+            used = {index: best[place.get(index, 1) % 2] for index in used}
         else:
-            halves = [(list(trials), points[int(errors.sum(1).argmin())])]
-    found: dict[int, list[Hypothesis]] = {}
-    used_for: dict[int, WordSettings] = {}
-    for members, settings in halves:
-        for trial in members:
-            best = decoder.hypotheses(trial.phoneme_log_probs, settings, options.n_best)
-            found[trial.index], used_for[trial.index] = best, settings
-            progress()
-    used = [settings for members, settings in halves if members]
+            used = dict.fromkeys(used, points[errors.sum(1).argmin()])
+    found = {
+        trial.index: decoder.hypotheses(trial.phoneme_log_probs, used[trial.index], options.n_best)
+        for trial in tqdm(trials, unit="sentence", desc="Sentences", disable=None)
+    }
     weights = {
-        name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used))
+        name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used.values()))
         for name in asdict(options.settings)
     }
     text = {index: best[0].text for index, best in found.items()}
     sentences = score_sentences(trials, text, {**facts, **weights}, trained_on)
     if rows:
         sentences.summary["grid"] = rows
-    if options.n_best > 1 and "WER" in sentences.summary:
-        known = _with_sentence(trials)
-        nearest = {t.index: _nearest(t.record.sentence_label or "", found[t.index]) for t in known}
-        least = score_sentences(known, nearest, {}).summary["WER"]["value"]
-        sentences.summary["WER of the best hypothesis"] = least
-    return replace(sentences, settings=used_for, n_best=found if options.n_best > 1 else {})
+    return replace(sentences, settings=used, n_best=found if options.n_best > 1 else {})
 
 
-def _nearest(sentence: str, hypotheses: Sequence[Hypothesis]) -> str:
-    return min((h.text for h in hypotheses), key=lambda text: word_errors(sentence, text).edits)
+def _grid_errors(
+    decoder: WordDecoder, trials: Sequence[DecodedTrial], settings: WordSettings
+) -> tuple[list[WordSettings], np.ndarray, int]:
+    """Word errors at every point of the grid of language-model and word weights.
 
+    Returns:
+        (the points, errors [points, trials] int64, reference words of all trials).
 
-def decodings(
-    options: WordOptions,
-    trials: Sequence[DecodedTrial],
-    tuning: Sequence[DecodedTrial] | None = None,
-) -> int:
-    """How many sentences `decode_sentences` decodes, those of the grid included."""
-    known = _with_sentence(trials if tuning is None else tuning) if options.tune else []
-    return len(trials) + len(grid(options.settings)) * len(known)
+    Raises:
+        DataError: fewer than two trials.
+    """
+    if len(trials) < 2:
+        raise DataError(
+            "Tuning needs validation trials with sentences: use data with a val split, or "
+            "leave out --tune-words."
+        )
+    points = [
+        replace(settings, lm_weight=lm_weight, word_score=word_score)
+        for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
+    ]
+    counts = [
+        [
+            word_errors(t.record.sentence_label or "", decoder.decode(t.phoneme_log_probs, point))
+            for t in trials
+        ]
+        for point in tqdm(points, unit="point", desc="Tuning", disable=None)
+    ]
+    errors = np.array([[count.edits for count in row] for row in counts])
+    return points, errors, sum(count.reference_labels for count in counts[0])
 
 
 def _with_sentence(trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
     return [trial for trial in trials if trial.record.sentence_label]
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of many names, for a line."""
-    return ", ".join(name[:80] for name in names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+def _some(names: Sequence[str]) -> str:
+    return shortened([name[:80] for name in names], _NAMED)
 
 
 def score_sentences(

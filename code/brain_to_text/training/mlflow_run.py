@@ -31,7 +31,7 @@ RETRY_SECONDS = 60.0
 PATIENCE_SECONDS: dict[Outcome, float] = {"FINISHED": 600.0, "FAILED": 30.0, "KILLED": 30.0}
 METRICS_PER_REQUEST = 1000  # the tracking API's limit
 PARAMS_PER_REQUEST = 100  # likewise
-RESULT_FILES = ("report.html", "summary.json", "sessions.csv", "trials.csv", "metrics.jsonl")
+RESULT_FILES = ("report.html", "summary.json", "trials.csv", "metrics.jsonl")
 # Said before mlflow is imported; what the user sets himself stays.
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
