@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brain_to_text.config_reader import resolve_key
+from brain_to_text.config_reader import resolve_key, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch
@@ -80,11 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = build_parser()
     options, extra = parser.parse_known_args(arguments)
-    settings = job_settings(options, overrides(extra, parser))
+    for word in extra:
+        if word.startswith("--") and "." not in word:
+            _refuse_misspelt(word[2:].partition("=")[0], parser)
     elsewhere = (options.watch, options.describe, options.stop, options.release, options.fetch)
     launching = not options.list and not any(elsewhere)
     if launching and not options.s3_bucket:
         parser.error("--s3-bucket is needed to launch a job")
+    try:
+        settings = job_settings(options, split_overrides(extra))
+    except ConfigError as error:
+        parser.error(one_line(str(error)))
     try:
         if options.dry_run:
             return _dry_run(settings)
@@ -183,34 +189,13 @@ def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[s
     return {**given, "overrides": changes}
 
 
-def overrides(extra: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
-    """`--model.n_units 768 --seed=3` as {"model.n_units": "768", "seed": "3"}."""
-    values: dict[str, str] = {}
-    remaining = list(extra)
-    while remaining:
-        word = remaining.pop(0)
-        if not word.startswith("--") or len(word) < 3:
-            parser.error(f"unexpected argument: {word}")
-        name, equals, value = word[2:].partition("=")
-        _refuse_misspelt(name, parser)
-        if not equals:
-            if not remaining or remaining[0].startswith("--"):
-                parser.error(f"--{name} needs a value (and is no option of this command)")
-            value = remaining.pop(0)
-        if name in values:
-            parser.error(f"--{name} is given twice: give it once")
-        values[name] = value
-    return values
-
-
 def _refuse_misspelt(name: str, parser: argparse.ArgumentParser) -> None:
     """Usage error when `name` is no training setting but almost an option of this command."""
     try:
         resolve_key(name)
     except ConfigError:
         flags = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-        close = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
-        if close and "." not in name:
+        if close := difflib.get_close_matches(name, flags, n=1, cutoff=0.75):
             parser.error(f"unknown option --{name}: did you mean --{close[0]}?")
 
 

@@ -273,6 +273,7 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"environment": {"FOO-BAR": "1"}}, "--env FOO-BAR"),
         ({"environment": {"A": "x" * 513}}, "--env A is 513 characters long"),
         ({"tags": {"a*b": "1"}}, "--tag is 'a*b'"),
+        ({"tags": {"project": "mine"}}, "'project' is how --list finds our jobs"),
         ({"tags": {f"t{n}": "1" for n in range(56)}}, "--tag is 57 entries long"),
         ({"tags": {"a": "x" * 257}}, "--tag is 257 characters long"),
         ({"overrides": {"init_checkpoint_path": "a\nb"}}, "init_checkpoint_path"),

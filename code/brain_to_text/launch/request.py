@@ -6,19 +6,18 @@ is checked by hand are rules between settings, which no model holds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import TrainingConfig, config_keys
-from ..config_reader import load_config, resolve_key
-from ..errors import ConfigError, JobError
+from ..config import TrainingConfig, changed
+from ..config_reader import load_config
+from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
 from ..storage.locations import s3_url
 from .image import unchanged_in_image
@@ -155,23 +154,13 @@ def resolve_config(
     if not given.is_file() and len(given.parts) == 1:
         given = shipped
     own = {
-        "num_training_batches": settings.num_training_batches,
-        "dataset.batch_size": settings.batch_size,
+        "num-training-batches": settings.num_training_batches,
+        "dataset.batch-size": settings.batch_size,
+        "init-from-checkpoint": None if settings.init_from_checkpoint is None else True,
+        "init-checkpoint-path": settings.init_from_checkpoint,
     }
-    overrides: dict[str, Any] = {}
-    for name, value in settings.overrides.items():
-        path = resolve_key(name)
-        if path in overrides or own.get(path) is not None:
-            raise ConfigError(f"Setting '{path}' is given twice: give it once.")
-        overrides[path] = value
-    if settings.num_training_batches is not None:
-        overrides["num_training_batches"] = settings.num_training_batches
-    if settings.batch_size is not None:
-        overrides["dataset.batch_size"] = settings.batch_size
-    if settings.init_from_checkpoint is not None:
-        overrides["init_from_checkpoint"] = True
-        overrides["init_checkpoint_path"] = settings.init_from_checkpoint
-    config = load_config(given, overrides)
+    given_here = {name: value for name, value in own.items() if value is not None}
+    config = load_config(given, {**settings.overrides, **given_here})
     bases = [path for path in sorted(CODE_FOLDER.glob("*.yaml")) if unchanged_in_image(path, image)]
     if given.resolve() == shipped.resolve() and shipped in bases:
         bases = [shipped]
@@ -180,7 +169,7 @@ def resolve_config(
             "The image holds none of the configurations in code/ as they are here: run "
             "./build_and_push.sh."
         )
-    changes = {path: dict(_differing(config, load_config(path))) for path in bases}
+    changes = {path: _differing(config, load_config(path)) for path in bases}
     base = min(bases, key=lambda path: (len(changes[path]), path.name != DEFAULT_CONFIG))
     return base.name, changes[base], config
 
@@ -288,13 +277,13 @@ def hyperparameter_text(value: Any) -> str:
 def _hyperparameters(
     settings: JobSettings, output_uri: str, image: Mapping[str, str] | None
 ) -> dict[str, str]:
-    base, changed, _ = resolve_config(settings, image)
+    base, changes, _ = resolve_config(settings, image)
     values: dict[str, Any] = {
         "s3-bucket": settings.s3_bucket,
         "s3-data-prefix": settings.s3_data_prefix.strip("/"),
         "config-file": base,
         "output-s3-uri": output_uri,
-        **changed,
+        **changes,
     }
     if settings.accept_changes:
         values["accept-changes"] = True
@@ -336,27 +325,10 @@ def _checkpoint_uri(settings: JobSettings, output_uri: str) -> str:
     return f"{output_uri}/checkpoints"
 
 
-def _differing(config: TrainingConfig, base: TrainingConfig) -> Iterator[tuple[str, Any]]:
-    for path, _, _ in config_keys():
-        value, reference = _at(config, path), _at(base, path)
-        if value is _ABSENT:
-            continue
-        if dataclasses.is_dataclass(value):
-            if reference is None:  # an optional block: its leaves follow, all of them
-                continue
-        elif value != reference:
-            yield path, value
-
-
-_ABSENT = object()
-
-
-def _at(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        if config is None:
-            return _ABSENT
-        config = getattr(config, name)
-    return config
+def _differing(config: TrainingConfig, base: TrainingConfig) -> dict[str, Any]:
+    """The values by dotted key in which `config` is not `base`."""
+    pairs = changed(base.to_dict(), config.to_dict())
+    return {path: value for path, (_, value) in pairs.items()}
 
 
 def _seconds(hours: float) -> int:
@@ -402,6 +374,8 @@ def _check(settings: JobSettings) -> None:
         refuse("Give --resume-from or --checkpoint-s3-uri, not both.")
     if settings.spot and settings.keep_alive_minutes:
         refuse("Spot jobs cannot keep instances warm: drop --keep-alive-minutes or --spot.")
+    if taken := PROJECT_TAG.keys() & settings.tags.keys():
+        refuse(f"The tag '{taken.pop()}' is how --list finds our jobs: give yours another name.")
     for kind, values in (("variable", settings.environment), ("setting", settings.overrides)):
         for name, value in values.items():
             if _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
