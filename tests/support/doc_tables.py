@@ -53,17 +53,15 @@ def instance_table() -> str:
         made = estimate(config, name)
         if made.usd is None or made.usd_per_hour is None:
             continue
-        first = table()["first_estimates"].get(name)
-        early = f"{first['hours']} h, ${first['usd']}" if first else ""
         rows[family, row["gpus"], row["gpu"]] = [
             f"`{name}`",
             f"{row['gpus']} x {row['gpu']} {gpu.memory_gib:g} GiB",
             *(f"{row['ram_gib']} GiB", f"${made.usd_per_hour:.2f}"),
             *(f"{made.hours:.1f} h", f"${made.usd:.0f}"),
-            *("measured" if made.measured else "estimate", early),
+            "measured" if made.measured else "estimate",
         ]
     header = ["type (and larger)", "GPUs", "RAM", "per hour", "150,000 steps", "cost", "basis"]
-    return markdown([*header, "first estimate"], list(rows.values()))
+    return markdown(header, list(rows.values()))
 
 
 TABLES: dict[str, Callable[[], str]] = {

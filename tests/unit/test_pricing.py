@@ -35,7 +35,7 @@ def test_a_gpu_is_known_by_what_it_calls_itself(device, name):
 @pytest.mark.parametrize("name", table()["types"])
 def test_every_row_of_the_table_is_complete(name):
     row = instance_type(name)
-    assert row.vcpus > 0 and row.ram_gib > 0
+    assert row.ram_gib > 0
     assert (row.gpus > 0) == (gpu_of(name) is not None)
 
 
@@ -55,21 +55,10 @@ def test_a_measurement_replaces_the_estimate(config, monkeypatch):
     assert estimate(half, "ml.g5.2xlarge").hours == pytest.approx(made.hours / 2, rel=0.02)
 
 
-def test_the_first_estimate_stands_beside_ours(config):
-    said = "\n".join(estimate(config, "ml.g5.2xlarge").lines())
-    assert "First estimate of the project for this run: 25 h, $35 at $1.212/h" in said
-    short = load_config(CODE_FOLDER / DEFAULT_CONFIG, {"num_training_batches": 1000})
-    assert "First estimate" not in "\n".join(estimate(short, "ml.g5.2xlarge").lines())
-
-
 def test_two_instances_cost_twice_per_hour(config):
     one, two = estimate(config, "ml.g5.2xlarge"), estimate(config, "ml.g5.2xlarge", 2)
     assert two.hours < one.hours
     assert two.usd == pytest.approx(two.hours * 1.515 * 2)
-
-
-def test_requests_are_an_upper_bound_of_one_per_trial(config):
-    assert estimate(config, "ml.g5.2xlarge").request_usd == pytest.approx(150e3 * 48 * 4e-7)
 
 
 @pytest.mark.parametrize("name", ["ml.unknown.xlarge", "ml.m5.xlarge", "ml.p5en.48xlarge"])

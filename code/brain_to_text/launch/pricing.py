@@ -22,7 +22,6 @@ TABLE = Path(__file__).with_name("instance_types.yaml")
 REFERENCE = Path(__file__).parents[2] / "rnn_args_diphone_sagemaker.yaml"  # what was measured
 START_HOURS = 0.1  # image download and start, billed
 SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % is common
-GET_USD = 0.0004 / 1000  # S3 standard, us-east-1, per GET request
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,7 @@ class InstanceType:
     name: str
     gpu: str | None
     gpus: int
-    vcpus: int
     ram_gib: float
-    nvme_gb: float
     usd_per_hour: float | None
 
 
@@ -47,7 +44,6 @@ class Estimate:
         seconds_per_step, measured: step time, and whether it was measured on that GPU.
         usd_per_hour, price_source: of one instance, and where the figure comes from.
         usd, spot_usd: whole job, on demand and with spot capacity.
-        request_usd: S3 requests when no trial is ever served from the cache.
     """
 
     instance_type: str
@@ -60,7 +56,6 @@ class Estimate:
     price_source: str
     usd: float | None
     spot_usd: float | None
-    request_usd: float
 
     def lines(self) -> list[str]:
         """The estimate for people, one fact a line."""
@@ -81,15 +76,6 @@ class Estimate:
             said.append(
                 f"Price: ${self.usd:.2f} on demand at ${self.usd_per_hour:.4g}/h "
                 f"({self.price_source}); about ${self.spot_usd:.2f} with --spot"
-            )
-        said.append(
-            f"S3 requests: at most ${self.request_usd:.2f}, next to nothing once trials are cached"
-        )
-        first = table()["first_estimates"].get(self.instance_type)
-        if first and self.steps == 150_000:
-            said.append(
-                f"First estimate of the project for this run: {first['hours']} h, ${first['usd']} "
-                f"at ${first['usd_per_hour']}/h"
             )
         return said
 
@@ -151,7 +137,6 @@ def estimate(
         price_source=source,
         usd=usd,
         spot_usd=None if usd is None else usd * SPOT_SHARE,
-        request_usd=steps * config.dataset.batch_size * GET_USD,
     )
 
 
