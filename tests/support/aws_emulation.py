@@ -62,7 +62,6 @@ class EmulatedAccount:
 
     Attributes:
         quotas: by quota name, in `REGION`; what is not named is 0, as in a new account.
-        mlflow_servers: "Active" or "Inactive" by name.
         layers: content of pushed image configurations by digest.
         prices: dollars per hour of training by instance type.
         organisation: policies that hold for everybody in the account (their Deny statements).
@@ -73,7 +72,6 @@ class EmulatedAccount:
     account: AwsAccount = field(init=False)
     image_uri: str = ""
     quotas: dict[str, float] = field(default_factory=dict)
-    mlflow_servers: dict[str, str] = field(default_factory=dict)
     layers: dict[str, bytes] = field(default_factory=dict)
     prices: dict[str, float] = field(default_factory=dict)
     organisation: list[Document] = field(default_factory=list)
@@ -166,6 +164,11 @@ class EmulatedAccount:
     def _iam_SimulatePrincipalPolicy(self, call: Call, request: Request) -> Response:
         form = request.form
         arn = form["PolicySourceArn"]
+        if arn.rpartition("/")[2] not in {
+            role.name for role in iam_backends[ACCOUNT]["aws"].get_roles()
+        }:
+            said = "<Code>NoSuchEntity</Code><Message>no such role</Message>"
+            return _xml(f"<ErrorResponse><Error>{said}</Error></ErrorResponse>", 404)
         actions = [v for k, v in form.items() if k.startswith("ActionNames.member")]
         resources = [v for k, v in form.items() if k.startswith("ResourceArns.member")] or ["*"]
         entry = re.compile(r"ContextEntries\.member\.(\d+)\.ContextKeyName")
@@ -192,13 +195,6 @@ class EmulatedAccount:
         if digest not in self.layers:
             return _json({"__type": "LayersNotFoundException", "message": digest}, 400)
         return _json({"downloadUrl": f"{self.endpoint}/pushed-layers/{digest}"})
-
-    def _sagemaker_DescribeMlflowTrackingServer(self, call: Call, request: Request) -> Response:
-        state = self.mlflow_servers.get(call.params["TrackingServerName"])
-        if state is None:
-            return _json({"__type": "ResourceNotFound", "message": "no such server"}, 400)
-        status = {"Active": "Started", "Inactive": "Stopped"}[state]
-        return _json({"IsActive": state, "TrackingServerStatus": status})
 
     def _sagemaker_CreateTrainingJob(self, call: Call, request: Request) -> Response | None:
         self.sent.append(dict(call.params))

@@ -6,7 +6,7 @@ import pytest
 from botocore.parsers import ResponseParserError
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
-from brain_to_text.launch.account_checks import check_account
+from brain_to_text.launch.account_checks import check_quota, check_role
 from brain_to_text.launch.checks import check_data, check_image, check_machine
 from brain_to_text.launch.image import LABEL, fingerprints
 from brain_to_text.launch.launch import preflight
@@ -156,7 +156,8 @@ def role(aws):
 
 def account_findings(aws, **settings):
     image = f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{REPOSITORY}:1"
-    return list(check_account(job(image_uri=image, **settings), aws.account))
+    asked = job(image_uri=image, **settings)
+    return [*check_role(asked, aws.account), *check_quota(asked, aws.account)]
 
 
 def test_the_stacks_own_role_is_enough(role):
@@ -169,14 +170,6 @@ def test_no_role(aws):
 
 def test_unknown_role(aws):
     assert names(account_findings(aws)) == ["role-unknown"]
-
-
-def test_role_that_does_not_trust_sagemaker(role):
-    trust = json.dumps(policy_document("trust_policy.json")).replace("sagemaker", "ec2")
-    role.client("iam").update_assume_role_policy(
-        RoleName="brain-to-text-training", PolicyDocument=trust
-    )
-    assert names(account_findings(role)) == ["role-trust"]
 
 
 @pytest.mark.parametrize(
@@ -218,25 +211,14 @@ def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
     ],
 )
 def test_role_without_what_a_setting_needs(role, settings, said):
-    role.mlflow_servers["speech"] = "Active"
     assert any(said in finding.text for finding in account_findings(role, **settings))
 
 
 def test_what_the_stacks_parameters_give_is_enough(aws):
     key = f"arn:aws:kms:us-east-1:{ACCOUNT}:key/1"
     deploy_stack(aws, AllowShell="yes", MlflowServerArn=SERVER, KmsKeyArn=key)
-    aws.mlflow_servers["speech"] = "Active"
     settings = {"debug_shell": True, "mlflow_tracking_uri": SERVER, "output_kms_key": key}
     assert account_findings(aws, **settings) == []
-
-
-def test_permissions_that_you_may_not_simulate(role, monkeypatch):
-    log_in(
-        role, monkeypatch, policy_document("launcher_policy.json", "iam:SimulatePrincipalPolicy")
-    )
-    findings = account_findings(role)
-    assert names(findings, "warning") == ["permissions-unchecked"]
-    assert names(findings) == []
 
 
 def test_quota_too_small(role):
@@ -260,48 +242,21 @@ def test_spot_and_warm_pools_have_quotas_of_their_own(role, settings, use):
     assert names(account_findings(role, **settings)) == []
 
 
-def test_quota_that_you_may_not_read(role, monkeypatch):
-    log_in(
-        role,
-        monkeypatch,
-        policy_document("launcher_policy.json", "servicequotas:ListServiceQuotas"),
-    )
-    assert names(account_findings(role), "warning") == ["quota-unchecked"]
-
-
-# --- network
-
-
-@pytest.mark.parametrize("endpoint, expected", [(False, ["network-no-s3"]), (True, [])])
-def test_subnet_with_and_without_a_way_to_s3(aws, endpoint, expected):
-    ec2 = aws.client("ec2")
-    vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
-    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.0.0/24")["Subnet"]["SubnetId"]
-    group = ec2.create_security_group(GroupName="g", Description="g", VpcId=vpc)["GroupId"]
-    tables = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
-    table = tables["RouteTables"][0]["RouteTableId"]
-    given = {"VpcId": vpc, "RouteTableIds": table} if endpoint else {}
-    deploy_stack(aws, **given)
-    findings = account_findings(aws, subnets=(subnet,), security_group_ids=(group,))
-    assert [name for name in names(findings) if name != "permission-denied"] == expected
-
-
-def test_subnet_that_does_not_exist(role):
-    findings = account_findings(role, subnets=("subnet-0123",), security_group_ids=("sg-0123",))
-    assert "network-unchecked" in names(findings, "warning")
-
-
-# --- MLflow
-
-
-def test_mlflow_server_of_sagemaker(aws):
-    deploy_stack(aws, MlflowServerArn=SERVER)
-    assert names(account_findings(aws, mlflow_tracking_uri=SERVER)) == ["mlflow-unknown"]
-    aws.mlflow_servers["speech"] = "Inactive"
-    findings = account_findings(aws, mlflow_tracking_uri=SERVER)
-    assert "start-mlflow-tracking-server" in text_of(findings, "mlflow-stopped")
-    aws.mlflow_servers["speech"] = "Active"
-    assert account_findings(aws, mlflow_tracking_uri=SERVER) == []
+@pytest.mark.parametrize(
+    "action, what",
+    [
+        ("iam:SimulatePrincipalPolicy", "permissions"),
+        ("servicequotas:ListServiceQuotas", "quota"),
+        ("ecr:BatchGetImage", "image"),
+        ("s3:GetObject", "data"),
+    ],
+)
+def test_what_you_may_not_look_at_is_a_warning(ready, monkeypatch, action, what):
+    log_in(ready, monkeypatch, policy_document("launcher_policy.json", action))
+    report = preflight(job(image_uri=ready.image_uri), ready.account)
+    assert names(report.findings) == []
+    assert names(report.findings, "warning") == [f"{what}-unchecked"]
+    assert "attach code/aws/launcher_policy.json" in report.findings[0].text
 
 
 # --- image
@@ -392,13 +347,10 @@ def test_image_with_and_without_mlflow(registry):
     elsewhere = "https://mlflow.example.org"
     without = put_image(registry, ours(**{"brain-to-text.mlflow": "no"}))
     holds = put_image(registry, ours(**{"brain-to-text.mlflow": "yes"}))
-    silent = put_image(registry, ours())
     assert image_findings(registry, without) == []  # nobody asked for MLflow
     assert image_findings(registry, holds, mlflow_tracking_uri=elsewhere) == []
     findings = image_findings(registry, without, mlflow_tracking_uri=elsewhere)
     assert "./build_and_push.sh --mlflow" in text_of(findings, "image-without-mlflow")
-    findings = image_findings(registry, silent, mlflow_tracking_uri=elsewhere)
-    assert names(findings, "warning") == ["image-mlflow-unchecked"]
 
 
 # --- data

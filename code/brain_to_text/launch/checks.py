@@ -21,7 +21,7 @@ from ..storage.locations import (
     s3_url,
     split_s3_url,
 )
-from .account import AwsAccount, error_code, sentence
+from .account import AwsAccount, error_code
 from .image import ECR_URI, Image, code_differences, look_at
 from .pricing import gpu_of, instance_type, step_seconds
 from .request import JobSettings, resolve_config
@@ -158,14 +158,13 @@ def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
         )
         return
     except ClientError as problem:
-        if error_code(problem) == "RepositoryNotFoundException":
-            yield error(
-                "repository-unknown",
-                f"ECR has no repository {place['repository']} in {account.region} of account "
-                f"{place['account']}: run {_PUSH}.",
-            )
-        else:
-            yield warning("image-unchecked", sentence(problem, "looking at the image"))
+        if error_code(problem) != "RepositoryNotFoundException":
+            raise
+        yield error(
+            "repository-unknown",
+            f"ECR has no repository {place['repository']} in {account.region} of account "
+            f"{place['account']}: run {_PUSH}.",
+        )
         return
     if image.architectures and "amd64" not in image.architectures:
         yield error(
@@ -173,7 +172,12 @@ def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             f"The image is for {', '.join(sorted(image.architectures))} and SageMaker's GPU "
             f"instances are amd64: run {_PUSH}, which builds for linux/amd64 everywhere.",
         )
-    yield from _mlflow_client(job, image)
+    if job.mlflow_tracking_uri and (image.labels or {}).get("brain-to-text.mlflow") == "no":
+        yield error(
+            "image-without-mlflow",
+            "--mlflow-tracking-uri is given and the image holds no MLflow client, so nothing would "
+            f"be tracked: run {_PUSH} --mlflow, or drop the option.",
+        )
     yield from _code(job, image)
 
 
@@ -196,8 +200,7 @@ def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
         )
         yield replace(finding, severity="warning") if job.accept_code_difference else finding
     base, changed, _ = resolve_config(job, image.code)
-    usual, _, _ = resolve_config(job)
-    if (base, changed) != (usual, resolve_config(job)[1]):
+    if (base, changed) != resolve_config(job)[:2]:
         yield Finding(
             "note",
             "config-travels",
@@ -207,44 +210,18 @@ def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
         )
 
 
-def _mlflow_client(job: JobSettings, image: Image) -> Iterator[Finding]:
-    if not job.mlflow_tracking_uri:
-        return
-    label = (image.labels or {}).get("brain-to-text.mlflow")
-    if label == "no":
-        yield error(
-            "image-without-mlflow",
-            "--mlflow-tracking-uri is given and the image holds no MLflow client, so nothing would "
-            f"be tracked: run {_PUSH} --mlflow, or drop the option.",
-        )
-    elif label is None:
-        yield warning(
-            "image-mlflow-unchecked",
-            "Whether the image holds an MLflow client could not be seen; without one nothing is "
-            f"tracked: {_PUSH} --mlflow makes one that does.",
-        )
-
-
 # --- the data -------------------------------------------------------------------------------------
 
 
 def check_data(job: JobSettings, config: TrainingConfig, account: AwsAccount) -> Iterator[Finding]:
     """Is the data where the job will look, indexed, and what the configuration says it is?"""
-    from botocore.exceptions import ClientError
-
     s3 = account.client("s3")
     problem = _bucket(job, account, s3)
     if problem is not None:
         yield problem
         return
-    try:
-        yield from _dataset(job, config, s3)
-        yield from _starting_points(job, s3)
-    except ClientError as refused:
-        yield error(
-            "data-denied",
-            sentence(refused, f"listing s3://{job.s3_bucket}/{job.s3_data_prefix}"),
-        )
+    yield from _dataset(job, config, s3)
+    yield from _starting_points(job, s3)
 
 
 def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
@@ -267,9 +244,7 @@ def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
                 "code/aws/launcher_policy.json, or check whose bucket it is.",
             )
         if code != "301":
-            return error(
-                "bucket-unchecked", sentence(problem, f"looking at bucket {job.s3_bucket}")
-            )
+            raise
         answer = problem.response
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import BrainToTextError, JobError
 from .account import AwsAccount, error_code, explained, no_answer, sentence
-from .account_checks import check_account
+from .account_checks import check_quota, check_role
 from .checks import Finding, check_data, check_image, check_machine, error, warning
 from .image import look_at
 from .pricing import Estimate, estimate
@@ -35,7 +35,6 @@ class LaunchedJob:
     name: str
     output_uri: str
     request: dict[str, Any]
-    submitted: bool
 
 
 def launch_training_job(
@@ -64,9 +63,13 @@ def launch_training_job(
     if not dry_run:
         account = account or AwsAccount(region, profile)
         return submit_training_job(completed(job, account), account)
-    request = training_request(placeholders(completed(job, None)))
+    job = completed(job, None)
+    unknown: dict[str, Any] = {
+        name: text for name, text in MISSING.items() if getattr(job, name) is None
+    }
+    request = training_request(dataclasses.replace(job, **unknown))
     name = request["TrainingJobName"]
-    return LaunchedJob(name, job.output_uri(name), request, submitted=False)
+    return LaunchedJob(name, job.output_uri(name), request)
 
 
 def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
@@ -79,7 +82,7 @@ def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
     name = str(request["TrainingJobName"])
     with explained(f"creating training job {name}"):
         account.client("sagemaker").create_training_job(**request)
-    return LaunchedJob(name, job.output_uri(name), request, submitted=True)
+    return LaunchedJob(name, job.output_uri(name), request)
 
 
 def code_in_image(job: JobSettings, account: AwsAccount) -> dict[str, str] | None:
@@ -131,7 +134,8 @@ def preflight(job: JobSettings, account: AwsAccount) -> Report:
         return Report((error("credentials", str(problem)),), estimate(config, job.instance_type))
     groups = {
         "machine": lambda: check_machine(job, config),
-        "account": lambda: check_account(job, account),
+        "permissions": lambda: check_role(job, account),
+        "quota": lambda: check_quota(job, account),
         "image": lambda: check_image(job, account),
         "data": lambda: check_data(job, config, account),
     }
@@ -165,14 +169,6 @@ def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
         role = role_arn(role, account)
     known["role"] = role
     return dataclasses.replace(job, **known)
-
-
-def placeholders(job: JobSettings) -> JobSettings:
-    """`job` with a reminder in place of what is not known yet, for requests that are only shown."""
-    unknown: dict[str, Any] = {
-        name: text for name, text in MISSING.items() if getattr(job, name) is None
-    }
-    return dataclasses.replace(job, **unknown)
 
 
 def role_arn(role: str | None, account: AwsAccount) -> str | None:
