@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
-
-_BAR_CELLS = 24
 
 
 @dataclass(frozen=True)
@@ -102,42 +100,51 @@ def best_line(metric: str, before: float, now: float) -> str:
     return f"New best test {metric} {before:.4f} --> {now:.4f}"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a training or validation line says, by the names of metrics.jsonl."""
+def read_line(line: str) -> tuple[Literal["train", "validation"], dict[str, float]] | None:
+    """(kind, numbers by the names of metrics.jsonl, "step" first) that a line was made of.
 
-    kind: Literal["train", "validation"]
-    step: int
-    values: dict[str, float]
-
-
-def read_line(line: str) -> Entry | None:
-    """The entry that a line was made of, ours or the public baseline's; None for other lines."""
+    Ours or the public baseline's; None for other lines.
+    """
     match = _ENTRY.search(line)
     if match is None:
         return None
     trains = match["kind"] == "Train"
-    fields = TRAIN_FIELDS if trains else VALIDATION_FIELDS
-    known = {field.label: field for field in fields}
-    values = {}
+    known = {field.label: field for field in (TRAIN_FIELDS if trains else VALIDATION_FIELDS)}
+    numbers: dict[str, float] = {"step": int(match["step"])}
     for found in _VALUE.finditer(match["fields"]):
         field = known.get(found["label"].strip())
         try:
             if field is not None:
-                values[field.name] = float(found["number"]) / field.factor
+                numbers[field.name] = float(found["number"]) / field.factor
         except ValueError:
             continue  # a line cut in the middle of a number
-    return Entry("train" if trains else "validation", int(match["step"]), values)
+    return "train" if trains else "validation", numbers
 
 
-def rows_of_log(text: str) -> dict[str, list[dict[str, Any]]]:
+def rows_of_log(text: str) -> dict[str, list[dict[str, float]]]:
     """The numbers of a whole log as rows by kind, as in metrics.jsonl."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
     for line in text.splitlines():
-        entry = read_line(line)
-        if entry is not None:
-            rows.setdefault(entry.kind, []).append({"step": entry.step, **entry.values})
+        if read := read_line(line):
+            rows.setdefault(read[0], []).append(read[1])
     return rows
+
+
+def total_steps(line: str) -> int | None:
+    """The run's steps, from the line that `total_line` made; None for other lines."""
+    match = _TOTAL.search(line)
+    return int(match["steps"]) if match else None
+
+
+def error_rate(row: Mapping[str, float]) -> tuple[str, float] | None:
+    """("DER" or "PER", value) of a validation's row: the rate that chooses the model."""
+    return next(((name.upper(), row[name]) for name in ("der", "per") if name in row), None)
+
+
+def best_validation(rows: Iterable[dict[str, float]]) -> dict[str, float] | None:
+    """The validation with the lowest error rate; the first of equals."""
+    rated = [(rate[1], row) for row in rows if (rate := error_rate(row))]
+    return min(rated, key=lambda pair: pair[0])[1] if rated else None
 
 
 def _said(fields: Iterable[_Field], numbers: Mapping[str, Any]) -> str:
@@ -177,92 +184,6 @@ def scrub(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` without secrets and without control characters, which could fake a line of the log."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in scrub(text))
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One validation line: the step it followed, and its figures by label ("DER (avg)", ...)."""
-
-    step: int
-    values: dict[str, float]
-
-    @property
-    def error_rate(self) -> tuple[str, float] | None:
-        """The error rate that chooses the model: DER where there is one, else PER."""
-        for name in ("DER", "PER"):
-            value = self.values.get(f"{name} (avg)")
-            if value is not None:
-                return name, value
-        return None
-
-
-@dataclass
-class Progress:
-    """What the log lines so far say.
-
-    Attributes:
-        step: last training step logged; -1 before the first.
-        total_steps: of the whole run; None until known.
-        seconds_per_step: from the last training line.
-        validations: every validation, in order.
-    """
-
-    step: int = -1
-    total_steps: int | None = None
-    loss: float | None = None
-    seconds_per_step: float | None = None
-    validations: list[Validation] = field(default_factory=list)
-
-    def read(self, line: str) -> None:
-        """Take in one log line; lines that say nothing about progress change nothing."""
-        entry = read_line(line)
-        if entry is None:
-            if match := _TOTAL.search(line):
-                self.total_steps = int(match["steps"])
-        elif entry.kind == "train":
-            self.step = entry.step
-            self.loss = entry.values.get("loss")
-            self.seconds_per_step = entry.values.get("seconds_per_step")
-        else:
-            values = entry.values
-            fields = [f for f in VALIDATION_FIELDS if f.name in values and f.name != "seconds"]
-            labelled = {f.label: values[f.name] for f in fields}
-            self.validations.append(Validation(entry.step, labelled))
-
-    @classmethod
-    def of(cls, lines: Iterable[str]) -> Progress:
-        """The progress that a whole log tells."""
-        progress = cls()
-        for line in lines:
-            progress.read(line)
-        return progress
-
-    @property
-    def best(self) -> Validation | None:
-        """The validation with the lowest error rate; the first of equals."""
-        rated = [v for v in self.validations if v.error_rate is not None]
-        return min(rated, key=lambda v: v.error_rate[1]) if rated else None  # type: ignore[index]
-
-    def bar(self) -> str:
-        """One line for the terminal: bar, step, loss, best error rate, time left."""
-        steps = self.step + 1
-        if not self.total_steps:
-            return f"step {steps:,}"
-        share = min(steps / self.total_steps, 1.0)
-        full = int(share * _BAR_CELLS)
-        parts = [f"[{'#' * full}{'-' * (_BAR_CELLS - full)}] {100 * share:.0f}%"]
-        parts.append(f"step {steps:,}/{self.total_steps:,}")
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.2f}")
-        if self.best is not None and self.best.error_rate is not None:
-            name, value = self.best.error_rate
-            parts.append(f"best {name} {value:.4f}")
-        if self.seconds_per_step is not None:
-            parts.append(f"{duration((self.total_steps - steps) * self.seconds_per_step)} left")
-        return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:

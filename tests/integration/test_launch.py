@@ -450,7 +450,7 @@ def test_watching_shows_phases_each_line_once_and_a_bar(aws):
     assert printed[1:] == [
         lines[0][1],
         lines[1][1],
-        "algo-2: a line of the second host  [2J",
+        r"algo-2: a line of the second host \x1b[2J",
         lines[3][1],
         lines[4][1],
     ]

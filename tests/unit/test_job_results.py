@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from brain_to_text.errors import JobError
 from brain_to_text.launch.fetch import result_table, unpack
-from brain_to_text.log_lines import Progress
+from brain_to_text.log_lines import rows_of_log
 
 
 def archive(path, *members):
@@ -87,11 +87,11 @@ def test_a_damaged_archive_leaves_no_half_model(tmp_path, keep):
 
 
 def test_the_result_table_shows_first_best_and_last():
-    progress = Progress.of(
+    log = "\n".join(
         f"Val batch {step}: DER (avg): {der} CTC Loss (avg): 1.5 time: 2.0"
         for step, der in ((1500, 0.8), (3000, 0.5), (4500, 0.6))
     )
-    assert result_table(progress) == [
+    assert result_table(rows_of_log(log)) == [
         "       batch  DER (avg)  CTC Loss (avg)",
         "first  1,500     0.8000          1.5000",
         " best  3,000     0.5000          1.5000",
@@ -100,4 +100,4 @@ def test_the_result_table_shows_first_best_and_last():
 
 
 def test_without_validation_the_table_says_so():
-    assert result_table(Progress()) == ["No validation yet; last training step -1."]
+    assert result_table({}) == ["No validation yet; last training step -1."]

@@ -4,17 +4,20 @@ import random
 import re
 
 import pytest
+from brain_to_text.launch.watch import Progress
 from brain_to_text.log_lines import (
     METRIC_DEFINITIONS,
     TRAIN_FIELDS,
     VALIDATION_FIELDS,
-    Progress,
     best_line,
+    best_validation,
     duration,
+    error_rate,
     one_line,
     read_line,
     rows_of_log,
     total_line,
+    total_steps,
     train_line,
     validation_line,
 )
@@ -62,19 +65,18 @@ def test_every_line_is_read_as_it_was_written(seed, kind):
             numbers.pop(name, None)
     line = train_line(numbers) if kind == "train" else validation_line(numbers, kind)
     stamped = f"2025-01-15 10:30:00: {line}"
-    entry = read_line(stamped)
-    step = numbers.pop("step")
-    assert (entry.kind, entry.step) == ("train" if kind == "train" else "validation", step)
-    assert entry.values == {name: as_written(name, value) for name, value in numbers.items()}
-    assert rows_of_log(f"x\n{stamped}\ny") == {entry.kind: [{"step": step, **entry.values}]}
+    kind, row = read_line(stamped)
+    assert row.pop("step") == (step := numbers.pop("step"))
+    assert row == {name: as_written(name, value) for name, value in numbers.items()}
+    assert rows_of_log(f"x\n{stamped}\ny") == {kind: [{"step": step, **row}]}
     for metric in METRIC_DEFINITIONS:
         name = IN_CLOUDWATCH.get(metric["Name"])
         found = re.findall(metric["Regex"], stamped)
-        of_this_kind = metric["Name"].startswith(f"{entry.kind}:")
+        of_this_kind = metric["Name"].startswith(f"{kind}:")
         if name in numbers and of_this_kind:
             (text,) = found
             percent = 100 if name == "data_wait_share" else 1
-            assert float(text) / percent == entry.values[name], metric
+            assert float(text) / percent == row[name], metric
         elif not (name == "seconds_per_step" and found):
             assert found == [], metric
 
@@ -107,7 +109,7 @@ def test_a_line_cut_anywhere_is_read_without_an_error():
 
 
 def test_the_total_is_read_by_the_watcher():
-    assert Progress.of([total_line(150_000)]).total_steps == 150_000
+    assert total_steps(total_line(150_000)) == 150_000
 
 
 @pytest.mark.parametrize(
@@ -147,16 +149,24 @@ LOG = """\
 """
 
 
+def progress_of(text):
+    progress = Progress()
+    for line in text.splitlines():
+        progress.read(line)
+    return progress
+
+
 def test_progress_is_read_from_the_lines():
-    progress = Progress.of(LOG.splitlines())
-    assert (progress.step, progress.total_steps, progress.loss) == (4600, 150000, 4.10)
-    assert [v.step for v in progress.validations] == [1500, 3000, 4500]
-    assert progress.validations[0].values == {
-        "DER (avg)": 0.7654,
-        "CTC Loss (avg)": 4.32,
-        "PER (avg)": 0.61,
-    }
-    assert progress.best.step == 3000
+    progress = progress_of(LOG)
+    assert (progress.train["step"], progress.total_steps, progress.train["loss"]) == (
+        4600,
+        150000,
+        4.10,
+    )
+    assert [row["step"] for row in progress.validations] == [1500, 3000, 4500]
+    first = {"step": 1500, "der": 0.7654, "ctc_loss": 4.32, "seconds": 12.3, "per": 0.61}
+    assert progress.validations[0] == first
+    assert best_validation(progress.validations)["step"] == 3000
     assert progress.bar() == (
         "[------------------------] 3%  step 4,601/150,000  loss 4.10  best DER 0.7001  "
         "4 h 02 min left"
@@ -164,18 +174,18 @@ def test_progress_is_read_from_the_lines():
 
 
 def test_a_phoneme_run_is_rated_by_its_phoneme_error_rate():
-    progress = Progress.of(["Val batch 10: PER (avg): 0.30 CTC Loss (avg): 1.0 time: 2.0"])
-    assert progress.best.error_rate == ("PER", 0.30)
+    _, row = read_line("Val batch 10: PER (avg): 0.30 CTC Loss (avg): 1.0 time: 2.0")
+    assert error_rate(row) == ("PER", 0.30)
 
 
 def test_before_the_first_line_there_is_nothing_to_show():
     assert Progress().bar() == "step 0"
-    assert Progress().best is None
+    assert best_validation([]) is None
 
 
 def test_a_loss_that_is_not_a_number_does_not_stop_the_watcher():
-    progress = Progress.of(["Train batch 5: loss: nan grad norm: nan time: 0.1"])
-    assert progress.step == 5 and progress.loss != progress.loss
+    row = progress_of("Train batch 5: loss: nan grad norm: nan time: 0.1").train
+    assert row["step"] == 5 and row["loss"] != row["loss"]
 
 
 @pytest.mark.parametrize(

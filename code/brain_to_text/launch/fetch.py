@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import JobError
-from ..log_lines import Progress
+from ..log_lines import VALIDATION_FIELDS, best_validation, rows_of_log
 from ..storage.locations import s3_url, split_s3_url
 from .account import AwsAccount, error_code, explained
 from .jobs import job_state
@@ -27,20 +27,20 @@ class FetchedJob:
 
     Attributes:
         folder: holds model/ (checkpoint/, training_log), output/, logs/ as far as they exist.
-        progress: from the training log.
+        rows: numbers of the training log by kind, as in metrics.jsonl.
         has_model: whether model.tar.gz existed.
         data: (bucket, prefix) the job trained on, as far as SageMaker still knows.
     """
 
     name: str
     folder: Path
-    progress: Progress
+    rows: dict[str, list[dict[str, float]]]
     has_model: bool
     data: tuple[str, str] | None
 
     def lines(self) -> list[str]:
         """The result for people: table of validations, where the files are, what to do next."""
-        said = [*result_table(self.progress), f"Files: {self.folder}"]
+        said = [*result_table(self.rows), f"Files: {self.folder}"]
         if not self.has_model:
             return [*said, f"There is no model yet; try again when {self.name} has ended."]
         bucket, prefix = self.data or ("YOUR-BUCKET", "YOUR-PREFIX")
@@ -94,7 +94,7 @@ def fetch(
                 f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return FetchedJob(name, folder, Progress.of(text.splitlines()), has_model, data)
+    return FetchedJob(name, folder, rows_of_log(text), has_model, data)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -169,18 +169,22 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> dict[str, PurePosixPath]:
     return targets
 
 
-def result_table(progress: Progress) -> list[str]:
+def result_table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     """First, best and last validation as an aligned table; one line if there was none."""
-    rows = progress.validations
-    best = progress.best
-    if not rows or best is None:
-        return [f"No validation yet; last training step {progress.step}."]
-    names = list(dict.fromkeys(name for row in rows for name in row.values))
-    wanted = {"first": rows[0], "best": best, "last": rows[-1]}
-    table = [["", "batch", *names]]
-    for label, row in wanted.items():
-        values = [f"{row.values[name]:.4f}" if name in row.values else "-" for name in names]
-        table.append([label, f"{row.step:,}", *values])
+    validations = rows.get("validation", [])
+    best = best_validation(validations)
+    if best is None:
+        last = rows.get("train", [{"step": -1}])[-1]["step"]
+        return [f"No validation yet; last training step {last}."]
+    labels = {
+        field.name: field.label
+        for field in VALIDATION_FIELDS
+        if field.name != "seconds" and any(field.name in row for row in validations)
+    }
+    table = [["", "batch", *labels.values()]]
+    for title, row in (("first", validations[0]), ("best", best), ("last", validations[-1])):
+        values = [f"{row[name]:.4f}" if name in row else "-" for name in labels]
+        table.append([title, f"{row['step']:,}", *values])
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ..errors import JobError
-from ..log_lines import Progress
+from ..log_lines import best_validation, duration, error_rate, one_line, read_line, total_steps
 from .account import AwsAccount, error_code, no_answer
 from .account_checks import LOG_GROUP
 from .jobs import JobState, job_state
 
+BAR_CELLS = 24
 PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
 
 
@@ -55,7 +57,7 @@ class JobLogReader:
                 place["nextToken"] = self._tokens[stream]
             answer = self._logs.get_log_events(startFromHead=True, **place)
             for event in answer["events"]:
-                yield _printable(event["message"])
+                yield one_line(event["message"].rstrip("\r\n"))
             token = answer["nextForwardToken"]
             if self._tokens.get(stream) == token or not answer["events"]:
                 self._tokens[stream] = token
@@ -88,7 +90,7 @@ def watch(
     reader, progress = JobLogReader(name, account), Progress()
     drawn = _Bar(bar)
     shown, failures = 0, 0
-    asked, troubles = True, _troubles()
+    asked, troubles = True, (JobError, *no_answer())  # while the job is perfectly well
     state = job_state(name, account)
     progress.total_steps = _total_steps(state)
     while True:
@@ -110,7 +112,7 @@ def watch(
             print(line, file=out, flush=True)
         if state.is_final and not failures:
             return state
-        drawn.show(progress.bar() if progress.step >= 0 else state.status)
+        drawn.show(progress.bar() if progress.train else state.status)
         sleep(poll_seconds)
 
 
@@ -120,6 +122,48 @@ def goodbye(name: str, command: str) -> str:
         f"{name} goes on without you: come back with `{command} --watch {name}`, "
         f"stop it with `{command} --stop {name}`."
     )
+
+
+@dataclass
+class Progress:
+    """What the log lines so far say.
+
+    Attributes:
+        total_steps: of the whole run; None until known.
+        train: numbers of the last training line, {} before the first.
+        validations: numbers of every validation, in order.
+    """
+
+    total_steps: int | None = None
+    train: dict[str, float] = field(default_factory=dict)
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+    def read(self, line: str) -> None:
+        """Take in one log line; lines that say nothing about progress change nothing."""
+        self.total_steps = total_steps(line) or self.total_steps
+        kind, numbers = read_line(line) or (None, {})
+        if kind == "train":
+            self.train = numbers
+        elif kind == "validation":
+            self.validations.append(numbers)
+
+    def bar(self) -> str:
+        """One line for the terminal: bar, step, loss, best error rate, time left."""
+        steps = int(self.train.get("step", -1)) + 1
+        if not self.total_steps:
+            return f"step {steps:,}"
+        share = min(steps / self.total_steps, 1.0)
+        full = int(share * BAR_CELLS)
+        parts = [f"[{'#' * full}{'-' * (BAR_CELLS - full)}] {100 * share:.0f}%"]
+        parts.append(f"step {steps:,}/{self.total_steps:,}")
+        if "loss" in self.train:
+            parts.append(f"loss {self.train['loss']:.2f}")
+        if rate := error_rate(best_validation(self.validations) or {}):
+            parts.append(f"best {rate[0]} {rate[1]:.4f}")
+        if "seconds_per_step" in self.train:
+            seconds = (self.total_steps - steps) * self.train["seconds_per_step"]
+            parts.append(f"{duration(seconds)} left")
+        return "  ".join(parts)
 
 
 class _Bar:
@@ -152,16 +196,6 @@ def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
     return failures + 1
 
 
-def _troubles() -> tuple[type[Exception], ...]:
-    """What a poll may raise while the job is perfectly well."""
-    return (JobError, *no_answer())
-
-
 def _total_steps(state: JobState) -> int | None:
     text = state.request.get("HyperParameters", {}).get("num_training_batches", "")
     return int(text) if text.isdigit() else None
-
-
-def _printable(message: str) -> str:
-    """A log line without control characters, which could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else " " for c in message.rstrip("\r\n"))
