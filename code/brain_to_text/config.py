@@ -288,12 +288,6 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     }
 
 
-def differences(before: TrainingConfig, after: TrainingConfig) -> list[str]:
-    """One line per key whose value differs: 'key: old -> new'."""
-    pairs = changed(before.to_dict(), after.to_dict())
-    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in pairs.items()]
-
-
 def check_combinations(config: TrainingConfig) -> None:
     """Raise ConfigError for values that are fine alone and impossible together."""
     _check_widths(config)

@@ -14,7 +14,6 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,39 +33,30 @@ log = logging.getLogger("brain_to_text")
 MOST_BYTES = 256_000  # of a configuration file; a real one has 3,000
 
 
-@dataclass(frozen=True)
-class Legacy:
-    """A key that is accepted, so that existing files load, and has no effect.
-
-    Attributes:
-        reason: what to use instead, or why it means nothing here.
-        only: the one value under which that is true; None for any value.
-    """
-
-    reason: str
-    only: Any = None
-
-
-LEGACY_KEYS: dict[str, Legacy] = {
-    "gpu_number": Legacy("SageMaker decides which GPU a process gets"),
-    "mode": Legacy("this program only trains; evaluate_model.py evaluates"),
-    "output_dir": Legacy("use --output-data-dir"),
-    "checkpoint_dir": Legacy("use --checkpoint-dir"),
-    "save_val_data": Legacy("the validation data is the dataset itself"),
-    "dataset.dataset_dir": Legacy("use --s3-bucket and --s3-data-prefix, or --data-dir"),
-    "dataset.loader_shuffle": Legacy("batches are drawn at random by (seed, step)"),
-    "dataset.test_percentage": Legacy("the split is given by the files' names"),
-    "model.input_network.n_input_layers": Legacy("there is one day layer per session", only=1),
-    "dataset.data_transforms.random_walk_std": Legacy(
-        "the public recipe does not use a random walk", only=0
-    ),
-    "dataset.data_transforms.random_walk_axis": Legacy("there is no random walk"),
-    "dataset.gpu_cache_gb": Legacy("trials are kept in RAM (dataset.cache_gb)"),
-    "keep_checkpoints": Legacy("the last two resume states are kept"),
-    "gradient_compression": Legacy("gradients travel as they are", only="none"),
+# Keys that are accepted, so that existing files load, and have no effect: what to use instead, or
+# why they mean nothing here.
+LEGACY_KEYS = {
+    "gpu_number": "SageMaker decides which GPU a process gets",
+    "mode": "this program only trains; evaluate_model.py evaluates",
+    "output_dir": "use --output-data-dir",
+    "checkpoint_dir": "use --checkpoint-dir",
+    "save_val_data": "the validation data is the dataset itself",
+    "dataset.dataset_dir": "use --s3-bucket and --s3-data-prefix, or --data-dir",
+    "dataset.loader_shuffle": "batches are drawn at random by (seed, step)",
+    "dataset.test_percentage": "the split is given by the files' names",
+    "model.input_network.n_input_layers": "there is one day layer per session",
+    "dataset.data_transforms.random_walk_std": "the public recipe does not use a random walk",
+    "dataset.data_transforms.random_walk_axis": "there is no random walk",
+    "dataset.gpu_cache_gb": "trials are kept in RAM (dataset.cache_gb)",
+    "keep_checkpoints": "the last two resume states are kept",
+    "gradient_compression": "gradients travel as they are",
 }
-
-
+# The one value under which that is true, where another would have changed the result.
+LEGACY_VALUES = {
+    "model.input_network.n_input_layers": 1,
+    "dataset.data_transforms.random_walk_std": 0,
+    "gradient_compression": "none",
+}
 # Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).
 _JOINT_LOSS = re.compile(r"(^|[._])(composite|alpha)(_|$)")
 
@@ -111,7 +101,7 @@ def config_from_dict(document: Mapping[str, Any], source: str = "") -> TrainingC
     legacy: list[str] = []
     config = _build(TrainingConfig, document, "", source, legacy)
     if legacy:
-        named = "; ".join(f"{name} ({LEGACY_KEYS[name].reason})" for name in legacy)
+        named = "; ".join(f"{name} ({LEGACY_KEYS[name]})" for name in legacy)
         log.warning("Ignored settings that have no effect here: %s", named)
     check_combinations(config)
     return config
@@ -202,7 +192,6 @@ def _text_as_yaml(value: Any) -> Any:
 
 
 def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str]) -> Any:
-    document = _text_as_yaml(document)  # an override: --objective.schedule '{start: 0, end: 0.6}'
     if not isinstance(document, Mapping):
         raise ConfigError(
             f"Setting '{prefix.rstrip('.')}'{source} must be a mapping of keys, "
@@ -230,11 +219,11 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
 
 
 def _check_legacy(path: str, value: Any, source: str) -> None:
-    known = LEGACY_KEYS[path]
-    if known.only is not None and _text_as_yaml(value) not in (known.only, None):
+    only = LEGACY_VALUES.get(path)
+    if only is not None and _text_as_yaml(value) not in (only, None):
         raise ConfigError(
-            f"Setting '{path}'{source} is {shown(value)} but only {known.only} is supported: "
-            f"{known.reason}."
+            f"Setting '{path}'{source} is {shown(value)} but only {only} is supported: "
+            f"{LEGACY_KEYS[path]}."
         )
 
 

@@ -32,16 +32,14 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
-        for name, _ in node.value:
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
             line = name.start_mark.line + 1
-            if isinstance(name, yaml.ScalarNode) and name.value in lines:
+            if name.value in lines:
                 raise yaml.YAMLError(
                     f"{shown(name.value)} stands on line {lines[name.value]} and again on line "
                     f"{line}: keep one"
                 )
-            lines[getattr(name, "value", line) if isinstance(name, yaml.ScalarNode) else line] = (
-                line
-            )
+            lines[name.value] = line
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
