@@ -98,29 +98,25 @@ def member(name: str, content: bytes = b"x", **changes: object) -> bytes:
         for key, value in changes.items():
             setattr(info, key, value)
         file.addfile(info, io.BytesIO(content))
-        if name.endswith("args.yaml"):
-            file.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (member("../checkpoint/best_checkpoint"), "leads out of it"),
-        (member("checkpoint/../../x"), "leads out of it"),
-        (member("/etc/passwd"), "leads out of it"),
+        (member("../checkpoint/best_checkpoint"), "holds no checkpoint/best_checkpoint"),
+        (member("/etc/passwd"), "holds no checkpoint/best_checkpoint"),
         (member("./checkpoint/best_checkpoint", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
          "is no plain file"),
         (member("checkpoint/best_checkpoint", b"", type=tarfile.LNKTYPE, linkname="a"),
          "is no plain file"),
         (member("checkpoint/best_checkpoint", b"", type=tarfile.FIFOTYPE), "is no plain file"),
-        (member("checkpoint/args.yaml", b"a: 1"), "is there twice"),
         (member("training_log", bytes(50_000_000)), "swells to more than"),
         (gzip.compress(b""), "cannot be read"),
         (b"\x1f\x8b", "cannot be read"),
         (b"", "cannot be read"),
     ],
-    ids=range(11),  # gzip's clock is in the bytes: every worker would name the tests differently
+    ids=range(9),  # gzip's clock is in the bytes: every worker would name the tests differently
 )  # fmt: skip
 def test_a_hostile_archive_is_one_sentence(data, reason, tmp_path):
     path = tmp_path / "model.tar.gz"

@@ -9,7 +9,7 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,16 @@ from ..log_lines import rows_of_log
 from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from ..model.weights_file import load_verified
 from ..storage.locations import is_s3
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import open_store
 from ..strict_yaml import read_yaml, shown
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
-_ARGS = ("checkpoint/args.yaml", "args.yaml")
-_LOGS = ("training_log",)
+# last name → where it may lie, in a folder or an archive
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "best_checkpoint": CHECKPOINTS,
+    "args.yaml": ("checkpoint/args.yaml", "args.yaml"),
+    "training_log": ("training_log",),
+}
 _GZIP = b"\x1f\x8b"
 _MOST_SWELLING = 100  # times a packed archive's size; weights hardly shrink, logs to a twentieth
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
@@ -87,15 +91,14 @@ def open_model(location: str | Path) -> ModelArtefact:
         StorageError: the place cannot be read.
         ConfigError: its args.yaml has settings that cannot work here.
     """
-    files = _open_files(str(location))
-    content = _checkpoint(files, location)
+    files, weights, content = _read(str(location))
     args = _args(files, location)
     if args is None:
         raise CheckpointError(
             f"{location} holds no checkpoint/args.yaml: keep the file that training wrote beside "
             "best_checkpoint."
         )
-    config = config_from_dict(args, f" in {location}/checkpoint/args.yaml")
+    config = config_from_dict(args, f" in args.yaml of {location}")
     sessions = _session_names(content.get("sessions") or config.dataset.sessions, location)
     if sessions is None:
         raise CheckpointError(
@@ -103,9 +106,7 @@ def open_model(location: str | Path) -> ModelArtefact:
             "dataset.sessions in checkpoint/args.yaml."
         )
     config.dataset.sessions = list(sessions)
-    weights = _weights(content, location)
     _check_size(config, len(sessions), weights, location)
-    _, log = files.first(_LOGS)
     form, step = content.get("label_form"), content.get("step")
     return ModelArtefact(
         location=str(location),
@@ -113,7 +114,7 @@ def open_model(location: str | Path) -> ModelArtefact:
         sessions=sessions,
         weights=weights,
         step=step if isinstance(step, int) else None,
-        metrics=rows_of_log((log or b"").decode("utf-8", "replace")),
+        metrics=rows_of_log(files.get("training_log", b"").decode("utf-8", "replace")),
         label_form=form if form in LABEL_FORMS else None,
     )
 
@@ -136,9 +137,8 @@ def initial_weights(
         CheckpointError: no checkpoint there, a damaged one, or sessions that do not fit the layers.
         StorageError: the place cannot be read.
     """
-    files = _open_files(str(location))
-    content = _checkpoint(files, location)
-    weights = without_wrappers(_weights(content, location))
+    files, weights, content = _read(str(location))
+    weights = without_wrappers(weights)
     listed = content.get("sessions")
     if not listed:
         dataset = (_args(files, location) or {}).get("dataset")
@@ -156,82 +156,61 @@ def initial_weights(
     return weights, sessions
 
 
-# --- files of an artefact, wherever they are ------------------------------------------------------
+# --- what lies where ------------------------------------------------------------------------------
 
 
-class _Files:
-    """Named files of a store below a prefix, or of a tar archive.
-
-    checkpoints: names under which the weights may lie.
-    """
-
-    def __init__(
-        self,
-        store: ObjectStore | None,
-        members: Mapping[str, bytes],
-        checkpoints: tuple[str, ...] = CHECKPOINTS,
-    ) -> None:
-        self._store = store
-        self._members = members
-        self.checkpoints = checkpoints
-
-    def first(self, names: tuple[str, ...]) -> tuple[str, bytes | None]:
-        """The first of `names` that exists, with its content."""
-        for name in names:
-            if self._store is None:
-                if name in self._members:
-                    return name, self._members[name]
-            elif self._store.exists(name):
-                return name, self._store.read(name)
-        return names[0], None
+def _read(location: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor], dict[str, Any]]:
+    """The files of a model by their last names, its weights, and what lies beside these."""
+    files = _files(location)
+    if "best_checkpoint" not in files:
+        raise CheckpointError(
+            f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
+            "model.tar.gz, or the s3:// URL of one."
+        )
+    place = location if location.endswith("best_checkpoint") else f"{location}/best_checkpoint"
+    content = load_verified(io.BytesIO(files.pop("best_checkpoint")), place)
+    if not isinstance(content, dict):
+        raise _no_weights(location, f"a {type(content).__name__}")
+    return files, _weights(content, location), content
 
 
-def _open_files(location: str) -> _Files:
+def _files(location: str) -> dict[str, bytes]:
+    """What there is of best_checkpoint (also when a file of another name was given), args.yaml and
+    training_log."""
     if not location:
         raise StorageError(
             "--model is empty: give a model folder, a model.tar.gz, or an s3:// URL."
         )
     folder, _, name = location.rpartition("/")
     if location.endswith((".tar.gz", ".tgz", ".tar")):
-        return _Files(None, _untar(open_store(folder or ".").read(name), location))
-    on_s3 = is_s3(location)
-    if name == "best_checkpoint" if on_s3 else Path(location).is_file():
-        return _beside(folder, name)
-    if not on_s3 and not Path(location).is_dir():
+        return _untar(open_store(folder or ".").read(name), location)
+    names = _NAMES
+    if name == "best_checkpoint" if is_s3(location) else Path(location).is_file():
+        above, _, last = folder.rpartition("/")
+        in_model = last == "checkpoint"
+        location = above if in_model else folder
+        names = {**_NAMES, "best_checkpoint": (f"checkpoint/{name}" if in_model else name,)}
+    elif not is_s3(location) and not Path(location).is_dir():
         raise StorageError(
             f"{location} does not exist: give a model folder, a model.tar.gz, or the s3:// URL of "
             "one."
         )
-    store = open_store(location)
-    if any(store.exists(name) for name in CHECKPOINTS):
-        return _Files(store, {})
-    for name in _ARCHIVES:
-        if store.exists(name):
-            return _Files(None, _untar(store.read(name), f"{location.rstrip('/')}/{name}"))
-    return _Files(store, {})
+    store = open_store(location or ".")
+    files = _named(names, store.exists, store.read)
+    if "best_checkpoint" not in files:
+        for archive in filter(store.exists, _ARCHIVES):
+            return _untar(store.read(archive), f"{location.rstrip('/')}/{archive}")
+    return files
 
 
-def _beside(folder: str, name: str) -> _Files:
-    """The files of a checkpoint that was named itself."""
-    above, _, last = folder.rpartition("/")
-    if last != "checkpoint":
-        return _Files(open_store(folder or "."), {}, (name,))
-    return _Files(open_store(above or "."), {}, (f"checkpoint/{name}",))
-
-
-def _checkpoint(files: _Files, location: str | Path) -> dict[str, Any]:
-    """What training saved: weights beside other things, or the weights alone."""
-    name, data = files.first(files.checkpoints)
-    if data is None:
-        raise CheckpointError(
-            f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
-            "model.tar.gz, or the s3:// URL of one."
-        )
-    place = str(location) if str(location).endswith(name) else f"{location}/{name}"
-    content = load_verified(io.BytesIO(data), place)
-    if not isinstance(content, dict):
-        raise _no_weights(location, f"a {type(content).__name__}")
-    return content
+def _named(
+    names: Mapping[str, tuple[str, ...]],
+    exists: Callable[[str], bool],
+    read: Callable[[str], bytes],
+) -> dict[str, bytes]:
+    """The content of each file under the first of its names that exists."""
+    found = {last: next(filter(exists, places), None) for last, places in names.items()}
+    return {last: read(place) for last, place in found.items() if place is not None}
 
 
 def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
@@ -302,38 +281,35 @@ def _no_weights(location: str | Path, found: str) -> CheckpointError:
     )
 
 
-def _args(files: _Files, location: str | Path) -> dict[str, Any] | None:
+def _args(files: Mapping[str, bytes], location: str | Path) -> dict[str, Any] | None:
     """args.yaml beside the checkpoint, None where there is none.
 
     Raises:
         CheckpointError: it is not YAML, or holds something else than keys and values.
     """
-    name, data = files.first(_ARGS)
-    if data is None:
+    if "args.yaml" not in files:
         return None
     try:
-        args = read_yaml(data) or {}
+        args = read_yaml(files["args.yaml"]) or {}
     except yaml.YAMLError as error:
         raise CheckpointError(
-            f"{location}/{name} is not valid YAML ({' '.join(str(error).split())[:200]}): copy it "
-            "again from the training run."
+            f"args.yaml is not valid YAML in {location} ({' '.join(str(error).split())[:200]}): "
+            "copy it again from the training run."
         ) from error
     if not isinstance(args, dict):
         raise CheckpointError(
-            f"{location}/{name} must hold keys and values, not a {type(args).__name__}: copy it "
-            "again from the training run."
+            f"args.yaml of {location} must hold keys and values, not a {type(args).__name__}: copy "
+            "it again from the training run."
         )
     return args
 
 
 def _untar(data: bytes, location: str) -> dict[str, bytes]:
-    """The files of a model archive that matter here, in memory.
+    """The files of a model archive that matter here, by their last names, in memory.
 
     Raises:
-        CheckpointError: damaged anywhere, swelling beyond what weights do, or with members that no
-            training run makes: paths that lead outside, links, files that occur twice.
+        CheckpointError: damaged anywhere, swelling beyond what weights do, or a file that is none.
     """
-    wanted = {*CHECKPOINTS, *_ARGS, *_LOGS}
     members: dict[str, bytes] = {}
     try:
         if data.startswith(_GZIP):  # whole, so that its checksum decides before anything is parsed
@@ -345,22 +321,15 @@ def _untar(data: bytes, location: str) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
-                if name.startswith("/") or ".." in name.split("/"):
-                    raise tarfile.TarError(f"member {name!r} leads out of it")
-                if name not in wanted:
+                if not any(name in places for places in _NAMES.values()):
                     continue
-                if not member.isfile() or member.issparse():
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is None or member.issparse():
                     raise tarfile.TarError(f"member {name} is no plain file")
-                if name in members:
-                    raise tarfile.TarError(f"member {name} is there twice")
-                content = archive.extractfile(member)
-                assert content is not None
                 members[name] = content.read()
-                if len(members[name]) != member.size:
-                    raise tarfile.TarError(f"member {name} is cut off")
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"Archive {location} cannot be read ({' '.join(str(error).split())[:200]}): download "
             "or copy it again."
         ) from error
-    return members
+    return _named(_NAMES, members.__contains__, members.__getitem__)
