@@ -15,7 +15,6 @@ from brain_to_text.scoring.statistics import (
     bootstrap_interval,
     compare_paired,
     confusion_matrix,
-    diphone_errors,
     length_group,
     rates_by,
     worst_diphones,
@@ -123,10 +122,8 @@ def test_confusion_matrix_keeps_insertions_and_deletions_apart():
 
 def test_diphone_errors_count_the_context_of_the_reference():
     alignments = [align([1, 2, 3], [1, 9, 3]), align([1, 2], [1])]
-    counts = diphone_errors(alignments)
-    assert counts[(1, 2)] == ErrorCounts(substitutions=1, deletions=1, reference_labels=2)
-    assert counts[(0, 1)].edits == 0
-    assert worst_diphones(counts, at_least=2)[0][0] == (1, 2)
+    assert worst_diphones(alignments, at_least=1) == [((1, 2), 2, 2)]
+    assert worst_diphones(alignments, at_least=3) == []
 
 
 def test_groups_are_sorted_and_add_up():

@@ -7,7 +7,8 @@ tokens) and its uncertainty comes from resampling trials, the unit in which the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -18,6 +19,7 @@ from rapidfuzz.distance import Levenshtein
 from ..errors import DataError
 from ..labels.phonemes import BLANK, N_PHONEMES
 
+LEVEL = 0.95  # coverage of intervals
 N_RESAMPLES = 10_000
 EXACT_PAIRS = 14  # up to 2 ** 14 sign patterns are enumerated instead of drawn
 _BLOCK = 4_000_000  # random numbers drawn at once
@@ -112,19 +114,17 @@ def bootstrap_interval(
     errors: Sequence[int] | np.ndarray,
     tokens: Sequence[int] | np.ndarray,
     *,
-    level: float = 0.95,
     resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
     """Token-weighted rate and its interval over trials drawn with replacement.
 
-    The percentiles are taken a little further out than `level` says, so that few trials do not give
+    The percentiles are taken a little further out than 2.5 and 97.5, so that few trials do not give
     too narrow an interval: the expanded percentile interval of Hesterberg, "What Teachers Should
     Know About the Bootstrap" (2015), section 3.3.
 
     Args:
         errors, tokens: [n_trials] counts.
-        level: coverage.
         resamples: draws of n_trials trials.
         seed: of the draws; equal seeds give equal intervals.
 
@@ -134,9 +134,9 @@ def bootstrap_interval(
     error_counts, token_counts = _checked(errors, tokens)
     value = float(error_counts.sum() / token_counts.sum())
     if not error_counts.any():
-        return Interval(value, 0.0, _upper_without_errors(token_counts, level))
+        return Interval(value, 0.0, _upper_without_errors(token_counts))
     rates = _resampled(error_counts, token_counts, resamples, seed)
-    low, high = _expanded_percentiles(rates, len(error_counts), level)
+    low, high = _expanded_percentiles(rates, len(error_counts))
     return Interval(value, low, high)
 
 
@@ -145,7 +145,6 @@ def compare_paired(
     errors_b: Sequence[int] | np.ndarray,
     tokens: Sequence[int] | np.ndarray,
     *,
-    level: float = 0.95,
     resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> PairedComparison:
@@ -163,7 +162,7 @@ def compare_paired(
     difference = b - a
     total = int(token_counts.sum())
     rates = _resampled(difference, token_counts, resamples, seed)
-    low, high = _expanded_percentiles(rates, len(a), level)
+    low, high = _expanded_percentiles(rates, len(a))
     return PairedComparison(
         rate_a=float(a.sum() / total),
         rate_b=float(b.sum() / total),
@@ -207,17 +206,17 @@ def _resampled(errors: np.ndarray, tokens: np.ndarray, resamples: int, seed: int
     return np.concatenate(rates)
 
 
-def _upper_without_errors(tokens: np.ndarray, level: float) -> float:
+def _upper_without_errors(tokens: np.ndarray) -> float:
     """Resampling says nothing when no error was seen: the exact binomial bound on trials with an
     error (Clopper & Pearson 1934), at one error in each of them."""
-    trials_with_an_error = 1 - ((1 - level) / 2) ** (1 / len(tokens))
+    trials_with_an_error = 1 - ((1 - LEVEL) / 2) ** (1 / len(tokens))
     return float(trials_with_an_error / tokens.mean())
 
 
-def _expanded_percentiles(rates: np.ndarray, n: int, level: float) -> tuple[float, float]:
+def _expanded_percentiles(rates: np.ndarray, n: int) -> tuple[float, float]:
     if n < 2:
         return float("nan"), float("nan")
-    widened = _t_quantile((1 + level) / 2, n - 1) * np.sqrt(n / (n - 1))
+    widened = _t_quantile((1 + LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
     tail = 1 - NormalDist().cdf(float(widened))
     low, high = np.quantile(rates, [tail, 1 - tail])
     return float(low), float(high)
@@ -256,19 +255,19 @@ def _sign_flip_p_value(difference: np.ndarray, resamples: int, seed: int) -> flo
 
 
 def rates_by(
-    keys: Sequence[Hashable],
+    keys: Sequence[str],
     errors: Sequence[int],
     tokens: Sequence[int],
     *,
     resamples: int = 2000,
-) -> dict[Any, dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     """Per group of trials: its rate with interval, trials, tokens and errors; groups sorted."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for position, name in enumerate(keys):
         groups.setdefault(name, []).append(position)
     error_counts, token_counts = np.asarray(errors), np.asarray(tokens)
     table = {}
-    for name in sorted(groups, key=_sort_key):
+    for name in sorted(groups):
         members = groups[name]
         if not token_counts[members].sum():
             continue
@@ -284,62 +283,42 @@ def rates_by(
     return table
 
 
-def _sort_key(name: Hashable) -> tuple[int, Any]:
-    return (0, name) if isinstance(name, (int, float)) else (1, str(name))
-
-
 def length_group(tokens: int) -> str:
     """The bucket of a sentence by its reference phonemes, in tens: "01–10", "11–20", …"""
     first = 10 * max((tokens - 1) // 10, 0) + 1
     return f"{first:02d}–{first + 9:02d}"
 
 
-def confusion_matrix(
-    pairs: Iterable[tuple[int | None, int | None]], n_classes: int = N_PHONEMES
-) -> np.ndarray:
-    """[n_classes, n_classes] int64 counts, reference by hypothesis, of aligned tokens.
+def confusion_matrix(pairs: Iterable[tuple[int | None, int | None]]) -> np.ndarray:
+    """[41, 41] int64 counts, reference by hypothesis, of aligned phonemes.
 
     The blank is never a label, so row 0 holds insertions and column 0 deletions.
     """
-    matrix = np.zeros((n_classes, n_classes), dtype=np.int64)
+    matrix = np.zeros((N_PHONEMES, N_PHONEMES), dtype=np.int64)
     for reference, hypothesis in pairs:
-        matrix[
-            BLANK if reference is None else reference, BLANK if hypothesis is None else hypothesis
-        ] += 1
+        matrix[reference or BLANK, hypothesis or BLANK] += 1
     return matrix
 
 
-def diphone_errors(
+def worst_diphones(
     alignments: Iterable[Sequence[tuple[int | None, int | None]]],
-) -> dict[tuple[int, int], ErrorCounts]:
-    """How phonemes fare after each other phoneme: (previous, current) → counts for `current`.
+    *,
+    at_least: int = 5,
+    most: int = 20,
+) -> list[tuple[tuple[int, int], int, int]]:
+    """((previous, current) phoneme, errors, occurrences) of the highest error rates, worst first.
 
     `previous` is the reference phoneme before, 0 at the start; insertions belong to no diphone.
     """
-    counts: dict[tuple[int, int], ErrorCounts] = {}
+    errors: Counter[tuple[int, int]] = Counter()
+    tokens: Counter[tuple[int, int]] = Counter()
     for pairs in alignments:
         previous = BLANK
         for reference, hypothesis in pairs:
-            if reference is None:
-                continue
-            one = ErrorCounts(
-                substitutions=int(hypothesis is not None and hypothesis != reference),
-                deletions=int(hypothesis is None),
-                reference_labels=1,
-            )
-            diphone = (previous, reference)
-            counts[diphone] = counts.get(diphone, ErrorCounts()) + one
-            previous = reference
-    return counts
-
-
-def worst_diphones(
-    counts: Mapping[tuple[int, int], ErrorCounts], *, at_least: int = 5, most: int = 20
-) -> list[tuple[tuple[int, int], ErrorCounts]]:
-    """The diphones seen `at_least` times with the highest error rates, worst first."""
-    frequent = [
-        (pair, c) for pair, c in counts.items() if c.reference_labels >= at_least and c.edits
-    ]
-    return sorted(
-        frequent, key=lambda entry: (-entry[1].rate, -entry[1].reference_labels, entry[0])
-    )[:most]
+            if reference is not None:
+                tokens[previous, reference] += 1
+                errors[previous, reference] += reference != hypothesis
+                previous = reference
+    frequent = [diphone for diphone in tokens if tokens[diphone] >= at_least and errors[diphone]]
+    frequent.sort(key=lambda d: (-errors[d] / tokens[d], -tokens[d], d))
+    return [(diphone, errors[diphone], tokens[diphone]) for diphone in frequent[:most]]

@@ -19,7 +19,6 @@ from .statistics import (
     bootstrap_interval,
     compare_paired,
     confusion_matrix,
-    diphone_errors,
     length_group,
     rates_by,
     worst_diphones,
@@ -66,13 +65,8 @@ def summarise(
     alignments = [align(t.reference or [], t.hypothesis) for t in labelled]
     summary["confusion"] = confusion_matrix(p for pairs in alignments for p in pairs).tolist()
     summary["worst_diphones"] = [
-        {
-            "diphone": diphone_name(*diphone),
-            "rate": c.rate,
-            "errors": c.edits,
-            "tokens": c.reference_labels,
-        }
-        for diphone, c in worst_diphones(diphone_errors(alignments))
+        {"diphone": diphone_name(*d), "rate": errors / tokens, "errors": errors, "tokens": tokens}
+        for d, errors, tokens in worst_diphones(alignments)
     ]
     return summary
 
