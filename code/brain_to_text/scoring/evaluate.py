@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import TrainingConfig
 from ..dataset.indexing import load_or_build_manifest
 from ..dataset.manifest import TrialManifest
 from ..dataset.selection import select_for_evaluation
@@ -282,13 +280,14 @@ def run_model(
     )
     indices = np.concatenate(chosen)
     examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
+    dtype = autocast_dtype(config, device)
     started = time.perf_counter()
     with tqdm(total=len(indices), unit="trial", disable=None, desc="Decoding") as bar:
         trials = decode_trials(
             model,
             Augmentation(config.dataset.data_transforms),
             dataset,
-            autocast=_autocast(config, device),
+            autocast=partial(torch.autocast, device.type, dtype, enabled=dtype is not None),
             keep_classes=examples,
             label_form=artefact.label_form,
             progress=bar.update,
@@ -360,12 +359,3 @@ def _device(name: str | None) -> torch.device:
             "cpu, or leave --device away."
         )
     return device
-
-
-def _autocast(
-    config: TrainingConfig, device: torch.device
-) -> Callable[[], AbstractContextManager[object]]:
-    dtype = autocast_dtype(config, device)
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=dtype)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 Gram = tuple[str, ...]
 _KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 _GZIP = b"\x1f\x8b"
-_LONGEST_LINE = 1 << 16  # bytes; an n-gram's line is far shorter
 # Loads a file as the decoder will: damaged ones make KenLM crash, hang or ask for all memory.
 _TRIAL_LOAD = """
 import resource, sys
@@ -55,17 +54,6 @@ class NgramModel:
     order: int
     probability: dict[Gram, float]
     backoff: dict[Gram, float]
-
-    def score(self, history: Sequence[str], word: str) -> float:
-        """Log10 P(word | history); words never seen count as <unk>."""
-        gram = (*history[-(self.order - 1) :], word) if self.order > 1 else (word,)
-        weight = 0.0
-        while len(gram) > 1:
-            if gram in self.probability:
-                return weight + self.probability[gram]
-            weight += self.backoff.get(gram[:-1], 0.0)
-            gram = gram[1:]
-        return weight + self.probability.get(gram, self.probability[(UNKNOWN,)])
 
     def write_arpa(self, path: Path) -> None:
         """Write the model as ARPA text."""
@@ -142,10 +130,10 @@ def check_language_model(path: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, timeout=deadline, check=False)
     except subprocess.TimeoutExpired as error:
-        raise not_a_model(path, f"KenLM read it for {deadline:.0f} s without an end") from error
+        raise _not_a_model(path, f"KenLM read it for {deadline:.0f} s without an end") from error
     if done.returncode:
         said = _reason(done.stdout.decode("utf-8", "replace"))
-        raise not_a_model(path, said or f"KenLM ended with status {done.returncode}")
+        raise _not_a_model(path, said or f"KenLM ended with status {done.returncode}")
 
 
 def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
@@ -169,10 +157,7 @@ def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
     if first == _KENLM_BINARY:
         import kenlm
 
-        try:
-            model = kenlm.Model(str(path))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise not_a_model(path, _reason(str(error))) from error
+        model = kenlm.Model(str(path))
         forms: Iterable[str] = (
             form
             for word in dictionary_words()
@@ -203,29 +188,29 @@ def words_of_arpa(path: Path, *, compressed: bool = False) -> list[str]:
     """
     words: list[str] = []
     inside = False
+    number = 0
     try:
-        for number, line in enumerate(_lines(path, compressed), 1):
-            if line.startswith(b"\\"):
-                if inside:
-                    break
-                inside = line.startswith(b"\\1-grams")
-            elif inside and line.strip():
-                fields = line.split(b"\t")
-                if len(fields) < 2 or not fields[1].strip():
-                    raise not_a_model(path, f"line {number} is no 1-gram")
-                words.append(fields[1].strip(b" \r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise not_a_model(path, f"line {number} is not UTF-8") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise not_a_model(path, f"it is damaged: {error}") from error
+        with (gzip.open if compressed else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.startswith(b"\\"):
+                    if inside:
+                        break
+                    inside = line.startswith(b"\\1-grams")
+                elif inside and line.strip():
+                    fields = line.split(b"\t")
+                    if len(fields) < 2 or not fields[1].strip():
+                        raise _not_a_model(path, f"line {number} is no 1-gram")
+                    words.append(fields[1].strip(b" \r\n").decode("utf-8"))
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _not_a_model(path, f"it is damaged after line {number}: {error}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     if not inside:
-        raise not_a_model(path, "it holds no list of 1-grams")
+        raise _not_a_model(path, "it holds no list of 1-grams")
     return [word for word in words if not word.startswith("<")]
 
 
-def not_a_model(path: Path, reason: str) -> DataError:
+def _not_a_model(path: Path, reason: str) -> DataError:
     """The error that says why KenLM cannot use a file."""
     return DataError(
         f"{path} cannot be used as a language model ({reason}): give ARPA text with 2-grams or "
@@ -237,14 +222,6 @@ def _reason(complaint: str) -> str:
     """KenLM's complaint without the places in its own source that it begins with."""
     text = " ".join(complaint.split())
     return re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
-
-
-def _lines(path: Path, compressed: bool) -> Iterator[bytes]:
-    with (gzip.open if compressed else open)(path, "rb") as file:
-        while line := file.readline(_LONGEST_LINE):
-            if len(line) == _LONGEST_LINE:
-                raise not_a_model(path, f"a line is longer than {_LONGEST_LINE} bytes")
-            yield line
 
 
 def _letters(text: str) -> int:

@@ -103,7 +103,6 @@ def model_report(contents: Mapping[str, Any]) -> str:
             "charted": _groups(contents.get("groups", {})),
             "symbols": ["none" if c == BLANK else p.strip() for c, p in enumerate(PHONEMES)],
             "confusion": matrix.tolist() if matrix.any() else None,
-            "confusions": _top_confusions(matrix) if matrix.any() else (),
         }
     )
 
@@ -168,18 +167,6 @@ def _groups(rates: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _top_confusions(matrix: np.ndarray, most: int = 25) -> list[tuple[int, int, int, float]]:
-    """(reference, hypothesis, times, share of the reference), most frequent first."""
-    off = matrix.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
-    return [
-        (int(r), int(c), int(off[r, c]), off[r, c] / max(matrix[r].sum(), 1))
-        for r, c in (np.unravel_index(flat, off.shape) for flat in order)
-        if off[r, c]
-    ]
 
 
 # --- a dataset ------------------------------------------------------------------------------------

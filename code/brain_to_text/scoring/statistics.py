@@ -94,17 +94,14 @@ def align(
     reference: Sequence[Hashable], hypothesis: Sequence[Hashable]
 ) -> list[tuple[Any | None, Any | None]]:
     """A minimum-edit alignment as (reference token, hypothesis token); None for a missing side."""
-    pairs: list[tuple[Any | None, Any | None]] = []
-    for block in Levenshtein.opcodes(reference, hypothesis):
-        left = reference[block.src_start : block.src_end]
-        right = hypothesis[block.dest_start : block.dest_end]
-        if block.tag == "delete":
-            pairs += [(token, None) for token in left]
-        elif block.tag == "insert":
-            pairs += [(None, token) for token in right]
-        else:
-            pairs += list(zip(left, right, strict=True))
-    return pairs
+    return [
+        pair
+        for block in Levenshtein.opcodes(reference, hypothesis)
+        for pair in itertools.zip_longest(
+            reference[block.src_start : block.src_end],
+            hypothesis[block.dest_start : block.dest_end],
+        )
+    ]
 
 
 # --- uncertainty ----------------------------------------------------------------------------------

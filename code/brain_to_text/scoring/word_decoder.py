@@ -18,7 +18,6 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..labels.phonemes import BLANK, N_PHONEMES, SILENCE
 from ..labels.pronunciation import Lexicon, normalise_text
-from .language_model import not_a_model
 from .statistics import ErrorCounts
 
 BEAM_THRESHOLD = 50.0  # nats by which a hypothesis may be worse than the best
@@ -75,7 +74,8 @@ class WordDecoder:
 
     Args:
         lexicon: normalised word → ways to say it, in phoneme ids without silence.
-        language_model: ARPA or KenLM binary file; None for the lexicon alone.
+        language_model: ARPA or KenLM binary file that `check_language_model` found usable; None for
+            the lexicon alone.
         forms: word → the ways in which the model writes it, where they differ from the word.
 
     Attributes:
@@ -84,7 +84,7 @@ class WordDecoder:
 
     Raises:
         ConfigError: the optional packages are not installed.
-        DataError: an empty lexicon, or a language model that KenLM cannot use.
+        DataError: an empty lexicon.
     """
 
     def __init__(
@@ -110,11 +110,7 @@ class WordDecoder:
         else:
             from flashlight.lib.text.decoder.kenlm import KenLM
 
-            try:
-                self._model = KenLM(str(language_model), self._dictionary)
-            except (RuntimeError, OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise not_a_model(language_model, reason) from error
+            self._model = KenLM(str(language_model), self._dictionary)
         self.dropped: list[str] = []
         self._trie = self._spellings(lexicon)
 

@@ -232,14 +232,9 @@ def decode_sentences(
         DataError: tuning without labelled trials.
     """
     used = {trial.index: options.settings for trial in trials}
-    rows: list[dict[str, float]] = []
     if options.tune:
         known = _with_sentence(trials if tuning is None else tuning)
-        points, errors, n_words = _grid_errors(decoder, known, options.settings)
-        rows = [
-            {"lm_weight": p.lm_weight, "word_score": p.word_score, "WER": sum(e) / max(n_words, 1)}
-            for p, e in zip(points, errors.tolist(), strict=True)
-        ]
+        points, errors = _grid_errors(decoder, known, options.settings)
         if tuning is None:
             half = np.arange(len(known)) % 2
             best = [points[errors[:, half != own].sum(1).argmin()] for own in (0, 1)]
@@ -257,18 +252,16 @@ def decode_sentences(
     }
     text = {index: best[0].text for index, best in found.items()}
     sentences = score_sentences(trials, text, {**facts, **weights}, trained_on)
-    if rows:
-        sentences.summary["grid"] = rows
     return replace(sentences, settings=used, n_best=found if options.n_best > 1 else {})
 
 
 def _grid_errors(
     decoder: WordDecoder, trials: Sequence[DecodedTrial], settings: WordSettings
-) -> tuple[list[WordSettings], np.ndarray, int]:
-    """Word errors at every point of the grid of language-model and word weights.
+) -> tuple[list[WordSettings], np.ndarray]:
+    """Every point of the grid of language-model and word weights, and its word errors.
 
     Returns:
-        (the points, errors [points, trials] int64, reference words of all trials).
+        (the points, errors [points, trials] int64).
 
     Raises:
         DataError: fewer than two trials.
@@ -282,15 +275,12 @@ def _grid_errors(
         replace(settings, lm_weight=lm_weight, word_score=word_score)
         for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
     ]
-    counts = [
-        [
-            word_errors(t.record.sentence_label or "", decoder.decode(t.phoneme_log_probs, point))
-            for t in trials
-        ]
-        for point in tqdm(points, unit="point", desc="Tuning", disable=None)
-    ]
-    errors = np.array([[count.edits for count in row] for row in counts])
-    return points, errors, sum(count.reference_labels for count in counts[0])
+    errors = np.zeros((len(points), len(trials)), dtype=np.int64)
+    for row, point in enumerate(tqdm(points, unit="point", desc="Tuning", disable=None)):
+        for column, t in enumerate(trials):
+            text = decoder.decode(t.phoneme_log_probs, point)
+            errors[row, column] = word_errors(t.record.sentence_label or "", text).edits
+    return points, errors
 
 
 def _with_sentence(trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
@@ -318,8 +308,6 @@ def score_sentences(
     order = sorted(range(len(known)), key=lambda i: (-counts[i].edits, known[i].index))
     summary |= {
         "WER": asdict(bootstrap_interval(edits, words)),
-        "n_sentences": len(known),
-        "sentences_right": sum(c.edits == 0 for c in counts) / len(counts),
         "examples": [
             {
                 "reference": normalise_text(known[i].record.sentence_label or ""),
