@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import threading
 import time
@@ -11,37 +12,31 @@ from brain_to_text.streaming.prefetch import Prefetcher, PrefetchLimits
 
 
 class Work:
-    """A preparation that waits for permission, and what all of them have done."""
-
-    begun: list[int]
+    """Batches whose reads wait for permission, and what all of them have done."""
 
     def __init__(self) -> None:
-        self.begun = []
-        self.cancelled: list[int] = []
-        self.permission: dict[int, concurrent.futures.Future[None]] = {}
+        self.begun: list[int] = []
+        self.reads = collections.defaultdict[int, concurrent.futures.Future[None]](
+            concurrent.futures.Future
+        )
 
-    def begin(self, step: int) -> Step:
+    def begin(self, step: int):
         self.begun.append(step)
-        return Step(self, step, self.permission.setdefault(step, concurrent.futures.Future()))
+        return self.reads[step], lambda: self.finish(step)
+
+    def finish(self, step: int) -> int:
+        self.reads[step].result()
+        if step == 13:
+            raise ValueError("thirteen")
+        return step
 
     def allow(self, *steps: int) -> None:
         for step in steps:
-            self.permission.setdefault(step, concurrent.futures.Future()).set_result(None)
+            self.reads[step].set_result(None)
 
-
-class Step:
-    def __init__(self, work: Work, step: int, permission: concurrent.futures.Future[None]) -> None:
-        self._work, self._step, self._permission = work, step, permission
-
-    def finish(self) -> int:
-        self._permission.result()
-        if self._step == 13:
-            raise ValueError("thirteen")
-        return self._step
-
-    def cancel(self) -> None:
-        self._work.cancelled.append(self._step)
-        self._permission.cancel()
+    @property
+    def cancelled(self) -> list[int]:
+        return [step for step in self.begun if self.reads[step].cancelled()]
 
 
 def test_batches_come_in_order_whatever_finishes_first() -> None:

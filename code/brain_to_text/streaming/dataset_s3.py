@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,10 +22,7 @@ from .prefetch import Prefetcher, PrefetchLimits
 from .trial_cache import decoded_bytes
 from .trial_stream import TrialStream
 
-# Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
-# the longest of its batches do not fit two at a time (on data like the real one, the first 6 of 23
-# at 64 trials): one is then read while the one before is scored, which is all that overlap needs.
-TRAINING_SHARE, EVALUATION_SHARE = 0.75, 0.25
+Reads = concurrent.futures.Future[list[np.ndarray]]
 
 
 class StreamedBatches(abc.ABC):
@@ -38,8 +34,14 @@ class StreamedBatches(abc.ABC):
         device: where iterated batches end up; None leaves them on the CPU.
         limits: how far batches are prepared ahead.
         feature_subset: feature columns to use, in order.
-        pin_memory: page-locked batches; by default when the device is a GPU.
+        rank, world_size: which share this process reads.
     """
+
+    # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the
+    # default the longest of its batches do not fit two at a time (on data like the real one, the
+    # first 6 of 23 at 64 trials): one is then read while the one before is scored, which is all
+    # that overlap needs.
+    PREFETCH_SHARE: float
 
     def __init__(
         self,
@@ -49,7 +51,8 @@ class StreamedBatches(abc.ABC):
         device: torch.device | None = None,
         limits: PrefetchLimits | None = None,
         feature_subset: Sequence[int] | None = None,
-        pin_memory: bool | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.stream = stream
         self.manifest = stream.manifest
@@ -57,8 +60,8 @@ class StreamedBatches(abc.ABC):
         self.device = device
         self._limits = limits or PrefetchLimits()
         self._subset = None if feature_subset is None else np.array(feature_subset, dtype=np.int64)
-        on_gpu = device is not None and device.type == "cuda"
-        self._pin = on_gpu if pin_memory is None else pin_memory
+        self._rank, self._world_size = rank, world_size
+        self._on_gpu = device is not None and device.type == "cuda"
         self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
         # while a batch waits, each of its trials is there as it was read or as it was decoded
         sizes = [max(t.length, decoded_bytes(t, stream.cache_dtype)) for t in self.manifest.trials]
@@ -68,8 +71,39 @@ class StreamedBatches(abc.ABC):
             self._day[trials] = day
         # Half precision crosses the bus as it is and becomes float32 on the device.
         half = stream.dtype == np.float16
-        self._dtype = torch.float16 if half and on_gpu else torch.float32
+        self._dtype = torch.float16 if half and self._on_gpu else torch.float32
         self._open: list[DeviceFeeder] = []
+
+    @classmethod
+    def from_config(
+        cls,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        config: TrainingConfig,
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Self:
+        """The dataset that a configuration describes."""
+        settings = cls._settings(config)
+        return cls(
+            stream, trials_by_session, device=device, rank=rank, world_size=world_size, **settings
+        )
+
+    @classmethod
+    def _settings(cls, config: TrainingConfig) -> dict[str, Any]:
+        dataset = config.dataset
+        limits = PrefetchLimits(
+            batches=dataset.prefetch_batches,
+            n_bytes=int(cls.PREFETCH_SHARE * dataset.prefetch_mb * 1e6),
+            threads=dataset.num_dataloader_workers,
+        )
+        return {
+            "batch_size": dataset.batch_size,
+            "limits": limits,
+            "feature_subset": dataset.feature_subset,
+        }
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -88,7 +122,7 @@ class StreamedBatches(abc.ABC):
         """
         if not 0 <= step < len(self):
             raise IndexError(f"batch {step} of {len(self)}")
-        return self._begin(step).finish()
+        return self._begin(step)[1]()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -125,14 +159,20 @@ class StreamedBatches(abc.ABC):
         padded = len(trials) * int(self._n_time_steps[trials].max()) * n_features
         return padded * self._dtype.itemsize + int(self._trial_bytes[np.unique(trials)].sum())
 
-    def _begin(self, step: int) -> _BatchUnderWay:
+    def _begin(self, step: int) -> tuple[Reads, Callable[[], Batch]]:
+        """Start a batch's reads; returns them, and what waits for them and puts it together."""
         trials = self.trial_indices(step)
-        return _BatchUnderWay(self, step, trials, self.stream.submit(trials))
+        reads = self.stream.submit(trials)
+        return reads, lambda: self._assemble(step, trials, reads)
 
-    def _assemble(self, step: int, trials: np.ndarray, arrays: list[np.ndarray]) -> Batch:
-        features = pad_features(arrays, self._dtype, self._subset, self._pin)
+    def _assemble(self, step: int, trials: np.ndarray, reads: Reads) -> Batch:
+        try:
+            arrays = reads.result()
+        finally:
+            reads.cancel()  # when waiting was interrupted; without effect once it is done
+        features = pad_features(arrays, self._dtype, self._subset, self._on_gpu)
         records = [self.manifest.trials[i] for i in trials]
-        return collate(step, trials, records, self._day[trials], features, self._pin)
+        return collate(step, trials, records, self._day[trials], features, self._on_gpu)
 
 
 class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
@@ -149,9 +189,10 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         n_batches: length of the dataset: training steps.
         seed: of the batch plan.
         must_include_days: sessions (by position) that every batch contains.
-        rank, world_size: which share of each batch this process reads.
         options: see `StreamedBatches`.
     """
+
+    PREFETCH_SHARE = 0.75
 
     def __init__(
         self,
@@ -163,8 +204,6 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         n_batches: int,
         seed: int,
         must_include_days: Sequence[int] = (),
-        rank: int = 0,
-        world_size: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(stream, trials_by_session, **options)
@@ -172,35 +211,15 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             trials_by_session, batch_size, days_per_batch, seed, must_include_days
         )
         self._n_batches = n_batches
-        self._rank, self._world_size = rank, world_size
 
     @classmethod
-    def from_config(
-        cls,
-        stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
-        config: TrainingConfig,
-        *,
-        device: torch.device | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> BrainToTextDatasetS3:
-        """The dataset that a configuration describes."""
-        dataset = config.dataset
-        return cls(
-            stream,
-            trials_by_session,
-            batch_size=dataset.batch_size,
-            days_per_batch=dataset.days_per_batch,
-            n_batches=config.num_training_batches,
-            seed=dataset.seed,
-            must_include_days=dataset.must_include_days or (),
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            limits=_limits(config, TRAINING_SHARE),
-            feature_subset=dataset.feature_subset,
-        )
+    def _settings(cls, config: TrainingConfig) -> dict[str, Any]:
+        return super()._settings(config) | {
+            "days_per_batch": config.dataset.days_per_batch,
+            "n_batches": config.num_training_batches,
+            "seed": config.dataset.seed,
+            "must_include_days": config.dataset.must_include_days or (),
+        }
 
     def __len__(self) -> int:
         return self._n_batches
@@ -217,10 +236,10 @@ class EvaluationDatasetS3(StreamedBatches):
         stream: where features come from.
         trials_by_session: the trials to score, one array per session in day-layer order.
         batch_size: trials per batch.
-        rank, world_size: which batches this process reads; the batches themselves do not depend on
-            the number of ranks.
-        options: see `StreamedBatches`.
+        options: see `StreamedBatches`. The batches themselves do not depend on the number of ranks.
     """
+
+    PREFETCH_SHARE = 0.25
 
     def __init__(
         self,
@@ -228,63 +247,18 @@ class EvaluationDatasetS3(StreamedBatches):
         trials_by_session: Sequence[np.ndarray],
         *,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(stream, trials_by_session, **options)
         trials = np.concatenate([np.asarray(t, np.int64) for t in trials_by_session])
         everything = evaluation_batches(trials, self._n_time_steps[trials], batch_size)
-        self._batches = everything[rank::world_size]
-
-    @classmethod
-    def from_config(
-        cls,
-        stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
-        config: TrainingConfig,
-        *,
-        device: torch.device | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> EvaluationDatasetS3:
-        """The dataset that a configuration describes."""
-        return cls(
-            stream,
-            trials_by_session,
-            batch_size=config.dataset.batch_size,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            limits=_limits(config, EVALUATION_SHARE),
-            feature_subset=config.dataset.feature_subset,
-        )
+        self._batches = everything[self._rank :: self._world_size]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def trial_indices(self, step: int) -> np.ndarray:
         return self._batches[step]
-
-
-@dataclass(frozen=True)
-class _BatchUnderWay:
-    """A batch whose reads have started (a `prefetch.Preparation`)."""
-
-    dataset: StreamedBatches
-    step: int
-    trials: np.ndarray
-    reads: concurrent.futures.Future[list[np.ndarray]]
-
-    def finish(self) -> Batch:
-        try:
-            arrays = self.reads.result()
-        finally:
-            self.reads.cancel()  # when waiting was interrupted; without effect once it is done
-        return self.dataset._assemble(self.step, self.trials, arrays)
-
-    def cancel(self) -> None:
-        self.reads.cancel()
 
 
 class DeviceFeeder(Iterator[Batch]):
@@ -343,12 +317,3 @@ class DeviceFeeder(Iterator[Batch]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _limits(config: TrainingConfig, share: float) -> PrefetchLimits:
-    dataset = config.dataset
-    return PrefetchLimits(
-        batches=dataset.prefetch_batches,
-        n_bytes=int(share * dataset.prefetch_mb * 1e6),
-        threads=dataset.num_dataloader_workers,
-    )

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Preparation(Protocol[T_co]):
-    """One batch under way."""
-
-    def finish(self) -> T_co:
-        """Wait for its data and put it together; runs on a preparing thread."""
-
-    def cancel(self) -> None:
-        """Give up its reads; `finish` then raises `concurrent.futures.CancelledError`."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +29,14 @@ class PrefetchLimits:
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over `finish()` of steps start … stop-1, several of them under way.
+    """Iterates over the batches of steps start … stop-1, several of them under way.
 
     An exception in a preparation is raised when its turn comes. Close it (or use `with`) when
     leaving early: reads under way are given up at once.
 
     Args:
-        begin: starts one step's reads and returns at once.
+        begin: starts one step's reads and returns at once: a future, cancelled to give them up, and
+            what waits for them and puts the batch together, called on a preparing thread.
         n_bytes: memory one step's batch needs, known before it is read.
         start, stop: the steps.
         limits: how far ahead.
@@ -57,7 +47,7 @@ class Prefetcher(Generic[T]):
 
     def __init__(
         self,
-        begin: Callable[[int], Preparation[T]],
+        begin: Callable[[int], tuple[Future[Any], Callable[[], T]]],
         n_bytes: Callable[[int], int],
         start: int,
         stop: int,
@@ -68,9 +58,9 @@ class Prefetcher(Generic[T]):
         self._next_step = start
         self._stop = stop
         self._limits = limits
-        self._queue: deque[tuple[int, Preparation[T], concurrent.futures.Future[T]]] = deque()
+        self._queue: deque[tuple[int, Future[Any], Future[T]]] = deque()
         self._bytes_ahead = 0
-        self._threads = concurrent.futures.ThreadPoolExecutor(limits.threads, "prepare-batch")
+        self._threads = ThreadPoolExecutor(limits.threads, "prepare-batch")
         self.last_wait_seconds = 0.0
         self._fill()
         # a list, not self: a future must not keep alive what closes when nobody holds it any more
@@ -113,9 +103,9 @@ class Prefetcher(Generic[T]):
         """Give up everything under way."""
         self._stop = self._next_step
         while self._queue:
-            _, preparation, future = self._queue.popleft()
-            preparation.cancel()
-            future.cancel()
+            _, reads, batch = self._queue.popleft()
+            reads.cancel()
+            batch.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Prefetcher[T]:
@@ -133,8 +123,7 @@ class Prefetcher(Generic[T]):
             size = self._n_bytes(self._next_step)
             if self._queue and self._bytes_ahead + size > self._limits.n_bytes:
                 return
-            preparation = self._begin(self._next_step)
-            future = self._threads.submit(preparation.finish)
-            self._queue.append((size, preparation, future))
+            reads, finish = self._begin(self._next_step)
+            self._queue.append((size, reads, self._threads.submit(finish)))
             self._bytes_ahead += size
             self._next_step += 1

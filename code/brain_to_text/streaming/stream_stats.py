@@ -8,10 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# S3 Standard, us-east-1, per 1000 GET requests; reading within the region is not billed by the
-# byte. https://aws.amazon.com/s3/pricing/, as of 2025.
-USD_PER_1000_GETS = 0.0004
-
 
 @dataclass(frozen=True)
 class StreamCounts:
@@ -57,24 +53,13 @@ class StreamCounts:
         asked = self.cache_hits + self.cache_misses
         return self.cache_hits / asked if asked else 0.0
 
-    @property
-    def request_cost_usd(self) -> float:
-        """What S3 bills for the GETs, at the list price above."""
-        return self.requests / 1000 * USD_PER_1000_GETS
-
-    def as_dict(self) -> dict[str, float]:
-        """Every count, the hit rate and the request cost, by name."""
-        shares = {"cache_hit_rate": self.hit_rate, "request_cost_usd": self.request_cost_usd}
-        return {**dataclasses.asdict(self), **shares}
-
-    def describe(self, priced: bool = True) -> str:
-        """One line for a log or a run's summary; `priced` with what S3 bills for it."""
-        said = (
+    def describe(self) -> str:
+        """One line for a log or a run's summary."""
+        return (
             f"{self.requests:,} GETs, {self.bytes_fetched / 1e6:,.1f} MB, "
             f"cache hits {100 * self.hit_rate:.1f} %, {self.retries:,} retries, "
             f"waited {self.wait_seconds:.1f} s for {self.batches:,} batches"
         )
-        return f"{said}, S3 requests ${self.request_cost_usd:.4f}" if priced else said
 
 
 class StreamStats:

@@ -213,30 +213,28 @@ class TrialStream:
         kept = self.cache.get(index)  # another batch's read may have ended since `submit` looked
         if kept is not None:
             return kept
+        record = self.manifest.trials[index]
         # One slot for all attempts at a trial: what others read cannot use up its budget, and a
         # throttled prefix is asked less.
         async with self._slots:
-            return await self._load_in_slot(index, self.manifest.trials[index])
-
-    async def _load_in_slot(self, index: int, record: TrialRecord) -> np.ndarray:
-        self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
-        attempts = Attempts(self._retry)
-        get = functools.partial(self._get, record)
-        while True:
-            try:
-                span = await attempts.run(get, record.length)
-                return await self._reader.loop.run_in_executor(
-                    self._decoders, self._accept, index, record, span
-                )
-            except ObjectReplacedError as fault:
-                raise self._replaced(record, str(fault)) from fault
-            except ReadError as fault:
-                wrong = isinstance(fault, _WrongBytesError)
+            self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
+            attempts = Attempts(self._retry)
+            get = functools.partial(self._get, record)
+            while True:
                 try:
-                    await attempts.wait_after(fault, self._reader.renew_credentials, wrong)
-                except ReadError:
-                    raise self._gave_up(record, attempts, fault) from fault
-                self.stats.add(retries=1)
+                    span = await attempts.run(get, record.length)
+                    return await self._reader.loop.run_in_executor(
+                        self._decoders, self._accept, index, record, span
+                    )
+                except ObjectReplacedError as fault:
+                    raise self._replaced(record, str(fault)) from fault
+                except ReadError as fault:
+                    wrong = isinstance(fault, _WrongBytesError)
+                    try:
+                        await attempts.wait_after(fault, self._reader.renew_credentials, wrong)
+                    except ReadError:
+                        raise self._gave_up(record, attempts, fault) from fault
+                    self.stats.add(retries=1)
 
     async def _get(self, record: TrialRecord) -> bytearray | memoryview:
         """Exactly the trial's bytes, by one GET."""

@@ -21,7 +21,6 @@ from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer, build_scheduler
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep, largest_batch
-from ..storage.locations import is_s3
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
@@ -187,8 +186,7 @@ def _say_traffic(
     """The last words on the data, however the run ended, after everything was read."""
     known = [stream.stats.snapshot(), *others]
     whose = "Streaming" if len(known) == world.size else "Streaming by the first process"
-    priced = is_s3(stream.url)
-    log.info(f"{whose}: {StreamCounts.total(known).describe(priced)}")
+    log.info(f"{whose}: {StreamCounts.total(known).describe()}")
 
 
 def _find_state(
