@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if missing := [
     name
@@ -27,8 +28,8 @@ if missing := [
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
-from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES, LAYOUTS
-from brain_to_text.dataset.import_mat import ImportOptions, import_mat
+from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
+from brain_to_text.dataset.import_mat import import_mat
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
@@ -46,7 +47,7 @@ from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
 from brain_to_text.storage.store import open_store
 from brain_to_text.storage.targets import replace_own
 
-OVERWRITE = "replace files of these names in the target that this command did not write"
+_PLACE = "folder or s3://BUCKET/PREFIX"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_synthesize(options: argparse.Namespace) -> int:
     """Write synthetic recordings and their manifest."""
     base = SyntheticDataset.of_full_size() if options.full_size else SyntheticDataset()
-    given = {name: getattr(options, name) for name in ("sessions", "electrodes", "seed")}
-    given["phoneme_set"] = options.phonemes
+    names = ("sessions", "electrodes", "seed", "phoneme_set")
+    given = {name: getattr(options, name) for name in names}
     if options.trials is not None:
         if options.trials < 1:
             raise DataError(f"--trials is {options.trials}: give at least 1.")
@@ -97,13 +98,7 @@ def run_import_mat(options: argparse.Namespace) -> int:
     target = open_store(options.target)
     with _progress("Importing", "file") as report:
         manifest = import_mat(
-            Path(options.folder),
-            target,
-            ImportOptions(options.form, options.lexicon, options.exclude_damaged),
-            processes=options.processes,
-            overwrite=options.overwrite,
-            progress=report,
-            log=lambda line: print(line, flush=True),
+            Path(options.folder), target, _encoding(options), **_making(options, report)
         )
     print(_summary(target.url, manifest))
     return 0
@@ -138,26 +133,25 @@ def run_index(options: argparse.Namespace) -> int:
 def run_encode(options: argparse.Namespace) -> int:
     """Write the diphone form of a phoneme dataset, and its manifest."""
     source, target = open_store(options.source), open_store(options.target)
-    encoding = EncodingOptions(
-        form=options.form,
-        dtype=options.dtype,
-        layout=options.layout,
-        from_text=options.from_text,
-        lexicon=options.lexicon,
-        exclude_damaged=options.exclude_damaged,
-    )
     with _progress("Encoding", "file") as report:
-        manifest = encode_dataset(
-            source,
-            target,
-            encoding,
-            processes=options.processes,
-            overwrite=options.overwrite,
-            progress=report,
-            log=lambda line: print(line, flush=True),
-        )
+        manifest = encode_dataset(source, target, _encoding(options), **_making(options, report))
     print(_summary(target.url, manifest))
     return 0
+
+
+def _encoding(options: argparse.Namespace) -> EncodingOptions:
+    names = {field.name for field in fields(EncodingOptions)}
+    return EncodingOptions(**{k: v for k, v in vars(options).items() if k in names})
+
+
+def _making(options: argparse.Namespace, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """How a dataset is made out of another."""
+    return {
+        "processes": options.processes,
+        "overwrite": options.overwrite,
+        "progress": report,
+        "log": lambda line: print(line, flush=True),
+    }
 
 
 def run_validate(options: argparse.Namespace) -> int:
@@ -170,17 +164,9 @@ def run_validate(options: argparse.Namespace) -> int:
             processes=options.processes,
             progress=report,
         )
-    if options.json == "-":
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        print(result.to_text())
-    if options.json not in (None, "-"):
-        report_bytes = json.dumps(result.to_dict(), indent=2).encode()
-        replace_own(Path(options.json), report_bytes, b'"fingerprint":')
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result.to_text())
     if options.html is not None:
         replace_own(options.html, dataset_page(result).encode(), b"<title>Dataset ")
-        if options.json != "-":
-            print(f"The report is in {options.html}")
     return 1 if result.errors else 0
 
 
@@ -236,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write synthetic recordings that a decoder really learns from",
         description="Write synthetic recordings with the real dataset's schema, and a manifest.",
     )
-    made.add_argument("target", help="folder or s3://BUCKET/PREFIX")
+    made.add_argument("target", help=_PLACE)
     made.add_argument(
         "--full-size",
         action="store_true",
@@ -252,14 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--electrodes", type=int, help="two features each")
     made.add_argument(
         "--phonemes",
+        dest="phoneme_set",
         action="store_true",
-        default=None,
         help="a 41-class phoneme set instead of diphones",
     )
     made.add_argument("--seed", type=int, help="equal seeds make equal files")
-    made.add_argument("--processes", type=int, help="worker processes")
-    made.add_argument("--overwrite", action="store_true", help=OVERWRITE)
-    made.set_defaults(run=run_synthesize)
+    _writes(made, run_synthesize, default_processes=None)
 
     imported = commands.add_parser(
         "import-mat",
@@ -268,15 +252,9 @@ def _parser() -> argparse.ArgumentParser:
         "the public schema: 256 features, z-scored per block, diphone labels by pronunciation.",
     )
     imported.add_argument("folder", help="competitionData, with train, test, competitionHoldOut")
-    imported.add_argument("target", help="folder or s3://BUCKET/PREFIX")
-    imported.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
-    imported.add_argument("--lexicon", help="own words, lines of 'word PHONEME PHONEME …'")
-    imported.add_argument(
-        "--exclude-damaged", action="store_true", help="leave out, by name, what has no labels"
-    )
-    imported.add_argument("--processes", type=int, default=1, help="files read at once")
-    imported.add_argument("--overwrite", action="store_true", help=OVERWRITE)
-    imported.set_defaults(run=run_import_mat)
+    imported.add_argument("target", help=_PLACE)
+    _labels(imported)
+    _writes(imported, run_import_mat)
 
     encoded = commands.add_parser(
         "encode",
@@ -284,44 +262,33 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the diphone form of a dataset. Interrupted? Repeat the command: files "
         "that are done are skipped. Every trial is decoded back before its file is written.",
     )
-    encoded.add_argument("source", help="folder or s3://BUCKET/PREFIX")
-    encoded.add_argument("target", help="folder or s3://BUCKET/PREFIX")
-    encoded.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
+    encoded.add_argument("source", help=_PLACE)
+    encoded.add_argument("target", help=_PLACE)
     encoded.add_argument(
         "--dtype",
         choices=FEATURE_TYPES,
         default="float32",
         help="float16 halves what a job reads",
     )
-    encoded.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="in the files")
     encoded.add_argument(
         "--from-text",
         action="store_true",
         help="take phonemes from each trial's sentence",
     )
-    encoded.add_argument(
-        "--lexicon", help="for --from-text: own words, lines of 'word PHONEME PHONEME …'"
-    )
-    encoded.add_argument(
-        "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"
-    )
-    encoded.add_argument("--processes", type=int, default=1, help="files encoded at once")
-    encoded.add_argument("--overwrite", action="store_true", help=OVERWRITE)
-    encoded.set_defaults(run=run_encode)
+    _labels(encoded)
+    _writes(encoded, run_encode)
 
     indexed = commands.add_parser(
         "index",
         help="record where every trial lies",
         description="Read every data file once and write trial_manifest.json.gz beside them.",
     )
-    indexed.add_argument("source", help="folder or s3://BUCKET/PREFIX")
-    indexed.add_argument("--processes", type=int, help="worker processes; default by size")
     indexed.add_argument(
         "--exclude-damaged",
         action="store_true",
         help="name damaged trials in the manifest and go on, instead of stopping",
     )
-    indexed.set_defaults(run=run_index)
+    _reads(indexed, run_index)
 
     checked = commands.add_parser(
         "validate",
@@ -329,22 +296,46 @@ def _parser() -> argparse.ArgumentParser:
         description="Read the whole dataset and report everything wrong or odd; exit code 1 if "
         "there is an error.",
     )
-    checked.add_argument("source", help="folder or s3://BUCKET/PREFIX")
     checked.add_argument("--patch-size", type=int, default=PATCH_SIZE, help="bins per frame")
     checked.add_argument("--patch-stride", type=int, default=PATCH_STRIDE, help="bins to the next")
-    checked.add_argument("--processes", type=int, help="worker processes; default by size")
-    checked.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="print the report as JSON instead, or write it to FILE too",
-    )
+    checked.add_argument("--json", action="store_true", help="print the report as JSON instead")
     checked.add_argument(
         "--html", type=Path, metavar="FILE", help="write the report as one HTML page too"
     )
-    checked.set_defaults(run=run_validate)
+    _reads(checked, run_validate)
     return parser
+
+
+def _labels(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
+    command.add_argument(
+        "--lexicon", help="for labels from text: own words, lines of 'word PHONEME PHONEME …'"
+    )
+    command.add_argument(
+        "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"
+    )
+
+
+def _writes(
+    command: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    default_processes: int | None = 1,
+) -> None:
+    command.add_argument(
+        "--processes", type=int, default=default_processes, help="files made at once"
+    )
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of these names in the target that this command did not write",
+    )
+    command.set_defaults(run=run)
+
+
+def _reads(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    command.add_argument("source", help=_PLACE)
+    command.add_argument("--processes", type=int, help="worker processes; default by size")
+    command.set_defaults(run=run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.storage.store import open_store
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
@@ -112,7 +112,7 @@ def tiny_manifest_s3(tiny_dataset: TinyDataset, tiny_dataset_s3: str) -> TrialMa
     """The manifest of the uploaded tiny dataset, as if it had been indexed there (but faster)."""
     listing = open_store(tiny_dataset_s3).list()
     local = index_dataset(open_store(tiny_dataset.folder))
-    files = {key: FileRecord(listing[key].size, listing[key].etag) for key in local.files}
+    files = {key: listing[key] for key in local.files}
     return dataclasses.replace(local, files=files)
 
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest, load_manifest
+from brain_to_text.dataset.manifest import TrialManifest, load_manifest
 from brain_to_text.dataset.synthetic import (
     SyntheticDataset,
     random_sentences,
@@ -32,6 +32,7 @@ from brain_to_text.dataset.synthetic import (
 from brain_to_text.dataset.trial_record import ChunkLayout, TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.recording_blocks import recording_blocks
+from brain_to_text.storage.locations import ObjectInfo
 from brain_to_text.storage.store import open_store
 from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
@@ -80,7 +81,7 @@ def full_size_manifest(compressed: bool) -> TrialManifest:
                     corpus=block.corpus,
                 )
             )
-    files = {key: FileRecord(end, f"{rng.bytes(16).hex()}-9") for key, end in ends.items()}
+    files = {key: ObjectInfo(key, end, f"{rng.bytes(16).hex()}-9") for key, end in ends.items()}
     return TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
 
 

@@ -90,7 +90,6 @@ def data_folder(options: argparse.Namespace, seed: int, phonemes: bool) -> Path:
             test_trials=0,
             electrodes=ELECTRODES,
             gain=options.gain,
-            coarticulation=options.coarticulation,
             bins_per_phoneme=options.bins_per_phoneme,
             label_form=options.label_form,
             seed=seed,
@@ -225,7 +224,6 @@ def main() -> None:
     option("--recipe", action="store_true", help="the public recipe's rates, not the smoke ones")
     option("--label-form", default="self_loop", choices=["self_loop", "transition"])
     option("--gain", type=float, default=0.15, help="signal strength of the synthetic data")
-    option("--coarticulation", type=float, default=1.0)
     option("--bins-per-phoneme", type=float, default=12.0, help="recordings have about 29")
     option("--train-trials", type=int, default=150, help="per session, of 2")
     option("--val-trials", type=int, default=75, help="per session, of 2")

@@ -40,7 +40,7 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 import numpy as np
 import torch
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest, write_manifest
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.storage.store import open_store
@@ -395,7 +395,7 @@ def published(url: str, folder: Path) -> TrialManifest:
     """The manifest of what lies in `folder` and is served as `url`, kept there."""
     listing = open_store(url).list()
     local = index_dataset(open_store(folder))
-    files = {k: FileRecord(listing[k].size, listing[k].etag) for k in local.files}
+    files = {key: listing[key] for key in local.files}
     manifest = dataclasses.replace(local, files=files)
     write_manifest(open_store(url), manifest)
     return manifest
@@ -594,7 +594,7 @@ def full_size_manifest(on: Stage) -> TrialManifest:
             trial = on.manifest.trials[own[number % len(own)]]
             trials.append(spoken(trial, session, number, rng))
     listing = open_store(FULL_URL).list()
-    files = {key: FileRecord(info.size, info.etag) for key, info in listing.items()}
+    files = listing
     return dataclasses.replace(on.manifest, trials=tuple(trials), files=files)
 
 

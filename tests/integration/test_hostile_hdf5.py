@@ -191,7 +191,7 @@ def test_a_session_of_dots_leads_nowhere(tmp_path, capsys) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    assert run("synthesize", folder, "--phonemes", "--sessions", 6, "--trials", 20) == 0
+    assert run("synthesize", folder, "--phonemes", "--sessions", 18, "--trials", 20) == 0
     return folder
 
 
@@ -199,7 +199,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoding(source: Path, tmp_path: Path):
     """An encode that takes a while, and its workers' process numbers."""
     process = subprocess.Popen(
-        [sys.executable, str(FRONT_DOOR), "encode", str(source), str(tmp_path), "--layout", "gzip"],
+        [sys.executable, str(FRONT_DOOR), "encode", str(source), str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -233,7 +233,7 @@ def test_an_encode_that_is_stopped_says_so_and_leaves_nothing(encoding, number, 
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
     if number == signal.SIGTERM:
-        assert run("encode", source, tmp_path, "--layout", "gzip") == 0
+        assert run("encode", source, tmp_path) == 0
 
 
 def test_a_killed_worker_is_a_sentence(encoding) -> None:

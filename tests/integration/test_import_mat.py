@@ -12,6 +12,7 @@ import train_model_sagemaker
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.phonemes import phoneme_symbols
 from brain_to_text.storage.store import open_store
+from support.small_data import span_of
 
 savemat = pytest.importorskip("scipy.io").savemat
 
@@ -84,7 +85,7 @@ def test_sessions_become_splits_of_256_z_scored_features(benchmark_folder, tmp_p
     together = np.concatenate(block).astype(np.float64)
     expected = (block[1] - together.mean(axis=0)) / (together.std(axis=0) + 1e-8)
     second = manifest.trials[1]
-    got = second.decode(store.read_range(second.key, second.offset, second.length))
+    got = second.decode(span_of(store, second))
     assert np.allclose(got, expected, atol=1e-5) and got.dtype == np.float32
     assert run("validate", target) == 0
     assert "0 errors, 0 warnings" in capsys.readouterr().out

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.trial_record import Finding, TrialRecord
 from brain_to_text.dataset.validation import SplitSummary, ValidationReport
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.scoring.report import dataset_page, model_report
+from brain_to_text.storage.locations import ObjectInfo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -190,9 +191,9 @@ def long_dataset() -> ValidationReport:
         for kind, level in (("infeasible for CTC", "error"), ("duplicate trial", "error"))
         for n in range(300)
     ] + [Finding("a" * 200, None, "is not used", "unknown file", "warning")]
-    files = {trial.key: FileRecord(123_456_789, "etag") for trial in trials}
+    files = {trial.key: ObjectInfo(trial.key, 123_456_789, "etag") for trial in trials}
     manifest = TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
-    return ValidationReport(url, manifest, rows, findings, 17, ["a note " * 30])
+    return ValidationReport(url, manifest, rows, findings, 17)
 
 
 PAGES = {

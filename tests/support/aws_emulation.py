@@ -25,12 +25,13 @@ import boto3
 import numpy as np
 import yaml
 from botocore.loaders import create_loader
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.image import LABEL, fingerprints
 from brain_to_text.launch.request import CODE_FOLDER
 from brain_to_text.launch.service_model import breaches
+from brain_to_text.storage.locations import ObjectInfo
 from moto.iam.models import iam_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug import Request, Response
@@ -469,7 +470,7 @@ def put_dataset(
             key = f"{session}/data_{split}.hdf5"
             content = f"{key} of {n_features}".encode().ljust(60 * n_features * 4)
             etag = s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=content)["ETag"]
-            files[key] = FileRecord(len(content), etag.strip('"'))
+            files[key] = ObjectInfo(key, len(content), etag.strip('"'))
             trials.append(
                 TrialRecord(
                     session=session,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest
+from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.scoring.decoding import DecodedTrial
+from brain_to_text.storage.locations import ObjectInfo
 
 
 def record(
@@ -37,7 +38,7 @@ def record(
 
 
 def manifest_of(records: Sequence[TrialRecord], label_form: str = "self_loop") -> TrialManifest:
-    files = {own.key: FileRecord(1600, "etag") for own in records}
+    files = {own.key: ObjectInfo(own.key, 1600, "etag") for own in records}
     return TrialManifest(tuple(records), files, 4, 1681, label_form)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import h5py
 import numpy as np
-from brain_to_text.dataset.hdf5_writer import Layout, TrialContents, data_file_bytes
+from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import LabelForm, encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
+from brain_to_text.storage.store import ObjectStore
+
+from .tiny_data import LAYOUTS
 
 WORDS = (
     {"we": "W IY", "you": "Y UW", "they": "DH EY"},
@@ -52,7 +58,7 @@ def write_small_dataset(
     folder: Path,
     *,
     form: LabelForm | None = "self_loop",
-    layout: Layout = "contiguous",
+    layout: str = "contiguous",
     trials: int = 3,
 ) -> dict[str, np.ndarray]:
     """Two sessions with train and val, the second with test too; returns features by trial name."""
@@ -67,6 +73,25 @@ def write_small_dataset(
             ]
             key = f"{session}/data_{split}.hdf5"
             (folder / session).mkdir(parents=True, exist_ok=True)
-            (folder / key).write_bytes(data_file_bytes(contents, layout))
+            (folder / key).write_bytes(laid_out(data_file_bytes(contents), layout))
             features |= {f"{key}:{trial.name}": trial.features for trial in contents}
     return features
+
+
+def laid_out(data: bytes, layout: str) -> bytes:
+    """The same data file with features in another of `LAYOUTS`."""
+    if layout == "contiguous":
+        return data
+    buffer = io.BytesIO(data)
+    with h5py.File(buffer, "r+") as file:
+        for trial in file.values():
+            features = trial["input_features"][:]
+            del trial["input_features"]
+            options = LAYOUTS[layout] | {"chunks": (32, features.shape[1])}
+            trial.create_dataset("input_features", data=features, **options)
+    return buffer.getvalue()
+
+
+def span_of(store: ObjectStore, trial: TrialRecord) -> bytes:
+    """The bytes that a trial's one ranged GET would read."""
+    return store.read(trial.key)[trial.offset : trial.offset + trial.length]

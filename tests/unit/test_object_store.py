@@ -21,7 +21,6 @@ def test_what_was_written_is_read_and_listed(tmp_path):
     store = open_store(tmp_path)
     store.write("a/b.bin", b"0123456789")
     assert store.read("a/b.bin") == b"0123456789"
-    assert store.read_range("a/b.bin", 3, 4) == b"3456"
     assert store.exists("a/b.bin") and not store.exists("a")
     listing = store.list()
     assert list(listing) == ["a/b.bin"]
@@ -140,16 +139,8 @@ def test_an_absent_folder_lists_nothing(tmp_path):
 
 def test_an_absent_object_is_named(tmp_path):
     store = open_store(tmp_path)
-    for read in (store.read, lambda key: store.read_range(key, 0, 1)):
-        with pytest.raises(StorageError, match=r"Cannot read .*nothing\.hdf5 \(No such file"):
-            read("nothing.hdf5")
-
-
-def test_a_range_beyond_the_end_is_an_error(tmp_path):
-    store = open_store(tmp_path)
-    store.write("x", b"0123")
-    with pytest.raises(StorageError, match="gave 2 of 9 bytes from offset 2"):
-        store.read_range("x", 2, 9)
+    with pytest.raises(StorageError, match=r"Cannot read .*nothing\.hdf5 \(No such file"):
+        store.read("nothing.hdf5")
 
 
 @pytest.mark.parametrize("location", ["gs://bucket/x", "http://host/x"])

@@ -6,31 +6,32 @@ import io
 import json
 import os
 import shutil
+import zlib
 
 import h5py
 import numpy as np
 import pytest
 from brain_to_text.dataset import indexing
 from brain_to_text.dataset.hdf5_reader import inspect_file
-from brain_to_text.dataset.hdf5_writer import LAYOUTS, data_file_bytes
+from brain_to_text.dataset.hdf5_writer import data_file_bytes
 from brain_to_text.dataset.indexing import (
     index_dataset,
     load_or_build_manifest,
     manifest_from_inspections,
 )
-from brain_to_text.dataset.manifest import FileRecord, TrialManifest, load_manifest, write_manifest
+from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import ObjectInfo, open_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.small_data import SESSIONS, small_trial, write_small_dataset
+from support.small_data import LAYOUTS, SESSIONS, small_trial, span_of, write_small_dataset
 
 KEY = f"{SESSIONS[0]}/data_train.hdf5"
 
 
 def decoded(store, manifest):
-    return {t.name: t.decode(store.read_range(t.key, t.offset, t.length)) for t in manifest.trials}
+    return {t.name: t.decode(span_of(store, t)) for t in manifest.trials}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -123,21 +124,8 @@ def test_any_chunking_and_filters_decode(
     manifest = manifest_from_inspections({KEY: ObjectInfo(KEY, len(data), "x")}, [inspection])
     record = TrialManifest.from_bytes(manifest.to_bytes()).trials[0]
     span = data[record.offset : record.offset + record.length]
-    record.verify(span)
+    assert zlib.crc32(span) == record.crc32
     assert np.array_equal(record.decode(span), features)
-
-
-def test_a_changed_byte_is_noticed(tmp_path):
-    write_small_dataset(tmp_path)
-    store = open_store(tmp_path)
-    trial = index_dataset(store).trials[0]
-    span = bytearray(store.read_range(trial.key, trial.offset, trial.length))
-    trial.verify(span)
-    span[17] ^= 4
-    with pytest.raises(DataError, match=r"trial_0000: the features' CRC-32 is .* recorded was"):
-        trial.verify(span)
-    with pytest.raises(DataError, match=r"bytes instead of"):
-        trial.verify(span[:-1])
 
 
 def test_gaps_in_the_numbering_and_order_by_number(tmp_path):
@@ -198,7 +186,7 @@ class TestFreshness:
         manifest.check_fresh(self.listing(manifest) | {KEY: info})
 
     def test_an_index_whose_etags_were_times_is_judged_by_size(self, manifest):
-        times = {k: FileRecord(r.size, f"17000000-{r.size}") for k, r in manifest.files.items()}
+        times = {k: ObjectInfo(k, r.size, f"17000000-{r.size}") for k, r in manifest.files.items()}
         old = dataclasses.replace(manifest, files=times)
         old.check_fresh(self.listing(manifest))
         with pytest.raises(DataError, match="1 changed"):
@@ -341,13 +329,6 @@ class TestLoadOrBuild:
             load_or_build_manifest(store, lambda _: None)
         kept = load_or_build_manifest(store, lambda _: None, on_damage="exclude")
         assert len(kept.trials) == 14
-
-
-def test_unknown_session_is_named(tmp_path):
-    write_small_dataset(tmp_path)
-    manifest = index_dataset(open_store(tmp_path))
-    with pytest.raises(DataError, match=r"t15\.1999\.01\.01 is not in the dataset, which has 2"):
-        manifest.select("train", ["t15.1999.01.01"])
 
 
 @pytest.mark.parametrize(

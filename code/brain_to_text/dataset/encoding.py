@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..labels.pronunciation import (
     text_phonemes,
 )
 from ..storage.locations import S3_ETAG, ObjectInfo, data_files
-from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .hdf5_reader import (
     DATA_FILE,
@@ -34,10 +33,10 @@ from .hdf5_reader import (
     read_sentence,
 )
 from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
-from .hdf5_writer import FeatureType, Layout, padded, write_features
-from .indexing import manifest_from_inspections
-from .manifest import TrialManifest, write_manifest
-from .workers import Lost, in_workers, limited
+from .hdf5_writer import FeatureType, padded, write_features
+from .indexing import keep_index
+from .manifest import TrialManifest
+from .workers import limited, sound_answers
 
 COMMAND = "prepare_dataset.py encode"
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
@@ -47,7 +46,7 @@ _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
 class EncodingOptions:
     """What the target is to look like.
 
-    form: form of the diphone labels. dtype, layout: how features are stored.
+    form: form of the diphone labels. dtype: of the features.
     from_text: take phoneme labels from each trial's sentence instead of its label array.
     lexicon: file with pronunciations of one's own words, for from_text.
     exclude_damaged: leave trials out, by name, that cannot be encoded.
@@ -55,7 +54,6 @@ class EncodingOptions:
 
     form: LabelForm = "self_loop"
     dtype: FeatureType = "float32"
-    layout: Layout = "contiguous"
     from_text: bool = False
     lexicon: str | None = None
     exclude_damaged: bool = False
@@ -70,21 +68,35 @@ class EncodingOptions:
         if self.lexicon and not self.from_text:
             raise ConfigError("--lexicon is for labels from text: say --from-text, too.")
         if self.from_text:
-            words = repr(sorted((_lexicon(self) or {}).items())).encode()
+            words = repr(sorted((self.words() or {}).items())).encode()
             purpose["lexicon"] = f"{zlib.crc32(words):08x}" if self.lexicon else None
             purpose["dictionary"] = dictionary_fingerprint()
         return purpose
 
+    def words(self) -> Lexicon | None:
+        """One's own words if labels come from text (often none), None if they come from labels."""
+        if not self.from_text:
+            return None
+        return read_lexicon(Path(self.lexicon)) if self.lexicon else {}
+
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One file done. left_out: lines about what is not in it. compared: trials, label sequences."""
+    """One file done.
+
+    source: its source's ETag, where that is S3's, and CRC-32. crc32: its own.
+    compared: trials, label sequences. left_out: lines about what is not in it.
+    """
 
     inspection: FileInspection
-    left_out: list[str]
-    source_crc32: int
+    source: tuple[str | None, int]
     crc32: int
     compared: tuple[int, int]
+    left_out: Sequence[str] = ()
+
+    def note(self) -> dict[str, Any]:
+        """What tells later that it still holds."""
+        return {"source": self.source, "target": self.crc32, "compared": self.compared}
 
 
 def encode_dataset(
@@ -117,35 +129,71 @@ def encode_dataset(
     sources = data_files(source.list(), source.url)
     purpose = options.purpose()
     with Target.claim(
-        target, COMMAND, purpose, sources, reads=[source.url], alone=DATA_FILE, overwrite=overwrite
+        target, COMMAND, purpose, sources, reads=[source.url], overwrite=overwrite
     ) as claimed:
-        state = _State(claimed, source)
-        state.keep_what_holds(sources, processes)
-        if state.done:
-            log(f"{len(state.done)} of {len(sources)} files are encoded already and are skipped")
-        if progress is not None:
-            progress(len(state.done), len(sources))
+        done = _still_done(claimed, source, sources, processes)
+        if done:
+            log(f"{len(done)} of {len(sources)} files are encoded already and are skipped")
         jobs = {
-            key: (source.url, target.url, info, options)
+            f"{source.url}/{key}": (source.url, target.url, info, options)
             for key, info in sources.items()
-            if key not in state.done
+            if key not in done
         }
-        for key, encoded in in_workers(_encode_job, jobs, processes):
-            if isinstance(encoded, Lost):
-                raise DataError(f"{source.url}/{key}: {encoded.damage}.")
+        for encoded in sound_answers(_encode_job, jobs, processes, progress, len(done)):
             for line in encoded.left_out:
                 log(f"Left out: {line}")
-            state.add(sources[key], encoded)
-            if progress is not None:
-                progress(len(state.done), len(sources))
-        manifest = state.manifest()
-        write_manifest(target, manifest)
-    trials, labelled = np.sum([file["compared"] for file in state.files.values()], axis=0)
+            done[encoded.inspection.key] = encoded
+            claimed.notes = {
+                "source": source.url,
+                "files": {key: file.note() for key, file in done.items()},
+            }
+            claimed.save()
+        manifest = keep_index(target, [file.inspection for file in done.values()])
+    trials, labelled = np.sum([file.compared for file in done.values()], axis=0)
     log(
         f"Compared with the source: the features of {trials:,} trials value by value, the labels "
         f"of {labelled:,} by decoding them; all are equal"
     )
     return manifest
+
+
+def _still_done(
+    target: Target, source: ObjectStore, sources: Mapping[str, ObjectInfo], processes: int
+) -> dict[str, _Encoded]:
+    """The files of an earlier run whose source and target have not changed since, by key.
+
+    Raises:
+        DataError: they were made of another place's files, with other content.
+    """
+    there = target.store.list()
+    jobs = {
+        f"{target.store.url}/{key}": (source.url, sources[key], target.store.url, note)
+        for key, note in target.notes.get("files", {}).items()
+        if key in sources and key in there
+    }
+    answers = list(sound_answers(_recheck_job, jobs, processes))
+    changed = sorted(answer for answer in answers if isinstance(answer, str))
+    if changed and target.notes["source"] != source.url:
+        raise DataError(
+            f"{target.store.url} was encoded from {target.notes['source']}, whose {changed[0]} is "
+            f"another than that of {source.url}: give an empty target, or say --overwrite."
+        )
+    return {a.inspection.key: a for a in answers if isinstance(a, _Encoded)}
+
+
+def _recheck_job(
+    source_url: str, info: ObjectInfo, target_url: str, note: Mapping[str, Any]
+) -> _Encoded | str | None:
+    """A file that still holds, the key of one whose source is another, None for another target."""
+    key, (etag, crc32) = info.key, note["source"]
+    known = etag is not None and etag == _etag(info)
+    if not known and zlib.crc32(open_store(source_url).read(key, info.size)) != crc32:
+        return key
+    data = open_store(target_url).read(key)
+    if zlib.crc32(data) != note["target"]:
+        return None
+    with limited(len(data)):
+        return _Encoded(inspect_file(key, data), (etag, crc32), note["target"], note["compared"])
 
 
 def encode_file(
@@ -161,7 +209,7 @@ def encode_file(
     Raises:
         DataError: damage, unless options.exclude_damaged.
     """
-    lexicon = _lexicon(options)
+    lexicon = options.words()
     left_out: list[str] = []
     buffer = io.BytesIO()
     try:
@@ -190,13 +238,6 @@ def encode_file(
     return buffer.getvalue(), left_out
 
 
-def _lexicon(options: EncodingOptions) -> Lexicon | None:
-    """One's own words if labels come from text (often none), None if they come from labels."""
-    if not options.from_text:
-        return None
-    return read_lexicon(Path(options.lexicon)) if options.lexicon else {}
-
-
 def _encode_trial(
     key: str,
     old: h5py.Group,
@@ -212,7 +253,7 @@ def _encode_trial(
     phonemes = _source_phonemes(key, old, lexicon)
     anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
     left_out = list(_copy(old, new, {*old} - anew))
-    write_features(new, features, options.layout, options.dtype, where)
+    write_features(new, features, options.dtype, where)
     left_out += _copy(old["input_features"], new["input_features"], set())
     if phonemes is not None:
         labels = encode_diphones(phonemes, options.form)
@@ -283,7 +324,8 @@ def _encode_job(
             )
         compared = _prove(original, encoded, inspection, options)
     open_store(target_url).write(key, encoded)
-    return _Encoded(inspection, left_out, zlib.crc32(original), zlib.crc32(encoded), compared)
+    source = (_etag(info), zlib.crc32(original))
+    return _Encoded(inspection, source, zlib.crc32(encoded), compared, left_out)
 
 
 def _prove(
@@ -296,7 +338,7 @@ def _prove(
     Raises:
         DataError: labels or features differ.
     """
-    lexicon = _lexicon(options)
+    lexicon = options.words()
     labelled = 0
     with h5py.File(io.BytesIO(original), "r") as file:
         for record in inspection.records:
@@ -316,94 +358,5 @@ def _prove(
     return len(inspection.records), labelled
 
 
-class _State:
-    """What has been encoded so far, kept in the target's record.
-
-    files: by key, of source and target what tells their content, and how much was compared.
-    """
-
-    def __init__(self, target: Target, source: ObjectStore) -> None:
-        self.target, self.source = target, source
-        self.files: dict[str, dict[str, Any]] = {}
-        self.inspections: dict[str, FileInspection] = {}
-
-    @property
-    def done(self) -> set[str]:
-        return set(self.inspections)
-
-    def keep_what_holds(self, sources: dict[str, ObjectInfo], processes: int) -> None:
-        """Take over the files of an earlier run whose source and target have not changed since.
-
-        Raises:
-            DataError: they were made of another place's files, with other content.
-        """
-        notes = self.target.notes
-        files = {key: file for key, file in notes.get("files", {}).items() if key in sources}
-        there = self.target.store.list()
-        earlier = {k: v for k, v in files.items() if k in there and there[k].size == v["size"]}
-        same_source = self._unchanged(self.source, sources, files, "source", processes)
-        same_target = self._unchanged(self.target.store, there, earlier, "target", processes)
-        other = sorted(files.keys() - same_source)
-        if other and notes["source"] != self.source.url:
-            raise DataError(
-                f"{self.target.store.url} was encoded from {notes['source']}, whose {other[0]} is "
-                f"another than that of {self.source.url}: give an empty target, or say --overwrite."
-            )
-        if not same_source & same_target:
-            return
-        partial = TrialManifest.from_bytes(base64.b64decode(notes["manifest"]))
-        for key in same_source & same_target:
-            records = [trial for trial in partial.trials if trial.key == key]
-            forms = [None if t.class_ids is None else partial.label_form for t in records]
-            self.files[key] = files[key]
-            self.inspections[key] = FileInspection(key, files[key]["size"], records, forms)
-
-    def _unchanged(
-        self,
-        store: ObjectStore,
-        listing: dict[str, ObjectInfo],
-        files: dict[str, dict[str, Any]],
-        side: str,
-        processes: int,
-    ) -> set[str]:
-        """Keys whose content is what it was: by S3's ETag, or else by a CRC-32 of all bytes."""
-        same = {k for k, f in files.items() if f[side][0] and f[side][0] == _etag(listing[k])}
-        jobs = {key: (store.url, listing[key]) for key in files.keys() - same}
-        for key, crc32 in in_workers(_crc32_job, jobs, processes):
-            if crc32 == files[key][side][1]:
-                same.add(key)
-        return same
-
-    def add(self, info: ObjectInfo, encoded: _Encoded) -> None:
-        """Record a file just written, and keep that in the target."""
-        key, size = info.key, encoded.inspection.size
-        written = listing_after_writing(self.target.store, {key: size})[key]
-        self.files[key] = {
-            "size": size,
-            "source": [_etag(info), encoded.source_crc32],
-            "target": [_etag(written), encoded.crc32],
-            "compared": encoded.compared,
-        }
-        self.inspections[key] = encoded.inspection
-        partial = {k: ObjectInfo(k, f["size"], f["target"][0] or "") for k, f in self.files.items()}
-        manifest = manifest_from_inspections(partial, list(self.inspections.values()))
-        self.target.notes = {
-            "source": self.source.url,
-            "files": self.files,
-            "manifest": base64.b64encode(manifest.to_bytes()).decode(),
-        }
-        self.target.save()
-
-    def manifest(self) -> TrialManifest:
-        """The manifest of what is there."""
-        sizes = {key: self.files[key]["size"] for key in sorted(self.files)}
-        listing = listing_after_writing(self.target.store, sizes)
-        return manifest_from_inspections(listing, [self.inspections[key] for key in listing])
-
-
 def _etag(info: ObjectInfo) -> str | None:
     return info.etag if S3_ETAG.fullmatch(info.etag) else None
-
-
-def _crc32_job(url: str, info: ObjectInfo) -> int:
-    return zlib.crc32(open_store(url).read(info.key, info.size))

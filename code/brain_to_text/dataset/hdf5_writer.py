@@ -5,19 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import h5py
 import numpy as np
 
 from ..errors import DataError
 
-Layout = Literal["contiguous", "chunked", "gzip", "lzf"]
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "chunked", "gzip", "lzf")
 FeatureType = Literal["float32", "float16"]
 FEATURE_TYPES: tuple[FeatureType, ...] = ("float32", "float16")
 MAX_SEQ_ELEMENTS = 500  # length of the label arrays and of the transcription in the public schema
-_CHUNK_BINS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +35,18 @@ class TrialContents:
     sentence: str | None = None
 
 
-def data_file_bytes(
-    trials: Iterable[TrialContents], layout: Layout = "contiguous", dtype: FeatureType = "float32"
-) -> bytes:
+def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
     """The bytes of an HDF5 data file that holds `trials`.
 
     Raises:
-        DataError: labels longer than the schema's arrays, or values that float16 cannot hold.
+        DataError: labels longer than the schema's arrays.
     """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for trial in trials:
             group = file.create_group(trial.name)
             where = f"{trial.session} {trial.name}"
-            write_features(group, trial.features, layout, dtype, where)
+            write_features(group, trial.features, "float32", where)
             group.attrs["n_time_steps"] = len(trial.features)
             group.attrs["session"] = trial.session
             group.attrs["block_num"] = trial.block_num
@@ -69,10 +64,12 @@ def data_file_bytes(
     return buffer.getvalue()
 
 
-def write_features(
-    group: h5py.Group, features: np.ndarray, layout: Layout, dtype: FeatureType, where: str
-) -> None:
-    """Store `input_features` [T, C] so that one ranged GET can read it in every layout."""
+def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType, where: str) -> None:
+    """Store `input_features` [T, C] as one run of bytes.
+
+    Raises:
+        DataError: values that float16 cannot hold.
+    """
     with np.errstate(over="ignore"):  # found below
         values = np.asarray(features).astype(dtype)
     if dtype == "float16" and not np.isfinite(values).all():
@@ -80,14 +77,7 @@ def write_features(
             f"{where}: a feature exceeds what float16 can hold (65,504): write this dataset with "
             "--dtype float32."
         )
-    options: dict[str, Any] = {}
-    if layout != "contiguous":
-        options["chunks"] = (min(len(values), _CHUNK_BINS), values.shape[1])
-    if layout == "gzip":
-        options.update(compression="gzip", compression_opts=4, shuffle=True)
-    elif layout == "lzf":
-        options.update(compression="lzf", shuffle=True)
-    group.create_dataset("input_features", data=values, **options)
+    group.create_dataset("input_features", data=values)
 
 
 def padded(values: np.ndarray, where: str) -> np.ndarray:

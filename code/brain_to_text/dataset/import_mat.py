@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import io
 import re
-import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError, StorageError
-from ..labels.diphones import LabelForm, encode_diphones
-from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
-from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..labels.diphones import encode_diphones
+from ..labels.pronunciation import Lexicon, text_phonemes
+from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
+from .encoding import EncodingOptions
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
 from .hdf5_values import DamagedTrial, one_line, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
-from .indexing import manifest_from_inspections
-from .manifest import TrialManifest, write_manifest
-from .workers import Lost, in_workers, limited
+from .indexing import keep_index
+from .manifest import TrialManifest
+from .workers import limited, sound_answers
 
 COMMAND = "prepare_dataset.py import-mat"
 SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
@@ -39,22 +39,10 @@ _CHANNELS = 128
 _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
 
-@dataclass(frozen=True)
-class ImportOptions:
-    """form: of the diphone labels. lexicon: file of one's own words.
-
-    exclude_damaged: leave trials out, by name, whose sentence cannot be pronounced.
-    """
-
-    form: LabelForm = "self_loop"
-    lexicon: str | None = None
-    exclude_damaged: bool = False
-
-
 def import_mat(
     folder: Path,
     target: ObjectStore,
-    options: ImportOptions | None = None,
+    options: EncodingOptions,
     *,
     processes: int = 1,
     overwrite: bool = False,
@@ -67,6 +55,7 @@ def import_mat(
     competitionHoldOut become the test split, labelled only where they have one.
 
     Args:
+        options: form, lexicon and exclude_damaged count; labels are from text.
         processes: files read at once.
         overwrite: replace files of these names that this command did not write.
         progress: called with (files done, files in all).
@@ -77,31 +66,17 @@ def import_mat(
         StorageError: folder or target cannot be read or written.
         ConfigError: scipy is not installed.
     """
-    options = options or ImportOptions()
+    options = replace(options, from_text=True)
     sources = _mat_files(folder)
-    lexicon = read_lexicon(Path(options.lexicon)) if options.lexicon else {}
-    words = f"{zlib.crc32(repr(sorted(lexicon.items())).encode()):08x}"
-    purpose = asdict(options) | {"lexicon": words if options.lexicon else None}
+    purpose, lexicon = options.purpose(), options.words() or {}
+    jobs = {str(path): (path, target.url, key, options, lexicon) for key, path in sources.items()}
     inspections: list[FileInspection] = []
-    with Target.claim(
-        target, COMMAND, purpose, sources, reads=[folder], alone=DATA_FILE, overwrite=overwrite
-    ):
-        jobs = {key: (path, target.url, key, options, lexicon) for key, path in sources.items()}
-        for key, answer in in_workers(_import_job, jobs, processes):
-            if isinstance(answer, Lost):
-                raise DataError(f"{sources[key]}: {answer.damage}.")
-            inspection, left_out = answer
+    with Target.claim(target, COMMAND, purpose, sources, reads=[folder], overwrite=overwrite):
+        for inspection, left_out in sound_answers(_import_job, jobs, processes, progress):
             inspections.append(inspection)
             for line in left_out:
                 log(f"Left out: {line}")
-            if progress is not None:
-                progress(len(inspections), len(jobs))
-        listing = listing_after_writing(target, {i.key: i.size for i in inspections})
-        manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
-        if manifest.damaged:
-            raise DataError(f"{target.url}/{manifest.damaged[0]}; look at its .mat file.")
-        write_manifest(target, manifest)
-    return manifest
+        return keep_index(target, inspections)
 
 
 def _mat_files(folder: Path) -> dict[str, Path]:
@@ -121,7 +96,7 @@ def _mat_files(folder: Path) -> dict[str, Path]:
 
 
 def _import_job(
-    path: Path, target_url: str, key: str, options: ImportOptions, lexicon: Lexicon
+    path: Path, target_url: str, key: str, options: EncodingOptions, lexicon: Lexicon
 ) -> tuple[FileInspection, list[str]]:
     """Read, convert and write one file; returns what it holds, and lines about what it does not."""
     try:
@@ -145,7 +120,7 @@ def _import_job(
 
 
 def _trials(
-    path: Path, data: bytes, session: str, split: str, options: ImportOptions, lexicon: Lexicon
+    path: Path, data: bytes, session: str, split: str, options: EncodingOptions, lexicon: Lexicon
 ) -> tuple[list[TrialContents], list[str]]:
     variables = _variables(path, data)
     try:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import DataError, StorageError
-from ..labels.diphones import N_DIPHONES
-from ..labels.phonemes import N_PHONEMES
 from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore, listing_after_writing, open_store
 from .hdf5_reader import FileInspection, inspect_file
 from .manifest import TrialManifest, load_manifest, write_manifest
-from .manifest_format import FileRecord, trial_order
+from .manifest_format import N_CLASSES, overlapping, trial_order
 from .trial_record import Finding, TrialRecord
 from .workers import Lost, in_workers, limited
 
@@ -31,7 +29,6 @@ def load_or_build_manifest(
     log: Callable[[str], None],
     *,
     on_damage: Literal["stop", "exclude"] = "stop",
-    processes: int | None = None,
 ) -> TrialManifest:
     """The dataset's manifest, checked against one listing; built and kept if there is none.
 
@@ -56,11 +53,7 @@ def load_or_build_manifest(
         size = sum(info.size for info in files.values())
         log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
         manifest = index_dataset(
-            store,
-            processes=processes,
-            progress=_now_and_then(log),
-            on_damage="collect",
-            listing=listing,
+            store, progress=_now_and_then(log), on_damage="collect", listing=listing
         )
         log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
         if not manifest.damaged or on_damage == "exclude":
@@ -172,35 +165,31 @@ def manifest_from_inspections(
                 damaged.append(Finding(record.key, record.trial, reason, "label form"))
             else:
                 sound.append(record)
-        for record, other in _sharing(sound):
+        for record, other in list(overlapping(sound)):
             sound.remove(record)
             reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
             damaged.append(Finding(record.key, record.trial, reason, "shared bytes"))
         trials += sound
     return TrialManifest(
         tuple(sorted(trials, key=trial_order)),
-        {key: FileRecord(info.size, info.etag) for key, info in files.items()},
+        files,
         width,
-        {"phoneme": N_PHONEMES, "unlabelled": 0}.get(form, N_DIPHONES),
+        N_CLASSES[form],
         form,
         tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
     )
 
 
-def _sharing(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, TrialRecord]]:
-    """Trials of one file of whose bytes another trial before them is made too (links of HDF5)."""
-    pieces = sorted(
-        (start, end, place)
-        for place, record in enumerate(records)
-        for start, end in record.pieces().tolist()
-    )
-    reach, owner, named = 0, 0, set()
-    for start, end, place in pieces:
-        if start < reach and place != owner and place not in named:
-            named.add(place)
-            yield records[place], records[owner]
-        if end > reach:
-            reach, owner = end, place
+def keep_index(store: ObjectStore, inspections: Sequence[FileInspection]) -> TrialManifest:
+    """The manifest of data files that were just written to `store`, kept with them.
+
+    Raises:
+        StorageError: they are not listed as they were written, or writing is not possible.
+    """
+    listing = listing_after_writing(store, {i.key: i.size for i in inspections})
+    manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
+    write_manifest(store, manifest)
+    return manifest
 
 
 def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..errors import DataError
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, S3_ETAG, ObjectInfo, shortened
 from ..storage.store import ObjectStore
-from .manifest_format import FileRecord, columns_of, packed, parsed, unpacked
+from .manifest_format import columns_of, packed, parsed, unpacked
 from .trial_record import Finding, TrialRecord
 
 VERSION = 1
@@ -31,7 +31,7 @@ class TrialManifest:
     """
 
     trials: tuple[TrialRecord, ...]
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, ObjectInfo]
     n_features: int
     n_classes: int
     label_form: str
@@ -43,22 +43,8 @@ class TrialManifest:
         return sorted({trial.session for trial in self.trials})
 
     def select(self, split: str, sessions: Iterable[str] | None = None) -> list[int]:
-        """Indices into `trials` of one split, of the given sessions (default: all), in order.
-
-        Raises:
-            DataError: a session is not in the dataset; names the nearest ones.
-        """
-        if sessions is None:
-            return [i for i, trial in enumerate(self.trials) if trial.split == split]
-        wanted = list(sessions)
-        known = set(self.sessions)
-        for session in wanted:
-            if session not in known:
-                raise DataError(
-                    f"Session {session} is not in the dataset, which has {len(known)} sessions "
-                    f"({shortened(sorted(known))}): correct dataset.sessions."
-                )
-        chosen = set(wanted)
+        """Indices into `trials` of one split, of the given sessions (default: all), in order."""
+        chosen = set(self.sessions if sessions is None else sessions)
         return [
             i
             for i, trial in enumerate(self.trials)
@@ -195,10 +181,10 @@ def write_manifest(store: ObjectStore, manifest: TrialManifest) -> None:
     store.write(MANIFEST_NAME, manifest.to_bytes())
 
 
-def _same_file(record: FileRecord, info: ObjectInfo) -> bool:
-    if record.size != info.size:
+def _same_file(one: ObjectInfo, other: ObjectInfo) -> bool:
+    if one.size != other.size:
         return False
-    return record.etag == info.etag or _kind(record.etag) != _kind(info.etag)
+    return one.etag == other.etag or _kind(one.etag) != _kind(other.etag)
 
 
 def _kind(etag: str) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
-from ..storage.locations import DATA_FILE
+from ..storage.locations import DATA_FILE, ObjectInfo
 from ..storage.store import gunzipped
 from .hdf5_reader import TRIAL_NAME
 from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
@@ -35,14 +34,6 @@ _PHONEMES = re.compile(f"[1-{chr(47 + N_PHONEMES)}]+")  # chr(48 + id)
 _HEADER = b"\x1f\x8b\x08\x10\x00\x00\x00\x00\x02\xffsha256 "
 _DIGITS = 64
 _MOST_INFLATED = 1100  # times their bytes, by any filter
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A data file as it was when indexed."""
-
-    size: int
-    etag: str
 
 
 def trial_order(trial: TrialRecord) -> tuple[Any, ...]:
@@ -82,14 +73,14 @@ def parsed(document: Mapping[str, Any]) -> dict[str, Any]:
     if document["n_classes"] != N_CLASSES[form]:
         raise ValueError(f"{document['n_classes']!r} classes of {form} labels")
     trials: list[TrialRecord] = []
-    files: dict[str, FileRecord] = {}
+    files: dict[str, ObjectInfo] = {}
     for entry in document["files"]:
         key = entry["key"]
         if key in files or not DATA_FILE.fullmatch(key):
             raise ValueError(f"{key!r} is listed twice, or no data file")
         if not isinstance(entry["etag"], str):
             raise ValueError(f"the ETag of {key} is {entry['etag']!r}")
-        files[key] = FileRecord(_whole(entry["size"], f"size of {key}"), entry["etag"])
+        files[key] = ObjectInfo(key, _whole(entry["size"], f"size of {key}"), entry["etag"])
         records = _records(entry, _whole(n_features, "n_features"), form)
         _check_places(records, files[key].size)
         trials += records
@@ -130,25 +121,35 @@ def _check_places(records: Sequence[TrialRecord], file_size: int) -> None:
     if len(names) < len(records):
         raise ValueError(f"{records[0].key} has trials of the same name")
     for record in records:
-        needed = record.n_time_steps * record.n_features * np.dtype(record.dtype).itemsize
-        if record.chunks is None and record.length != needed:
-            raise ValueError(f"{record.name} has {record.length:,} bytes and needs {needed:,}")
+        if record.chunks is None and record.length != record.feature_bytes:
+            raise ValueError(
+                f"{record.name} has {record.length:,} bytes and needs {record.feature_bytes:,}"
+            )
         if record.offset + record.length > file_size:
             raise ValueError(
                 f"{record.name} ends at byte {record.offset + record.length:,} of a file of "
                 f"{file_size:,}"
             )
+    for record, other in overlapping(records):
+        raise ValueError(f"{record.name} lies on bytes of {other.name}")
+
+
+def overlapping(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, TrialRecord]]:
+    """Each trial of one file that has bytes of another before it in the file, with that one."""
     if not records:
         return
     pieces = [record.pieces() for record in records]
     owner = np.repeat(np.arange(len(records)), [len(own) for own in pieces])
     bounds = np.concatenate(pieces)
     order = np.argsort(bounds[:, 0], kind="stable")
-    starts, ends = bounds[order].T
-    overlapping = np.flatnonzero(starts[1:] < ends[:-1])
-    if overlapping.size:
-        one, other = (records[owner[order[overlapping[0] + k]]].name for k in (0, 1))
-        raise ValueError(f"{other} lies on bytes of {one}")
+    owner, (starts, ends) = owner[order], bounds[order].T
+    reach = np.maximum.accumulate(ends)
+    holder = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
+    named = set()
+    for place in np.flatnonzero(starts[1:] < reach[:-1]).tolist():
+        if owner[place + 1] not in named:
+            named.add(owner[place + 1])
+            yield records[owner[place + 1]], records[owner[holder[place]]]
 
 
 # --- one file's trials as columns -----------------------------------------------------------------

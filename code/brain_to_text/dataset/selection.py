@@ -113,28 +113,24 @@ def select_for_evaluation(
             f"The data has {manifest.n_features} features per bin and the model takes "
             f"{config.dataset.neural_dim}: give the dataset the model was trained on."
         )
+    size = config.model.patch_size
     remarks: list[str] = []
     chosen: list[np.ndarray] = []
     switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
     for session, switch in zip(sessions, switches, strict=True):
         kept: list[int] = []
-        indices = manifest.select(split, [session]) if session in manifest.sessions else []
         if split == "val" and switch == 0:
-            if indices:
+            if manifest.select(split, [session]):
                 remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
-            indices = []
-        bad = _bad_trials(config, session)
-        for index in indices:
-            trial = manifest.trials[index]
-            if (trial.block_num, trial.trial_num) in bad:
-                remarks.append(f"Left out: {trial.name}, listed in dataset.bad_trials_dict")
-            elif trial.n_time_steps < config.model.patch_size:
-                remarks.append(
-                    f"Left out: {trial.name}, shorter than one patch of "
-                    f"{config.model.patch_size} bins"
-                )
-            else:
-                kept.append(index)
+        else:
+            for index, excluded in _not_bad(manifest, config, session, split):
+                trial = manifest.trials[index]
+                if not excluded and trial.n_time_steps < size:
+                    excluded = f"{trial.name}, shorter than one patch of {size} bins"
+                if excluded:
+                    remarks.append(f"Left out: {excluded}")
+                else:
+                    kept.append(index)
         chosen.append(np.array(kept, dtype=np.int64))
     strangers = [s for s in manifest.sessions if s not in sessions]
     lost = len(manifest.select(split, strangers)) if strangers else 0
@@ -304,10 +300,15 @@ def _fill_in(config: TrainingConfig, manifest: TrialManifest, sessions: Sequence
     model.input_network.input_layer_sizes = [model.n_input_features]
 
 
-def _bad_trials(config: TrainingConfig, session: str) -> set[tuple[int, int]]:
-    """(block, trial number) of every trial of a session that dataset.bad_trials_dict lists."""
+def _not_bad(
+    manifest: TrialManifest, config: TrainingConfig, session: str, split: str
+) -> Iterator[tuple[int, str]]:
+    """Each trial's index, and a sentence where dataset.bad_trials_dict lists it, else ""."""
     blocks = (config.dataset.bad_trials_dict or {}).get(session, {})
-    return {(block, trial) for block, trials in blocks.items() for trial in trials}
+    for index in manifest.select(split, [session]):
+        trial = manifest.trials[index]
+        bad = trial.trial_num in blocks.get(trial.block_num, ())
+        yield index, f"{trial.name}, listed in dataset.bad_trials_dict" if bad else ""
 
 
 def _usable(
@@ -317,23 +318,19 @@ def _usable(
     split: str,
     excluded: list[str],
 ) -> np.ndarray:
-    bad = _bad_trials(config, session)
     kept = []
-    for index in manifest.select(split, [session]):
+    for index, listed in _not_bad(manifest, config, session, split):
         trial = manifest.trials[index]
-        if (trial.block_num, trial.trial_num) in bad:
-            excluded.append(f"{trial.name}: listed in dataset.bad_trials_dict")
-            continue
-        problem = _infeasible(trial, config)
-        if problem is None:
-            kept.append(index)
-        elif config.dataset.on_damaged_trial == "exclude":
-            excluded.append(f"{trial.name}: {problem}")
-        else:
+        problem = None if listed else _infeasible(trial, config)
+        if problem and config.dataset.on_damaged_trial != "exclude":
             raise DataError(
                 f"Trial {trial.name} cannot be used: {problem}; list it in "
                 "dataset.bad_trials_dict, or set dataset.on_damaged_trial to exclude."
             )
+        if listed or problem:
+            excluded.append(listed or f"{trial.name}: {problem}")
+        else:
+            kept.append(index)
     return np.array(kept, dtype=np.int64)
 
 

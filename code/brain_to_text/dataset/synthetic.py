@@ -21,13 +21,13 @@ from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
-from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
-from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
-from .hdf5_writer import FeatureType, Layout, TrialContents, data_file_bytes
-from .indexing import manifest_from_inspections
-from .manifest import TrialManifest, write_manifest
-from .workers import Lost, in_workers
+from .hdf5_reader import FileInspection, inspect_file
+from .hdf5_writer import TrialContents, data_file_bytes
+from .indexing import keep_index
+from .manifest import TrialManifest
+from .workers import sound_answers
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
 _ARTICULATORS = 16  # dimensions of the articulatory space
@@ -57,13 +57,10 @@ class SyntheticDataset:
     sessions: how many of the 45 real session names, in order of date.
     train_trials, val_trials, test_trials: per session; full_size ignores them for the real counts.
     electrodes: two features each (threshold crossings, then spike power).
-    vocabulary: about how many words sentences are made of; None for all 372.
     bins_per_phoneme: mean duration in 20 ms bins.
     gain: how strongly articulation modulates firing; the signal-to-noise ratio.
     session_change: 0 (every session mixes alike) … 1 (unrelated mixing).
-    coarticulation: how much an onset depends on the phoneme before; 0: not at all.
     phoneme_set: 41-class labels instead of diphones. label_form: form of diphone labels.
-    permute_labels: label every trial with what another one of its file says.
     """
 
     sessions: int = 4
@@ -74,28 +71,22 @@ class SyntheticDataset:
     full_size: bool = False
     phoneme_set: bool = False
     label_form: LabelForm = "self_loop"
-    dtype: FeatureType = "float32"
-    layout: Layout = "contiguous"
     seed: int = 0
-    permute_labels: bool = False
-    vocabulary: int | None = 60
     bins_per_phoneme: float = 12.0
     gain: float = 1.0
     session_change: float = 0.7
-    coarticulation: float = 1.0
 
     @staticmethod
-    def of_full_size(**changes: object) -> SyntheticDataset:
+    def of_full_size() -> SyntheticDataset:
         """45 sessions, 11,162 sentences, 256 electrodes, the pace of the real recordings."""
-        base = SyntheticDataset(
-            sessions=45,
-            electrodes=256,
-            full_size=True,
-            vocabulary=None,
-            bins_per_phoneme=28.0,
-            gain=0.5,
+        return SyntheticDataset(
+            sessions=45, electrodes=256, full_size=True, bins_per_phoneme=28.0, gain=0.5
         )
-        return replace(base, **changes)  # type: ignore[arg-type]
+
+    @property
+    def vocabulary(self) -> int | None:
+        """About how many words sentences are made of; None for all 372."""
+        return None if self.full_size else 60
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,6 @@ class _PlannedTrial:
     block: int
     trial_num: int
     sentence: str
-    label: str  # what the file says was said; another trial's sentence if labels are permuted
 
 
 def synthesize(
@@ -129,30 +119,14 @@ def synthesize(
     dataset = dataset or SyntheticDataset()
     plans = list(_plan(dataset).items())
     keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans for trial in plan}
-    jobs = {p[0]: (target.url, dataset, index, *p) for index, p in enumerate(plans)}
-    inspections: list[FileInspection] = []
-    with Target.claim(
-        target,
-        "prepare_dataset.py synthesize",
-        asdict(dataset),
-        keys,
-        alone=DATA_FILE,
-        overwrite=overwrite,
-    ):
-        for done, (session, files) in enumerate(in_workers(_make_session, jobs, processes), 1):
-            if isinstance(files, Lost):
-                raise DataError(f"{target.url}/{session} was not made: {files.damage}.")
-            inspections += files
-            if progress is not None:
-                progress(done, len(jobs))
-        listing = listing_after_writing(target, {i.key: i.size for i in inspections})
-        manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
-        if manifest.damaged:
-            raise DataError(
-                f"{target.url}/{manifest.damaged[0]}: the generator made a wrong trial."
-            )
-        write_manifest(target, manifest)
-    return manifest
+    jobs = {
+        f"{target.url}/{session}": (target.url, dataset, index, session, plan)
+        for index, (session, plan) in enumerate(plans)
+    }
+    command, purpose = "prepare_dataset.py synthesize", asdict(dataset)
+    with Target.claim(target, command, purpose, keys, overwrite=overwrite):
+        made = sound_answers(_make_session, jobs, processes, progress)
+        return keep_index(target, [inspection for files in made for inspection in files])
 
 
 # --- which sentences are said when ----------------------------------------------------------------
@@ -167,8 +141,6 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
         raise DataError("--electrodes must be from 1 to 4096, the trial counts positive.")
     if dataset.seed < 0:
         raise DataError(f"--seed must not be negative, like {dataset.seed}.")
-    if not 0 <= dataset.coarticulation <= 2:
-        raise DataError(f"coarticulation must be from 0 to 2, not {dataset.coarticulation:g}.")
     rng = np.random.default_rng([dataset.seed, 1])
     slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
     n_train = sum(split == "train" for _, (split, _, _) in slots)
@@ -176,26 +148,12 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
     held_out = random_sentences(
         len(slots) - n_train, rng, size=dataset.vocabulary, distinct_from=set(train)
     )
-    supply = {"train": iter(train), "val": iter(held_out), "test": iter(held_out)}
-    supply["test"] = supply["val"]
+    trained, others = iter(train), iter(held_out)
     plan: dict[str, list[_PlannedTrial]] = {}
     for session, (split, block, number) in slots:
-        sentence = next(supply[split])
-        trial = _PlannedTrial(split, block, number, sentence, sentence)
-        plan.setdefault(session, []).append(trial)
-    if dataset.permute_labels:
-        plan = {session: _permuted(trials, rng) for session, trials in plan.items()}
+        sentence = next(trained if split == "train" else others)
+        plan.setdefault(session, []).append(_PlannedTrial(split, block, number, sentence))
     return plan
-
-
-def _permuted(trials: list[_PlannedTrial], rng: np.random.Generator) -> list[_PlannedTrial]:
-    """Each trial labelled with the sentence of another one of its split, in one random cycle."""
-    result = list(trials)
-    for split in ("train", "val"):
-        cycle = rng.permutation([i for i, trial in enumerate(trials) if trial.split == split])
-        for taker, donor in zip(cycle.tolist(), np.roll(cycle, 1).tolist(), strict=True):
-            result[taker] = replace(trials[taker], label=trials[donor].sentence)
-    return result
 
 
 def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]]:
@@ -237,7 +195,7 @@ def _make_session(
     inspections = []
     for split, contents in by_split.items():
         key = f"{session}/data_{split}.hdf5"
-        data = data_file_bytes(contents, dataset.layout, dataset.dtype)
+        data = data_file_bytes(contents)
         store.write(key, data)
         inspections.append(inspect_file(key, data))
     return inspections
@@ -280,9 +238,7 @@ def _block_features(
     """Features [T, 2 x electrodes] float32 of the trials of one block, z-scored over the block."""
     places, onsets = _articulation(dataset.seed)
     current, previous, age, ends = _timeline(dataset, trials, rng)
-    pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None] * np.float32(
-        dataset.coarticulation
-    )
+    pull = np.exp(-age / _ONSET_BINS, dtype=np.float32)[:, None]
     articulation = places[current] * (1 - pull / 2) + places[previous] * (pull / 2)
     articulation += onsets[N_PHONEMES * previous + current] * pull
     drive = np.clip(dataset.gain * (articulation @ mixing.T), -4, 3)
@@ -309,7 +265,7 @@ def _timeline(
         spoken = rng.gamma(8.0, dataset.bins_per_phoneme / 8.0, len(labels))
         spoken = np.maximum(np.round(spoken), np.ceil(dataset.bins_per_phoneme / 2)).astype(int)
         rest = rng.integers(8, 24, 2)
-        diphones = encode_diphones(sentence_phonemes(trial.label))
+        diphones = encode_diphones(labels)
         frames = len(diphones) + int((diphones[1:] == diphones[:-1]).sum())
         needed = PATCH_SIZE + PATCH_STRIDE * frames + 4  # a few bins may be cut in training
         rest[1] += max(0, needed - int(spoken.sum() + rest.sum()))
@@ -338,11 +294,11 @@ def _contents(
     contents = TrialContents(f"trial_{index:04d}", session, trial.block, trial.trial_num, features)
     if trial.split == "test":
         return contents
-    phonemes = sentence_phonemes(trial.label)
+    phonemes = sentence_phonemes(trial.sentence)
     if dataset.phoneme_set:
-        return replace(contents, class_ids=phonemes, sentence=trial.label)
+        return replace(contents, class_ids=phonemes, sentence=trial.sentence)
     labels = encode_diphones(phonemes, dataset.label_form)
-    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.label)
+    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.sentence)
 
 
 # --- random English-like sentences ----------------------------------------------------------------

@@ -79,24 +79,6 @@ class TrialRecord:
         starts = self.chunks.table[:, 2] + self.offset
         return np.stack([starts, starts + self.chunks.table[:, 3]], axis=1)
 
-    def verify(self, span: bytes | memoryview) -> None:
-        """Check that `span` is the recorded one.
-
-        Raises:
-            DataError: it has another length or another CRC-32.
-        """
-        if len(span) != self.length:
-            raise DataError(
-                f"{self.name}: {len(span):,} bytes instead of {self.length:,}; if the file was "
-                "replaced, type 'python code/prepare_dataset.py index' for its dataset."
-            )
-        if self.crc32 is not None and zlib.crc32(span) != self.crc32:
-            raise DataError(
-                f"{self.name}: the features' CRC-32 is {zlib.crc32(span):08x}, recorded was "
-                f"{self.crc32:08x}; upload the file again, or if it was replaced on purpose type "
-                "'python code/prepare_dataset.py index' for its dataset."
-            )
-
     def decode(self, span: bytes | memoryview) -> np.ndarray:
         """Features [T, C] in the stored dtype, read-only, from the bytes of the span.
 

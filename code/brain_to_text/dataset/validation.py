@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..labels.phonemes import SILENCE
+from ..labels.pronunciation import normalise_text, pronunciations_of
 from ..log_lines import one_line
-from ..storage.locations import MANIFEST_NAME, data_files
+from ..storage.locations import MANIFEST_NAME, data_files, not_taken
 from ..storage.store import ObjectInfo, ObjectStore
-from ..storage.targets import RECORD_NAME
-from .copies import repeated_features, repeated_numbers, sketch_of
 from .hdf5_reader import DATA_FILE, FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
-from .label_check import labels_against_sentences
 from .manifest import TrialManifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
@@ -27,58 +27,28 @@ from .trial_record import Finding, TrialRecord
 PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
-_ODD_PACE = 5.0  # times slower or faster per phoneme than the median trial
+_FEW_FIT = 0.9  # share of a file's trials whose labels fit their sentences, below which we warn
+_ENOUGH_TRIALS = 3  # in a file, before none that fits is an error
 _SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
-_KNOWN_COMPANION = re.compile(rf"{re.escape(RECORD_NAME)}|.*\.(md|txt|csv|json|html)")
 
 
-@dataclass(frozen=True)
-class ValueStatistics:
-    """Sums over features, from which means and deviations are combined."""
+def look_at(features: np.ndarray) -> tuple[list[float], int]:
+    """A trial [T, C]: count, sum, sum of squares, least and greatest of its values; a checksum.
 
-    count: int = 0
-    total: float = 0.0
-    total_of_squares: float = 0.0
-    minimum: float = np.inf
-    maximum: float = -np.inf
-
-    @staticmethod
-    def of(features: np.ndarray) -> ValueStatistics:
-        """Of one trial [T, C]."""
-        flat = features.reshape(-1).astype(np.float32, copy=False)
-        return ValueStatistics(
-            flat.size,
-            float(flat.sum(dtype=np.float64)),
-            float(np.dot(flat, flat)),
-            float(flat.min()),
-            float(flat.max()),
-        )
-
-    @staticmethod
-    def merged(parts: Sequence[ValueStatistics]) -> ValueStatistics:
-        """Of all parts together."""
-        return ValueStatistics(
-            sum(p.count for p in parts),
-            sum(p.total for p in parts),
-            sum(p.total_of_squares for p in parts),
-            min((p.minimum for p in parts), default=np.inf),
-            max((p.maximum for p in parts), default=-np.inf),
-        )
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else np.nan
-
-    @property
-    def std(self) -> float:
-        if not self.count:
-            return np.nan
-        return float(np.sqrt(max(self.total_of_squares / self.count - self.mean**2, 0.0)))
-
-
-def look_at(features: np.ndarray) -> tuple[ValueStatistics, np.ndarray]:
-    """A trial's [T, C] value statistics, and how it looks from afar."""
-    return ValueStatistics.of(features), sketch_of(features)
+    The checksum is the CRC-32 of the values in half precision: copies have the same, whichever type
+    and layout they are stored in.
+    """
+    flat = features.reshape(-1).astype(np.float32, copy=False)
+    values = [
+        float(flat.size),
+        float(flat.sum(dtype=np.float64)),
+        float(np.dot(flat, flat)),
+        float(flat.min()),
+        float(flat.max()),
+    ]
+    with np.errstate(over="ignore"):
+        half = flat.astype(np.float16)
+    return values, zlib.crc32(half.tobytes())
 
 
 @dataclass(frozen=True)
@@ -113,7 +83,6 @@ class ValidationReport:
     rows: list[SplitSummary]
     findings: list[Finding]
     shared_sentences: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Finding]:
@@ -138,7 +107,6 @@ class ValidationReport:
             "splits": [_json_numbers(asdict(row)) for row in self.rows],
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
-            "notes": self.notes,
         }
 
     def to_text(self, most: int = 20) -> str:
@@ -160,8 +128,8 @@ class ValidationReport:
                 f"{row.maximum:>7.2f}"
             )
         lines.append("")
-        for note in self.notes:
-            lines.append(one_line(f"Note: {note}"))
+        if self.shared_sentences:
+            lines.append(f"Note: {self.shared_sentences} sentences of training are in val, too")
         for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
             by_kind: dict[str, list[Finding]] = defaultdict(list)
             for finding in findings:
@@ -180,7 +148,6 @@ def validate_dataset(
     *,
     patch_size: int = PATCH_SIZE,
     patch_stride: int = PATCH_STRIDE,
-    random_cut: int = RANDOM_CUT,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
@@ -205,26 +172,21 @@ def validate_dataset(
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
+    rows = _summaries(manifest, inspections)
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
-    findings += _infeasible(manifest.trials, patch_size, patch_stride, random_cut)
-    looks = (
-        (r.name, look) for i in inspections for r, look in zip(i.records, i.looks, strict=True)
-    )
-    findings += repeated_features(manifest.trials, {name: sketch for name, (_, sketch) in looks})
-    findings += repeated_numbers(manifest.trials)
+    findings += _infeasible(manifest.trials, patch_size, patch_stride)
+    findings += _repeated_features(manifest.trials, inspections)
+    findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
     findings += _unknown_files(listing)
     findings += scattered_chunks(manifest.trials)
-    findings += _odd_values(inspections)
-    findings += _odd_pace(manifest.trials)
-    findings += labels_against_sentences(manifest.trials)
+    findings += _odd_values(rows)
+    findings += _labels_against_sentences(manifest.trials)
     findings += _manifest_state(store, manifest, listing)
     findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
-    shared, notes = _shared_sentences(manifest.trials)
-    return ValidationReport(
-        store.url, manifest, _summaries(manifest, inspections), findings, shared, notes
-    )
+    shared = _shared_sentences(manifest.trials)
+    return ValidationReport(store.url, manifest, rows, findings, shared)
 
 
 def _summaries(
@@ -240,7 +202,13 @@ def _summaries(
         trials = by_file[inspection.key]
         bins = [trial.n_time_steps for trial in trials] or [0]
         labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
-        values = ValueStatistics.merged([look[0] for look in inspection.looks] if trials else [])
+        mean, std, minimum, maximum = np.nan, np.nan, np.inf, -np.inf
+        if trials:
+            table = np.array([values for values, _ in inspection.looks])
+            count, total, squares = table[:, :3].sum(axis=0)
+            mean = total / count
+            std = np.sqrt(max(squares / count - mean**2, 0.0))
+            minimum, maximum = table[:, 3].min(), table[:, 4].max()
         rows.append(
             SplitSummary(
                 match["session"],
@@ -249,22 +217,61 @@ def _summaries(
                 len({f.trial for f in manifest.damaged if f.key == inspection.key}),
                 (min(bins), float(np.mean(bins)), max(bins)),
                 (float(np.mean(labels)), max(labels)),
-                values.mean,
-                values.std,
-                values.minimum,
-                values.maximum,
+                float(mean),
+                float(std),
+                float(minimum),
+                float(maximum),
             )
         )
     return sorted(rows, key=lambda row: (row.session, SPLITS.index(row.split)))
 
 
 def _infeasible(
-    trials: Sequence[TrialRecord], patch_size: int, patch_stride: int, random_cut: int
+    trials: Sequence[TrialRecord], patch_size: int, patch_stride: int
 ) -> Iterator[Finding]:
     for trial in (trial for trial in trials if trial.class_ids is not None):
-        reason = ctc_problem(trial, patch_size, patch_stride, random_cut)
+        reason = ctc_problem(trial, patch_size, patch_stride, RANDOM_CUT)
         if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
+
+
+def _repeated_features(
+    trials: Sequence[TrialRecord], inspections: Sequence[FileInspection]
+) -> Iterator[Finding]:
+    """Trials whose features are those of a trial before, however both are stored."""
+    sums = {
+        record.name: crc32
+        for inspection in inspections
+        for record, (_, crc32) in zip(inspection.records, inspection.looks, strict=True)
+    }
+    known: dict[tuple[int, ...], TrialRecord] = {}
+    for trial in trials:
+        first = known.setdefault((trial.n_time_steps, sums[trial.name]), trial)
+        if first is trial:
+            continue
+        reason = f"has the same features as {first.name}"
+        between = first.split != trial.split
+        if between:
+            reason += f": {trial.split} is not independent of {first.split}"
+        severity = "error" if between else "warning"
+        yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+
+
+def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Block and trial numbers used twice in a session."""
+    by_number: dict[tuple[Any, ...], TrialRecord] = {}
+    for trial in trials:
+        number = (trial.session, trial.block_num, trial.trial_num)
+        first = by_number.setdefault(number, trial)
+        if first is trial:
+            continue
+        reason = (
+            f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
+        )
+        labels, earlier = trial.class_ids, first.class_ids
+        if labels is not None and earlier is not None and np.array_equal(labels, earlier):
+            reason += ", with the same labels"
+        yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
 
 
 def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
@@ -282,14 +289,9 @@ def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
 
 
 def _unknown_files(listing: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
-    for key in listing:
-        if (
-            not DATA_FILE.fullmatch(key)
-            and key != MANIFEST_NAME
-            and not _KNOWN_COMPANION.match(key)
-        ):
-            reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
-            yield Finding(key, None, reason, "unknown file", "warning")
+    for key in not_taken(listing):
+        reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
+        yield Finding(key, None, reason, "unknown file", "warning")
 
 
 def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
@@ -312,30 +314,69 @@ def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
         yield Finding(key, None, reason, "scattered chunks", "warning")
 
 
-def _odd_values(inspections: Sequence[FileInspection]) -> Iterator[Finding]:
-    for inspection in inspections:
-        values = ValueStatistics.merged([look[0] for look in inspection.looks])
-        if not values.count:
+def _odd_values(rows: Sequence[SplitSummary]) -> Iterator[Finding]:
+    for row in rows:
+        if not row.trials:
             continue
-        if not _STD_RANGE[0] <= values.std <= _STD_RANGE[1]:
-            reason = (
-                f"its features have a standard deviation of {values.std:.3g}: are they z-scored?"
-            )
-            yield Finding(inspection.key, None, reason, "odd values", "warning")
-        elif max(-values.minimum, values.maximum) > _EXTREME_VALUE:
-            reason = f"its features range from {values.minimum:.4g} to {values.maximum:.4g}"
-            yield Finding(inspection.key, None, reason, "odd values", "warning")
+        reason = None
+        if not _STD_RANGE[0] <= row.std <= _STD_RANGE[1]:
+            reason = f"its features have a standard deviation of {row.std:.3g}: are they z-scored?"
+        elif max(-row.minimum, row.maximum) > _EXTREME_VALUE:
+            reason = f"its features range from {row.minimum:.4g} to {row.maximum:.4g}"
+        if reason is not None:
+            key = f"{row.session}/data_{row.split}.hdf5"
+            yield Finding(key, None, reason, "odd values", "warning")
 
 
-def _odd_pace(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
-    """Trials far slower or faster than the rest: a wrong sentence, a pause, a cut-off end."""
-    spoken = [t for t in trials if t.phoneme_ids is not None]
-    paces = np.array([t.n_time_steps / len(t.phoneme_ids) for t in spoken])  # type: ignore[arg-type]
-    median = float(np.median(paces)) if len(paces) else 1.0
-    for trial, pace in zip(spoken, paces.tolist(), strict=True):
-        if not median / _ODD_PACE <= pace <= median * _ODD_PACE:
-            reason = f"has {pace:.1f} bins per phoneme where the median trial has {median:.1f}"
-            yield Finding(trial.key, trial.trial, reason, "odd pace", "warning")
+def _labels_against_sentences(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+    """Files whose phonemes are not those of their sentences: words are counted by the silences
+    after them; where the CMU dictionary is installed and knows a word, its phonemes count, too.
+    """
+    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        if trial.phoneme_ids is not None and trial.sentence_label:
+            by_file[trial.key].append(trial)
+    for key, spoken in by_file.items():
+        odd = [(t, reason) for t in spoken if (reason := _not_as_said(t))]
+        fitting = 1 - len(odd) / len(spoken)
+        if fitting >= _FEW_FIT:
+            continue
+        first, why = odd[0]
+        reason = (
+            f"the labels of {len(odd)} of {len(spoken)} trials ({1 - fitting:.0%}) do not fit "
+            f"their sentences, the first {first.trial}: {why}; are they of the same trial, and "
+            "numbered as in the guide?"
+        )
+        nothing_fits = len(odd) == len(spoken) >= _ENOUGH_TRIALS
+        severity = "error" if nothing_fits else "warning"
+        yield Finding(key, None, reason, "labels against sentences", severity)
+
+
+def _not_as_said(trial: TrialRecord) -> str | None:
+    """Why a trial's phonemes cannot be its sentence's; None if they can."""
+    assert trial.phoneme_ids is not None and trial.sentence_label is not None
+    ids = trial.phoneme_ids.tolist()
+    ends = [place for place, phoneme in enumerate(ids) if phoneme == SILENCE]
+    spoken = [tuple(ids[a:b]) for a, b in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
+    words = normalise_text(trial.sentence_label).split()
+    if len(spoken) == len(" ".join(words).replace("-", " ").split()) > len(words):
+        words = " ".join(words).replace("-", " ").split()
+    if len(spoken) != len(words):
+        return f"{len(spoken)} silences for the {len(words)} words of {trial.sentence_label!r}"
+    known = [(word, said) for word, said in zip(words, spoken, strict=True) if _ways(word)]
+    wrong = [word for word, said in known if said not in _ways(word)]
+    if len(wrong) > len(known) / 2:
+        return f"{wrong[0]!r} of {trial.sentence_label!r} is not said so"
+    return None
+
+
+@cache
+def _ways(word: str) -> frozenset[tuple[int, ...]]:
+    """How the dictionary says a word; nothing if it does not know, or is not there."""
+    try:
+        return frozenset(pronunciations_of(word))
+    except ConfigError:
+        return frozenset()
 
 
 def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,13 +403,9 @@ def _manifest_state(
         yield Finding(MANIFEST_NAME, None, reason, "manifest")
 
 
-def _shared_sentences(trials: Sequence[TrialRecord]) -> tuple[int, list[str]]:
+def _shared_sentences(trials: Sequence[TrialRecord]) -> int:
     spoken: dict[str, set[str]] = {split: set() for split in SPLITS}
     for trial in trials:
         if trial.sentence_label:
             spoken[trial.split].add(trial.sentence_label.strip().lower())
-    shared = len(spoken["train"] & spoken["val"])
-    if not shared:
-        return 0, []
-    note = f"{shared} of {len(spoken['val'])} validation sentences also occur in training"
-    return shared, [note]
+    return len(spoken["train"] & spoken["val"])

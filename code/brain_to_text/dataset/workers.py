@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ..errors import BrainToTextError, StorageError
+from ..errors import BrainToTextError, DataError, StorageError
 
 _SECONDS, _BYTES_PER_SECOND = 5.0, 1e6  # of computing, so that other load does not count
 _MEMORY, _MEMORY_PER_BYTE = 2**30, 20
@@ -128,6 +128,30 @@ def in_workers(
             _parked.append(idle.pop())  # for the next call: starting one takes half a second
         for worker in idle:
             worker.end()
+
+
+def sound_answers(
+    function: Callable[..., Any],
+    jobs: Mapping[str, tuple[Any, ...]],
+    processes: int,
+    progress: Callable[[int, int], None] | None = None,
+    already: int = 0,
+) -> Iterator[Any]:
+    """The results of `in_workers` where every job must survive.
+
+    Args:
+        jobs: by the place that a job is about, as messages name it.
+        progress: called with (jobs done, jobs in all), of which `already` were done before.
+
+    Raises:
+        DataError: one did not; says of which place.
+    """
+    for done, (place, answer) in enumerate(in_workers(function, jobs, processes), already + 1):
+        if isinstance(answer, Lost):
+            raise DataError(f"{place}: {answer.damage}.")
+        yield answer
+        if progress is not None:
+            progress(done, already + len(jobs))
 
 
 @contextmanager

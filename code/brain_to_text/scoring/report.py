@@ -200,7 +200,6 @@ def dataset_page(report: ValidationReport) -> str:
                 "Label form": manifest.label_form,
                 "Files": f"{len(manifest.files):,}, "
                 f"{sum(f.size for f in manifest.files.values()) / 1e6:,.1f} MB",
-                "Notes": "; ".join(report.notes) or None,
             },
         }
     )

@@ -6,7 +6,6 @@ import asyncio
 import builtins
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -33,7 +32,7 @@ _PAGE_BYTES = 1 << 20  # of a listing, about
 
 
 class S3Store:
-    """An S3 prefix. Its client is made on first use, in each process anew.
+    """An S3 prefix, for the process that made it.
 
     Args:
         url: s3://bucket/prefix.
@@ -52,7 +51,6 @@ class S3Store:
         self._connections = connections
         self._retry = retry or RetryPolicy()
         self._client: S3Client | None = None
-        self._process = 0
 
     def list(self) -> dict[str, ObjectInfo]:
         root = f"{self.prefix}/" if self.prefix else ""
@@ -81,9 +79,6 @@ class S3Store:
         parts = [(start, min(PART_BYTES, size - start)) for start in range(0, size, PART_BYTES)]
         return self._run(self._all_parts(key, parts))
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        return self._run(self._all_parts(key, [(offset, length)] if length else []))
-
     def write(self, key: str, data: bytes) -> None:
         self._run(self._write(key, data))
 
@@ -97,16 +92,15 @@ class S3Store:
     def close(self) -> None:
         """Close connections; the next call opens them anew."""
         client, self._client = self._client, None
-        if client is not None and self._process == os.getpid():
+        if client is not None:
             fsspec.asyn.sync(client.loop, client.close)
 
     # --- one request ------------------------------------------------------------------------------
 
     @property
     def client(self) -> S3Client:
-        """This process's client (a fork would share its sockets: never reused)."""
-        if self._client is None or self._process != os.getpid():
-            self._process = os.getpid()
+        """Made on first use."""
+        if self._client is None:
             self._client = S3Client(self.url, self._connections, self._retry.read_timeout_seconds)
         return self._client
 
@@ -184,7 +178,8 @@ class S3Store:
         except _NotFoundError:
             raise
         except StorageError:
-            self.read_range(key, 0, 1)  # the answer to HEAD has no body, and so no reason
+            # the answer to HEAD has no body, and so no reason
+            self._run(self._all_parts(key, [(0, 1)]))
             raise
 
     async def _all_parts(self, key: str, parts: Sequence[tuple[int | None, int]]) -> bytes:

@@ -36,10 +36,6 @@ class ObjectStore(Protocol):
         """A whole object; `size`, when known, allows reading it in parallel parts."""
         ...
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`."""
-        ...
-
     def write(self, key: str, data: bytes) -> None:
         """Create or replace an object; nobody ever sees half of it."""
         ...
@@ -125,12 +121,6 @@ class LocalStore:
     def read(self, key: str, size: int | None = None) -> bytes:
         with self._explain("read", key):
             return self._path(key).read_bytes()
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        with self._explain("read", key), self._path(key).open("rb") as file:
-            file.seek(offset)
-            data = file.read(length)
-        return complete(data, length, self.folder / key, offset)
 
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
@@ -223,16 +213,6 @@ def _content_sum(file: BinaryIO, size: int) -> int:
         total = zlib.crc32(file.read(_BLOCK), total)
     file.seek(size - _ENDS)
     return zlib.crc32(file.read(_ENDS), total)
-
-
-def complete(data: bytes, length: int, where: object, offset: int) -> bytes:
-    """`data` if it is as long as asked for; servers do answer short without an error."""
-    if len(data) != length:
-        raise StorageError(
-            f"{where} gave {len(data):,} of {length:,} bytes from offset {offset:,}: the object is "
-            "shorter than it was or the transfer was cut; try again, then upload it again."
-        )
-    return data
 
 
 def gunzipped(

@@ -11,7 +11,6 @@ import fcntl
 import gzip
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DataError, StorageError
-from .locations import is_s3, split_s3_url
+from .locations import DATA_FILE, is_s3, split_s3_url
 from .store import ObjectStore, gunzipped, open_store
 
 RECORD_NAME = "written_by.json.gz"
@@ -98,7 +97,6 @@ class Target:
         keys: Iterable[str],
         *,
         reads: Iterable[str | Path] = (),
-        alone: re.Pattern[str] | None = None,
         overwrite: bool = False,
     ) -> Target:
         """Take the place, before anything is written there.
@@ -108,13 +106,12 @@ class Target:
             purpose: what decides the content of the files, as plain types.
             keys: every object that will be written, beside the record and the manifest.
             reads: folders or URLs that the command reads.
-            alone: no other object whose key it matches may be there, because readers would take it
-                for a part of what is written.
             overwrite: replace objects of these names, whoever wrote them.
 
         Raises:
             DataError: it is read, too; another command, purpose or run has it; objects of these
-                names are there and were written by others. StorageError: it cannot be read.
+                names are there and were written by others, or other data files.
+            StorageError: it cannot be read.
         """
         self = cls(store, command, purpose)
         wanted = set(keys)
@@ -125,16 +122,16 @@ class Target:
                     check_apart(place, folder)
         self._lock()
         try:
-            self._take(wanted, alone, overwrite)
+            self._take(wanted, overwrite)
         except BaseException:
             self.close()
             raise
         return self
 
-    def _take(self, wanted: set[str], alone: re.Pattern[str] | None, overwrite: bool) -> None:
+    def _take(self, wanted: set[str], overwrite: bool) -> None:
         url = self.store.url
         listing = self.store.list()
-        strangers = [k for k in listing if alone and alone.fullmatch(k) and k not in wanted]
+        strangers = [k for k in listing if DATA_FILE.fullmatch(k) and k not in wanted]
         if strangers:
             raise DataError(
                 f"{url} already holds {strangers[0]}, which '{self._command}' would not write now: "
