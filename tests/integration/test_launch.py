@@ -55,12 +55,11 @@ CASES = {
         },
     ),
     "own settings": (
-        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0", "--tensorboard"],
+        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0"],
         {
             "batch_size": 32,
             "overrides": {"model.n_units": 768},
             "retries": 0,
-            "tensorboard": True,
         },
     ),
 }
@@ -124,13 +123,8 @@ WIRE = {
             "output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1",
             "model.n_units": "768",
             "dataset.batch_size": "32",
-            "tensorboard-dir": "/opt/ml/output/tensorboard",
         },
         "RetryStrategy": None,
-        "TensorBoardOutputConfig": {
-            "S3OutputPath": f"s3://{BUCKET}/sagemaker-outputs",
-            "LocalPath": "/opt/ml/output/tensorboard",
-        },
     },
 }
 

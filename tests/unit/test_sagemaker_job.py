@@ -125,13 +125,6 @@ def test_the_shortest_command_makes_the_reference_job():
     }
 
 
-def test_tensorboard_files_go_to_the_jobs_outputs():
-    assert request(tensorboard=True)["TensorBoardOutputConfig"] == {
-        "S3OutputPath": "s3://my-bucket/sagemaker-outputs",
-        "LocalPath": "/opt/ml/output/tensorboard",
-    }
-
-
 def test_spot_sets_waiting_time_and_checkpoints():
     made = request(spot=True, max_run_hours=30)
     assert made["EnableManagedSpotTraining"] is True
@@ -319,7 +312,6 @@ EVERYTHING = {
     "volume_kms_key": "alias/my-key",
     "tags": {"Größe": "1 + 2 = 3 @ home/lab:a.b_c-d", **{f"t{n}": "" for n in range(48)}},
     "environment": {"A_b1": "any\ttext\nat all ü"},
-    "tensorboard": True,
     "debug_shell": True,
     "mlflow_tracking_uri": "arn:aws:sagemaker:us-east-1:123456789012:mlflow-app/x",
     "accept_changes": True,

@@ -29,7 +29,6 @@ DEFAULT_DATA_PREFIX = "data/hdf5_data_diphone_encoded"
 OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
-TENSORBOARD_FOLDER = "/opt/ml/output/tensorboard"
 
 MLFLOW_ARN = re.compile(
     r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
@@ -106,9 +105,6 @@ class JobSettings:
     tags: Mapping[str, str] = option({}, "tag, as KEY=VALUE; may be repeated", flag="--tag")
     environment: Mapping[str, str] = option(
         {}, "environment variable of the job, as NAME=VALUE; may be repeated", flag="--env"
-    )
-    tensorboard: bool = option(
-        False, "hand the event file to SageMaker as well (TensorBoardOutputConfig)"
     )
     mlflow_tracking_uri: str | None = option(
         None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
@@ -241,11 +237,6 @@ def training_request(
         request["StoppingCondition"]["MaxWaitTimeInSeconds"] = _seconds(wait)
     if settings.retries:
         request["RetryStrategy"] = {"MaximumRetryAttempts": settings.retries}
-    if settings.tensorboard:
-        request["TensorBoardOutputConfig"] = {
-            "S3OutputPath": request["OutputDataConfig"]["S3OutputPath"],
-            "LocalPath": TENSORBOARD_FOLDER,
-        }
     if settings.debug_shell:
         request["RemoteDebugConfig"] = {"EnableRemoteDebug": True}
     environment = _environment(settings, job_name)
@@ -289,8 +280,6 @@ def _hyperparameters(
         values["accept-changes"] = True
     if settings.data_channel != "stream":
         values["data-dir"] = CHANNEL_FOLDER
-    if settings.tensorboard:
-        values["tensorboard-dir"] = TENSORBOARD_FOLDER
     return {name: hyperparameter_text(value) for name, value in values.items()}
 
 

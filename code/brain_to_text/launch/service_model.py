@@ -51,7 +51,6 @@ _OPTIONS = {
     "StoppingCondition.MaxWaitTimeInSeconds": "--max-wait-hours",
     "StoppingCondition": "--max-run-hours",
     "Tags": "--tag",
-    "TensorBoardOutputConfig": "--output-prefix",
     "TrainingJobName": "--job-name",
     "VpcConfig.SecurityGroupIds": "--security-group-ids",
     "VpcConfig.Subnets": "--subnets",
