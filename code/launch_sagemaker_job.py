@@ -156,7 +156,7 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
         place = {"s3_bucket": options.s3_bucket}
         if options.output_prefix:
             place["output_prefix"] = options.output_prefix
-        print(*fetch(options.fetch, account, folder, **place).lines(), sep="\n")
+        print(*fetch(options.fetch, account, folder, **place), sep="\n")
     return 0
 
 

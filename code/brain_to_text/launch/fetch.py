@@ -7,7 +7,6 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,37 +20,6 @@ MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 10**9
 
 
-@dataclass(frozen=True)
-class FetchedJob:
-    """Where a job's files are now, and what its log says.
-
-    Attributes:
-        folder: holds model/ (checkpoint/, training_log), output/, logs/ as far as they exist.
-        rows: numbers of the training log by kind, as in metrics.jsonl.
-        has_model: whether model.tar.gz existed.
-        data: (bucket, prefix) the job trained on, as far as SageMaker still knows.
-    """
-
-    name: str
-    folder: Path
-    rows: dict[str, list[dict[str, float]]]
-    has_model: bool
-    data: tuple[str, str] | None
-
-    def lines(self) -> list[str]:
-        """The result for people: table of validations, where the files are, what to do next."""
-        said = [*result_table(self.rows), f"Files: {self.folder}"]
-        if not self.has_model:
-            return [*said, f"There is no model yet; try again when {self.name} has ended."]
-        bucket, prefix = self.data or ("YOUR-BUCKET", "YOUR-PREFIX")
-        said.append(
-            f"Evaluate: python code/evaluate_model.py --model {self.folder / 'model'} "
-            f"--s3-bucket {bucket} --s3-data-prefix {prefix} --split val "
-            f"--output-dir {self.folder / 'evaluation'}"
-        )
-        return said
-
-
 def fetch(
     name: str,
     account: AwsAccount,
@@ -59,8 +27,10 @@ def fetch(
     *,
     s3_bucket: str | None = None,
     output_prefix: str = "sagemaker-outputs",
-) -> FetchedJob:
+) -> list[str]:
     """Download and unpack what a job left, or its log so far while it runs.
+
+    The folder then holds model/ (checkpoint/, training_log), output/, logs/ as far as they exist.
 
     Args:
         name: the training job.
@@ -68,18 +38,21 @@ def fetch(
         s3_bucket, output_prefix: where to look for a job that SageMaker does not know, e.g. one of
             another account.
 
+    Returns:
+        The result for people: table of validations, where the files are, what to do next.
+
     Raises:
         JobError: there is no such job and no output, the folder is in use, the archive is unsafe
             or damaged, or AWS refused.
     """
-    data = None
+    trained_on = "YOUR-BUCKET", "YOUR-PREFIX"
     if s3_bucket is not None:
         output_uri = s3_url(s3_bucket, output_prefix, name)
     else:
         state = job_state(name, account)
         output_uri, values = state.output_uri, state.request.get("HyperParameters", {})
         if "s3-bucket" in values:
-            data = (values["s3-bucket"], values.get("s3-data-prefix", ""))
+            trained_on = values["s3-bucket"], values.get("s3-data-prefix", "")
     if (folder / "model").exists():
         raise JobError(f"{folder / 'model'} exists already: give another folder with --to.")
     bucket, prefix = split_s3_url(output_uri)
@@ -94,7 +67,15 @@ def fetch(
                 f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return FetchedJob(name, folder, rows_of_log(text), has_model, data)
+    said = [*result_table(rows_of_log(text)), f"Files: {folder}"]
+    if not has_model:
+        return [*said, f"There is no model yet; try again when {name} has ended."]
+    said.append(
+        f"Evaluate: python code/evaluate_model.py --model {folder / 'model'} "
+        f"--s3-bucket {trained_on[0]} --s3-data-prefix {trained_on[1]} --split val "
+        f"--output-dir {folder / 'evaluation'}"
+    )
+    return said
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -112,8 +93,7 @@ def unpack(archive: Path, folder: Path) -> None:
         _verify(archive)
         with tarfile.open(archive, "r:gz") as tar:
             targets = _checked(tar, archive)
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
+            for member in tar.getmembers():
                 target = partial / targets[member.name]
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)

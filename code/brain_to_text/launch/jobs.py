@@ -49,11 +49,6 @@ class JobState:
         """s3:// folder with everything the job leaves."""
         return f"{self.request['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{self.name}"
 
-    @property
-    def model_uri(self) -> str | None:
-        """s3:// URL of model.tar.gz once there is one."""
-        return self.request.get("ModelArtifacts", {}).get("S3ModelArtifacts")
-
     def summary(self) -> list[str]:
         """The end of a job for people: state, time, money saved, why, where."""
         resources = self.request.get("ResourceConfig", {})

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO
 
 from ..errors import JobError
 from ..log_lines import best_validation, duration, error_rate, one_line, read_line, total_steps
@@ -18,51 +18,41 @@ BAR_CELLS = 24
 PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
 
 
-class JobLogReader:
-    """New log lines of a job, from every host, each line once.
+def new_lines(job_name: str, account: AwsAccount, tokens: dict[str, str]) -> Iterator[str]:
+    """Lines that every host of a job has logged since the last call; each host's in their order.
 
-    CloudWatch hands lines out by stream and token; lines of one host stay in order.
+    Args:
+        tokens: by log stream, how far it was read; {} before the first call, kept up to date here.
+
+    Yields:
+        Lines of the first host as they are, those of further hosts after the host's name.
     """
+    from botocore.exceptions import ClientError
 
-    def __init__(self, job_name: str, account: AwsAccount) -> None:
-        self._prefix = f"{job_name}/"
-        self._logs = account.client("logs")
-        self._tokens: dict[str, str] = {}
-
-    def new_lines(self) -> Iterator[str]:
-        """Lines since the last call; those of further hosts begin with the host's name."""
-        for stream in self._streams():
-            # streams are named JOB/algo-2-1700000000
-            host = stream.removeprefix(self._prefix).rpartition("-")[0]
-            for message in self._messages(stream):
-                yield message if host in ("algo-1", "") else f"{host}: {message}"
-
-    def _streams(self) -> list[str]:
-        from botocore.exceptions import ClientError
-
-        try:
-            pages = self._logs.get_paginator("describe_log_streams").paginate(
-                logGroupName=LOG_GROUP, logStreamNamePrefix=self._prefix
-            )
-            return [s["logStreamName"] for page in pages for s in page["logStreams"]]
-        except ClientError as error:
-            if error_code(error) == "ResourceNotFoundException":
-                return []  # no job has ever logged in this region
-            raise
-
-    def _messages(self, stream: str) -> Iterator[str]:
+    logs, prefix = account.client("logs"), f"{job_name}/"
+    try:
+        pages = logs.get_paginator("describe_log_streams").paginate(
+            logGroupName=LOG_GROUP, logStreamNamePrefix=prefix
+        )
+        streams = [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
+    except ClientError as error:
+        if error_code(error) == "ResourceNotFoundException":
+            return  # no job has ever logged in this region
+        raise
+    for stream in streams:
+        # streams are named JOB/algo-2-1700000000
+        host = stream.removeprefix(prefix).rpartition("-")[0]
         while True:
-            place: dict[str, Any] = {"logGroupName": LOG_GROUP, "logStreamName": stream}
-            if stream in self._tokens:
-                place["nextToken"] = self._tokens[stream]
-            answer = self._logs.get_log_events(startFromHead=True, **place)
+            place = {"logGroupName": LOG_GROUP, "logStreamName": stream}
+            if stream in tokens:
+                place["nextToken"] = tokens[stream]
+            answer = logs.get_log_events(startFromHead=True, **place)
             for event in answer["events"]:
-                yield one_line(event["message"].rstrip("\r\n"))
-            token = answer["nextForwardToken"]
-            if self._tokens.get(stream) == token or not answer["events"]:
-                self._tokens[stream] = token
-                return
-            self._tokens[stream] = token
+                line = one_line(event["message"].rstrip("\r\n"))
+                yield line if host in ("algo-1", "") else f"{host}: {line}"
+            before, tokens[stream] = tokens.get(stream), answer["nextForwardToken"]
+            if before == tokens[stream] or not answer["events"]:
+                break
 
 
 def watch(
@@ -87,8 +77,7 @@ def watch(
         KeyboardInterrupt: Ctrl-C; the job is not affected.
     """
     out, bar = out or sys.stdout, bar or sys.stderr
-    reader, progress = JobLogReader(name, account), Progress()
-    drawn = _Bar(bar)
+    progress, tokens = Progress(), dict[str, str]()
     shown, failures = 0, 0
     asked, troubles = True, (JobError, *no_answer())  # while the job is perfectly well
     state = job_state(name, account)
@@ -98,12 +87,12 @@ def watch(
             state = state if asked else job_state(name, account)
             asked = False
             # after the state: what was logged before the end is read before leaving
-            lines = list(reader.new_lines())
+            lines = list(new_lines(name, account, tokens))
             failures = 0
         except troubles as error:
             lines = []
             failures = _missed(failures, error, name, bar)
-        drawn.clear()
+        _redraw(bar, "")
         for started, phase, message in state.transitions[shown:]:
             print(f"{started:%H:%M:%S} {phase}: {message}", file=out, flush=True)
         shown = len(state.transitions)
@@ -112,7 +101,7 @@ def watch(
             print(line, file=out, flush=True)
         if state.is_final and not failures:
             return state
-        drawn.show(progress.bar() if progress.train else state.status)
+        _redraw(bar, progress.bar() if progress.train else state.status)
         sleep(poll_seconds)
 
 
@@ -166,23 +155,11 @@ class Progress:
         return "  ".join(parts)
 
 
-class _Bar:
-    """A line that is redrawn in place, on terminals only."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream if stream.isatty() else None
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        if self._stream is not None:
-            self._stream.write("\r" + text.ljust(self._width))
-            self._stream.flush()
-            self._width = len(text)
-
-    def clear(self) -> None:
-        if self._stream is not None and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
+def _redraw(stream: TextIO, text: str) -> None:
+    """Replace the line that the cursor is on, on terminals only."""
+    if stream.isatty():
+        stream.write(f"\r\x1b[K{text}")
+        stream.flush()
 
 
 def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
