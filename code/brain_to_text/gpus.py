@@ -5,7 +5,6 @@ One table for the launcher's prices and the trainer's MFU; nothing here needs to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,12 +60,11 @@ class Gpu:
         return None if teraflops is None else teraflops * 1e12
 
 
-# Vendor data sheets (figures quoted with sparsity are halved): NVIDIA K80, V100, T4 (2019), A10 and
+# Vendor data sheets (figures quoted with sparsity are halved): NVIDIA V100, T4 (2019), A10 and
 # A10G, A100, L4, L40S, H100 PCIe and SXM, H200, B200, RTX PRO 6000 (Blackwell), RTX 4090. A10G:
 # AWS's figure for the G5 family (it has about half of the A10's tensor rate). T4 and L4 sustain
 # about half of it at 70 W.
 GPUS = {
-    "K80": Gpu(3.7, 12, 240, None, 4.1, None, 4.1),
     "V100": Gpu(7.0, 16, 900, None, 125.0, None, 15.7),
     "T4": Gpu(7.5, 16, 320, None, 65.0, None, 8.1, sustained=0.5),
     "A10G": Gpu(8.6, 24, 600, 70.0, 70.0, 35.0, 31.5),
@@ -96,9 +94,17 @@ def known_as(name: str) -> str | None:
 def n_frames(config: TrainingConfig, n_bins: float) -> int:
     """Output frames of a trial."""
     model = config.model
-    if model.patch_size == 0:
-        return int(n_bins)
     return max(int((n_bins - model.patch_size) // model.patch_stride) + 1, 0)
+
+
+def frame_weights(config: TrainingConfig) -> int:
+    """Weights that each output frame is multiplied with: the GRU's and the plain classifier's."""
+    model, H = config.model, config.model.n_units
+    directions = 2 if model.bidirectional else 1
+    patch = config.width * model.patch_size
+    inputs = patch + (model.n_layers - 1) * H * directions
+    gru = 3 * H * directions * (inputs + model.n_layers * H)
+    return gru + H * directions * config.dataset.n_classes
 
 
 def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> float:
@@ -108,23 +114,9 @@ def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> fl
     not work), and twice the forward pass for the backward pass, except that nothing flows back
     into the stored features. Elementwise work and CTC (under 1 %) are left out.
     """
-    model = config.model
-    C, H = config.width, model.n_units
-    directions = 2 if model.bidirectional else 1
-    gates = 3 * H * directions
-    inputs = gates * (C * max(model.patch_size, 1) + (model.n_layers - 1) * H * directions)
-    recurrent = gates * H * model.n_layers
-    classifier = H * directions * config.dataset.n_classes
-    per_frame = 2.0 * (inputs + recurrent + classifier)
-    day_layer = 2.0 * C * C
+    per_frame = 2.0 * frame_weights(config)
+    day_layer = 2.0 * config.width**2
     return 3 * n_frames * per_frame + 2 * n_bins * day_layer
-
-
-def flops_per_step(config: TrainingConfig, lengths: Iterable[float]) -> float:
-    """Floating-point operations of one training step on trials of these lengths (in bins)."""
-    lengths = list(lengths)
-    frames = sum(n_frames(config, length) for length in lengths)
-    return training_flops(config, sum(lengths), frames)
 
 
 @dataclass(frozen=True)
@@ -179,12 +171,10 @@ def step_time(
     recurrent = 3 * 2.0 * 3 * H * H * model.n_layers * directions * batch * frames
     back_to_weights = recurrent / 3  # one product over all frames, not serial
     flops = training_flops(config, batch * mean_bins, batch * frames) - recurrent
-    weights = 3 * H * directions * (C * max(model.patch_size, 1) + H)
-    weights += (model.n_layers - 1) * 3 * H * directions * (directions + 1) * H
-    weights += H * directions * config.dataset.n_classes + C * C * config.dataset.days_per_batch
+    weights = frame_weights(config) + C * C * config.dataset.days_per_batch
     moved = (
         batch * longest_bins * C * 4 * FEATURE_PASSES
-        + batch * frames * C * max(model.patch_size, 1) * value_bytes * PATCH_PASSES
+        + batch * frames * C * model.patch_size * value_bytes * PATCH_PASSES
         + batch * longest_frames * config.dataset.n_classes * 4 * LOGIT_PASSES
         + weights * WEIGHT_BYTES
     )

@@ -44,7 +44,14 @@ from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset
-from brain_to_text.gpus import GPUS, OLDEST_CAPABILITY, flops_per_step, known_as, step_time
+from brain_to_text.gpus import (
+    GPUS,
+    OLDEST_CAPABILITY,
+    known_as,
+    n_frames,
+    step_time,
+    training_flops,
+)
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.launch.pricing import table as instance_table
 from brain_to_text.model.augmentations import Augmentation, step_generator
@@ -292,7 +299,11 @@ def compare_step(config: TrainingConfig, args: argparse.Namespace, device: torch
     p, o = whole["plain"], whole["ours"]
     rows.append(["whole step", f"{p * 1e3:.1f}", f"{o * 1e3:.1f}", f"{p / o:.2f}"])
     table("Step, ms", ["phase", "plain", "ours", "plain / ours"], rows)
-    flops = statistics.mean(flops_per_step(config, b.n_time_steps.tolist()) for b in batches)
+    bins = [b.n_time_steps.tolist() for b in batches]
+    frames = [sum(n_frames(config, n) for n in batch) for batch in bins]
+    flops = statistics.mean(
+        training_flops(config, sum(b), f) for b, f in zip(bins, frames, strict=True)
+    )
     print(f"{flops / 1e12:.3f} TFLOP per step; ours {flops / o / 1e12:.3f} TFLOP/s", end="")
     peak = peak_flops(device, config)
     print(f", MFU {100 * flops / o / peak:.1f} %" if peak else "")

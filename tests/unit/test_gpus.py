@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
-from brain_to_text.gpus import GPUS, flops_per_step, known_as, n_frames, step_time
+from brain_to_text.gpus import GPUS, known_as, n_frames, step_time, training_flops
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 
 
@@ -14,7 +14,7 @@ def reference(**changes) -> TrainingConfig:
 
 
 def test_the_reference_step_is_three_teraflop() -> None:
-    assert flops_per_step(reference(), 48 * [850]) == pytest.approx(3.2e12, rel=0.05)
+    assert training_flops(reference(), 48 * 850, 48 * 210) == pytest.approx(3.2e12, rel=0.05)
 
 
 @pytest.mark.parametrize(("bins", "frames"), [(13, 0), (14, 1), (850, 210), (1674, 416)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from brain_to_text.gpus import flops_per_step
+from brain_to_text.gpus import training_flops
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.train_step import largest_batch
@@ -466,4 +466,5 @@ def test_flops_agree_with_the_products_torch_counts() -> None:
         hidden = step.model.recurrent_frames(frames, packing)
         step.model.out(hidden)
     counted = counter.get_total_flops()
-    assert 3 * counted == pytest.approx(flops_per_step(config, n.tolist()), rel=0.02)
+    n_frames = int(step.model.frame_lengths(n).sum())
+    assert 3 * counted == pytest.approx(training_flops(config, int(n.sum()), n_frames), rel=0.02)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..config import TrainingConfig
 from ..errors import BrainToTextError
-from ..gpus import OLDEST_CAPABILITY, n_frames
+from ..gpus import OLDEST_CAPABILITY, frame_weights, n_frames
 from ..storage.locations import (
     DATA_FILE,
     MANIFEST_NAME,
@@ -111,10 +111,8 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None =
     trials = -(-(batch_size or dataset.batch_size) // n_gpus)
     frames = max(n_frames(config, LONG_TRIAL_BINS), 1)
     directions, width = 1 + model.bidirectional, config.width
-    patch = width * max(model.patch_size, 1)
-    inputs = patch + (model.n_layers - 1) * model.n_units * directions
-    weights = 3 * model.n_units * directions * (inputs + model.n_units * model.n_layers)
-    weights += 45 * width**2 + model.n_units * directions * dataset.n_classes
+    patch = width * model.patch_size
+    weights = frame_weights(config) + 45 * width**2
     activation = 2 if config.use_amp else 4
     per_frame = activation * (2 * patch + 6 * model.n_layers * model.n_units * directions)
     per_frame += 4 * 4 * dataset.n_classes
