@@ -118,7 +118,6 @@ class DatasetConfig:
     cache_gb: float | Literal["auto"] = key(
         "auto", "RAM for trials already read, GB; 0 turns it off", 0, 1e6, free_on_resume=True
     )
-    cache_dtype: Literal["stored", "float16"] = key("stored", "precision of cached trials")
     prefetch_batches: int = key(4, "batches prepared ahead", 1, free_on_resume=True)
     prefetch_mb: float = key(
         2048.0, "RAM for batches prepared ahead, MB", 1, 1e6, free_on_resume=True

@@ -47,6 +47,7 @@ LEGACY_KEYS = {
     "model.input_network.n_input_layers": "there is one day layer per session",
     "dataset.data_transforms.random_walk_std": "the public recipe does not use a random walk",
     "dataset.data_transforms.random_walk_axis": "there is no random walk",
+    "dataset.cache_dtype": "trials stay as stored; prepare_dataset.py encode --dtype float16",
     "dataset.gpu_cache_gb": "trials are kept in RAM (dataset.cache_gb)",
     "keep_checkpoints": "the last two resume states are kept",
     "gradient_compression": "gradients travel as they are",
@@ -55,6 +56,7 @@ LEGACY_KEYS = {
 LEGACY_VALUES = {
     "model.input_network.n_input_layers": 1,
     "dataset.data_transforms.random_walk_std": 0,
+    "dataset.cache_dtype": "stored",
     "gradient_compression": "none",
 }
 # Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).

@@ -45,12 +45,11 @@ def open_dataset(tiny_dataset, manifest: TrialManifest) -> Iterator[Open]:
     """open_dataset(threads=…, cache_bytes=…, …): a training set over the tiny dataset."""
     opened = []
 
-    def open_it(threads: int = 4, cache_bytes: int = 0, cache_dtype: str = "stored", **options):
+    def open_it(threads: int = 4, cache_bytes: int = 0, **options):
         stream = TrialStream(
             open_store(tiny_dataset.folder),
             manifest,
             cache_bytes=cache_bytes,
-            cache_dtype=cache_dtype,  # type: ignore[arg-type]
             threads=threads,
             concurrency=threads,
         )
@@ -187,28 +186,6 @@ def test_a_validation_pass_leaves_training_trials_their_cache(
         assert again.cache_hits == expected_hits
         training.close()
     assert hits[0] == pytest.approx(hits[1], abs=0.1) and hits[0] > 0.4 * min(ram, 2)
-
-
-@pytest.mark.parametrize("cache_bytes", [0, 10**8])
-def test_half_precision_does_not_depend_on_the_cache(
-    cache_bytes: int, open_dataset: Open, expected: list[Batch]
-) -> None:
-    dataset = open_dataset(cache_bytes=cache_bytes, cache_dtype="float16")
-    for _ in range(2):
-        for batch, exact in zip(dataset.batches(), expected, strict=True):
-            assert torch.equal(batch.features, exact.features.half().float())
-
-
-def test_half_precision_refuses_values_beyond_it(tmp_path: Path) -> None:
-    written = write_dataset(tmp_path, sessions=("t15.2023.08.11",), trials={"train": 1, "val": 1})
-    manifest = index_dataset(open_store(tmp_path))
-    with h5py.File(tmp_path / manifest.trials[0].key, "r+") as file:
-        file["trial_0000/input_features"][3, 4] = 1e6
-    manifest = index_dataset(open_store(tmp_path))
-    assert len(written) == 2
-    with TrialStream(open_store(tmp_path), manifest, cache_dtype="float16") as stream:
-        with pytest.raises(DataError, match="beyond half precision"):
-            stream.fetch([0])
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

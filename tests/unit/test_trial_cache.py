@@ -86,8 +86,8 @@ def test_the_plan_is_for_the_runs_own_trials_training_apart_from_validation() ->
         for split in ("train", "val", "test")
     )
     manifest = TrialManifest(trials, {}, 4, 1681, "self_loop")
-    plan = plan_cache(manifest, DatasetConfig(sessions=["t15.2023.08.11"], cache_dtype="float16"))
-    assert (plan.first, plan.rest, plan.n_bytes) == ({3: 800}, {4: 800}, 1600)
+    plan = plan_cache(manifest, DatasetConfig(sessions=["t15.2023.08.11"]))
+    assert (plan.first, plan.rest, plan.n_bytes) == ({3: 1600}, {4: 1600}, 3200)
     assert list(plan_cache(manifest, DatasetConfig()).first) == [0, 3]
 
 

@@ -19,7 +19,6 @@ from ..config import TrainingConfig
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
-from .trial_cache import decoded_bytes
 from .trial_stream import TrialStream
 
 Reads = concurrent.futures.Future[list[np.ndarray]]
@@ -64,7 +63,7 @@ class StreamedBatches(abc.ABC):
         self._on_gpu = device is not None and device.type == "cuda"
         self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
         # while a batch waits, each of its trials is there as it was read or as it was decoded
-        sizes = [max(t.length, decoded_bytes(t, stream.cache_dtype)) for t in self.manifest.trials]
+        sizes = [max(t.length, t.feature_bytes) for t in self.manifest.trials]
         self._trial_bytes = np.array(sizes, np.int64)
         self._day = np.full(len(self.manifest.trials), -1, np.int64)
         for day, trials in enumerate(trials_by_session):

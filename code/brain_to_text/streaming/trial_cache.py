@@ -18,7 +18,6 @@ import numpy as np
 
 from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
-from ..dataset.trial_record import TrialRecord
 
 SEGMENT_BYTES = 256 << 20
 _ALIGNMENT = 64
@@ -50,7 +49,7 @@ def plan_cache(manifest: TrialManifest, dataset: DatasetConfig) -> CachePlan:
     """What the RAM of a process is for."""
     first, rest = (
         {
-            index: decoded_bytes(manifest.trials[index], dataset.cache_dtype)
+            index: manifest.trials[index].feature_bytes
             for index in manifest.select(split, dataset.sessions)
         }
         for split in ("train", "val")
@@ -127,17 +126,6 @@ class TrialCache:
             if rest is not None:
                 self._left_for_rest -= n_bytes
             return self._segment[start : start + n_bytes]
-
-
-def decoded_dtype(trial: TrialRecord, cache_dtype: str) -> np.dtype:
-    """Type of a trial's features as they are handed out."""
-    return np.dtype("<f2" if cache_dtype == "float16" else trial.dtype)
-
-
-def decoded_bytes(trial: TrialRecord, cache_dtype: str) -> int:
-    """Size of a trial's features as they are handed out."""
-    itemsize = decoded_dtype(trial, cache_dtype).itemsize
-    return trial.n_time_steps * trial.n_features * itemsize
 
 
 def cache_budget_bytes(

@@ -14,7 +14,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -33,9 +32,7 @@ from ..storage.locations import is_s3
 from ..storage.store import ObjectStore
 from .ranged_reads import LocalRangedReader, RangedReader
 from .stream_stats import StreamStats
-from .trial_cache import TrialCache, cache_budget_bytes, decoded_dtype, plan_cache
-
-CacheDtype = Literal["stored", "float16"]
+from .trial_cache import TrialCache, cache_budget_bytes, plan_cache
 
 
 class TrialStream:
@@ -50,8 +47,6 @@ class TrialStream:
             most one ranged GET in flight.
         cache_bytes: budget of the RAM cache of decoded trials; 0 turns it off.
         cache: a cache of decoded trials that exists already, instead.
-        cache_dtype: "float16" rounds every trial to half precision when it is read, so that a batch
-            does not depend on whether it came from the cache.
         retry: time limits of one read.
         threads: verify and inflate this many trials at once.
         reader: for tests and benchmarks, instead of the one for the store's URL.
@@ -65,7 +60,6 @@ class TrialStream:
         concurrency: int = 16,
         cache_bytes: int = 0,
         cache: TrialCache | None = None,
-        cache_dtype: CacheDtype = "stored",
         retry: RetryPolicy | None = None,
         threads: int = 4,
         reader: RangedReader | None = None,
@@ -73,8 +67,9 @@ class TrialStream:
         self.url = url = store.url
         self.manifest = manifest
         self.cache = TrialCache(cache_bytes) if cache is None else cache
-        self.cache_dtype = cache_dtype
-        self.dtype = _common_dtype(manifest, cache_dtype)
+        # that holds any trial's features: files of both precisions are possible
+        half = {trial.dtype for trial in manifest.trials} == {"<f2"}
+        self.dtype = np.dtype("<f2" if half else "<f4")
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
         self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
@@ -105,7 +100,6 @@ class TrialStream:
             manifest,
             concurrency=dataset.max_concurrent_reads,
             cache=TrialCache(budget, plan=plan),
-            cache_dtype=dataset.cache_dtype,
             retry=RetryPolicy(
                 budget_seconds=dataset.retry_budget_seconds,
                 read_timeout_seconds=dataset.read_timeout_seconds,
@@ -121,8 +115,8 @@ class TrialStream:
         """Features of each trial, in the order asked for.
 
         Returns:
-            Read-only arrays [T, C] in the stored dtype (float16 with `cache_dtype="float16"`); a
-            trial asked for twice is the same array twice.
+            Read-only arrays [T, C] in the stored dtype; a trial asked for twice is the same array
+            twice.
 
         Raises:
             StorageError: a trial could not be read within the retry budget.
@@ -253,10 +247,7 @@ class TrialStream:
         crc = zlib.crc32(span)
         if crc != record.crc32:
             raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32 or 0:08x}")
-        features = record.decode(memoryview(span))
-        if self.cache_dtype == "float16" and features.dtype != np.float16:
-            features = _halved(features, record)
-        return self.cache.put(index, features)
+        return self.cache.put(index, record.decode(memoryview(span)))
 
     def _replaced(self, record: TrialRecord, reason: str) -> DataError:
         return DataError(
@@ -312,20 +303,3 @@ class _SharedRead:
 
 class _WrongBytesError(ReadError):
     """As many bytes as asked for, but not the ones in the manifest."""
-
-
-def _common_dtype(manifest: TrialManifest, cache_dtype: str) -> np.dtype:
-    """Type that holds any trial's features: files of both precisions are possible."""
-    found = {decoded_dtype(trial, cache_dtype) for trial in manifest.trials}
-    return np.dtype("<f2") if found == {np.dtype("<f2")} else np.dtype("<f4")
-
-
-def _halved(features: np.ndarray, record: TrialRecord) -> np.ndarray:
-    with np.errstate(over="raise"):
-        try:
-            return features.astype(np.float16)
-        except FloatingPointError as error:
-            raise DataError(
-                f"Trial {record.name} holds values beyond half precision (65504): set "
-                "dataset.cache_dtype to stored."
-            ) from error
