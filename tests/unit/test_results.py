@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +88,13 @@ def test_a_place_that_cannot_be_written_shows_before_the_work(place, tmp_path):
     with pytest.raises(StorageError, match="--output-dir"):
         with complete_or_nothing(tmp_path / place):
             raise AssertionError("the work began")
+
+
+def test_a_volume_that_is_full_half_way_is_one_sentence(tmp_path):
+    with pytest.raises(StorageError, match=r"No space left on device\): give a writable folder"):
+        with complete_or_nothing(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # --- the competition's file -----------------------------------------------------------------------

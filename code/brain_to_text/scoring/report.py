@@ -32,6 +32,35 @@ _GROUPS = {
     "length": "by phonemes in the sentence",
     "block": "by block, worst first",
 }
+# title, name of a line → kind and key of its numbers, how to draw them
+_CURVES: tuple[tuple[str, dict[str, tuple[str, str]], dict[str, Any]], ...] = (
+    (
+        "Loss",
+        {
+            "training": ("train", "loss"),
+            "phoneme term": ("train", "phoneme_loss"),
+            "validation CTC": ("validation", "ctc_loss"),
+        },
+        {"y_label": "nats per frame", "log_y": True},
+    ),
+    (
+        "Error rates on validation",
+        {
+            "DER": ("validation", "der"),
+            "PER": ("validation", "per"),
+            "PER, diphone path": ("validation", "per_path"),
+        },
+        {"percent": True, "from_zero": True},
+    ),
+    ("Learning rate", {"learning rate": ("train", "learning_rate")}, {"from_zero": True}),
+    ("Gradient norm", {"before clipping": ("train", "grad_norm")}, {"log_y": True}),
+    ("Throughput", {"trials per second": ("train", "trials_per_second")}, {"from_zero": True}),
+    (
+        "Waiting for data",
+        {"share of the time": ("train", "data_wait_share")},
+        {"percent": True, "from_zero": True},
+    ),
+)
 
 
 def _percent(value: float) -> str:
@@ -108,38 +137,14 @@ def model_report(contents: Mapping[str, Any]) -> str:
 
 
 def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any] | None]:
-    def of(kind: str, key: str) -> tuple[list[float], list[float]]:
-        rows = [r for r in metrics.get(kind, ()) if isinstance(r.get(key), (int, float))]
-        return [row["step"] for row in rows], [row[key] for row in rows]
-
-    loss = of("train", "loss")
-    losses = {"training": loss, "validation CTC": of("validation", "ctc_loss")}
-    rates = {"DER": "der", "PER": "per", "PER, diphone path": "per_path"}
-    terms = {"diphone": loss, "phoneme": of("train", "phoneme_loss")}
-    nats = "nats per frame"
-    return [
-        line_chart("Loss", losses, y_label=nats, log_y=True),
-        line_chart(
-            "Error rates on validation",
-            {name: of("validation", key) for name, key in rates.items()},
-            percent=True,
-            from_zero=True,
-        ),
-        line_chart(
-            "Learning rate", {"learning rate": of("train", "learning_rate")}, from_zero=True
-        ),
-        line_chart("Gradient norm", {"before clipping": of("train", "grad_norm")}, log_y=True),
-        line_chart(
-            "Throughput", {"trials per second": of("train", "trials_per_second")}, from_zero=True
-        ),
-        line_chart(
-            "Waiting for data",
-            {"share of the time": of("train", "data_wait_share")},
-            percent=True,
-            from_zero=True,
-        ),
-        line_chart("Loss terms", terms, y_label=nats, log_y=True) if terms["phoneme"][0] else None,
-    ]
+    charts = []
+    for title, lines, options in _CURVES:
+        series = {}
+        for name, (kind, key) in lines.items():
+            rows = [r for r in metrics.get(kind, ()) if isinstance(r.get(key), (int, float))]
+            series[name] = [row["step"] for row in rows], [row[key] for row in rows]
+        charts.append(line_chart(title, series, **options))
+    return charts
 
 
 def _groups(rates: Mapping[str, Any]) -> list[dict[str, Any]]:

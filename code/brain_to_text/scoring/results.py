@@ -124,25 +124,21 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
         reads: files that the block reads, and which therefore stay.
 
     Raises:
-        StorageError: `folder` cannot be written, which shows before the block begins.
+        StorageError: `folder` cannot be written, which shows before the block begins, or later.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
-    except OSError as error:
-        raise _unwritable(folder, str(error.strerror or error)) from error
-    with draft:
-        yield Path(draft.name)
-        try:
-            written = sorted(Path(draft.name).iterdir())
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft:
+            yield Path(draft)
+            written = sorted(Path(draft).iterdir())
             for file in written:
                 file.replace(folder / file.name)
             kept = {os.path.realpath(path) for path in reads}
             for name in set(RESULTS) - {file.name for file in written}:
                 if os.path.realpath(folder / name) not in kept:
                     (folder / name).unlink(missing_ok=True)  # of the evaluation before
-        except OSError as error:
-            raise _unwritable(folder, str(error.strerror or error)) from error
+    except OSError as error:
+        raise _unwritable(folder, str(error.strerror or error)) from error
 
 
 def _place(location: str) -> str:
@@ -162,8 +158,8 @@ def write_results(
 
     submission.csv, too, where words were decoded, and nbest.csv where there are N-best lists.
 
-    Raises:
-        StorageError: the folder cannot be written.
+    Args:
+        folder: as `complete_or_nothing` gives it, which says so where it cannot be written.
     """
     artefact, sentences = evaluation.artefact, evaluation.sentences
     text = sentences.text if sentences else {}
@@ -197,19 +193,16 @@ def write_results(
         "remarks": evaluation.remarks,
         "environment": _environment_facts(evaluation),
     }
-    try:
-        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
-        write_table(folder / "trials.csv", rows)
-        (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
-        if logits:
-            write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
-        if sentences is not None:
-            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
-            if sentences.n_best:
-                write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
-        (folder / "report.html").write_text(model_report(page), encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(folder, str(error.strerror or error)) from error
+    rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
+    write_table(folder / "trials.csv", rows)
+    (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
+    if logits:
+        write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
+    if sentences is not None:
+        write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
+        if sentences.n_best:
+            write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
+    (folder / "report.html").write_text(model_report(page), encoding="utf-8")
 
 
 def _unwritable(folder: Path, reason: str) -> StorageError:

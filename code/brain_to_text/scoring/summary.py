@@ -122,14 +122,6 @@ def compare(
     }
 
 
-def compared_trials(comparison: Mapping[str, Any]) -> str:
-    """On which trials a comparison was made, in one sentence."""
-    said = f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
-    for reason, names in comparison.get("left_out", {}).items():
-        said += f"; {len(names):,} left out, {reason} ({shortened(names)})"
-    return said
-
-
 def label_form_remark(known: LabelForm | None, data: str) -> str | None:
     """One sentence where the model's diphones and the data's are in different forms.
 
@@ -171,7 +163,14 @@ def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -
     if not lines:
         lines.append(f"{summary['n_trials']} trials without labels: no error rates")
     if comparison:
-        lines.append(compared_trials(comparison))
+        left_out = (
+            f"; {len(names):,} left out, {reason} ({shortened(names)})"
+            for reason, names in comparison.get("left_out", {}).items()
+        )
+        lines.append(
+            f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
+            + "".join(left_out)
+        )
     for name, c in (comparison or {}).get("metrics", {}).items():
         d = c["difference"]
         lines.append(

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..dataset.manifest import TrialManifest
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError
 from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lexicon
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
@@ -129,13 +129,7 @@ def make_decoder(
         if source == FROM_TRAINING:
             model = f"{NGRAM_ORDER}-grams of {len(sentences):,} training sentences"
             model_file = folder / "language_model.arpa"
-            try:
-                estimate_ngrams(sentences, NGRAM_ORDER).write_arpa(model_file)
-            except OSError as error:
-                raise StorageError(
-                    f"The language model cannot be written to {model_file} ({error.strerror}): "
-                    "give a writable folder with --output-dir."
-                ) from error
+            estimate_ngrams(sentences, NGRAM_ORDER).write_arpa(model_file)
     else:
         model, model_file = str(source), Path(str(source))
         forms, strange, vocabulary = words_of_model(model_file)
