@@ -86,6 +86,3 @@ def test_every_command_of_the_tutorial_works(archive: Path, s3_bucket: str, uplo
     assert "Phoneme confusions" in (results / "report.html").read_text(encoding="utf-8")
     assert json.loads((results / "summary.json").read_text())["n_trials"] == 12
     assert (archive / ".local" / "test-results" / "phoneme_logits.hdf5").exists()
-    compared = json.loads((archive / ".local" / "comparison" / "summary.json").read_text())
-    assert compared["comparison"]["metrics"]["PER"]["p_value"] == 1  # with itself
-    assert (archive / ".local" / "decoder.pt").exists()
