@@ -651,6 +651,7 @@ def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
     """The report does not fit; nor would its reason, had no room been kept for it."""
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "output").symlink_to(small_volume)
+    (small_volume / "others").write_bytes(bytes(40 * 1024))
     run = train("job", "--data-dir", str(data))
     last = run.said.strip().splitlines()[-1]
     assert run.code == 1
