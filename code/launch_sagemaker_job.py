@@ -27,7 +27,7 @@ from brain_to_text.launch.launch import (
     submit_training_job,
 )
 from brain_to_text.launch.pricing import estimate
-from brain_to_text.launch.request import JobSettings, resolve_config
+from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
 from brain_to_text.launch.watch import goodbye, watch
 from brain_to_text.log_lines import one_line
 
@@ -153,10 +153,11 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
         print(*list_jobs(account) or ["No training jobs of this project yet."], sep="\n")
     else:
         folder = Path(options.to) if options.to else JOBS_FOLDER / options.fetch
-        place = {"s3_bucket": options.s3_bucket}
-        if options.output_prefix:
-            place["output_prefix"] = options.output_prefix
-        print(*fetch(options.fetch, account, folder, **place), sep="\n")
+        prefix = options.output_prefix or OUTPUT_PREFIX
+        said = fetch(
+            options.fetch, account, folder, s3_bucket=options.s3_bucket, output_prefix=prefix
+        )
+        print(*said, sep="\n")
     return 0
 
 

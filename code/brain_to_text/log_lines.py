@@ -184,12 +184,3 @@ def scrub(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` without secrets and without control characters, which could fake a line of the log."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in scrub(text))
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 05 min."""
-    whole = max(round(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

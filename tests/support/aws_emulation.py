@@ -257,9 +257,6 @@ def _denied(call: Call, message: str) -> Response:
         return _xml(f"<Error>{said}</Error>", 403)
     if call.service in ("iam", "sts", "cloudformation"):
         return _xml(f"<ErrorResponse><Error>{said}</Error></ErrorResponse>", 403)
-    if call.service == "ec2":
-        said = said.replace("AccessDenied", "UnauthorizedOperation")
-        return _xml(f"<Response><Errors><Error>{said}</Error></Errors></Response>", 403)
     return _json({"__type": "AccessDeniedException", "message": message}, 400)
 
 

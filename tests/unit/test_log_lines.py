@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from brain_to_text.launch.jobs import duration
 from brain_to_text.launch.watch import Progress
 from brain_to_text.log_lines import (
     METRIC_DEFINITIONS,
@@ -11,7 +12,6 @@ from brain_to_text.log_lines import (
     VALIDATION_FIELDS,
     best_line,
     best_validation,
-    duration,
     error_rate,
     one_line,
     read_line,

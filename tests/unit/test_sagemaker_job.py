@@ -286,6 +286,7 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"data_channel": "pipe"}, "fastfile"),
         ({"environment": {"HF_TOKEN": "x"}}, "looks like a secret"),
         ({"environment": {"A": "AKIAIOSFODNN7EXAMPLE"}}, "looks like a secret"),
+        ({"environment": {"A": "https://b/k?X-Amz-Signature=0a1b"}}, "looks like a secret"),
         ({"overrides": {"model.n_units": "https://me:pw@host"}}, "looks like a secret"),
         ({"mlflow_tracking_uri": "https://me:pw@host"}, "password"),
         ({"mlflow_tracking_uri": "databricks"}, "mlflow-tracking-server or mlflow-app"),

@@ -15,6 +15,7 @@ from ..log_lines import VALIDATION_FIELDS, best_validation, rows_of_log
 from ..storage.locations import s3_url, split_s3_url
 from .account import AwsAccount, error_code, explained
 from .jobs import job_state
+from .request import OUTPUT_PREFIX
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 10**9
@@ -26,7 +27,7 @@ def fetch(
     folder: Path,
     *,
     s3_bucket: str | None = None,
-    output_prefix: str = "sagemaker-outputs",
+    output_prefix: str = OUTPUT_PREFIX,
 ) -> list[str]:
     """Download and unpack what a job left, or its log so far while it runs.
 

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 
 from ..errors import JobError
-from ..log_lines import duration
 from .account import AwsAccount, error_code, explained
 from .request import PROJECT_TAG
 
@@ -160,3 +159,12 @@ def list_jobs(account: AwsAccount, limit: int = 20) -> list[str]:
             f"{started:%Y-%m-%d %H:%M}{took}{warm if pool == 'Available' else ''}"
         )
     return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3 h 05 min."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..config import TrainingConfig, changed
 from ..config_reader import load_config
 from ..errors import JobError
-from ..log_lines import METRIC_DEFINITIONS
+from ..log_lines import METRIC_DEFINITIONS, scrub
 from ..storage.locations import s3_url
 from .image import unchanged_in_image
 from .service_model import breaches
@@ -36,7 +36,6 @@ MLFLOW_ARN = re.compile(
 )
 PROJECT_TAG = {"project": "brain-to-text"}  # by which `jobs.list_jobs` finds what we launched
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
-_SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@")
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -367,13 +366,13 @@ def _check(settings: JobSettings) -> None:
         refuse(f"The tag '{taken.pop()}' is how --list finds our jobs: give yours another name.")
     for kind, values in (("variable", settings.environment), ("setting", settings.overrides)):
         for name, value in values.items():
-            if _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
+            if _SECRET_NAME.search(name) or scrub(str(value)) != str(value):
                 refuse(
                     f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
                     "everybody who may describe it: give the role access instead."
                 )
     if settings.mlflow_tracking_uri:
-        if _SECRET_VALUE.search(settings.mlflow_tracking_uri):
+        if scrub(settings.mlflow_tracking_uri) != settings.mlflow_tracking_uri:
             refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
         if not re.match(r"https?://\S+$", settings.mlflow_tracking_uri) and not MLFLOW_ARN.match(
             settings.mlflow_tracking_uri

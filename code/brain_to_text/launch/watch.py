@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from ..errors import JobError
-from ..log_lines import best_validation, duration, error_rate, one_line, read_line, total_steps
+from ..log_lines import best_validation, error_rate, one_line, read_line, total_steps
 from .account import AwsAccount, error_code, no_answer
 from .account_checks import LOG_GROUP
-from .jobs import JobState, job_state
+from .jobs import JobState, duration, job_state
 
 BAR_CELLS = 24
 PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
@@ -81,7 +81,6 @@ def watch(
     shown, failures = 0, 0
     asked, troubles = True, (JobError, *no_answer())  # while the job is perfectly well
     state = job_state(name, account)
-    progress.total_steps = _total_steps(state)
     while True:
         try:
             state = state if asked else job_state(name, account)
@@ -171,8 +170,3 @@ def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
     if failures == 0:
         print(f"Lost sight of {name} for a moment: {error}", file=stream, flush=True)
     return failures + 1
-
-
-def _total_steps(state: JobState) -> int | None:
-    text = state.request.get("HyperParameters", {}).get("num_training_batches", "")
-    return int(text) if text.isdigit() else None
