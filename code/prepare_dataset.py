@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,7 @@ from brain_to_text.dataset.import_mat import import_mat
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
-from brain_to_text.dataset.validation import (
-    PATCH_SIZE,
-    PATCH_STRIDE,
-    scattered_chunks,
-    validate_dataset,
-)
+from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.log_lines import one_line
@@ -48,6 +42,8 @@ from brain_to_text.storage.store import open_store
 from brain_to_text.storage.targets import replace_own
 
 _PLACE = "folder or s3://BUCKET/PREFIX"
+_BY_SIZE = "worker processes; default by size"
+_OVERWRITE = "replace files of these names in the target that this command did not write"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,22 +69,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_synthesize(options: argparse.Namespace) -> int:
     """Write synthetic recordings and their manifest."""
-    base = SyntheticDataset.of_full_size() if options.full_size else SyntheticDataset()
-    names = ("sessions", "electrodes", "seed", "phoneme_set")
-    given = {name: getattr(options, name) for name in names}
-    if options.trials is not None:
-        if options.trials < 1:
-            raise DataError(f"--trials is {options.trials}: give at least 1.")
-        given["train_trials"] = options.trials
-        given["val_trials"] = -(-options.trials // 5)
-        given["test_trials"] = -(-options.trials // 20)
-    dataset = replace(base, **{k: v for k, v in given.items() if v is not None})
+    if options.trials < 1:
+        raise DataError(f"--trials is {options.trials}: give at least 1.")
+    dataset = SyntheticDataset(
+        sessions=options.sessions,
+        train_trials=options.trials,
+        val_trials=-(-options.trials // 5),
+        test_trials=-(-options.trials // 20),
+        electrodes=options.electrodes,
+        phoneme_set=options.phonemes,
+        seed=options.seed,
+    )
     store = open_store(options.target)
-    processes = options.processes or (min(4, os.cpu_count() or 1) if dataset.full_size else 1)
     with _progress("Sessions", "session") as report:
-        manifest = synthesize(
-            store, dataset, processes=processes, overwrite=options.overwrite, progress=report
-        )
+        manifest = synthesize(store, dataset, overwrite=options.overwrite, progress=report)
     print(_summary(store.url, manifest))
     return 0
 
@@ -159,8 +153,6 @@ def run_validate(options: argparse.Namespace) -> int:
     with _progress("Validating", "file") as report:
         result = validate_dataset(
             open_store(options.source),
-            patch_size=options.patch_size,
-            patch_stride=options.patch_stride,
             processes=options.processes,
             progress=report,
         )
@@ -220,30 +212,24 @@ def _parser() -> argparse.ArgumentParser:
     made = commands.add_parser(
         "synthesize",
         help="write synthetic recordings that a decoder really learns from",
-        description="Write synthetic recordings with the real dataset's schema, and a manifest.",
+        description="Write synthetic recordings with the real dataset's schema, and a manifest; by "
+        "default they train in minutes on a CPU with rnn_args_smoke.yaml.",
     )
     made.add_argument("target", help=_PLACE)
-    made.add_argument(
-        "--full-size",
-        action="store_true",
-        help="45 sessions, 11,162 sentences, 256 electrodes, about 20 GB; by default a set that "
-        "trains in minutes on a CPU with rnn_args_smoke.yaml",
-    )
-    made.add_argument("--sessions", type=int, help="how many sessions, from 1 to 45")
+    made.add_argument("--sessions", type=int, default=4, help="how many sessions, from 1 to 45")
     made.add_argument(
         "--trials",
         type=int,
+        default=80,
         help="training trials per session; a fifth as many for validation, a twentieth for test",
     )
-    made.add_argument("--electrodes", type=int, help="two features each")
+    made.add_argument("--electrodes", type=int, default=48, help="two features each")
     made.add_argument(
-        "--phonemes",
-        dest="phoneme_set",
-        action="store_true",
-        help="a 41-class phoneme set instead of diphones",
+        "--phonemes", action="store_true", help="a 41-class phoneme set instead of diphones"
     )
-    made.add_argument("--seed", type=int, help="equal seeds make equal files")
-    _writes(made, run_synthesize, default_processes=None)
+    made.add_argument("--seed", type=int, default=0, help="equal seeds make equal files")
+    made.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    made.set_defaults(run=run_synthesize)
 
     imported = commands.add_parser(
         "import-mat",
@@ -253,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     imported.add_argument("folder", help="competitionData, with train, test, competitionHoldOut")
     imported.add_argument("target", help=_PLACE)
-    _labels(imported)
-    _writes(imported, run_import_mat)
+    _of_another(imported)
+    imported.set_defaults(run=run_import_mat)
 
     encoded = commands.add_parser(
         "encode",
@@ -275,20 +261,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take phonemes from each trial's sentence",
     )
-    _labels(encoded)
-    _writes(encoded, run_encode)
+    _of_another(encoded)
+    encoded.set_defaults(run=run_encode)
 
     indexed = commands.add_parser(
         "index",
         help="record where every trial lies",
         description="Read every data file once and write trial_manifest.json.gz beside them.",
     )
+    indexed.add_argument("source", help=_PLACE)
+    indexed.add_argument("--processes", type=int, help=_BY_SIZE)
     indexed.add_argument(
         "--exclude-damaged",
         action="store_true",
         help="name damaged trials in the manifest and go on, instead of stopping",
     )
-    _reads(indexed, run_index)
+    indexed.set_defaults(run=run_index)
 
     checked = commands.add_parser(
         "validate",
@@ -296,17 +284,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Read the whole dataset and report everything wrong or odd; exit code 1 if "
         "there is an error.",
     )
-    checked.add_argument("--patch-size", type=int, default=PATCH_SIZE, help="bins per frame")
-    checked.add_argument("--patch-stride", type=int, default=PATCH_STRIDE, help="bins to the next")
+    checked.add_argument("source", help=_PLACE)
+    checked.add_argument("--processes", type=int, help=_BY_SIZE)
     checked.add_argument("--json", action="store_true", help="print the report as JSON instead")
     checked.add_argument(
         "--html", type=Path, metavar="FILE", help="write the report as one HTML page too"
     )
-    _reads(checked, run_validate)
+    checked.set_defaults(run=run_validate)
     return parser
 
 
-def _labels(command: argparse.ArgumentParser) -> None:
+def _of_another(command: argparse.ArgumentParser) -> None:
+    """What the commands have in common that make a dataset out of another."""
     command.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
     command.add_argument(
         "--lexicon", help="for labels from text: own words, lines of 'word PHONEME PHONEME …'"
@@ -314,28 +303,8 @@ def _labels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"
     )
-
-
-def _writes(
-    command: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], int],
-    default_processes: int | None = 1,
-) -> None:
-    command.add_argument(
-        "--processes", type=int, default=default_processes, help="files made at once"
-    )
-    command.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace files of these names in the target that this command did not write",
-    )
-    command.set_defaults(run=run)
-
-
-def _reads(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
-    command.add_argument("source", help=_PLACE)
-    command.add_argument("--processes", type=int, help="worker processes; default by size")
-    command.set_defaults(run=run)
+    command.add_argument("--processes", type=int, default=1, help="files made at once")
+    command.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
 
 
 if __name__ == "__main__":

@@ -466,13 +466,6 @@ def test_trials_that_are_no_copies_are_not_taken_for_copies(tmp_path, capsys) ->
     assert "same features" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--patch-size", "--patch-stride"])
-@pytest.mark.parametrize("bins", [0, -4])
-def test_patches_of_no_bins_are_one_sentence(option, bins, dataset, capsys) -> None:
-    assert run("validate", dataset, option, bins) == 1
-    assert capsys.readouterr().err == f"ERROR: {option} is {bins}: give at least 1 bin.\n"
-
-
 # --- places without data --------------------------------------------------------------------------
 
 

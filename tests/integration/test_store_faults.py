@@ -146,7 +146,7 @@ def test_without_faults_the_answer_is_right(call: str, at) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("call", ["list", "read a range", "write"])
+@pytest.mark.parametrize("call", ["list", "read with its size", "write"])
 def test_a_fault_that_stays_is_one_sentence_in_time(call: str, fault: str, at, server) -> None:
     change, cause, advice = FAULTS[fault]
     without_body = ("a cut body", "one byte a second", "a captive portal", "a dropped connection")

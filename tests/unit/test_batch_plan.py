@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from brain_to_text.errors import DataError
 from brain_to_text.streaming.batch_plan import BatchPlan, evaluation_batches, shard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +39,7 @@ def test_seeds_and_steps_give_different_batches() -> None:
 
 
 @given(
-    st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
     st.integers(1, 40),
     st.integers(1, 8),
     st.integers(0, 2**63),
@@ -54,7 +53,7 @@ def test_each_batch_is_full_even_and_contiguous_by_session(
     owner = np.repeat(np.arange(len(sizes)), sizes)
     days, counts = np.unique(owner[batch], return_counts=True)
     assert len(batch) == batch_size
-    assert len(days) == min(per_batch, np.count_nonzero(sizes), batch_size)
+    assert len(days) == min(per_batch, len(sizes), batch_size)
     assert counts.max() - counts.min() <= 1
     assert (np.diff(owner[batch]) >= 0).all()
 
@@ -75,13 +74,6 @@ def test_must_include_sessions_are_in_every_batch() -> None:
         batch = plan.trials(step)
         assert 3 in batch // 5
         assert len(set(batch // 5)) == 3
-
-
-def test_a_session_without_trials_cannot_be_demanded() -> None:
-    with pytest.raises(DataError, match="must_include_days names session 1"):
-        BatchPlan(sessions(5, 0), 4, 1, seed=0, must_include=[1])
-    with pytest.raises(DataError, match="No session has a trial"):
-        BatchPlan(sessions(0, 0), 4, 1, seed=0)
 
 
 @given(

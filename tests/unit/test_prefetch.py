@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import threading
 import time
 
@@ -41,7 +42,9 @@ class Work:
 
 def test_batches_come_in_order_whatever_finishes_first() -> None:
     work = Work()
-    with Prefetcher(work.begin, lambda _: 1, 0, 4, PrefetchLimits(batches=4, threads=4)) as ahead:
+    with contextlib.closing(
+        Prefetcher(work.begin, lambda _: 1, 0, 4, PrefetchLimits(batches=4, threads=4))
+    ) as ahead:
         work.allow(3, 2, 1)
         assert not ahead.ready()
         work.allow(0)
@@ -60,7 +63,7 @@ def test_no_more_is_begun_than_the_limits_allow(
     limits: PrefetchLimits, expected: list[int]
 ) -> None:
     work = Work()
-    with Prefetcher(work.begin, lambda _: 10, 0, 100, limits) as ahead:
+    with contextlib.closing(Prefetcher(work.begin, lambda _: 10, 0, 100, limits)) as ahead:
         assert work.begun == expected
         work.allow(*range(100))
         assert next(ahead) == 0
@@ -82,7 +85,7 @@ def test_a_failed_batch_is_not_ready() -> None:
     """Who looks ahead only at what is ready keeps the batch in hand."""
     work = Work()
     work.allow(12, 13)
-    with Prefetcher(work.begin, lambda _: 1, 12, 20, PrefetchLimits()) as ahead:
+    with contextlib.closing(Prefetcher(work.begin, lambda _: 1, 12, 20, PrefetchLimits())) as ahead:
         assert next(ahead) == 12
         concurrent.futures.wait([ahead._queue[0][2]], timeout=30)
         assert not ahead.ready()

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
-from brain_to_text.dataset.synthetic import _plan as plan_of
 from brain_to_text.errors import DataError
-from brain_to_text.labels.recording_blocks import corpus_of, recording_blocks
+from brain_to_text.labels.recording_blocks import corpus_of
 from brain_to_text.storage.store import open_store
 from support.small_data import span_of
 
@@ -115,31 +114,6 @@ def test_sessions_differ_more_the_further_apart_they_are():
     assert likeness(mixings[0], mixings[1]) > likeness(mixings[0], mixings[3])
     alike = dataclasses.replace(SMALL, session_change=0.0)
     assert np.array_equal(session_mixing(alike, 0), session_mixing(alike, 3))
-
-
-def test_processes_give_the_same_dataset(tmp_path):
-    alone = made(tmp_path / "a")
-    store = open_store(tmp_path / "b")
-    assert synthesize(store, SMALL, processes=2).fingerprint() == alone.fingerprint()
-
-
-class TestFullSize:
-    plan = plan_of(SyntheticDataset.of_full_size())
-
-    def test_it_has_the_real_counts(self):
-        assert len(self.plan) == 45
-        assert sum(len(trials) for trials in self.plan.values()) == 11_162
-
-    def test_every_block_has_its_real_number_of_sentences(self):
-        for block in recording_blocks():
-            trials = [t for t in self.plan[block.session] if t.block == block.block]
-            assert len(trials) == block.sentences
-            splits = {t.split for t in trials}
-            assert splits == ({"val", "test"} if block.held_out else {"train"})
-            assert [t.trial_num for t in trials] == list(range(block.sentences))
-
-    def test_features_are_those_of_256_electrodes(self):
-        assert SyntheticDataset.of_full_size().electrodes == 256
 
 
 def test_corpora_are_known_by_block():

@@ -23,7 +23,7 @@ class Reader(LocalRangedReader):
         super().__init__(folder, concurrency=4)
         self._misfortunes = misfortunes
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
+    async def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
         misfortune = next(self._misfortunes, None)
         if misfortune is not None:
             await misfortune()

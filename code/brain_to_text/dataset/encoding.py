@@ -33,7 +33,7 @@ from .hdf5_reader import (
     read_sentence,
 )
 from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
-from .hdf5_writer import FeatureType, padded, write_features
+from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest
 from .workers import limited, sound_answers
@@ -167,7 +167,7 @@ def _still_done(
     """
     there = target.store.list()
     jobs = {
-        f"{target.store.url}/{key}": (source.url, sources[key], target.store.url, note)
+        f"{target.store.url}/{key}": (source.url, sources[key], target.store.url, there[key], note)
         for key, note in target.notes.get("files", {}).items()
         if key in sources and key in there
     }
@@ -182,14 +182,14 @@ def _still_done(
 
 
 def _recheck_job(
-    source_url: str, info: ObjectInfo, target_url: str, note: Mapping[str, Any]
+    source_url: str, info: ObjectInfo, target_url: str, own: ObjectInfo, note: Mapping[str, Any]
 ) -> _Encoded | str | None:
     """A file that still holds, the key of one whose source is another, None for another target."""
     key, (etag, crc32) = info.key, note["source"]
     known = etag is not None and etag == _etag(info)
     if not known and zlib.crc32(open_store(source_url).read(key, info.size)) != crc32:
         return key
-    data = open_store(target_url).read(key)
+    data = open_store(target_url).read(key, own.size)
     if zlib.crc32(data) != note["target"]:
         return None
     with limited(len(data)):
@@ -256,11 +256,7 @@ def _encode_trial(
     write_features(new, features, options.dtype, where)
     left_out += _copy(old["input_features"], new["input_features"], set())
     if phonemes is not None:
-        labels = encode_diphones(phonemes, options.form)
-        new["seq_class_ids"] = padded(labels, where)
-        new["seq_class_ids_phoneme"] = padded(phonemes, where)
-        new.attrs["seq_len"] = len(labels)
-        new.attrs["seq_len_phoneme"] = len(phonemes)
+        write_labels(new, encode_diphones(phonemes, options.form), phonemes, where)
     return left_out
 
 

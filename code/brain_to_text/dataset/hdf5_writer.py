@@ -51,12 +51,7 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
             group.attrs["session"] = trial.session
             group.attrs["block_num"] = trial.block_num
             group.attrs["trial_num"] = trial.trial_num
-            if trial.class_ids is not None:
-                group["seq_class_ids"] = padded(trial.class_ids, where)
-                group.attrs["seq_len"] = len(trial.class_ids)
-            if trial.phoneme_ids is not None:
-                group["seq_class_ids_phoneme"] = padded(trial.phoneme_ids, where)
-                group.attrs["seq_len_phoneme"] = len(trial.phoneme_ids)
+            write_labels(group, trial.class_ids, trial.phoneme_ids, where)
             if trial.sentence is not None:
                 codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
                 group["transcription"] = padded(codes, where)
@@ -78,6 +73,23 @@ def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType, 
             "--dtype float32."
         )
     group.create_dataset("input_features", data=values)
+
+
+def write_labels(
+    group: h5py.Group, class_ids: np.ndarray | None, phoneme_ids: np.ndarray | None, where: str
+) -> None:
+    """Store label arrays and their lengths; None where there are none.
+
+    Raises:
+        DataError: more labels than the schema's arrays hold.
+    """
+    for name, length, ids in (
+        ("seq_class_ids", "seq_len", class_ids),
+        ("seq_class_ids_phoneme", "seq_len_phoneme", phoneme_ids),
+    ):
+        if ids is not None:
+            group[name] = padded(ids, where)
+            group.attrs[length] = len(ids)
 
 
 def padded(values: np.ndarray, where: str) -> np.ndarray:

@@ -157,34 +157,23 @@ def overlapping(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, T
 # Phoneme labels are text, one character per phoneme: chr(48 + id), which needs no escape in JSON.
 
 
-_COLUMNS = (
-    *("trials", "n_time_steps", "dtype", "offset", "length", "crc32"),
-    *("block_num", "trial_num", "corpus", "sentence_label", "phonemes", "closed"),
+_PLAIN = (
+    *("n_time_steps", "dtype", "offset", "length", "crc32"),
+    *("block_num", "trial_num", "corpus", "sentence_label"),
 )
 
 
 def columns_of(trials: Sequence[TrialRecord]) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "trials": [t.trial for t in trials],
-        "n_time_steps": [t.n_time_steps for t in trials],
-        "dtype": _constant([t.dtype for t in trials]),
-        "offset": [t.offset for t in trials],
-        "length": [t.length for t in trials],
-        "crc32": [t.crc32 for t in trials],
-        "block_num": [t.block_num for t in trials],
-        "trial_num": [t.trial_num for t in trials],
-        "corpus": _constant([t.corpus for t in trials]),
-        "sentence_label": [t.sentence_label for t in trials],
-        "phonemes": [
-            None
-            if t.phoneme_ids is None
-            else (t.phoneme_ids + 48).astype(np.uint8).tobytes().decode()
-            for t in trials
-        ],
-        "closed": _constant(
-            [t.class_ids is not None and bool(t.class_ids[-1] % N_PHONEMES == 0) for t in trials]
-        ),
-    }
+    columns: dict[str, Any] = {"trials": [t.trial for t in trials]}
+    columns |= {name: [getattr(t, name) for t in trials] for name in _PLAIN}
+    columns |= {name: _constant(columns[name]) for name in ("dtype", "corpus")}
+    columns["phonemes"] = [
+        None if t.phoneme_ids is None else (t.phoneme_ids + 48).astype(np.uint8).tobytes().decode()
+        for t in trials
+    ]
+    columns["closed"] = _constant(
+        [t.class_ids is not None and bool(t.class_ids[-1] % N_PHONEMES == 0) for t in trials]
+    )
     if any(t.chunks is not None for t in trials):
         columns["chunks"] = [None if t.chunks is None else _pack_chunks(t.chunks) for t in trials]
     return columns
@@ -208,7 +197,7 @@ def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[Trial
     match = DATA_FILE.fullmatch(key)
     if match is None:
         raise ValueError(f"{key} is not a data file")
-    columns = [_column(entry, name, count) for name in _COLUMNS]
+    columns = [_column(entry, name, count) for name in ("trials", *_PLAIN, "phonemes", "closed")]
     chunks = _column(entry, "chunks", count) if "chunks" in entry else [None] * count
     records = []
     for row, packed in zip(zip(*columns, strict=True), chunks, strict=True):

@@ -21,19 +21,19 @@ from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
 from ..storage.targets import Target
 from .hdf5_reader import FileInspection, inspect_file
 from .hdf5_writer import TrialContents, data_file_bytes
 from .indexing import keep_index
 from .manifest import TrialManifest
-from .workers import sound_answers
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
 _ARTICULATORS = 16  # dimensions of the articulatory space
 _ONSET_BINS = 3.0  # time constant of the pull at a phoneme's onset
 _BASE_RATE = 0.5  # threshold crossings per 20 ms bin at rest, i.e. 25 per second
 _POWER_SHAPE = 4.0  # shape of the gamma noise on spike power
+_VOCABULARY = 60  # words of the 372, about
 # Each item is a word class; "?" after it: present half of the time. NP is a noun phrase.
 _TEMPLATES = (
     "subject auxiliary verb NP",
@@ -55,7 +55,7 @@ class SyntheticDataset:
     """What to make. The defaults train in minutes on a CPU with rnn_args_smoke.yaml.
 
     sessions: how many of the 45 real session names, in order of date.
-    train_trials, val_trials, test_trials: per session; full_size ignores them for the real counts.
+    train_trials, val_trials, test_trials: per session.
     electrodes: two features each (threshold crossings, then spike power).
     bins_per_phoneme: mean duration in 20 ms bins.
     gain: how strongly articulation modulates firing; the signal-to-noise ratio.
@@ -68,25 +68,12 @@ class SyntheticDataset:
     val_trials: int = 16
     test_trials: int = 4
     electrodes: int = 48
-    full_size: bool = False
     phoneme_set: bool = False
     label_form: LabelForm = "self_loop"
     seed: int = 0
     bins_per_phoneme: float = 12.0
     gain: float = 1.0
     session_change: float = 0.7
-
-    @staticmethod
-    def of_full_size() -> SyntheticDataset:
-        """45 sessions, 11,162 sentences, 256 electrodes, the pace of the real recordings."""
-        return SyntheticDataset(
-            sessions=45, electrodes=256, full_size=True, bins_per_phoneme=28.0, gain=0.5
-        )
-
-    @property
-    def vocabulary(self) -> int | None:
-        """About how many words sentences are made of; None for all 372."""
-        return None if self.full_size else 60
 
 
 @dataclass(frozen=True)
@@ -101,14 +88,12 @@ def synthesize(
     target: ObjectStore,
     dataset: SyntheticDataset | None = None,
     *,
-    processes: int = 1,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrialManifest:
     """Write a dataset and its manifest to `target`; the same description gives the same bytes.
 
     Args:
-        processes: worker processes, each making one session at a time in memory.
         overwrite: replace files of these names that this command did not write.
         progress: called with (sessions done, sessions in all).
 
@@ -117,16 +102,16 @@ def synthesize(
         StorageError: the target cannot be written.
     """
     dataset = dataset or SyntheticDataset()
-    plans = list(_plan(dataset).items())
-    keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans for trial in plan}
-    jobs = {
-        f"{target.url}/{session}": (target.url, dataset, index, session, plan)
-        for index, (session, plan) in enumerate(plans)
-    }
+    plans = _plan(dataset)
+    keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans.items() for trial in plan}
     command, purpose = "prepare_dataset.py synthesize", asdict(dataset)
+    inspections: list[FileInspection] = []
     with Target.claim(target, command, purpose, keys, overwrite=overwrite):
-        made = sound_answers(_make_session, jobs, processes, progress)
-        return keep_index(target, [inspection for files in made for inspection in files])
+        for index, (session, plan) in enumerate(plans.items()):
+            inspections += _make_session(target, dataset, index, session, plan)
+            if progress is not None:
+                progress(index + 1, len(plans))
+        return keep_index(target, inspections)
 
 
 # --- which sentences are said when ----------------------------------------------------------------
@@ -144,9 +129,9 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
     rng = np.random.default_rng([dataset.seed, 1])
     slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
     n_train = sum(split == "train" for _, (split, _, _) in slots)
-    train = random_sentences(n_train, rng, size=dataset.vocabulary)
+    train = random_sentences(n_train, rng, size=_VOCABULARY)
     held_out = random_sentences(
-        len(slots) - n_train, rng, size=dataset.vocabulary, distinct_from=set(train)
+        len(slots) - n_train, rng, size=_VOCABULARY, distinct_from=set(train)
     )
     trained, others = iter(train), iter(held_out)
     plan: dict[str, list[_PlannedTrial]] = {}
@@ -159,12 +144,6 @@ def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
 def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]]:
     """(split, block, number in the block) of every trial of a session."""
     blocks = [block for block in recording_blocks() if block.session == session]
-    if dataset.full_size:
-        return [
-            ("train" if not block.held_out else ("val", "test")[number % 2], block.block, number)
-            for block in blocks
-            for number in range(block.sentences)
-        ]
     training = [block.block for block in blocks if not block.held_out]
     held_out = next((b.block for b in blocks if b.held_out), max(b.block for b in blocks) + 1)
     slots = []
@@ -179,10 +158,13 @@ def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]
 
 
 def _make_session(
-    url: str, dataset: SyntheticDataset, index: int, session: str, plan: list[_PlannedTrial]
+    store: ObjectStore,
+    dataset: SyntheticDataset,
+    index: int,
+    session: str,
+    plan: list[_PlannedTrial],
 ) -> list[FileInspection]:
     """Make and write the files of one session; returns what they hold."""
-    store = open_store(url)
     rng = np.random.default_rng([dataset.seed, 2, index])
     mixing = session_mixing(dataset, index)
     by_split: dict[str, list[TrialContents]] = {}

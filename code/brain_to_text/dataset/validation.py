@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .trial_record import Finding, TrialRecord
 
-PATCH_SIZE, PATCH_STRIDE, RANDOM_CUT = 14, 4, 3  # of the reference recipe
+_PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _FEW_FIT = 0.9  # share of a file's trials whose labels fit their sentences, below which we warn
@@ -146,16 +146,14 @@ class ValidationReport:
 def validate_dataset(
     store: ObjectStore,
     *,
-    patch_size: int = PATCH_SIZE,
-    patch_stride: int = PATCH_STRIDE,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
     """Read every file whole and check everything that a training run relies on.
 
     Schema and types, finite values, labels against phonemes and label form, room for CTC at the
-    given patching, labels against sentences, repeated trials within and between splits, missing
-    files, the manifest.
+    reference recipe's patching, labels against sentences, repeated trials within and between
+    splits, missing files, the manifest.
 
     Args:
         processes: worker processes; None decides by size.
@@ -163,11 +161,7 @@ def validate_dataset(
 
     Raises:
         StorageError: the place cannot be read. DataError: there are no data files.
-        ConfigError: patches of no bins.
     """
-    for option, bins in (("--patch-size", patch_size), ("--patch-stride", patch_stride)):
-        if bins < 1:
-            raise ConfigError(f"{option} is {bins}: give at least 1 bin.")
     listing = store.list()
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
@@ -175,7 +169,7 @@ def validate_dataset(
     rows = _summaries(manifest, inspections)
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
-    findings += _infeasible(manifest.trials, patch_size, patch_stride)
+    findings += _infeasible(manifest.trials)
     findings += _repeated_features(manifest.trials, inspections)
     findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
@@ -192,14 +186,12 @@ def validate_dataset(
 def _summaries(
     manifest: TrialManifest, inspections: Sequence[FileInspection]
 ) -> list[SplitSummary]:
-    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
-    for trial in manifest.trials:
-        by_file[trial.key].append(trial)
+    by_file = _by_file(manifest.trials)
     rows = []
     for inspection in inspections:
         match = DATA_FILE.fullmatch(inspection.key)
         assert match is not None  # keys come from data_files
-        trials = by_file[inspection.key]
+        trials = by_file.get(inspection.key, [])
         bins = [trial.n_time_steps for trial in trials] or [0]
         labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
         mean, std, minimum, maximum = np.nan, np.nan, np.inf, -np.inf
@@ -226,11 +218,16 @@ def _summaries(
     return sorted(rows, key=lambda row: (row.session, SPLITS.index(row.split)))
 
 
-def _infeasible(
-    trials: Sequence[TrialRecord], patch_size: int, patch_stride: int
-) -> Iterator[Finding]:
+def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    found: dict[str, list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        found[trial.key].append(trial)
+    return found
+
+
+def _infeasible(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
     for trial in (trial for trial in trials if trial.class_ids is not None):
-        reason = ctc_problem(trial, patch_size, patch_stride, RANDOM_CUT)
+        reason = ctc_problem(trial, *_PATCHING)
         if reason is not None:
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
@@ -300,11 +297,8 @@ def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
     Files come to be so when trials are appended to in turns, or when a dataset is rewritten in
     place.
     """
-    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
-    for trial in trials:
-        if trial.length > _SCATTERED * trial.stored_bytes:
-            by_file[trial.key].append(trial)
-    for key, scattered in by_file.items():
+    apart = [trial for trial in trials if trial.length > _SCATTERED * trial.stored_bytes]
+    for key, scattered in _by_file(apart).items():
         times = sum(t.length for t in scattered) / sum(t.stored_bytes for t in scattered)
         reason = (
             f"the chunks of {len(scattered)} trials lie apart, so that reading them takes "
@@ -332,11 +326,8 @@ def _labels_against_sentences(trials: Sequence[TrialRecord]) -> Iterator[Finding
     """Files whose phonemes are not those of their sentences: words are counted by the silences
     after them; where the CMU dictionary is installed and knows a word, its phonemes count, too.
     """
-    by_file: dict[str, list[TrialRecord]] = defaultdict(list)
-    for trial in trials:
-        if trial.phoneme_ids is not None and trial.sentence_label:
-            by_file[trial.key].append(trial)
-    for key, spoken in by_file.items():
+    both = [trial for trial in trials if trial.phoneme_ids is not None and trial.sentence_label]
+    for key, spoken in _by_file(both).items():
         odd = [(t, reason) for t in spoken if (reason := _not_as_said(t))]
         fitting = 1 - len(odd) / len(spoken)
         if fitting >= _FEW_FIT:

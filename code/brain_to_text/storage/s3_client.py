@@ -51,13 +51,6 @@ _CALL_ERRORS = (
     AttributeError,
     IndexError,
 )
-_UNCONFIGURED = (
-    botocore.exceptions.ParamValidationError,
-    botocore.exceptions.ProfileNotFound,
-    botocore.exceptions.InvalidRegionError,
-    botocore.exceptions.ConfigParseError,
-    botocore.exceptions.ConfigNotFound,
-)
 _AWS_LOGIN = "run 'aws configure' or 'aws sso login', or give the job's role access"
 # Answers after which the credentials in use are worth renewing at once: a token that the provider
 # still believed in, a key that was rotated.
@@ -83,6 +76,48 @@ _SETTINGS = "check bucket, prefix, AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_
 _PORTAL = (
     "something on the way answers in S3's place, as a login page of the network or a proxy does: "
     "log in there or correct HTTPS_PROXY and AWS_ENDPOINT_URL_S3"
+)
+
+
+# What an error means that is no answer of S3's: the fault, its cause ("{}": the error's own words),
+# the advice.
+_MEANINGS: tuple[tuple[tuple[type[Exception], ...], type[ReadError], str, str], ...] = (
+    (
+        (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError),
+        PersistentError,
+        "no AWS credentials were found",
+        _AWS_LOGIN,
+    ),
+    ((botocore.exceptions.CredentialRetrievalError,), CredentialsRejectedError, "{}", _AWS_LOGIN),
+    (
+        (botocore.exceptions.NoRegionError,),
+        PersistentError,
+        "no AWS region is set",
+        "type 'export AWS_REGION=us-east-1'",
+    ),
+    (
+        (
+            botocore.exceptions.ParamValidationError,
+            botocore.exceptions.ProfileNotFound,
+            botocore.exceptions.InvalidRegionError,
+            botocore.exceptions.ConfigParseError,
+            botocore.exceptions.ConfigNotFound,
+        ),
+        PersistentError,
+        "{}",
+        _SETTINGS,
+    ),
+    (
+        (
+            botocore.exceptions.ConnectionError,
+            botocore.exceptions.ConnectTimeoutError,
+            aiohttp.ClientConnectionError,
+            ConnectionError,
+        ),
+        ReadError,
+        "the S3 endpoint cannot be reached ({})",
+        "check the network, the region and AWS_ENDPOINT_URL_S3",
+    ),
 )
 
 
@@ -219,29 +254,9 @@ def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
         if is_web_page(str(error).partition("b'")[2].encode()):
             return web_page_fault()
         return ReadError(f"an answer that is not S3's ({one_line(error)})", _PORTAL)
-    if isinstance(
-        error,
-        (
-            botocore.exceptions.NoCredentialsError,
-            botocore.exceptions.PartialCredentialsError,
-        ),
-    ):
-        return PersistentError("no AWS credentials were found", _AWS_LOGIN)
-    if isinstance(error, botocore.exceptions.CredentialRetrievalError):
-        return CredentialsRejectedError(one_line(error), _AWS_LOGIN)
-    if isinstance(error, botocore.exceptions.NoRegionError):
-        return PersistentError("no AWS region is set", "type 'export AWS_REGION=us-east-1'")
-    if isinstance(error, _UNCONFIGURED):
-        return PersistentError(one_line(error), _SETTINGS)
-    unreachable = (
-        botocore.exceptions.ConnectionError,
-        botocore.exceptions.ConnectTimeoutError,
-        aiohttp.ClientConnectionError,
-        ConnectionError,
-    )
-    if isinstance(error, unreachable):
-        advice = "check the network, the region and AWS_ENDPOINT_URL_S3"
-        return ReadError(f"the S3 endpoint cannot be reached ({one_line(error)})", advice)
+    for kinds, fault, cause, advice in _MEANINGS:
+        if isinstance(error, kinds):
+            return fault(cause.format(one_line(error)), advice)
     return ReadError(one_line(error))
 
 

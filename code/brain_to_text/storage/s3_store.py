@@ -27,6 +27,7 @@ from .s3_client import S3Client, is_web_page, read_at_most, web_page_fault
 T = TypeVar("T")
 PART_BYTES = 16 << 20  # whole objects are read and written in parts of this size, in parallel
 _AT_ONCE = 8  # parts
+_CONNECTIONS = 64
 _MOST_OBJECTS = 1_000_000  # in one listing
 _PAGE_BYTES = 1 << 20  # of a listing, about
 
@@ -36,19 +37,15 @@ class S3Store:
 
     Args:
         url: s3://bucket/prefix.
-        connections: kept at once.
         retry: what one request, a part of an object, or a page of a listing may cost in time.
 
     Raises:
         StorageError: see `split_s3_url`.
     """
 
-    def __init__(
-        self, url: str, *, connections: int = 64, retry: RetryPolicy | None = None
-    ) -> None:
+    def __init__(self, url: str, *, retry: RetryPolicy | None = None) -> None:
         self.bucket, self.prefix = split_s3_url(url)
         self.url = s3_url(self.bucket, self.prefix)
-        self._connections = connections
         self._retry = retry or RetryPolicy()
         self._client: S3Client | None = None
 
@@ -101,7 +98,7 @@ class S3Store:
     def client(self) -> S3Client:
         """Made on first use."""
         if self._client is None:
-            self._client = S3Client(self.url, self._connections, self._retry.read_timeout_seconds)
+            self._client = S3Client(self.url, _CONNECTIONS, self._retry.read_timeout_seconds)
         return self._client
 
     def _object(self, key: str) -> dict[str, str]:
@@ -202,29 +199,23 @@ class S3Store:
         return b"".join(data for _, data in answers)
 
     async def _write(self, key: str, data: bytes) -> None:
-        if len(data) <= PART_BYTES:
-            await self._repeated(
-                "write",
-                key,
-                lambda client: client.put_object(**self._object(key), Body=data),
-                len(data),
-            )
-            return
         place = self._object(key)
-        begun = await self._repeated(
-            "write", key, lambda client: client.create_multipart_upload(**place), 0
-        )
-        place["UploadId"] = begun["UploadId"]
+
+        async def ask(method: str, n_bytes: int, **more: Any) -> Any:
+            def request(client: Any) -> Awaitable[Any]:
+                return getattr(client, method)(**place, **more)
+
+            return await self._repeated("write", key, request, n_bytes)
+
+        if len(data) <= PART_BYTES:
+            await ask("put_object", len(data), Body=data)
+            return
+        place["UploadId"] = (await ask("create_multipart_upload", 0))["UploadId"]
         slots = asyncio.Semaphore(_AT_ONCE)
 
         async def put(number: int, body: bytes) -> dict[str, Any]:
             async with slots:
-                answer = await self._repeated(
-                    "write",
-                    key,
-                    lambda client: client.upload_part(**place, PartNumber=number, Body=body),
-                    len(body),
-                )
+                answer = await ask("upload_part", len(body), PartNumber=number, Body=body)
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         starts = range(0, len(data), PART_BYTES)
@@ -233,19 +224,10 @@ class S3Store:
                 put(number, data[start : start + PART_BYTES])
                 for number, start in enumerate(starts, start=1)
             )
-            await self._repeated(
-                "write",
-                key,
-                lambda client: client.complete_multipart_upload(
-                    **place, MultipartUpload={"Parts": parts}
-                ),
-                len(data),
-            )
+            await ask("complete_multipart_upload", len(data), MultipartUpload={"Parts": parts})
         except BaseException:
             with contextlib.suppress(StorageError):
-                await self._repeated(
-                    "write", key, lambda client: client.abort_multipart_upload(**place), 0
-                )
+                await ask("abort_multipart_upload", 0)
             raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import os
 import stat
 import time
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from ..errors import BrainToTextError, DataError, StorageError
+from ..errors import DataError, StorageError
 from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
@@ -215,36 +214,23 @@ def _content_sum(file: BinaryIO, size: int) -> int:
     return zlib.crc32(file.read(_ENDS), total)
 
 
-def gunzipped(
-    data: bytes,
-    name: object,
-    advice: str,
-    kind: type[BrainToTextError] = DataError,
-    limit: int = _GZIP_LIMIT,
-) -> bytes:
+def gunzipped(data: bytes, name: str, advice: str) -> bytes:
     """What gzipped bytes hold; their CRC-32 and length decide before anybody looks inside.
 
     Args:
         name: of the file, for the message.
         advice: what to do about a damaged one.
-        kind: of error to raise.
-        limit: most bytes that it may inflate to.
 
     Raises:
-        kind: damaged, cut off, followed by something else, or larger than `limit`.
+        DataError: damaged, cut off, followed by something else, or too large when inflated.
     """
-    text = bytearray()
+    inflater = zlib.decompressobj(wbits=31)
     try:
-        while data:
-            inflater = zlib.decompressobj(wbits=31)
-            text += inflater.decompress(data, limit + 1 - len(text))
-            if len(text) > limit:
-                raise kind(f"{name} inflates to more than {limit >> 20} MiB: {advice}.")
-            if not inflater.eof:
-                raise EOFError("it ends too early")
-            data = inflater.unused_data
-        if not text:
-            raise EOFError("it is empty")
-    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise kind(f"{name} is damaged ({' '.join(str(error).split())}): {advice}.") from error
-    return bytes(text)
+        text = inflater.decompress(data, _GZIP_LIMIT + 1)
+    except zlib.error as error:
+        raise DataError(f"{name} is damaged ({error}): {advice}.") from error
+    if len(text) > _GZIP_LIMIT:
+        raise DataError(f"{name} inflates to more than {_GZIP_LIMIT >> 20} MiB: {advice}.")
+    if not inflater.eof or inflater.unused_data:
+        raise DataError(f"{name} is damaged (it ends too early or too late): {advice}.")
+    return text

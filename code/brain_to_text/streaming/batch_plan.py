@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import DataError
-
 _WORD = 2**64
 
 
@@ -20,16 +18,13 @@ class BatchPlan:
     """Training batches: a few sessions per batch, their trials drawn evenly with replacement.
 
     Args:
-        trials_by_session: trial indices of each session, in the order of the day layers; sessions
-            without trials are never drawn.
+        trials_by_session: trial indices of each session, one at least, in the order of the day
+            layers.
         batch_size: trials per batch, over all ranks.
         sessions_per_batch: sessions drawn without replacement per batch; all of them where there
             are fewer. Trials divide evenly; a remainder goes one each to the first ones drawn.
         seed: 0 … 2**64 - 1.
         must_include: positions in `trials_by_session` that every batch contains.
-
-    Raises:
-        DataError: no session has a trial, or `must_include` names one that has none.
     """
 
     def __init__(
@@ -43,22 +38,10 @@ class BatchPlan:
         self._trials = [np.asarray(trials, dtype=np.int64) for trials in trials_by_session]
         self.batch_size = batch_size
         self.seed = seed % _WORD
-        filled = [s for s, trials in enumerate(self._trials) if len(trials)]
-        if not filled:
-            raise DataError(
-                "No session has a trial to train on: check dataset.sessions and "
-                "dataset.bad_trials_dict, or prepare data with code/prepare_dataset.py."
-            )
-        for session in must_include:
-            if session not in filled:
-                raise DataError(
-                    f"dataset.must_include_days names session {session}, which has no training "
-                    f"trial: choose from 0 to {len(self._trials) - 1} without empty sessions."
-                )
-        self._always = np.array(sorted(set(must_include)), dtype=np.int64)
-        self._optional = np.array([s for s in filled if s not in set(must_include)], dtype=np.int64)
+        self._always = np.unique(np.asarray(must_include, dtype=np.int64))
+        self._optional = np.setdiff1d(np.arange(len(self._trials)), self._always)
         wanted = max(sessions_per_batch, len(self._always))
-        self.sessions_per_batch = min(wanted, len(filled), batch_size)
+        self.sessions_per_batch = min(wanted, len(self._trials), batch_size)
 
     def trials(self, step: int) -> np.ndarray:
         """The batch at `step`: [batch_size] int64 trial indices, each session's contiguous."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -71,7 +72,7 @@ class StreamedBatches(abc.ABC):
         # Half precision crosses the bus as it is and becomes float32 on the device.
         half = stream.dtype == np.float16
         self._dtype = torch.float16 if half and self._on_gpu else torch.float32
-        self._open: list[DeviceFeeder] = []
+        self._open = weakref.WeakSet[DeviceFeeder]()
 
     @classmethod
     def from_config(
@@ -139,8 +140,7 @@ class StreamedBatches(abc.ABC):
             self._limits,
         )
         feeder = DeviceFeeder(prefetcher, self.device, self.stats)
-        self._open = [f for f in self._open if not f.closed]
-        self._open.append(feeder)
+        self._open.add(feeder)
         return feeder
 
     def close(self) -> None:
@@ -275,7 +275,6 @@ class DeviceFeeder(Iterator[Batch]):
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self._ahead: Batch | None = None
         self.last_wait_seconds = 0.0
-        self.closed = False
 
     @property
     def first_ready(self) -> float:
@@ -307,7 +306,6 @@ class DeviceFeeder(Iterator[Batch]):
 
     def close(self) -> None:
         """Give up batches under way."""
-        self.closed = True
         self._ahead = None
         self._batches.close()
 

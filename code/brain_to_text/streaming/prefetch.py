@@ -31,8 +31,8 @@ class PrefetchLimits:
 class Prefetcher(Generic[T]):
     """Iterates over the batches of steps start … stop-1, several of them under way.
 
-    An exception in a preparation is raised when its turn comes. Close it (or use `with`) when
-    leaving early: reads under way are given up at once.
+    An exception in a preparation is raised when its turn comes. Close it when leaving early: reads
+    under way are given up at once.
 
     Args:
         begin: starts one step's reads and returns at once: a future, cancelled to give them up, and
@@ -107,12 +107,6 @@ class Prefetcher(Generic[T]):
             reads.cancel()
             batch.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def __enter__(self) -> Prefetcher[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_queue"):

@@ -15,13 +15,15 @@ import fsspec.asyn
 
 from ..storage.attempts import PersistentError, ReadError
 
+Bytes = bytes | bytearray | memoryview
+
 
 class RangedReader(Protocol):
     """One attempt at one byte range; implementations share no state between attempts."""
 
     loop: asyncio.AbstractEventLoop
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray | memoryview:
+    async def read(self, key: str, offset: int, length: int, etag: str) -> Bytes:
         """Whatever arrived, at most length + 1 bytes.
 
         Args:
@@ -59,19 +61,14 @@ class LocalRangedReader:
             max_workers=min(concurrency, 8), thread_name_prefix="local-read"
         )
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytearray:
+    async def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
         return await self.loop.run_in_executor(self._threads, self._read, key, offset, length)
 
-    def _read(self, key: str, offset: int, length: int) -> bytearray:
+    def _read(self, key: str, offset: int, length: int) -> bytes:
         try:
-            with (self._folder / key).open("rb", buffering=0) as file:
+            with (self._folder / key).open("rb") as file:
                 file.seek(offset)
-                span = bytearray(length)
-                filled = 0
-                while count := file.readinto(memoryview(span)[filled:]):
-                    filled += count
-                del span[filled:]
-                return span
+                return file.read(length)
         except FileNotFoundError as error:
             raise PersistentError("no such file", "check that the folder is still there") from error
         except OSError as error:

@@ -30,7 +30,7 @@ from ..storage.attempts import (
 )
 from ..storage.locations import is_s3
 from ..storage.store import ObjectStore
-from .ranged_reads import LocalRangedReader, RangedReader
+from .ranged_reads import Bytes, LocalRangedReader, RangedReader
 from .stream_stats import StreamStats
 from .trial_cache import TrialCache, cache_budget_bytes, plan_cache
 
@@ -106,10 +106,6 @@ class TrialStream:
             ),
             threads=dataset.num_dataloader_workers,
         )
-
-    def summary(self) -> str:
-        """One sentence about everything this stream did."""
-        return f"Streamed from {self.url}: {self.stats.snapshot().describe()}"
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Features of each trial, in the order asked for.
@@ -230,7 +226,7 @@ class TrialStream:
                         raise self._gave_up(record, attempts, fault) from fault
                     self.stats.add(retries=1)
 
-    async def _get(self, record: TrialRecord) -> bytearray | memoryview:
+    async def _get(self, record: TrialRecord) -> Bytes:
         """Exactly the trial's bytes, by one GET."""
         self.stats.add(requests=1)
         etag = self.manifest.files[record.key].etag
@@ -242,7 +238,7 @@ class TrialStream:
             raise ReadError(f"got more than the {record.length} bytes asked for")
         return span
 
-    def _accept(self, index: int, record: TrialRecord, span: bytearray | memoryview) -> np.ndarray:
+    def _accept(self, index: int, record: TrialRecord, span: Bytes) -> np.ndarray:
         """Check the bytes, decode them, keep them. Runs on a decoder thread."""
         crc = zlib.crc32(span)
         if crc != record.crc32:
