@@ -108,8 +108,9 @@ def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
     expected = jiwer.wer(
         [t.record.sentence_label for t in trials], [result.text[t.index] for t in trials]
     )
-    assert result.summary["WER"]["value"] == expected
-    assert set(result.summary["settings"]["lm_weight"].split(" / ")) <= {"0", "2"}
+    edits = sum(word_errors(t.record.sentence_label, result.text[t.index]).edits for t in trials)
+    assert edits / sum(len(t.record.sentence_label.split()) for t in trials) == expected
+    assert set(result.facts["lm_weight"].split(" / ")) <= {"0", "2"}
 
 
 def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkeypatch):
@@ -119,8 +120,7 @@ def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkey
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
     result = decode_sentences(options, decoders[1], {}, unlabelled, tuning=known)
-    assert "WER" not in result.summary
-    assert result.summary["settings"]["lm_weight"] == "2"
+    assert result.facts["lm_weight"] == "2"
     assert list(result.text) == [9]
 
 
@@ -128,7 +128,8 @@ def test_trials_without_a_sentence_are_decoded_and_not_scored(decoders):
     trials = [*decoders[2][:2], trial(9, None, decoders[2][0].phoneme_log_probs)]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=10))
     result = decode_sentences(options, decoders[1], {}, trials)
-    assert result.summary["settings"]["Scored"] == "2 of 3 trials, those with a sentence"
+    settings = result.summary(trials)["settings"]
+    assert settings["Scored"] == "2 of 3 trials, those with a sentence"
 
 
 # --- language models and vocabularies -------------------------------------------------------------
@@ -384,14 +385,13 @@ def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, tmp_path
     assert run(*arguments, *options, "--output-dir", out) == 0
     with (out / "nbest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    first = json.loads((out / "summary.json").read_text())["words"]
+    first = json.loads((out / "summary.json").read_text())["rates"]["WER"]
     assert {row["file"] for row in rows} == {
         f"{s}/data_val.hdf5:trial_{n:04d}" for s in SESSIONS[:2] for n in range(2)
     }
     # as it went out, it gives the same sentences
     assert run(*arguments, "--rescored", out / "nbest.csv", "--output-dir", again) == 0
-    second = json.loads((again / "summary.json").read_text())["words"]
-    assert second["WER"] == first["WER"]
+    assert json.loads((again / "summary.json").read_text())["rates"]["WER"] == first
     # a rescoring program prefers the truth
     for row in rows:
         row["score"] = "-1"

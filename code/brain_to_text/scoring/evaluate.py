@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +25,15 @@ from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedTrial, decode_trials
 from .results import Evaluation, check_place, complete_or_nothing, write_results
-from .summary import compare, describe, label_form_remark, summarise
+from .summary import compare, describe, label_form_remark
 from .tables import rescored_sentences, submission_remark
 from .trained_model import CHECKPOINTS, ModelArtefact, open_model
-from .word_decoder import WordDecoder
 from .words import (
     DecodedSentences,
     WordOptions,
     check_words,
     decode_sentences,
     make_decoder,
-    score_sentences,
-    training_sentences,
 )
 
 N_EXAMPLES = 4
@@ -133,55 +129,29 @@ def evaluate_model(
             tuning = None
             if words.tune and split != "val":
                 tuning = combine([run(a, split="val") for a in artefacts]).trials
-            trained_on = set(training_sentences(manifest))
+            evaluated = evaluation.members
             if decoder is None:
-                sentences = score_sentences(evaluation.trials, text, facts, trained_on)
+                sentences = DecodedSentences(text, facts)
             else:
-                sentences = decode_sentences(
-                    words, decoder, facts, evaluation.trials, tuning, trained_on
+                sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning)
+                evaluated = tuple(
+                    replace(member, sentences=sentences.of(decoder, member.trials))
+                    for member in evaluated
                 )
-            evaluation = _with_sentences(evaluation, sentences, decoder, members)
+            remark = submission_remark(manifest, split, sentences.text)
+            evaluation = replace(
+                evaluation,
+                sentences=sentences,
+                remarks=(*evaluation.remarks, remark),
+                members=evaluated,
+            )
         for sentence in evaluation.remarks:
             say(sentence)
-        for line in describe(evaluation.all_numbers, comparison):
+        for line in describe(evaluation.summary, comparison):
             say(line)
         write_results(evaluation, folder, comparison=comparison, logits=export_logits)
     say(f"Tables and report.html are in {output_dir}")
     return evaluation
-
-
-def _with_sentences(
-    evaluation: Evaluation,
-    sentences: DecodedSentences,
-    decoder: WordDecoder | None,
-    members: Sequence[Evaluation],
-) -> Evaluation:
-    """An evaluation with its sentences, and the word error rates of an ensemble's members.
-
-    Args:
-        decoder: None where nothing was decoded: then members have no sentences of their own.
-        members: each is decoded with the weights that were used for the whole.
-    """
-    summary = evaluation.summary
-    if decoder is not None and "members" in summary:
-        rows = []
-        for row, member in zip(summary["members"], members, strict=True):
-            shared = [trial for trial in member.trials if trial.index in sentences.settings]
-            text = {
-                t.index: decoder.decode(t.phoneme_log_probs, sentences.settings[t.index])
-                for t in tqdm(shared, unit="sentence", desc="A member's sentences", disable=None)
-            }
-            rates = score_sentences(shared, text, {}).summary
-            own = {name: rates[name] for name in ("WER",) if name in rates}
-            rows.append({**row, "rates": {**row["rates"], **own}})
-        summary = {**summary, "members": rows}
-    remark = submission_remark(evaluation.manifest, evaluation.split, sentences.text)
-    return dataclasses.replace(
-        evaluation,
-        sentences=sentences,
-        summary=summary,
-        remarks=(*evaluation.remarks, remark),
-    )
 
 
 # --- ensembles ------------------------------------------------------------------------------------
@@ -229,31 +199,23 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
         trials.append(
             DecodedTrial.of_phonemes(index, manifest.trials[index], mean, class_log_probs=kept)
         )
-    rows, remarks = [], []
-    for member, trials_of in zip(members, by_index, strict=True):
-        own = [trials_of[index] for index in shared]
-        row: dict[str, Any] = {
-            "model": member.artefact.location,
-            "step": member.artefact.step,
-            "rates": summarise(own).get("rates", {}),
-        }
-        if any(trial.reference for trial in own):
-            row["comparison"] = compare(trials, own, member.artefact.location)["metrics"]["PER"]
-        rows.append(row)
+    remarks = []
+    for member in members:
         remarks += [f"{member.artefact.location}: {remark}" for remark in member.remarks]
-        if lost := len(trials_of) - len(shared):
+        if lost := len(member.trials) - len(shared):
             remarks.append(
                 f"Left out: {lost:,} trials that {member.artefact.location} decoded and another "
                 "model of the ensemble did not"
             )
-    summary = {**summarise(trials, set(training_sentences(manifest))), "members": rows}
-    return dataclasses.replace(
+    return replace(
         first,
         trials=trials,
-        summary=summary,
         seconds=sum(member.seconds for member in members),
         remarks=tuple(remarks),
-        model=" + ".join(member.artefact.location for member in members),
+        members=tuple(
+            replace(member, trials=[trials_of[index] for index in shared])
+            for member, trials_of in zip(members, by_index, strict=True)
+        ),
     )
 
 
@@ -300,7 +262,6 @@ def run_model(
         split,
         manifest,
         trials,
-        summarise(trials, set(training_sentences(manifest))),
         seconds,
         remarks=(*remarks, *([doubt] if doubt else [])),
     )

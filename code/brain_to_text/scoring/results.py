@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .report import model_report
 from .statistics import align
-from .summary import diphone_name
+from .summary import compare, diphone_name, summarise
 from .tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .trained_model import ModelArtefact
-from .words import DecodedSentences
+from .words import DecodedSentences, training_sentences
 
 BIN_SECONDS = 0.02
 RESULTS = (
@@ -47,11 +48,10 @@ class Evaluation:
         split: "val", "test" or "train".
         manifest: of the dataset.
         trials: in the manifest's order.
-        summary: rates with intervals, counts, groups; plain types.
         seconds: of the pass over the trials.
         sentences: the trials' text, when words were decoded.
         remarks: one sentence for everything left out, and for every doubt about the numbers.
-        model: what was evaluated, by its location, or those of an ensemble.
+        members: of an ensemble, each on the trials of the whole.
     """
 
     artefact: ModelArtefact
@@ -59,23 +59,36 @@ class Evaluation:
     split: str
     manifest: TrialManifest
     trials: list[DecodedTrial]
-    summary: dict[str, Any]
     seconds: float
     sentences: DecodedSentences | None = None
     remarks: tuple[str, ...] = ()
-    model: str = ""
+    members: tuple[Evaluation, ...] = ()
 
     @property
-    def all_numbers(self) -> dict[str, Any]:
-        """The summary, with the word error rate beside the others when words were decoded."""
-        if self.sentences is None:
-            return self.summary
-        words = self.sentences.summary
-        numbers = {**self.summary, "words": words}
-        if "WER" in words:
-            numbers["rates"] = {**self.summary.get("rates", {}), "WER": words["WER"]}
-            numbers["groups"] = {**self.summary.get("groups", {}), "WER": self.sentences.groups}
-        return numbers
+    def model(self) -> str:
+        """What was evaluated, by its location, or those of an ensemble."""
+        return " + ".join(one.artefact.location for one in self.members or (self,))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Rates with intervals, counts, groups; plain types."""
+        sentences = self.sentences
+        trained_on = set(training_sentences(self.manifest))
+        summary = summarise(self.trials, trained_on, sentences.text if sentences else None)
+        if sentences is not None:
+            summary["words"] = sentences.summary(self.trials)
+        if self.members:
+            summary["members"] = [self._beside(member) for member in self.members]
+        return summary
+
+    def _beside(self, member: Evaluation) -> dict[str, Any]:
+        """A member's row: its rates, and the whole's difference from them."""
+        model, rates = member.artefact, member.summary.get("rates", {})
+        row = {"model": model.location, "step": model.step, "rates": rates}
+        if "PER" in rates:
+            metrics = compare(self.trials, member.trials, model.location)["metrics"]
+            row["comparison"] = metrics["PER"]
+        return row
 
 
 def check_place(folder: Path, purpose: Mapping[str, str], overwrite: bool) -> None:
@@ -163,8 +176,7 @@ def write_results(
     """
     artefact, sentences = evaluation.artefact, evaluation.sentences
     text = sentences.text if sentences else {}
-    model = evaluation.model or artefact.location
-    numbers = evaluation.all_numbers
+    model, numbers = evaluation.model, evaluation.summary
     summary = {
         "model": model,
         "step": artefact.step,

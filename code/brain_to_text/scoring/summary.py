@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,12 +24,14 @@ from .statistics import (
     worst_diphones,
 )
 
-RATES = ("DER", "PER", "PER (diphone path)")
+RATES = ("DER", "PER", "PER (diphone path)", "WER")
 _BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
 
 
 def summarise(
-    trials: Sequence[DecodedTrial], trained_on: Collection[str] | None = None
+    trials: Sequence[DecodedTrial],
+    trained_on: Collection[str] = (),
+    text: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """Everything the report and summary.json say about decoded trials, as plain types.
 
@@ -37,37 +39,44 @@ def summarise(
 
     Args:
         trained_on: normalised sentences of the training split, for rates on seen and unseen ones.
+        text: decoded sentences by trial index, for the word error rate.
     """
-    labelled = [trial for trial in trials if trial.reference]
     summary: dict[str, Any] = {"n_trials": len(trials)}
-    if not labelled:
+    scored = {name: _scored(trials, name, text or {}) for name in RATES}
+    scored = {name: rows for name, rows in scored.items() if rows}
+    if not scored:
         return summary
-    counts = {name: _counts(labelled, name) for name in RATES}
-    counts = {name: rows for name, rows in counts.items() if rows}
-    summary["rates"] = {
-        name: asdict(bootstrap_interval(*_errors_and_labels(rows))) for name, rows in counts.items()
-    }
-    summary["counts"] = {
-        name: vars(sum(rows, ErrorCounts())).copy() for name, rows in counts.items()
-    }
-    keys: dict[str, list[Any]] = {
-        "session": [t.record.session for t in labelled],
-        "corpus": [corpus_name(t) for t in labelled],
-        "block": [f"{t.record.session} block {t.record.block_num}" for t in labelled],
-        "length": [length_group(len(t.reference or ())) for t in labelled],
+    kinds: dict[str, Callable[[DecodedTrial], str]] = {
+        "session": lambda t: t.record.session,
+        "corpus": corpus_name,
+        "block": lambda t: f"{t.record.session} block {t.record.block_num}",
+        "length": lambda t: length_group(len(t.reference)) if t.reference else "unknown",
     }
     if trained_on:
-        keys["sentence"] = [seen_in_training(t, trained_on) for t in labelled]
-    summary["groups"] = {
-        name: {kind: rates_by(key, *_errors_and_labels(rows)) for kind, key in keys.items()}
-        for name, rows in counts.items()
-    }
-    alignments = [align(t.reference or [], t.hypothesis) for t in labelled]
-    summary["confusion"] = confusion_matrix(p for pairs in alignments for p in pairs).tolist()
-    summary["worst_diphones"] = [
-        {"diphone": diphone_name(*d), "rate": errors / tokens, "errors": errors, "tokens": tokens}
-        for d, errors, tokens in worst_diphones(alignments)
-    ]
+        kinds["sentence"] = lambda t: seen_in_training(t, trained_on)
+    by_rate: dict[str, dict[str, Any]] = {"rates": {}, "counts": {}, "groups": {}}
+    for name, rows in scored.items():
+        counts = list(rows.values())
+        total = _errors_and_labels(counts)
+        members = [trial for trial in trials if trial.index in rows]
+        by_rate["rates"][name] = asdict(bootstrap_interval(*total))
+        by_rate["counts"][name] = asdict(sum(counts, ErrorCounts()))
+        by_rate["groups"][name] = {
+            kind: rates_by([key(trial) for trial in members], *total) for kind, key in kinds.items()
+        }
+    summary |= by_rate
+    if "PER" in scored:
+        alignments = [align(t.reference, t.hypothesis) for t in trials if t.reference]
+        summary["confusion"] = confusion_matrix(p for pairs in alignments for p in pairs).tolist()
+        summary["worst_diphones"] = [
+            {
+                "diphone": diphone_name(*diphone),
+                "rate": errors / tokens,
+                "errors": errors,
+                "tokens": tokens,
+            }
+            for diphone, errors, tokens in worst_diphones(alignments)
+        ]
     return summary
 
 
@@ -88,9 +97,9 @@ def compare(
     Raises:
         DataError: no labelled trial in common.
     """
-    mine = {t.index: t for t in trials if t.reference}
-    theirs = {t.index: t for t in other if t.reference}
-    shared = sorted(mine.keys() & theirs.keys())
+    mine = {t.index for t in trials if t.reference}
+    theirs = {t.index for t in other if t.reference}
+    shared = mine & theirs
     if not shared:
         raise DataError(
             "The two models share no labelled trial to be compared on: use --split val and models "
@@ -98,17 +107,17 @@ def compare(
         )
     metrics = {}
     for name in RATES:
-        rows = _counts([mine[i] for i in shared], name)
-        rows_other = _counts([theirs[i] for i in shared], name)
-        if rows and rows_other:
-            errors, labels = _errors_and_labels(rows)
-            errors_other, _ = _errors_and_labels(rows_other)
+        rows, rows_other = _scored(trials, name), _scored(other, name)
+        both = sorted(rows.keys() & rows_other.keys())
+        if both:
+            errors, labels = _errors_and_labels([rows[i] for i in both])
+            errors_other, _ = _errors_and_labels([rows_other[i] for i in both])
             metrics[name] = asdict(compare_paired(errors_other, errors, labels))
     decoded = {t.index: t.record.name for t in (*trials, *other)}
     left_out = {
-        "decoded by this model only": mine.keys() - theirs.keys(),
-        "decoded by the other model only": theirs.keys() - mine.keys(),
-        "without labels": decoded.keys() - mine.keys() - theirs.keys(),
+        "decoded by this model only": mine - theirs,
+        "decoded by the other model only": theirs - mine,
+        "without labels": decoded.keys() - mine - theirs,
     }
     return {
         "other": other_name,
@@ -193,17 +202,27 @@ def diphone_name(previous: int, current: int) -> str:
     return "→".join(names)
 
 
-def _counts(trials: Sequence[DecodedTrial], name: str) -> list[ErrorCounts]:
-    """Per trial, or nothing when the model or the data has no such labels."""
+def _scored(
+    trials: Sequence[DecodedTrial], name: str, text: Mapping[int, str] | None = None
+) -> dict[int, ErrorCounts]:
+    """Errors by trial index, of the trials with labels and an answer of this kind."""
     sides = {
         "DER": lambda t: (t.class_reference, t.class_hypothesis),
         "PER": lambda t: (t.reference, t.hypothesis),
         "PER (diphone path)": lambda t: (t.reference, t.path),
+        "WER": lambda t: (_words(t.record.sentence_label), _words((text or {}).get(t.index))),
     }[name]
-    pairs = [sides(trial) for trial in trials]
-    if any(reference is None or hypothesis is None for reference, hypothesis in pairs):
-        return []
-    return [ErrorCounts.between(reference, hypothesis) for reference, hypothesis in pairs]
+    found = {}
+    for trial in trials:
+        reference, hypothesis = sides(trial)
+        if reference and hypothesis is not None:
+            found[trial.index] = ErrorCounts.between(reference, hypothesis)
+    return found
+
+
+def _words(sentence: str | None) -> list[str] | None:
+    """As the field normalises them."""
+    return None if sentence is None else normalise_text(sentence).split()
 
 
 def _errors_and_labels(rows: Sequence[ErrorCounts]) -> tuple[list[int], list[int]]:

@@ -18,8 +18,6 @@ from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lex
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .language_model import check_language_model, estimate_ngrams, words_of_model
-from .statistics import bootstrap_interval, rates_by
-from .summary import seen_in_training
 from .word_decoder import Hypothesis, WordDecoder, WordSettings, flashlight, word_errors
 
 FROM_TRAINING = "training"
@@ -79,17 +77,41 @@ class DecodedSentences:
 
     Attributes:
         text: normalised sentence by trial index.
-        summary: WER with interval (with labels), counts, facts and examples, as plain types.
-        groups: WER by session and by whether training has the sentence, as `rates_by` gives it.
+        facts: about the decoder and its weights, for people.
         settings: of the search, by trial index.
         n_best: the best hypotheses by trial index, where more than one was asked for.
     """
 
     text: Mapping[int, str]
-    summary: dict[str, Any]
-    groups: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[int, WordSettings] = field(default_factory=dict)
     n_best: Mapping[int, list[Hypothesis]] = field(default_factory=dict)
+
+    def of(self, decoder: WordDecoder, trials: Sequence[DecodedTrial]) -> DecodedSentences:
+        """What another model's log-probabilities of these trials say at the same weights."""
+        bar = tqdm(trials, unit="sentence", desc="A member's sentences", disable=None)
+        return DecodedSentences(
+            {t.index: decoder.decode(t.phoneme_log_probs, self.settings[t.index]) for t in bar}
+        )
+
+    def summary(self, trials: Sequence[DecodedTrial]) -> dict[str, Any]:
+        """Facts and examples: the worst sentences, and those in the middle."""
+        known = [trial for trial in trials if trial.record.sentence_label]
+        scored = f"{len(known):,} of {len(trials):,} trials, those with a sentence"
+        rows: list[dict[str, Any]] = [
+            {
+                "reference": normalise_text(t.record.sentence_label or ""),
+                "decoded": self.text[t.index],
+                "errors": word_errors(t.record.sentence_label or "", self.text[t.index]).edits,
+            }
+            for t in known
+        ]
+        rows.sort(key=lambda row: -row["errors"])
+        middle = len(rows) // 2
+        return {
+            "settings": {**self.facts, "Scored": scored},
+            "examples": rows[:5] + rows[max(middle, 5) : middle + 5],
+        }
 
 
 def check_words(options: WordOptions) -> None:
@@ -210,7 +232,6 @@ def decode_sentences(
     facts: Mapping[str, Any],
     trials: Sequence[DecodedTrial],
     tuning: Sequence[DecodedTrial] | None = None,
-    trained_on: Collection[str] = (),
 ) -> DecodedSentences:
     """Decode every trial, with weights tuned where asked.
 
@@ -220,14 +241,13 @@ def decode_sentences(
     Args:
         trials: the trials to decode.
         tuning: labelled trials of the validation split; None: `trials` themselves.
-        trained_on: normalised sentences of the training split.
 
     Raises:
         DataError: tuning without labelled trials.
     """
     used = {trial.index: options.settings for trial in trials}
     if options.tune:
-        known = _with_sentence(trials if tuning is None else tuning)
+        known = [t for t in tuning or trials if t.record.sentence_label]
         points, errors = _grid_errors(decoder, known, options.settings)
         if tuning is None:
             half = np.arange(len(known)) % 2
@@ -244,9 +264,12 @@ def decode_sentences(
         name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used.values()))
         for name in asdict(options.settings)
     }
-    text = {index: best[0].text for index, best in found.items()}
-    sentences = score_sentences(trials, text, {**facts, **weights}, trained_on)
-    return replace(sentences, settings=used, n_best=found if options.n_best > 1 else {})
+    return DecodedSentences(
+        {index: best[0].text for index, best in found.items()},
+        {**facts, **weights},
+        used,
+        found if options.n_best > 1 else {},
+    )
 
 
 def _grid_errors(
@@ -277,42 +300,5 @@ def _grid_errors(
     return points, errors
 
 
-def _with_sentence(trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
-    return [trial for trial in trials if trial.record.sentence_label]
-
-
 def _some(names: Sequence[str]) -> str:
     return shortened([name[:80] for name in names], _NAMED)
-
-
-def score_sentences(
-    trials: Sequence[DecodedTrial],
-    text: Mapping[int, str],
-    settings: Mapping[str, Any],
-    trained_on: Collection[str] = (),
-) -> DecodedSentences:
-    """Sentences with their word error rate, whole and in groups, where the trials have labels."""
-    known = _with_sentence(trials)
-    scored = f"{len(known):,} of {len(trials):,} trials, those with a sentence"
-    summary: dict[str, Any] = {"settings": {**settings, "Scored": scored}}
-    counts = [word_errors(t.record.sentence_label or "", text[t.index]) for t in known]
-    edits, words = [c.edits for c in counts], [c.reference_labels for c in counts]
-    if not sum(words):
-        return DecodedSentences(text, summary)
-    order = sorted(range(len(known)), key=lambda i: (-counts[i].edits, known[i].index))
-    summary |= {
-        "WER": asdict(bootstrap_interval(edits, words)),
-        "examples": [
-            {
-                "reference": normalise_text(known[i].record.sentence_label or ""),
-                "decoded": text[known[i].index],
-                "errors": counts[i].edits,
-            }
-            for i in [*order[:5], *order[len(order) // 2 : len(order) // 2 + 5]]
-        ],
-    }
-    groups = {"session": rates_by([t.record.session for t in known], edits, words)}
-    if trained_on:
-        keys = [seen_in_training(t, trained_on) for t in known]
-        groups["sentence"] = rates_by(keys, edits, words)
-    return DecodedSentences(text, summary, groups)
