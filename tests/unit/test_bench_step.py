@@ -100,9 +100,7 @@ def test_every_type_is_projected_and_measured_ones_from_the_measurement(capsys, 
         for row in capsys.readouterr().out.splitlines()
         if row[:3] == "ml."
     }
-    supported = {
-        name for name, row in table()["types"].items() if row["gpu"] not in (None, "K80", "V100")
-    }
+    supported = {name for name, row in table()["types"].items() if row["gpu"] not in (None, "V100")}
     assert rows.keys() == supported
     assert rows["ml.g5.2xlarge"][6:13] == ["73", "44", "11", "1", "129", "5.4", "8"]
     assert rows["ml.p5en.48xlarge"][12] == "-", "nobody knows its price"

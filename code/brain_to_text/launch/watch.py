@@ -79,7 +79,9 @@ def watch(
     out, bar = out or sys.stdout, bar or sys.stderr
     progress, tokens = Progress(), dict[str, str]()
     shown, failures = 0, 0
-    asked, troubles = True, (JobError, *no_answer())  # while the job is perfectly well
+    # what a poll may raise while the job is perfectly well
+    troubles: tuple[type[Exception], ...] = (JobError, *no_answer())
+    asked = True
     state = job_state(name, account)
     while True:
         try:
