@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import import_mat
-from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.indexing import index_dataset, refuse_damage
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
@@ -105,12 +105,10 @@ def run_index(options: argparse.Namespace) -> int:
     listing = store.list()
     with _progress("Indexing", "file") as report:
         manifest = index_dataset(
-            store,
-            listing=listing,
-            processes=options.processes,
-            progress=report,
-            on_damage="collect" if options.exclude_damaged else "raise",
+            store, listing=listing, processes=options.processes, progress=report
         )
+    if not options.exclude_damaged:
+        refuse_damage(store.url, manifest.damaged)
     overlooked = not_taken_sentence(listing)
     if overlooked:
         print(one_line(overlooked))

@@ -294,7 +294,7 @@ def test_sessions_of_any_name_are_listed_indexed_and_read(name: str, at, tmp_pat
     objects = {f"b/p/{p.relative_to(tmp_path)}": p.read_bytes() for p in tmp_path.rglob("*.hdf5")}
     store = at(Objects(objects))
     assert {key.split("/")[0] for key in store.list()} == {name, SESSIONS[1]}
-    manifest = index_dataset(open_store(tmp_path), on_damage="collect")
+    manifest = index_dataset(open_store(tmp_path))
     key = f"{name}/data_train.hdf5"
     assert store.read(key) == objects[f"b/p/{key}"]
     record = manifest.trials[0]

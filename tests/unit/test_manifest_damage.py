@@ -194,8 +194,8 @@ def test_trials_that_are_links_to_others_are_left_out_by_name(tmp_path: Path) ->
         file["trial_0002/input_features"] = file["trial_0000/input_features"]
         file["trial_0002"].attrs["n_time_steps"] = len(file["trial_0000/input_features"])
     with pytest.raises(DataError, match=r"trial_0002: its features are the bytes of trial_0000"):
-        index_dataset(open_store(tmp_path))
-    kept = index_dataset(open_store(tmp_path), on_damage="collect")
+        load_or_build_manifest(open_store(tmp_path), print)
+    kept = index_dataset(open_store(tmp_path))
     assert TrialManifest.from_bytes(kept.to_bytes()).to_bytes() == kept.to_bytes()
     assert [t.trial for t in kept.trials] == ["trial_0000", "trial_0001"]
 

@@ -324,7 +324,7 @@ class TestLoadOrBuild:
         with h5py.File(tmp_path / KEY, "r+") as file:
             del file["trial_0002/seq_class_ids"]
         store = open_store(tmp_path)
-        write_manifest(store, index_dataset(store, on_damage="collect"))
+        write_manifest(store, index_dataset(store))
         with pytest.raises(DataError, match=r"trial_0002: dataset seq_class_ids is missing"):
             load_or_build_manifest(store, lambda _: None)
         kept = load_or_build_manifest(store, lambda _: None, on_damage="exclude")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError
 from ..labels.diphones import encode_diphones
 from ..labels.pronunciation import Lexicon, text_phonemes
 from ..storage.store import ObjectStore, open_store
@@ -99,12 +99,7 @@ def _import_job(
     path: Path, target_url: str, key: str, options: EncodingOptions, lexicon: Lexicon
 ) -> tuple[FileInspection, list[str]]:
     """Read, convert and write one file; returns what it holds, and lines about what it does not."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be read ({error.strerror}): check it with 'ls -l'."
-        ) from error
+    data = open_store(path.parent).read(path.name)
     match = DATA_FILE.fullmatch(key)
     assert match is not None
     with limited(10 * len(data)):  # MATLAB compresses its files
@@ -160,10 +155,17 @@ def _trials(
                     ) from error
                 left_out.append(f"{path} {name}: {error}")
                 continue
-        trial_num = _FIRST_NUMBER[split] + number
-        trial = TrialContents(name, session, int(blocks[number]), trial_num, values)
         contents.append(
-            replace(trial, class_ids=labels, phoneme_ids=phonemes, sentence=sentence or None)
+            TrialContents(
+                name=name,
+                session=session,
+                block_num=int(blocks[number]),
+                trial_num=_FIRST_NUMBER[split] + number,
+                features=values,
+                class_ids=labels,
+                phoneme_ids=phonemes,
+                sentence=sentence or None,
+            )
         )
     return contents, left_out
 

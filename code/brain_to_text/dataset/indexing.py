@@ -52,9 +52,7 @@ def load_or_build_manifest(
         files = data_files(listing, store.url)
         size = sum(info.size for info in files.values())
         log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
-        manifest = index_dataset(
-            store, progress=_now_and_then(log), on_damage="collect", listing=listing
-        )
+        manifest = index_dataset(store, progress=_now_and_then(log), listing=listing)
         log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
         if not manifest.damaged or on_damage == "exclude":
             try:
@@ -62,8 +60,8 @@ def load_or_build_manifest(
                 log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
             except StorageError as error:
                 log(f"The index serves this run only: {error}")
-    if manifest.damaged and on_damage == "stop":
-        raise _damage_error(store.url, manifest.damaged)
+    if on_damage == "stop":
+        refuse_damage(store.url, manifest.damaged)
     for finding in manifest.damaged:
         log(f"Excluded as damaged: {finding}")
     if manifest.damaged:
@@ -94,7 +92,6 @@ def index_dataset(
     *,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    on_damage: Literal["raise", "collect"] = "raise",
     listing: Mapping[str, ObjectInfo] | None = None,
 ) -> TrialManifest:
     """Read every data file once, whole, into memory, and record where its trials lie.
@@ -105,18 +102,14 @@ def index_dataset(
     Args:
         processes: worker processes; None decides by size.
         progress: called with (files done, files in all).
-        on_damage: "raise" on damage, or "collect" it in `manifest.damaged`.
         listing: the store's listing, if known already.
 
     Raises:
-        StorageError: a file cannot be read. DataError: no data files, or damage.
+        StorageError: a file cannot be read. DataError: no data files.
     """
     files = data_files(store.list() if listing is None else listing, store.url)
     inspections = inspect_dataset(store, files, processes, progress=progress)
-    manifest = manifest_from_inspections(files, inspections)
-    if manifest.damaged and on_damage == "raise":
-        raise _damage_error(store.url, manifest.damaged)
-    return manifest
+    return manifest_from_inspections(files, inspections)
 
 
 def inspect_dataset(
@@ -192,9 +185,12 @@ def keep_index(store: ObjectStore, inspections: Sequence[FileInspection]) -> Tri
     return manifest
 
 
-def _damage_error(url: str, damaged: Sequence[Finding]) -> DataError:
+def refuse_damage(url: str, damaged: Sequence[Finding]) -> None:
+    """Raise a DataError for the first of what is damaged, if anything is."""
+    if not damaged:
+        return
     more = f" (and {len(damaged) - 1} more findings)" if len(damaged) > 1 else ""
-    return DataError(
+    raise DataError(
         f"{url}/{damaged[0]}{more}; see all with 'python code/prepare_dataset.py validate {url}', "
         "repair them, or train without them by --dataset.on_damaged_trial exclude."
     )
