@@ -60,7 +60,6 @@ from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.optimizer import (
     apply_update,
     build_optimizer,
-    build_scheduler,
     clip_and_check,
 )
 from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
@@ -135,13 +134,11 @@ class Ours:
         self.augmentation = Augmentation(config.dataset.data_transforms)
         self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, device)
-        self.scheduler = build_scheduler(self.optimizer, config)
         self.step = TrainStep(
             self.model,
             self.augmentation,
             self.objective,
             self.optimizer,
-            self.scheduler,
             config,
             device,
         )

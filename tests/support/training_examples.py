@@ -11,7 +11,7 @@ from brain_to_text.config import TrainingConfig
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.losses import JointObjective
-from brain_to_text.model.optimizer import build_optimizer, build_scheduler
+from brain_to_text.model.optimizer import build_optimizer
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
 
@@ -107,7 +107,6 @@ def build(
         Augmentation(config.dataset.data_transforms),
         JointObjective.from_config(config),
         optimizer,
-        build_scheduler(optimizer, config),
         config,
         device,
         **options,

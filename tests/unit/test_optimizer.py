@@ -7,10 +7,9 @@ import torch
 from brain_to_text.model.optimizer import (
     apply_update,
     build_optimizer,
-    build_scheduler,
     clip_and_check,
     learning_rate_multiplier,
-    restore,
+    set_learning_rates,
 )
 from brain_to_text.model.rnn_model import GRUDecoder
 from support.training_examples import CPU, small_config
@@ -64,12 +63,10 @@ def test_day_layers_have_their_own_peak_and_schedule() -> None:
     _, optimizer, config = model_and_optimizer(
         lr_warmup_steps=10, lr_warmup_steps_day=20, lr_decay_steps_day=30, lr_min_day=0.0003
     )
-    scheduler = build_scheduler(optimizer, config)
     rates = []
-    for _ in range(31):
+    for step in range(31):
+        set_learning_rates(optimizer, config, step)
         rates.append([g["lr"] for g in optimizer.param_groups])
-        optimizer.step()
-        scheduler.step()
     assert rates[0] == [0, 0, 0]
     assert rates[10] == pytest.approx([0.004, 0.0015, 0.004])
     assert rates[20][1] == pytest.approx(0.003) and rates[30][1] == pytest.approx(0.0003)
@@ -79,32 +76,6 @@ def give_gradients(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
-def test_what_is_restored_keeps_its_moments_and_takes_the_rates_of_now() -> None:
-    def started(n_steps: int = 0, **changes):
-        model, optimizer, config = model_and_optimizer(**changes)
-        scheduler = build_scheduler(optimizer, config)
-        for _ in range(n_steps):
-            give_gradients(model)
-            optimizer.step()
-            scheduler.step()
-        return optimizer, scheduler
-
-    optimizer, scheduler = started(3)
-    saved = optimizer.state_dict(), scheduler.state_dict()
-    same, its_schedule = started()
-    restore(same, its_schedule, *saved)
-    assert same.state_dict()["param_groups"] == saved[0]["param_groups"]
-    assert its_schedule.state_dict() == saved[1]
-
-    other = {"lr_max": 0.008, "weight_decay": 0.1}
-    changed, its_schedule = started(**other)
-    restore(changed, its_schedule, *saved)
-    always, _ = started(3, **other)
-    assert changed.state_dict()["param_groups"] == always.state_dict()["param_groups"]
-    for key, moments in changed.state_dict()["state"].items():
-        assert torch.equal(moments["exp_avg"], saved[0]["state"][key]["exp_avg"])
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 1e6])

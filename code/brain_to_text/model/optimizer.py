@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainingConfig
-from ..errors import ConfigError
 
 CLIP_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
 
@@ -70,49 +67,18 @@ def learning_rate_multiplier(
     return min_ratio + (1 - min_ratio) * remaining
 
 
-def build_scheduler(optimizer: AdamW, config: TrainingConfig) -> LambdaLR:
-    """The rate of every group as a function of the global step; step it once per training step."""
-
-    def schedule(suffix: str):
+def set_learning_rates(optimizer: AdamW, config: TrainingConfig, step: int) -> None:
+    """Give every group the rate of the update at a global step."""
+    for group in optimizer.param_groups:
+        suffix = "_day" if group["group_type"] == "day_layer" else ""
         peak = getattr(config, f"lr_max{suffix}")
-        least = getattr(config, f"lr_min{suffix}")
-        decay = getattr(config, f"lr_decay_steps{suffix}") or config.num_training_batches
-        warmup = getattr(config, f"lr_warmup_steps{suffix}")
-        if peak == 0 and least > 0:
-            raise ConfigError(f"lr_max{suffix} is 0 while lr_min{suffix} is {least}.")
-        ratio = least / peak if peak else 0.0
-        return lambda step: learning_rate_multiplier(
-            step, ratio, decay, warmup, config.lr_scheduler_type
+        group["lr"] = peak * learning_rate_multiplier(
+            step,
+            getattr(config, f"lr_min{suffix}") / peak if peak else 0.0,
+            getattr(config, f"lr_decay_steps{suffix}") or config.num_training_batches,
+            getattr(config, f"lr_warmup_steps{suffix}"),
+            config.lr_scheduler_type,
         )
-
-    return LambdaLR(
-        optimizer,
-        [
-            schedule("_day" if group["group_type"] == "day_layer" else "")
-            for group in optimizer.param_groups
-        ],
-    )
-
-
-def restore(
-    optimizer: AdamW, scheduler: LambdaLR, moments: dict[str, Any], schedule: dict[str, Any]
-) -> None:
-    """Continue from saved states of both, with the rates and decays that these were built with.
-
-    torch's own `load_state_dict` would bring back the saved ones: a setting that was changed on
-    purpose would have no effect.
-    """
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(moments)
-    peaks = scheduler.base_lrs
-    scheduler.load_state_dict(schedule)
-    scheduler.base_lrs = peaks
-    scheduler._last_lr = [
-        peak * multiplier(scheduler.last_epoch)
-        for peak, multiplier in zip(peaks, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, settings, rate in zip(optimizer.param_groups, own, scheduler._last_lr, strict=True):
-        group.update(settings, lr=rate)
 
 
 def clip_and_check(

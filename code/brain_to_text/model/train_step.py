@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainingConfig
 from .augmentations import Augmentation, step_generator
 from .device import autocast_dtype, compiler
 from .losses import JointObjective, LabelledBatch
-from .optimizer import apply_update, clip_and_check
+from .optimizer import apply_update, clip_and_check, set_learning_rates
 from .rnn_model import GRUDecoder
 
 # Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
@@ -74,8 +73,8 @@ class TrainStep:
 
     Args:
         model: on `device`.
-        augmentation, objective, optimizer, scheduler: as built from `config`.
-        config: seeds, precision, clipping, averaging, patience.
+        augmentation, objective, optimizer: as built from `config`.
+        config: seeds, precision, rates, clipping, averaging.
         device: where the model is.
         rank: this process among those that share a batch; decides its noise and dropout.
         after_backward: called with the batch between backward and clipping, e.g. to sum
@@ -90,7 +89,6 @@ class TrainStep:
         augmentation: Augmentation,
         objective: JointObjective,
         optimizer: AdamW,
-        scheduler: LambdaLR,
         config: TrainingConfig,
         device: torch.device,
         *,
@@ -102,7 +100,6 @@ class TrainStep:
         self.augmentation = augmentation
         self.objective = objective
         self.optimizer = optimizer
-        self.scheduler = scheduler
         self.config = config
         self.device = torch.device(device)
         self.rank = rank
@@ -132,7 +129,7 @@ class TrainStep:
 
         Args:
             batch: this rank's share of the batch.
-            step: global step; with the seed and rank it decides noise, cuts and dropout.
+            step: global step; decides the rates and, with seed and rank, noise, cuts, dropout.
             global_batch_size: trials in the batch over all ranks, if there are several.
         """
         if batch.features is None or batch.features.device != self.device:
@@ -161,9 +158,8 @@ class TrainStep:
         norm, finite, divisor = clip_and_check(
             self.parameters, self.config.grad_norm_clip_value, 1.0 if scale is None else scale
         )
+        set_learning_rates(self.optimizer, self.config, step)
         apply_update(self.optimizer, divisor, ~finite)
-        learning_rate = self.optimizer.param_groups[-1]["lr"]
-        self.scheduler.step()
         self._count_refusals(finite, terms.total.detach(), step)
         self._update_average(step)
         return StepResult(
@@ -174,7 +170,7 @@ class TrainStep:
             finite=finite,
             alpha=terms.alpha,
             n_frames=int(frame_lengths.sum()),
-            learning_rate=learning_rate,
+            learning_rate=self.optimizer.param_groups[-1]["lr"],
         )
 
     def autocast(self) -> torch.autocast:
@@ -206,7 +202,7 @@ class TrainStep:
             torch._foreach_copy_(values, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, loss scale and averaged weights; model, optimiser and schedule have theirs."""
+        """Counters, loss scale and averaged weights; model and optimiser have theirs."""
         state: dict[str, Any] = {name: value.clone() for name, value in self._state.items()}
         if self.average is not None:
             state["average"] = [value.clone() for value in self.average]

@@ -18,7 +18,7 @@ from ..log_lines import total_line
 from ..model.augmentations import Augmentation
 from ..model.device import allow_tf32, notes, unusable
 from ..model.losses import JointObjective
-from ..model.optimizer import build_optimizer, build_scheduler
+from ..model.optimizer import build_optimizer
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep, largest_batch
 from ..storage.store import open_store
@@ -97,13 +97,11 @@ def build_run(
     augmentation = Augmentation(config.dataset.data_transforms)
     objective = JointObjective.from_config(config)
     optimizer = build_optimizer(model, config, device)
-    scheduler = build_scheduler(optimizer, config)
     train_step = TrainStep(
         model,
         augmentation,
         objective,
         optimizer,
-        scheduler,
         config,
         device,
         rank=world.rank,
@@ -125,7 +123,6 @@ def build_run(
         augmentation=augmentation,
         objective=objective,
         optimizer=optimizer,
-        scheduler=scheduler,
         train_step=train_step,
         checkpoints=checkpoints,
         identity=own,

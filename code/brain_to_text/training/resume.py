@@ -19,7 +19,6 @@ import torch
 
 from ..config import TrainingConfig, changed, free_on_resume, leaves
 from ..errors import CheckpointError
-from ..model.optimizer import restore
 from .run import Run
 from .run_log import RunLog
 
@@ -37,10 +36,9 @@ def snapshot(run: Run) -> dict[str, Any]:
     return {
         "run": dataclasses.asdict(run.state),
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": {"state": run.optimizer.state_dict()["state"]},
         "parameters": _optimized(run),
         "trained": _trained(run),
-        "scheduler": run.scheduler.state_dict(),
         "train_step": run.train_step.state_dict(),
         "rng": rng_state(run.device),
         "log": run.log.snapshot(),
@@ -77,9 +75,8 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
         for index, name in enumerate(_optimized(run))
         if (known := name_there(name, theirs, ours)) in place and place[known] in moments
     }
-    groups = run.optimizer.state_dict()["param_groups"]
-    there = {"state": kept, "param_groups": groups}
-    restore(run.optimizer, run.scheduler, there, saved["scheduler"])
+    groups = run.optimizer.state_dict()["param_groups"]  # decays as they are set now
+    run.optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
     step_state = dict(saved["train_step"])
     if "average" in step_state:

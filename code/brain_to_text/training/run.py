@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainingConfig
 from ..dataset.manifest import TrialManifest
@@ -123,7 +122,6 @@ class Run:
     augmentation: Augmentation
     objective: JointObjective
     optimizer: AdamW
-    scheduler: LambdaLR
     train_step: TrainStep
     checkpoints: CheckpointFolder | None
     identity: dict[str, Any]
