@@ -182,7 +182,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from bench_step import Ours, finish, synthetic_batch
-    from brain_to_text.training.distributed import GradientSum, World
+    from brain_to_text.training.distributed import World, sum_gradients
 
     torch.set_num_threads(1)
     device = torch.device(args.device)
@@ -202,9 +202,8 @@ def work(args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         ours = Ours(own, device)
         if group is not None:
-            gradients = GradientSum(ours.model, group, args.compression)
-            ours.step.after_backward = lambda batch: gradients.finish(
-                {int(day) for day in batch.day_indices}
+            ours.step.after_backward = lambda batch: sum_gradients(
+                ours.model, group, {int(day) for day in batch.day_indices}
             )
         return lambda k: ours.whole(batches[k % 2], k)
 
@@ -287,7 +286,6 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--bins", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--compression", default="none", choices=("none", "bfloat16"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plan:

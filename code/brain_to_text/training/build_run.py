@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -26,7 +25,7 @@ from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
-from .distributed import GradientSum, World
+from .distributed import World, sum_gradients
 from .resume import check_identity, identity, restore_run
 from .run import Interval, Run, RunPaths
 from .run_log import RunLog
@@ -203,8 +202,6 @@ def _build_model(
     config: TrainingConfig, n_days: int, device: torch.device, log: RunLog
 ) -> GRUDecoder:
     torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
     model = GRUDecoder.from_config(config, n_days, for_training=True).to(device)
     for name, parameter in model.named_parameters():
         frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
@@ -225,11 +222,10 @@ def _sum_over_ranks(
     """What sums gradients over ranks between backward and clipping; None for one process."""
     if world.size == 1:
         return None
-    gradients = GradientSum(model, world)
     day_of_trial = {int(t): day for day, trials in enumerate(selection.train) for t in trials}
 
     def after_backward(batch: Any) -> None:
         trials = train_set.plan.trials(batch.step)
-        gradients.finish(day_of_trial[int(trial)] for trial in trials)
+        sum_gradients(model, world, {day_of_trial[int(trial)] for trial in trials})
 
     return after_backward

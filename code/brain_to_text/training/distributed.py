@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -242,74 +242,26 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class GradientSum:
-    """Sums gradients over ranks while the backward pass still runs.
+def sum_gradients(model: nn.Module, world: World, days: Collection[int]) -> None:
+    """Replace every gradient by its sum over ranks, an absent one counting as zero.
 
-    Two groups of parameters travel: those of every step (classifier, GRU, h0) start as soon as the
-    last of them is known, while the day layers are still being differentiated; then the day layers
-    of the sessions that occur anywhere in the batch. A session that occurs nowhere keeps its
-    gradient absent, so that its layer is left alone on every rank alike.
+    The day layer of a session that occurs nowhere keeps its gradient absent, so that it is left
+    alone on every rank alike.
 
     Args:
-        model: its day layers are `day_weights` and `day_biases`.
+        model: after `backward`; its day layers are `day_weights` and `day_biases`.
         world: at least two processes.
+        days: sessions of the whole batch, the same on every rank.
     """
-
-    def __init__(self, model: nn.Module, world: World) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._always = [p for name, p in named if not name.startswith("day_")]
-        self._days: dict[int, list[nn.Parameter]] = {}
-        for name, parameter in named:
-            if name.startswith("day_"):
-                self._days.setdefault(int(name.split(".")[1]), []).append(parameter)
-        self._world = world
-        self._known = 0
-        self._travelling: _Sum | None = None
-        for parameter in self._always:
-            parameter.register_post_accumulate_grad_hook(self._one_more)
-
-    def finish(self, days: Iterable[int]) -> None:
-        """Replace every gradient by its sum over ranks; call after `backward`.
-
-        Args:
-            days: sessions of the whole batch, the same on every rank.
-        """
-        if self._travelling is None:  # this rank's share left a parameter without a gradient
-            self._start()
-        parameters = [p for day in sorted(set(days)) for p in self._days.get(day, ())]
-        assert self._travelling is not None
-        with self._world.in_contact():
-            day_sum = _Sum(parameters) if parameters else None
-            self._travelling.finish()
-            if day_sum is not None:
-                day_sum.finish()
-        self._travelling, self._known = None, 0
-
-    def _one_more(self, parameter: torch.Tensor) -> None:
-        self._known += 1
-        if self._known == len(self._always):
-            self._start()
-
-    def _start(self) -> None:
-        self._travelling = _Sum(self._always)
-
-
-class _Sum:
-    """One all-reduce of many gradients under way; an absent gradient counts as zero."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
-        for parameter in parameters:
+    gradients = []
+    for name, parameter in model.named_parameters():
+        absent = name.startswith("day_") and int(name.split(".")[1]) not in days
+        if parameter.requires_grad and not absent:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._gradients = [p.grad for p in parameters if p.grad is not None]
-        self._flat = torch.cat([gradient.flatten() for gradient in self._gradients])
-        self._work = dist.all_reduce(self._flat, async_op=True)
-
-    def finish(self) -> None:
-        self._work.wait()
-        parts = self._flat.split([gradient.numel() for gradient in self._gradients])
-        torch._foreach_copy_(
-            self._gradients,
-            [part.view_as(g) for part, g in zip(parts, self._gradients, strict=True)],
-        )
+            gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    with world.in_contact():
+        dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
