@@ -68,67 +68,62 @@ def state_to_cpu(tree: Any) -> Any:
     return tree
 
 
-def save_atomically(content: Any, path: Path) -> int:
+def save_atomically(content: Any, path: Path) -> None:
     """`torch.save` to `path`, with its checksum; a crash leaves the old file or the new one.
-
-    Returns:
-        Bytes written.
 
     Raises:
         CheckpointError: the volume is full, read-only or gone; the previous file is untouched.
     """
+    with _replacing(path) as file:
+        torch.save(content, file)
+        _add_checksum(file)
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a file so that `target` is never seen half-written.
+
+    Raises:
+        CheckpointError: the source is unreadable or the target volume refuses the write.
+    """
+    with _replacing(target) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(content, hashing)  # type: ignore[arg-type]
-            hashing.finish()
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
-            size = file.tell()
         temporary.replace(path)
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = explain_write_error(path, error)  # while the half file still fills the volume
         remove_quietly(temporary)
         raise CheckpointError(reason) from error
-    return size
 
 
-class _HashingWriter:
-    """Passes bytes on and hashes them; the last two, the comment's length, are held back."""
+def _add_checksum(file: IO[bytes]) -> None:
+    """Write the zip's comment, with the checksum of all that comes before it."""
+    size = file.seek(-2, io.SEEK_END)  # the last two bytes: the comment's length
+    if file.read() != b"\0\0":
+        raise RuntimeError("torch.save wrote a zip that ends in another way than expected")
+    comment = b"sha256:" + _checksum(file, size)
+    file.seek(size)
+    file.write(struct.pack("<H", len(comment)) + comment)
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._held = b""
 
-    def write(self, data: bytes) -> int:
-        view = memoryview(data).cast("B")
-        if len(view) < 2:
-            joined = self._held + bytes(view)
-            self._put(joined[:-2])
-            self._held = joined[-2:]
-        else:
-            self._put(self._held)
-            self._put(view[:-2])
-            self._held = bytes(view[-2:])
-        return len(view)
-
-    def _put(self, part: bytes | memoryview) -> None:
-        self._digest.update(part)
-        self._file.write(part)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def finish(self) -> None:
-        """Write the comment with the checksum of all that came before it."""
-        if self._held != b"\0\0":
-            raise RuntimeError("torch.save wrote a zip that ends in another way than expected")
-        comment = b"sha256:" + self._digest.hexdigest().encode()
-        self._file.write(struct.pack("<H", len(comment)) + comment)
-        self._file.flush()
+def _checksum(file: IO[bytes], size: int) -> bytes:
+    """SHA-256 of the first `size` bytes, in hexadecimal digits."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size > 0 and (part := file.read(min(_CHUNK, size))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()
 
 
 def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
@@ -176,34 +171,9 @@ def _check_bytes(file: IO[bytes], label: str) -> None:
         if damaged is not None:
             raise CheckpointError(f"Checkpoint {label} is damaged: record {damaged} fails its CRC.")
         return
-    file.seek(0)
-    digest = hashlib.sha256()
-    left = size - _COMMENT_BYTES - 2
-    while left > 0 and (part := file.read(min(_CHUNK, left))):
-        digest.update(part)
-        left -= len(part)
-    length = file.read(2)
-    if digest.hexdigest().encode() != comment[1] or length != struct.pack("<H", _COMMENT_BYTES):
+    found = _checksum(file, size - _COMMENT_BYTES - 2)
+    if found != comment[1] or file.read(2) != struct.pack("<H", _COMMENT_BYTES):
         raise CheckpointError(f"Checkpoint {label} is damaged: it fails its checksum.")
-
-
-def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a file so that `target` is never seen half-written.
-
-    Raises:
-        CheckpointError: the source is unreadable or the target volume refuses the write.
-    """
-    temporary = target.with_name(target.name + _TEMPORARY_SUFFIX)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        reason = explain_write_error(target, error)
-        remove_quietly(temporary)
-        raise CheckpointError(reason) from error
 
 
 @contextmanager
@@ -220,7 +190,7 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(explain_write_error(path, error)) from error
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import re
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,6 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last_save_seconds = 0.0
-        self.last_save_bytes = 0
         self._writer: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         try:
@@ -51,12 +48,12 @@ class CheckpointFolder:
             raise CheckpointError(explain_write_error(path / ".lock", error)) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             self._lock.close()
             raise CheckpointError(
                 f"Checkpoint folder {path} is in use by another run: "
                 "give this run its own with --checkpoint-dir."
-            ) from error
+            ) from None
         for entry in path.iterdir():
             if _OWN_TEMPORARY.fullmatch(entry.name):
                 remove_quietly(entry)
@@ -149,13 +146,11 @@ class CheckpointFolder:
             self._lock.close()
 
     def _write(self, state: dict[str, Any], step: int) -> None:
-        started = time.perf_counter()
         try:
-            self.last_save_bytes = save_atomically(state, self.state_path(step))
+            save_atomically(state, self.state_path(step))
         except CheckpointError as error:
             self._failure = error
             return
-        self.last_save_seconds = time.perf_counter() - started
         for old in self.steps()[:-KEPT_STATES]:
             remove_quietly(self.state_path(old))
 

@@ -29,7 +29,6 @@ class SageMakerEnvironment:
         failure_file: its first 1024 characters become the job's failure reason.
         data_dir: the `training` channel where the job has one, else None.
         job_name: None outside SageMaker.
-        n_gpus: GPUs the service promised this host; 0 on CPU hosts and outside SageMaker.
     """
 
     model_dir: Path
@@ -38,7 +37,6 @@ class SageMakerEnvironment:
     failure_file: Path
     data_dir: Path | None
     job_name: str | None
-    n_gpus: int
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str] | None = None) -> SageMakerEnvironment:
@@ -53,7 +51,6 @@ class SageMakerEnvironment:
             failure_file=Path(env.get("SM_OUTPUT_DIR", base / "output")) / "failure",
             data_dir=Path(channel) if channel else None,
             job_name=env.get("TRAINING_JOB_NAME") or _toolkit_job_name(env),
-            n_gpus=int(env.get("SM_NUM_GPUS", "0")),
         )
 
     @contextlib.contextmanager
