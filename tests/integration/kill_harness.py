@@ -5,8 +5,8 @@
 Jobs are real processes that get a real SIGTERM or SIGKILL: some time after a line of the log, drawn
 at random, while a checkpoint is half-written, or while the end is written (report, tables). A job
 that was killed is started again on the same checkpoint folder until the run is finished; then the
-next run begins, until all kills are spent. Weights, optimiser, counters, RNGs, validation history,
-log and every file that the run leaves must equal the uninterrupted run's.
+next run begins, until all kills are spent. Weights, optimiser, counters, validation history, log
+and every file that the run leaves must equal the uninterrupted run's.
 """
 
 from __future__ import annotations

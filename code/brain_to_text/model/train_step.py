@@ -25,7 +25,6 @@ from .rnn_model import GRUDecoder
 # Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
-NAMED_STEPS = 16  # refused steps remembered by number
 
 
 class TrainingBatch(LabelledBatch, Protocol):
@@ -61,11 +60,7 @@ class Health:
 
     refused_total: int
     refused_in_a_row: int  # the longest run of them since this was asked before
-    refused_steps: list[int]  # the latest of them, ascending
-
-    @property
-    def last_refused_step(self) -> int:
-        return self.refused_steps[-1] if self.refused_steps else -1
+    last_refused_step: int  # -1: none
 
 
 class TrainStep:
@@ -115,7 +110,7 @@ class TrainStep:
             "refused": self._count(0),
             "refused_in_a_row": self._count(0),
             "longest_in_a_row": self._count(0),  # since `health` was asked
-            "refused_steps": torch.full((NAMED_STEPS,), -1, device=self.device),
+            "last_refused_step": self._count(-1),
         }
         if self.amp_dtype == torch.float16:
             self._state["scale"] = torch.tensor(INITIAL_SCALE, device=self.device)
@@ -182,10 +177,10 @@ class TrainStep:
     def health(self) -> Health:
         """Refused updates so far; waits for the device, so do not ask at every step."""
         state = self._state
-        counts = torch.stack([state["refused"], state["longest_in_a_row"]])
-        total, longest, *steps = torch.cat([counts, state["refused_steps"]]).tolist()
+        names = ("refused", "longest_in_a_row", "last_refused_step")
+        health = Health(*torch.stack([state[name] for name in names]).tolist())
         state["longest_in_a_row"].zero_()
-        return Health(total, longest, sorted(step for step in steps if step >= 0))
+        return health
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -236,9 +231,8 @@ class TrainStep:
             state["scale"].mul_(factor).clamp_(min=2.0**-14)
             state["good_steps"].copy_(torch.where(grown, 0, good))
         counted = refused & ~overflow
-        slot = torch.remainder(state["refused"], NAMED_STEPS).view(1)
-        steps = state["refused_steps"]
-        steps.scatter_(0, slot, torch.where(counted, step, steps.gather(0, slot)))
+        last = state["last_refused_step"]
+        last.copy_(torch.where(counted, step, last))
         state["refused"].add_(counted)
         in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
         torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
@@ -260,15 +254,12 @@ def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) 
     """The largest batch of trials this long that fits the memory, found by trying.
 
     Runs forward and backward on zeros at the costliest step of the objective's schedule, beside all
-    that a real step finds in memory, halving the batch while memory runs out; weights, optimizer,
-    counters and generators are left as they were.
+    that a real step finds in memory, halving the batch while memory runs out; weights, optimizer
+    and counters are left as they were.
 
     Returns:
         `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
     """
-    on_gpu = step.device.type == "cuda"
-    cpu_state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(step.device) if on_gpu else None
     fits = batch_size
     while fits > 0:
         try:
@@ -278,9 +269,7 @@ def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) 
             fits //= 2
         finally:
             step.optimizer.zero_grad(set_to_none=True)
-    torch.set_rng_state(cpu_state)
-    if device_state is not None:
-        torch.cuda.set_rng_state(device_state, step.device)
+    if step.device.type == "cuda":
         torch.cuda.empty_cache()
     return fits
 

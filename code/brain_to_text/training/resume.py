@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,20 @@ from ..errors import CheckpointError
 from .run import Run
 from .run_log import RunLog
 
-# Folders whose code decides what a run computes: a change in one of their files changes the run.
 # Settings below `dataset` that decide which trials are validated, and how they are scored.
 VALIDATION_KEYS = (
     *("sessions", "bad_trials_dict", "dataset_probability_val", "n_classes", "feature_subset"),
     "on_damaged_trial",
 )
+# Folders whose code decides what a run computes: a change in one of their files changes the run.
 COMPUTING_FOLDERS = ("labels", "storage", "dataset", "streaming", "model", "scoring", "training")
 
 
 def snapshot(run: Run) -> dict[str, Any]:
-    """The whole run as tensors and plain values."""
+    """The whole run as tensors and plain values.
+
+    No random state: all that is drawn is a function of (seed, step, rank).
+    """
     return {
         "run": dataclasses.asdict(run.state),
         "model": run.model.state_dict(),
@@ -40,7 +42,6 @@ def snapshot(run: Run) -> dict[str, Any]:
         "parameters": _optimized(run),
         "trained": _trained(run),
         "train_step": run.train_step.state_dict(),
-        "rng": rng_state(run.device),
         "log": run.log.snapshot(),
         "identity": run.identity,
     }
@@ -87,7 +88,6 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
     run.train_step.load_state_dict(step_state)
     _restore_progress(run, saved["run"])
     _forget_best_of_other_trials(run, saved["identity"])
-    set_rng_state(saved["rng"], run.device)
     run.log.restore(saved["log"])
 
 
@@ -278,25 +278,3 @@ def _does_not_fit(run: Run, name: str, found: Any, expected: Any) -> CheckpointE
         f"there and {here} here; set the model section as it was, or give this run its own "
         "checkpoint location."
     )
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Every random state of this process as tensors and plain values."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
-    return {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
-        "python": random.getstate(),
-    }
-
-
-def set_rng_state(saved: Mapping[str, Any], device: torch.device) -> None:
-    """Continue the random sequences of `rng_state`."""
-    torch.set_rng_state(saved["torch"])
-    if saved["device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(saved["device"], device)
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words), gauss))
