@@ -389,6 +389,11 @@ def _check_schedule(objective: ObjectiveConfig, n_steps: int) -> None:
                 f"weight from 0 to 1: {example}."
             )
     steps = [step for step, _ in objective.phoneme_weights(n_steps)]
+    if max(steps) > n_steps:
+        raise ConfigError(
+            f"objective.schedule names step {max(steps):g} but the run has num_training_batches = "
+            f"{n_steps}: name steps up to that, or shares of the run, which fit any length."
+        )
     for before, after in itertools.pairwise(steps):
         if after <= before:
             raise ConfigError(
