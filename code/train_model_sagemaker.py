@@ -8,7 +8,6 @@ its dotted path or its unambiguous last part: `--model.n_units 768`, `--batch-si
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import traceback
@@ -86,17 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
     environment = SageMakerEnvironment.from_variables()
     if os.environ.get("RANK", "0") == "0":
         environment.failure_file.unlink(missing_ok=True)  # an earlier run's, outside SageMaker
-    with environment.room_for_failure():
-        try:
-            options, overrides = parse_arguments(
-                sys.argv[1:] if arguments is None else arguments, environment
-            )
-            train(options, overrides, environment)
-        except Exception as error:  # noqa: BLE001
-            if not isinstance(error, BrainToTextError):
-                traceback.print_exc()
-            print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
-            return 1
+    try:
+        options, overrides = parse_arguments(
+            sys.argv[1:] if arguments is None else arguments, environment
+        )
+        train(options, overrides, environment)
+    except Exception as error:  # noqa: BLE001
+        if not isinstance(error, BrainToTextError):
+            traceback.print_exc()
+        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -111,11 +109,9 @@ def train(
 
     # Large tensors in huge pages: a new 120 MB batch costs 15 ms instead of 65 ms of page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # After the cheap checks: importing torch takes seconds, a tenth of it looking for garbage.
-    gc.disable()
+    # After the cheap checks: importing torch takes seconds.
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
-    gc.enable()
     trainer = BrainToTextDecoder_Trainer_S3(
         config,
         _data_url(options, environment),

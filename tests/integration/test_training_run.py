@@ -652,6 +652,7 @@ def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "output").symlink_to(small_volume)
     (small_volume / "others").write_bytes(bytes(40 * 1024))
+    (small_volume / "failure-reserve").write_bytes(bytes(16 * 1024))  # as the toolkit's hook does
     run = train("job", "--data-dir", str(data))
     last = run.said.strip().splitlines()[-1]
     assert run.code == 1

@@ -38,7 +38,7 @@ def test_the_first_reason_stays(environment):
     assert environment.failure_file.read_text() == "first\n"
 
 
-def test_room_is_kept_and_given_up_for_the_reason(environment, monkeypatch):
+def test_room_that_was_kept_is_given_up_for_the_reason(environment, monkeypatch):
     reserve = environment.failure_file.with_name("failure-reserve")
     real = Path.open
 
@@ -48,14 +48,7 @@ def test_room_is_kept_and_given_up_for_the_reason(environment, monkeypatch):
         return real(path, mode, *rest, **more)
 
     monkeypatch.setattr(Path, "open", full_while_reserved)
-    with environment.room_for_failure():
-        assert reserve.stat().st_size == 16 * 1024
-        environment.write_failure(DataError("The volume is full."))
+    reserve.write_bytes(b"the hook's")
+    environment.write_failure(DataError("The volume is full."))
     assert environment.failure_file.read_text() == "The volume is full.\n"
     assert not reserve.exists()
-
-
-def test_a_run_that_ends_well_leaves_no_reserve(environment):
-    with environment.room_for_failure():
-        pass
-    assert list(environment.failure_file.parent.iterdir()) == []

@@ -14,8 +14,6 @@ from brain_to_text.model.device import (
     compiler,
     notes,
     peak_flops,
-    runs_on,
-    unusable,
 )
 from support.training_examples import CPU, small_config
 
@@ -107,38 +105,6 @@ def test_what_is_compiled_has_dynamic_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     for length in (5, 9, 17, 33):
         assert torch.equal(doubled(torch.ones(length, 3)), torch.full((length, 3), 2.0))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize(
-    ("architecture", "capability", "runs"),
-    [
-        ("sm_75", (7, 5), True),
-        ("sm_80", (8, 6), True),
-        ("sm_86", (8, 0), False),
-        ("sm_80", (9, 0), False),
-        ("compute_90", (12, 0), True),
-        ("compute_90", (8, 9), False),
-        ("sm_90a", (9, 0), True),
-        ("sm_100", (10, 3), True),
-        ("sm_120", (12, 0), True),
-    ],
-)
-def test_code_of_a_generation_runs_on_later_chips_of_it(architecture, capability, runs) -> None:
-    assert runs_on(architecture, *capability) == runs
-
-
-def test_a_gpu_without_code_in_this_torch_is_named_and_advised(monkeypatch) -> None:
-    built = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100-SXM2-16GB")
-    for capability, usable in (((7, 0), False), ((7, 5), True), ((8, 9), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert (unusable(CUDA) is None) == usable
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
-    said = unusable(CUDA)
-    assert said is not None and "V100" in said and "7.0" in said and "sm_75" in said
-    assert "ml.g5" in said
-    assert unusable(CPU) is None
 
 
 @pytest.mark.parametrize(

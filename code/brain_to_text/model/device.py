@@ -91,38 +91,6 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def unusable(device: torch.device) -> str | None:
-    """Why this torch cannot compute on `device`, and what to do; None where it can.
-
-    A GPU of a generation without code in torch's wheel fails at its first kernel, minutes into a
-    run, with `no kernel image is available`.
-    """
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    built = torch.cuda.get_arch_list()
-    if any(runs_on(architecture, major, minor) for architecture in built):
-        return None
-    return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
-        f"{torch.__version__} has code for {', '.join(built) or 'no GPU'}: choose an instance type "
-        "with a newer GPU (ml.g4dn, ml.g5, ml.g6, ml.p4d, ml.p5) or another torch."
-    )
-
-
-def runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether code for e.g. 'sm_86' or 'compute_90' runs on a GPU of that compute capability.
-
-    Machine code (sm) runs on the same major generation from its minor version on; what is compiled
-    at the start of a run (compute) on everything later.
-    """
-    kind, _, digits = architecture.partition("_")
-    own, given = divmod(int("".join(c for c in digits if c.isdigit())), 10), (major, minor)
-    if digits.endswith("a"):  # features of one chip alone
-        return own == given
-    return own <= given and (kind == "compute" or own[0] == major)
-
-
 def notes(config: TrainingConfig, device: torch.device) -> list[str]:
     """What whoever reads the log should know about this device; waits for it once.
 

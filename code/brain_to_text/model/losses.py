@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,6 @@ from ..config import TrainingConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from .device import send
 from .gpu_ctc import ctc_nll_without_waiting, usable
-
-
-class LabelledBatch(Protocol):
-    """What the losses read of a batch: labels on any device, lengths on the CPU."""
-
-    @property
-    def labels(self) -> Any: ...
-    @property
-    def label_lengths(self) -> Any: ...
-    @property
-    def phoneme_labels(self) -> Any: ...
-    @property
-    def phoneme_lengths(self) -> Any: ...
 
 
 @dataclass
@@ -110,7 +97,7 @@ class JointObjective:
     def __call__(
         self,
         logits: torch.Tensor,
-        batch: LabelledBatch,
+        batch: Any,
         frame_lengths: torch.Tensor,
         step: int,
         global_batch_size: int | None = None,
@@ -119,7 +106,7 @@ class JointObjective:
 
         Args:
             logits: [B, T', C], any float type; the loss is computed in float32.
-            batch: the labels.
+            batch: a `Batch` with labels.
             frame_lengths: [B] output frames per trial, CPU.
             step: global step, for the weight.
             global_batch_size: trials over all ranks; the sum over this rank's trials is divided

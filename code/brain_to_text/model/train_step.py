@@ -10,34 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.optim import AdamW
 
 from ..config import TrainingConfig
+from ..streaming.batch import Batch
 from .augmentations import Augmentation, step_generator
 from .device import autocast_dtype, compiler
-from .losses import JointObjective, LabelledBatch
+from .losses import JointObjective
 from .optimizer import apply_update, clip_and_check, set_learning_rates
 from .rnn_model import GRUDecoder
 
 # Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
-
-
-class TrainingBatch(LabelledBatch, Protocol):
-    """A labelled batch with its features; lengths and days on the CPU."""
-
-    @property
-    def features(self) -> Any: ...
-    @property
-    def n_time_steps(self) -> torch.Tensor: ...
-    @property
-    def day_indices(self) -> torch.Tensor: ...
-
-    def to(self, device: torch.device) -> Any: ...
 
 
 @dataclass
@@ -88,7 +76,7 @@ class TrainStep:
         device: torch.device,
         *,
         rank: int = 0,
-        after_backward: Callable[[TrainingBatch], None] | None = None,
+        after_backward: Callable[[Batch], None] | None = None,
         on_every_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag,
     ) -> None:
         self.model = model
@@ -117,9 +105,7 @@ class TrainStep:
             self._state["good_steps"] = self._count(0)
         self.average: list[torch.Tensor] | None = None  # begins with the first step
 
-    def __call__(
-        self, batch: TrainingBatch, step: int, global_batch_size: int | None = None
-    ) -> StepResult:
+    def __call__(self, batch: Batch, step: int, global_batch_size: int | None = None) -> StepResult:
         """Train on `batch` (features and labels on the device, lengths and days on the CPU).
 
         Args:
@@ -127,7 +113,7 @@ class TrainStep:
             step: global step; decides the rates and, with seed and rank, noise, cuts, dropout.
             global_batch_size: trials in the batch over all ranks, if there are several.
         """
-        if batch.features is None or batch.features.device != self.device:
+        if batch.features.device != self.device:
             batch = batch.to(self.device)
         self.begin_average()
         self.model.train()

@@ -15,7 +15,7 @@ from ..dataset.selection import TrialSelection, select_trials
 from ..errors import TrainingError
 from ..log_lines import total_line
 from ..model.augmentations import Augmentation
-from ..model.device import allow_tf32, notes, unusable
+from ..model.device import allow_tf32, notes
 from ..model.losses import JointObjective
 from ..model.optimizer import build_optimizer
 from ..model.rnn_model import GRUDecoder
@@ -53,9 +53,6 @@ def build_run(
     Raises:
         BrainToTextError: bad configuration, data, storage or checkpoints.
     """
-    problem = unusable(device)
-    if problem is not None:
-        raise TrainingError(problem)
     for sentence in notes(config, device):
         log.info(sentence)
     allow_tf32(config.allow_tf32)
@@ -93,14 +90,11 @@ def build_run(
     batches = train_set.batches(start=step, stop=config.num_training_batches)  # while we build
 
     model = _build_model(config, len(selection.sessions), device, log)
-    augmentation = Augmentation(config.dataset.data_transforms)
-    objective = JointObjective.from_config(config)
-    optimizer = build_optimizer(model, config, device)
     train_step = TrainStep(
         model,
-        augmentation,
-        objective,
-        optimizer,
+        Augmentation(config.dataset.data_transforms),
+        JointObjective.from_config(config),
+        build_optimizer(model, config, device),
         config,
         device,
         rank=world.rank,
@@ -119,9 +113,6 @@ def build_run(
         train_set=train_set,
         val_set=val_set,
         model=model,
-        augmentation=augmentation,
-        objective=objective,
-        optimizer=optimizer,
         train_step=train_step,
         checkpoints=checkpoints,
         identity=own,

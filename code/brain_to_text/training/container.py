@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BrainToTextError
 from ..log_lines import one_line
-
-RESERVED_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -53,28 +51,12 @@ class SageMakerEnvironment:
             job_name=env.get("TRAINING_JOB_NAME") or _toolkit_job_name(env),
         )
 
-    @contextlib.contextmanager
-    def room_for_failure(self) -> Iterator[None]:
-        """Keep some blocks of the output volume for the failure text: a job often fails by them.
-
-        The toolkit's hook does the same around the whole job; then there is nothing to do.
-        """
-        if self._reserve.exists() or not self.failure_file.parent.is_dir():
-            yield
-            return
-        with contextlib.suppress(OSError):
-            self._reserve.write_bytes(bytes(RESERVED_BYTES))
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                self._reserve.unlink(missing_ok=True)
-
     def write_failure(self, error: BaseException) -> str:
         """Say why the job failed, in one sentence plus the cause, where SageMaker looks for it.
 
         What is there already stays: of several processes, the first to fail knows the reason. A
-        volume that refuses the text changes nothing about it.
+        volume that refuses the text changes nothing about it; the toolkit's hook keeps some blocks
+        of it, which are given up first.
 
         Returns:
             The text written (and to be printed as the last line).
@@ -83,13 +65,9 @@ class SageMakerEnvironment:
         if not self.failure_file.parent.is_dir() or self._write(text):
             return text
         with contextlib.suppress(OSError):
-            self._reserve.unlink(missing_ok=True)
+            self.failure_file.with_name("failure-reserve").unlink(missing_ok=True)
         self._write(text)
         return text
-
-    @property
-    def _reserve(self) -> Path:
-        return self.failure_file.with_name("failure-reserve")
 
     def _write(self, text: str) -> bool:
         """False when the volume refused it; an empty file is not left behind."""

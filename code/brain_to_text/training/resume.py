@@ -20,6 +20,7 @@ from ..config import TrainingConfig, changed, free_on_resume, leaves
 from ..errors import CheckpointError
 from .run import Run
 from .run_log import RunLog
+from .start_weights import name_there
 
 # Settings below `dataset` that decide which trials are validated, and how they are scored.
 VALIDATION_KEYS = (
@@ -38,7 +39,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     return {
         "run": dataclasses.asdict(run.state),
         "model": run.model.state_dict(),
-        "optimizer": {"state": run.optimizer.state_dict()["state"]},
+        "optimizer": {"state": run.train_step.optimizer.state_dict()["state"]},
         "parameters": _optimized(run),
         "trained": _trained(run),
         "train_step": run.train_step.state_dict(),
@@ -76,8 +77,8 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
         for index, name in enumerate(_optimized(run))
         if (known := name_there(name, theirs, ours)) in place and place[known] in moments
     }
-    groups = run.optimizer.state_dict()["param_groups"]  # decays as they are set now
-    run.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+    groups = run.train_step.optimizer.state_dict()["param_groups"]  # decays as they are set now
+    run.train_step.optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
     step_state = dict(saved["train_step"])
     if "average" in step_state:
@@ -180,12 +181,10 @@ def check_identity(
             f"The checkpoint in {folder} has done {done} steps and num_training_batches is "
             f"{wanted}: ask for at least {done}, or give this run its own checkpoint location."
         )
-    free, binding = _config_changes(before["config"], own["config"], log)
+    binding = _config_changes(before["config"], own["config"], log)
     if before["dataset"] != own["dataset"]:
         binding.append("dataset: the trials or their bytes changed")
     binding += [f"code: {name} changed" for name in changed(before["code"], own["code"])]
-    for line in free:
-        log.info(f"Changed since the checkpoint, without effect on results: {line}")
     for name, version in own["versions"].items():
         if before["versions"].get(name) != version:
             log.warning(
@@ -208,21 +207,16 @@ def check_identity(
         log.warning(f"Resuming although changed: {line}")
 
 
-def _config_changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], log: RunLog
-) -> tuple[list[str], list[str]]:
-    """Changed settings that are free, and those that are not; keys that went are neither."""
+def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], log: RunLog) -> list[str]:
+    """Changed settings that change the run; keys that went are only named."""
     old, new = dict(leaves(before)), dict(leaves(now))
     for name in sorted(old.keys() - new.keys()):
         log.info(f"The checkpoint's setting {name} is none any more")
     common = {name: value for name, value in old.items() if name in new}
     defaults = dict(leaves(TrainingConfig().to_dict()))
     pairs = changed({**defaults, **common}, new)
-    free, lines = free_on_resume(), {n: f"{n}: {a!r} -> {b!r}" for n, (a, b) in pairs.items()}
-    return (
-        [line for name, line in lines.items() if name in free],
-        [line for name, line in lines.items() if name not in free],
-    )
+    free = free_on_resume()
+    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if name not in free]
 
 
 def code_fingerprint(folders: Sequence[str] = COMPUTING_FOLDERS) -> dict[str, str]:
@@ -249,19 +243,12 @@ def code_fingerprint(folders: Sequence[str] = COMPUTING_FOLDERS) -> dict[str, st
     return fingerprint
 
 
-def name_there(name: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """A parameter's name in a model whose day layers are those of `theirs`; None if it has none."""
-    layer, _, day = name.partition(".")
-    if not layer.startswith("day_"):
-        return name
-    session = ours[int(day)]
-    return f"{layer}.{theirs.index(session)}" if session in theirs else None
-
-
 def _optimized(run: Run) -> list[str]:
     """Parameter names in the order of the optimizer's state."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    return [names[id(p)] for group in run.optimizer.param_groups for p in group["params"]]
+    return [
+        names[id(p)] for group in run.train_step.optimizer.param_groups for p in group["params"]
+    ]
 
 
 def _trained(run: Run) -> list[str]:

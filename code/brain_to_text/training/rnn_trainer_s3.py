@@ -26,11 +26,10 @@ from .outputs import bring_back, write_best, write_model, write_validations
 from .resume import already_finished, snapshot
 from .run import Interval, Run, RunPaths, RunState
 from .run_log import RunLog, process_seconds
-from .trackers import announce, open_trackers
+from .trackers import open_trackers
 
 __all__ = ["BrainToTextDecoder_Trainer_S3", "RunPaths", "RunState"]
 
-CHECKPOINT_SHARE = 0.01  # a save may cost this share of the time between two saves
 NEXT_TO_NOTHING = 0.01  # decoded labels per reference label, of a model that answers with blanks
 
 
@@ -165,7 +164,7 @@ class BrainToTextDecoder_Trainer_S3:
         with run.train_step.averaged_weights():
             result = evaluate(
                 run.model,
-                run.augmentation,
+                run.train_step.augmentation,
                 run.val_set,
                 run.selection.sessions,
                 autocast=run.train_step.autocast,
@@ -239,13 +238,10 @@ class BrainToTextDecoder_Trainer_S3:
     # --- opening ----------------------------------------------------------------------------------
 
     def _open_log(self, world: World) -> RunLog:
-        log = RunLog(
+        return RunLog(
             self.paths.model_dir / "training_log" if world.is_main else None,
             self.paths.output_data_dir / "metrics.jsonl" if world.is_main else None,
         )
-        if world.is_main:
-            announce(log)
-        return log
 
     def _device(self, world: World, log: RunLog) -> torch.device:
         device = self.device or world.device()
@@ -267,17 +263,20 @@ class BrainToTextDecoder_Trainer_S3:
         trackers = open_trackers(
             run.log,
             run.paths,
-            params=run.config.to_dict(),
-            tags={"data": self.data_url, "dataset": run.identity["dataset"]},
-            already_finished=run.state.finished,
+            run.config.to_dict(),
+            {"data": self.data_url, "dataset": run.identity["dataset"]},
         )
-        closing.push(
-            lambda kind, error, trace: trackers.close(
-                error, run.state.finished, lambda: self.interruption.requested is not None
-            )
-        )
+
+        def end(kind: Any, error: BaseException | None, trace: Any) -> None:
+            for tracker in trackers:
+                tracker.close(
+                    error, run.state.finished, lambda: self.interruption.requested is not None
+                )
+
+        closing.push(end)
         if self.log_url is not None:
-            run.log.upload_to(self.log_url, trackers.copies())
+            events = run.paths.event_file
+            run.log.upload_to(self.log_url, {f"tensorboard/{events.name}": events})
         args = run.paths.best_checkpoint.with_name("args.yaml")
         with writing(args):
             args.write_text(run.config.to_yaml(), encoding="utf-8")
@@ -293,7 +292,7 @@ class BrainToTextDecoder_Trainer_S3:
         """Say how the last step and the interval up to it went; reading results waits for them."""
         step, interval = run.state.step, run.interval
         terms: dict[str, torch.Tensor | None] = {"loss": result.nats_per_frame}
-        if run.objective.is_joint:
+        if run.train_step.objective.is_joint:
             terms["phoneme_loss"] = result.phoneme
         # reading them first makes the time that of the work, not of handing it to the device
         own_terms = {name: float(value) for name, value in terms.items() if value is not None}
@@ -318,7 +317,7 @@ class BrainToTextDecoder_Trainer_S3:
             "cache_hit_rate": traffic.hit_rate,
             **dataclasses.asdict(traffic),
         }
-        if run.objective.is_joint:
+        if run.train_step.objective.is_joint:
             numbers["phoneme_weight"] = result.alpha
         if run.device.type == "cuda":
             numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
@@ -395,11 +394,8 @@ class BrainToTextDecoder_Trainer_S3:
         if run.checkpoints is None:
             return
         self._check_refusals(run)
-        started = time.monotonic()
         run.checkpoints.save(snapshot(run), run.state.step, wait=wait)
-        blocked = time.monotonic() - started
-        interval = max(run.config.checkpoint_interval_seconds, blocked / CHECKPOINT_SHARE)
-        run.next_save = time.monotonic() + interval
+        run.next_save = time.monotonic() + run.config.checkpoint_interval_seconds
 
 
 def blank_remark(result: ValidationResult) -> str | None:

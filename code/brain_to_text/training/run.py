@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import AdamW
 
 from ..config import TrainingConfig
 from ..dataset.manifest import TrialManifest
 from ..dataset.selection import TrialSelection
-from ..model.augmentations import Augmentation
-from ..model.losses import JointObjective
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, DeviceFeeder, EvaluationDatasetS3
@@ -36,6 +33,14 @@ class RunPaths:
     output_data_dir: Path
     checkpoint_dir: Path
     tensorboard_dir: Path | None = None
+
+    @property
+    def event_file(self) -> Path:
+        """TensorBoard's; its own names contain the time, so that a resumed job's file would stand
+        beside that of the job before it, with the steps between them twice.
+        """
+        folder = self.tensorboard_dir or self.output_data_dir / "tensorboard"
+        return folder / "events.out.tfevents.0000000000.brain-to-text"
 
     @property
     def best_checkpoint(self) -> Path:
@@ -119,9 +124,6 @@ class Run:
     train_set: BrainToTextDatasetS3
     val_set: EvaluationDatasetS3
     model: GRUDecoder
-    augmentation: Augmentation
-    objective: JointObjective
-    optimizer: AdamW
     train_step: TrainStep
     checkpoints: CheckpointFolder | None
     identity: dict[str, Any]

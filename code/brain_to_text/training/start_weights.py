@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..scoring.trained_model import initial_weights
 from .run_log import RunLog
@@ -32,28 +30,19 @@ def start_from(path: str, model: GRUDecoder, sessions: Sequence[str], log: RunLo
             log.info(
                 f"{path} has no day layer for {', '.join(fresh)}: these start as the identity."
             )
-        weights = match_day_layers(weights, theirs, sessions)
+        own = model.state_dict()
+        days = {name: name_there(name, theirs, sessions) for name in own if name.startswith("day_")}
+        rest = {name: value for name, value in weights.items() if not name.startswith("day_")}
+        weights = rest | {n: weights[there] if there else own[n] for n, there in days.items()}
     for sentence in load_public_state_dict(model, weights):
         log.info(sentence)
     log.info(f"Initialized weights from {path}")
 
 
-def match_day_layers(
-    weights: dict[str, torch.Tensor], theirs: Sequence[str], ours: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    """`weights` with day layers renumbered from the order `theirs` to `ours`, by session name.
-
-    Sessions that the checkpoint does not know get an identity layer; ones we do not use are left
-    out.
-    """
-    matched = {name: value for name, value in weights.items() if not name.startswith("day_")}
-    width = weights["day_biases.0"].shape[1]
-    for day, session in enumerate(ours):
-        known = theirs.index(session) if session in theirs else None
-        matched[f"day_weights.{day}"] = (
-            torch.eye(width) if known is None else weights[f"day_weights.{known}"]
-        )
-        matched[f"day_biases.{day}"] = (
-            torch.zeros(1, width) if known is None else weights[f"day_biases.{known}"]
-        )
-    return matched
+def name_there(name: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """A parameter's name in a model whose day layers are those of `theirs`; None if it has none."""
+    layer, _, day = name.partition(".")
+    if not layer.startswith("day_"):
+        return name
+    session = ours[int(day)]
+    return f"{layer}.{theirs.index(session)}" if session in theirs else None

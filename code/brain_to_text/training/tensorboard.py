@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .run_log import scalars
 
 LOGGER = logging.getLogger("brain_to_text")
-# One name for all jobs of a run: TensorBoard's own names contain the time, so that a resumed job's
-# file would stand beside that of the job before it, with the steps between them twice.
-FILE_NAME = "events.out.tfevents.0000000000.brain-to-text"
 FLUSH_SECONDS = 10.0
 
 
@@ -26,18 +23,18 @@ class EventFile:
     Trouble with the file (a full disk) is one warning and the end of the file, not of the run.
 
     Args:
-        folder: where TensorBoard is pointed at; made with the first entry.
+        path: made with the first entry.
 
     Raises:
         ImportError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path) -> None:
         from tensorboardX import RecordWriter
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        self.path = folder / FILE_NAME
+        self.path = path
         self._Event, self._Summary, self._RecordWriter = Event, Summary, RecordWriter
         self._writer: Any = None
         self._broken = False
@@ -48,42 +45,36 @@ class EventFile:
         if self._broken:
             return
         try:
-            self._append(entry)
+            if self._writer is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._writer = self._RecordWriter(str(self.path))
+                self._write(wall_time=entry["time"], file_version="brain.Event:2")
+            values = [self._Summary.Value(tag=tag, simple_value=v) for tag, v in scalars(entry)]
+            summary = self._Summary(value=values)
+            self._write(wall_time=entry["time"], step=entry["step"], summary=summary)
+            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed_at = time.monotonic()
         except OSError as error:
             self._broken = True
             LOGGER.warning("No more TensorBoard events are written to %s: %s", self.path, error)
 
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is None:
-            return
+    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
+        """Write what is left, however the run ended."""
         try:
-            self._writer.close()
-        except OSError as error:
-            LOGGER.warning("The end of %s is missing: %s", self.path, error)
-        self._writer = None
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as trouble:
+            LOGGER.warning("The end of %s is missing: %s", self.path, trouble)
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        moment = float(entry.get("time", 0.0))
-        if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._RecordWriter(str(self.path))
-            version = self._Event(wall_time=moment, file_version="brain.Event:2")
-            self._writer.write(version.SerializeToString())
-        values = [self._Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(entry)]
-        event = self._Event(
-            wall_time=moment, step=int(entry["step"]), summary=self._Summary(value=values)
-        )
-        self._writer.write(event.SerializeToString())
-        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-            self._writer.flush()
-            self._flushed_at = time.monotonic()
+    def _write(self, **event: Any) -> None:
+        self._writer.write(self._Event(**event).SerializeToString())
 
 
-def open_event_file(folder: Path) -> EventFile | None:
+def open_event_file(path: Path) -> EventFile | None:
     """The event file of a run, or None, with one log line, where tensorboardX is not installed."""
     try:
-        return EventFile(folder)
+        return EventFile(path)
     except ImportError as error:
         LOGGER.info("No TensorBoard events are written: no module %s", error.name)
         return None

@@ -1,93 +1,236 @@
-"""Who follows a run beside its log: a TensorBoard event file always, an MLflow run if asked for."""
+"""Who follows a run beside its log: a TensorBoard event file always, an MLflow run if asked for.
+
+MLflow is spoken to in one thread, from the import on: a server that is slow, absent or broken costs
+a run one warning and no step. (MLflow's own asynchronous logging loses what it could not send, and
+keeps the process from ending while a server does not answer.) mlflow is imported here only; images
+without it train as well.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..config import leaves
 from ..log_lines import scrub
-from .mlflow_run import MlflowRun, MlflowSettings
 from .run import RunPaths
-from .run_log import RunLog
-from .tensorboard import EventFile, open_event_file
+from .run_log import Follower, RunLog, scalars
+from .tensorboard import open_event_file
 
-
-@dataclass
-class Trackers:
-    """The followers of one run, on its main process.
-
-    Attributes:
-        event_file: None where tensorboardX is not installed.
-        mlflow_run: None where MLflow was not asked for or is not installed.
-    """
-
-    event_file: EventFile | None
-    mlflow_run: MlflowRun | None
-
-    def copies(self) -> dict[str, Path]:
-        """Files worth copying while they grow, by their key in the logs' folder."""
-        if self.event_file is None:
-            return {}
-        return {f"tensorboard/{self.event_file.path.name}": self.event_file.path}
-
-    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
-        """Write and send what is left. An unfinished run without an error was stopped."""
-        if self.event_file is not None:
-            self.event_file.close()
-        if self.mlflow_run is None:
-            return
-        if error is not None:
-            reason = scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")
-            self.mlflow_run.close("FAILED", reason, hurry)
-        else:
-            self.mlflow_run.close("FINISHED" if finished else "KILLED", "", hurry)
-
-
-def announce(log: RunLog) -> None:
-    """At the start of a job: say at once that MLflow was asked for in vain."""
-    settings = MlflowSettings.from_variables()
-    problem = settings.problem() if settings else None
-    if problem:
-        log.warning(problem)
+LOGGER = logging.getLogger("brain_to_text")
+SEND_SECONDS = 5.0
+RETRY_SECONDS = 60.0
+# How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
+# other processes, a stopped one is killed after 120 s, in which its checkpoint is copied too.
+PATIENCE_SECONDS, HURRY_SECONDS = 600.0, 30.0
+METRICS_PER_REQUEST, PARAMS_PER_REQUEST, PARAM_LENGTH = 1000, 100, 6000  # the tracking API's limits
+RESULT_FILES = ("report.html", "summary.json", "trials.csv", "metrics.jsonl")
+# Said before mlflow is imported; what the user sets himself stays.
+_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_JOB_TAGS = {
+    "job": "TRAINING_JOB_NAME",
+    "revision": "BRAIN_TO_TEXT_REVISION",
+    "instance_type": "SM_CURRENT_INSTANCE_TYPE",
+}
 
 
 def open_trackers(
-    log: RunLog,
-    paths: RunPaths,
-    *,
-    params: dict[str, Any],
-    tags: dict[str, str],
-    already_finished: bool = False,
-) -> Trackers:
-    """Open what follows this run and show it the history of a resumed one.
+    log: RunLog, paths: RunPaths, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> list[Follower]:
+    """What follows this run from now on; it sees the history of a resumed one.
 
     Args:
-        params: the configuration as nested dicts; tags: facts about data and job.
-        already_finished: nothing will happen any more; what MLflow lacks is still sent.
+        params: the configuration as nested dicts.
+        tags: facts about the data.
     """
-    events = open_event_file(paths.tensorboard_dir or paths.output_data_dir / "tensorboard")
-    if events is not None:
-        log.follow(events)
-    settings = MlflowSettings.from_variables()
-    if settings is None or settings.problem():
-        return Trackers(events, None)
-    tags = {
-        "job": os.environ.get("TRAINING_JOB_NAME", ""),
-        "revision": os.environ.get("BRAIN_TO_TEXT_REVISION", ""),
-        "instance_type": os.environ.get("SM_CURRENT_INSTANCE_TYPE", ""),
-        **tags,
-    }
-    run = MlflowRun(
-        settings,
-        params,
-        {name: value for name, value in tags.items() if value},
-        id_file=paths.checkpoint_dir / "mlflow_run_id",
-        model_dir=paths.model_dir,
-        output_data_dir=paths.output_data_dir,
-        already_finished=already_finished,
-    )
-    log.follow(run)
-    return Trackers(events, run)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    modules = ("mlflow", "sagemaker_mlflow") if uri.startswith("arn:") else ("mlflow",)
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if uri and missing:
+        log.warning(
+            f"MLFLOW_TRACKING_URI is set but this image has no module {missing[0]}, so nothing is "
+            "logged there: push an image with ./build_and_push.sh --mlflow."
+        )
+    events = open_event_file(paths.event_file)
+    mlflow = MlflowRun(uri, paths, params, tags) if uri and not missing else None
+    trackers: list[Follower] = [tracker for tracker in (events, mlflow) if tracker is not None]
+    for tracker in trackers:
+        log.follow(tracker)
+    return trackers
+
+
+class MlflowRun:
+    """Follows a `RunLog`; a resumed training run goes on in the MLflow run that it began.
+
+    MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_NAME say how both are called there.
+
+    Args:
+        uri: a server's address, or the ARN of SageMaker's.
+        paths: where results are taken from; the MLflow run's id lies beside the checkpoints.
+        params, tags: as those of `open_trackers`; facts about the job are added.
+    """
+
+    def __init__(
+        self, uri: str, paths: RunPaths, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        self._uri, self._paths = uri, paths
+        self._params = {name: str(value)[:PARAM_LENGTH] for name, value in leaves(params)}
+        job = {tag: os.environ[name] for tag, name in _JOB_TAGS.items() if os.environ.get(name)}
+        self._tags = {**job, **tags}
+        self._id_file = paths.checkpoint_dir / "mlflow_run_id"
+        self._entries: deque[Mapping[str, Any]] = deque()
+        self._run_id = ""
+        self._known_step: dict[str, int] = {}
+        self._outcome, self._reason = "KILLED", ""  # the first as MLflow names it
+        self._closing = threading.Event()
+        self._complete = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Take one entry of metrics.jsonl; it is sent within seconds, by the thread."""
+        self._entries.append(entry)
+
+    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
+        """Send what is left, the results of a finished run too, and end the MLflow run.
+
+        Waits a bounded time. `hurry` is asked meanwhile whether there is less time after all. A run
+        that is not finished without an error was stopped.
+        """
+        if error is not None:
+            self._reason = scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._outcome = "FAILED"
+        elif finished:
+            self._outcome = "FINISHED"
+        self._closing.set()
+        started, patient = time.monotonic(), self._outcome == "FINISHED"
+        while self._thread.is_alive():
+            patience = PATIENCE_SECONDS if patient and not hurry() else HURRY_SECONDS
+            if time.monotonic() - started > patience:
+                break
+            self._thread.join(timeout=0.2)
+        if not self._complete:
+            LOGGER.warning(
+                "MLflow did not get all of this run: its numbers are in metrics.jsonl, its model "
+                "in model.tar.gz"
+            )
+
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        # SageMaker's plugin warns of every request to a server that is not SageMaker's
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        client = MlflowClient(self._uri, self._uri)
+        closing = troubled = False
+        while not closing:
+            closing = self._closing.wait(RETRY_SECONDS if troubled else SEND_SECONDS)
+            try:
+                self._send(client)
+                if closing:
+                    self._end(client)
+                    self._complete = True
+                if troubled:
+                    LOGGER.info("MLflow answers again")
+                troubled = False
+            # OSError is requests' exceptions, too
+            except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
+                if not troubled:
+                    said = " ".join(scrub(str(error)).split())[:300]
+                    LOGGER.warning(
+                        "MLflow does not answer as it should, training goes on: %s", said
+                    )
+                troubled = True
+
+    def _send(self, client: Any) -> None:
+        """Open the run, send every waiting entry; an entry leaves the list once it has arrived.
+
+        Entries of steps that an earlier job already sent are dropped: a resumed job shows its
+        whole history again.
+        """
+        from mlflow.entities import Metric
+
+        self._run_id = self._run_id or self._open_run(client)
+        while self._entries:
+            entry = self._entries[0]
+            if entry["step"] > self._known_step.get(entry["kind"], -1):
+                when = int(1000 * entry["time"]), entry["step"]
+                metrics = [Metric(name, value, *when) for name, value in scalars(entry)]
+                for part in _parts(metrics, METRICS_PER_REQUEST):
+                    client.log_batch(self._run_id, metrics=part)
+            self._entries.popleft()
+
+    def _open_run(self, client: Any) -> str:
+        """The id of the run to log into: the one an earlier job began, else a new one."""
+        from mlflow.entities import Param, RunTag
+
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "brain-to-text"
+        run = self._earlier_run(client)
+        if run is None:
+            found = client.get_experiment_by_name(experiment)
+            number = found.experiment_id if found else client.create_experiment(experiment)
+            run = client.create_run(number, run_name=os.environ.get("MLFLOW_RUN_NAME") or None)
+            self._id_file.write_text(run.info.run_id, encoding="utf-8")
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+            for kind, metric in (("train", "train/loss"), ("validation", "validation/per")):
+                history = client.get_metric_history(run.info.run_id, metric)
+                self._known_step[kind] = max((point.step for point in history), default=-1)
+        run_id = str(run.info.run_id)
+        client.log_batch(run_id, tags=[RunTag(*tag) for tag in self._tags.items()])
+        # a parameter is written once: of a resumed run, only what is new
+        params = [Param(*item) for item in self._params.items() if item[0] not in run.data.params]
+        for part in _parts(params, PARAMS_PER_REQUEST):
+            client.log_batch(run_id, params=part)
+        LOGGER.info("MLflow run %s in experiment %s", run_id, experiment)
+        return run_id
+
+    def _earlier_run(self, client: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        known = self._id_file.read_text(encoding="utf-8").strip() if self._id_file.exists() else ""
+        try:
+            run = client.get_run(known) if known else None
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None  # deleted, or of another server
+        return run if run is not None and run.info.lifecycle_stage == "active" else None
+
+    def _end(self, client: Any) -> None:
+        """Log what the outcome calls for; the run's state is set even if a file does not arrive."""
+        if self._reason:
+            client.set_tag(self._run_id, "failure", self._reason[:1024])
+        try:
+            files = [self._paths.model_dir / "training_log"]
+            if self._outcome == "FINISHED":
+                files += [self._paths.output_data_dir / name for name in RESULT_FILES]
+                client.log_artifacts(self._run_id, str(self._paths.model_dir), "model")
+            for file in files:
+                if file.exists():
+                    client.log_artifact(self._run_id, str(file))
+        finally:
+            client.set_terminated(self._run_id, self._outcome)
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -6,8 +6,10 @@ import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from brain_to_text.training import mlflow_run
-from brain_to_text.training.mlflow_run import MlflowRun, MlflowSettings
+from brain_to_text.errors import TrainingError
+from brain_to_text.training import trackers
+from brain_to_text.training.run import RunPaths
+from brain_to_text.training.trackers import MlflowRun
 
 
 class MlflowException(Exception):  # noqa: N818 -- MLflow's name
@@ -68,6 +70,8 @@ class Server:
     def log_artifact(self, run_id, path, folder=""):
         self.artefacts.append((folder, path.rsplit("/", 1)[-1]))
 
+    log_artifacts = log_artifact
+
     def set_terminated(self, run_id, status):
         self.asked()
         self.runs[run_id].info.status = status
@@ -84,32 +88,32 @@ def server(monkeypatch):
         setattr(modules["mlflow.entities"], kind, lambda *values: values)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(mlflow_run, "SEND_SECONDS", 0.01)
-    monkeypatch.setattr(mlflow_run, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(trackers, "SEND_SECONDS", 0.01)
+    monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.01)
     return made
 
 
 @pytest.fixture
-def follow(server, tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "training_log").write_text("Finished\n")
+def follow(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "speech")
+    paths = RunPaths(*(tmp_path / name for name in ("model", "output", "checkpoints")))
+    for folder in (paths.model_dir, paths.checkpoint_dir):
+        folder.mkdir()
+    (paths.model_dir / "training_log").write_text("Finished\n")
 
-    def start(params=None, **more):
-        return MlflowRun(
-            MlflowSettings("http://host", "speech", "b2t-1"),
-            params or {"model": {"n_units": 16}, "seed": 1},
-            {"data": "s3://b/p"},
-            id_file=tmp_path / "checkpoints" / "mlflow_run_id",
-            model_dir=tmp_path / "model",
-            output_data_dir=tmp_path / "output",
-            **more,
-        )
+    def start(params=None):
+        given = params or {"model": {"n_units": 16}, "seed": 1}
+        return MlflowRun("http://host", paths, given, {"data": "s3://b/p"})
 
     return start
 
 
 def entry(step, kind="train", **values):
     return {"kind": kind, "time": 1.8e9 + step, "step": step, "loss": 7.0 - step, **values}
+
+
+def end(run, finished=True, *, error=None, hurry=False):
+    run.close(error, finished, lambda: hurry)
 
 
 def until(condition):
@@ -128,7 +132,7 @@ def test_what_an_absent_server_missed_is_sent_when_it_answers(server, follow, ca
     server.away.clear()
     until(lambda: len(server.metrics.get("train/loss", [])) == 2)
     run.record(entry(4))
-    run.close("FINISHED")
+    end(run)
     assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0), (4, 3.0)]
     assert server.runs["run0"].info.status == "FINISHED"
     assert server.runs["run0"].data.params == {"model.n_units": "16", "seed": "1"}
@@ -140,7 +144,7 @@ def test_a_server_that_stays_away_is_waited_for_a_bounded_time(server, follow, c
     server.away.set()
     run = follow()
     run.record(entry(0))
-    run.close("FINISHED")
+    end(run)
     assert caplog.text.count("MLflow did not get all of this run") == 1
 
 
@@ -149,10 +153,10 @@ def test_a_server_that_hangs_does_not_hold_the_end_of_a_stopped_run(
 ):
     hanging = threading.Event()
     monkeypatch.setattr(server, "get_experiment_by_name", lambda _: hanging.wait(30) and None)
-    monkeypatch.setitem(mlflow_run.PATIENCE_SECONDS, "KILLED", 0.2)
+    monkeypatch.setattr(trackers, "HURRY_SECONDS", 0.2)
     run = follow()
     run.record(entry(0))
-    run.close("FINISHED", hurry=lambda: True)  # a stop signal came while it ended
+    end(run, hurry=True)  # a stop signal came while it ended
     assert caplog.text.count("MLflow did not get all of this run") == 1
     hanging.set()
 
@@ -162,12 +166,12 @@ def test_a_resumed_run_goes_on_where_it_was(server, follow):
     for step in (0, 2):
         first.record(entry(step))
     until(lambda: len(server.metrics.get("train/loss", [])) == 2)
-    first.close("KILLED")
+    end(first, finished=False)
     resumed = follow(params={"seed": 2, "lr_max": 0.1})
     for step in (0, 2, 4):
         resumed.record(entry(step))
     resumed.record(entry(4, kind="validation", per=0.5))
-    resumed.close("FAILED", "TrainingError: it diverged")
+    end(resumed, error=TrainingError("it diverged"))
     assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0), (4, 3.0)]
     assert server.metrics["validation/per"] == [(4, 0.5)]
     assert list(server.runs) == ["run0"]
@@ -179,47 +183,31 @@ def test_a_resumed_run_goes_on_where_it_was(server, follow):
     assert server.runs["run0"].data.params == {"model.n_units": "16", "seed": "1", "lr_max": "0.1"}
 
 
-@pytest.mark.parametrize("told_everything", [True, False])
-def test_a_finished_run_that_is_started_again_tells_what_is_missing(
-    server, follow, told_everything
-):
+def test_a_finished_run_that_is_started_again_tells_what_is_missing(server, follow):
     first = follow()
     first.record(entry(0))
     until(lambda: "train/loss" in server.metrics)
-    first.close("FINISHED" if told_everything else "KILLED")  # killed while its model went up
-    server.artefacts.clear()
-    again = follow(already_finished=True)
+    end(first, finished=False)  # killed while its model went up
+    assert server.artefacts == [("", "training_log")]
+    again = follow()
     for step in (0, 2):
         again.record(entry(step))
-    again.close("FINISHED")
+    end(again)
     assert server.runs["run0"].info.status == "FINISHED"
-    assert len(server.metrics["train/loss"]) == (1 if told_everything else 2)
-    assert bool(server.artefacts) is not told_everything
+    assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0)]
+    assert ("model", "model") in server.artefacts
 
 
 def test_a_run_that_was_deleted_is_made_anew(server, follow, tmp_path):
-    follow().close("KILLED")
+    end(follow(), finished=False)
     server.runs["run0"].info.lifecycle_stage = "deleted"
-    follow().close("KILLED")
+    end(follow(), finished=False)
     assert (tmp_path / "checkpoints" / "mlflow_run_id").read_text() == "run1"
 
 
 def test_requests_stay_within_the_api_s_limit(server, follow, monkeypatch):
-    monkeypatch.setattr(mlflow_run, "METRICS_PER_REQUEST", 5)
-    server.away.set()
+    monkeypatch.setattr(trackers, "METRICS_PER_REQUEST", 2)
     run = follow()
-    for step in range(7):
-        run.record(entry(step, grad_norm=1.0))
-    server.away.clear()
-    run.close("KILLED")
-    assert [size for size in server.batches if size] == [4, 4, 4, 2]
-
-
-@pytest.mark.parametrize("variables", [{}, {"MLFLOW_TRACKING_URI": " "}])
-def test_nothing_is_tracked_unless_it_is_asked_for(variables):
-    assert MlflowSettings.from_variables(variables) is None
-
-
-def test_settings_are_mlflows_own_variables():
-    settings = MlflowSettings.from_variables({"MLFLOW_TRACKING_URI": "http://host"})
-    assert settings == MlflowSettings("http://host", "brain-to-text", None)
+    run.record(entry(0, grad_norm=1.0, learning_rate=0.1))
+    end(run, finished=False)
+    assert [size for size in server.batches if size] == [2, 1]
