@@ -202,7 +202,6 @@ def outcome(run: Path) -> dict[str, Any]:
     best = torch.load(run / "model" / "checkpoint" / "best_checkpoint", weights_only=True)
     lines = (run / "model" / "training_log").read_text().splitlines()
     resumed = [int(step) for step in re.findall(r"Resuming after step (\d+)", "\n".join(lines))]
-    state["run"].pop("seconds")
     for validation in state["run"]["validations"]:
         validation.pop("seconds")
     return {

@@ -37,7 +37,7 @@ class GRUDecoder(nn.Module):
         rnn_dropout: dropout between GRU layers.
         input_dropout: dropout after the day layer.
         n_layers: GRU layers.
-        patch_size: bins concatenated into one GRU input; 0 feeds every bin alone.
+        patch_size: bins concatenated into one GRU input.
         patch_stride: bins between two GRU inputs.
         bidirectional: read each trial both ways; h0 is shared by layers and directions.
     """
@@ -51,8 +51,8 @@ class GRUDecoder(nn.Module):
         rnn_dropout: float = 0.0,
         input_dropout: float = 0.0,
         n_layers: int = 5,
-        patch_size: int = 0,
-        patch_stride: int = 0,
+        patch_size: int = 1,
+        patch_stride: int = 1,
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class GRUDecoder(nn.Module):
             nn.Parameter(torch.zeros(1, neural_dim)) for _ in range(n_days)
         )
         self.gru = nn.GRU(
-            input_size=neural_dim * max(patch_size, 1),
+            input_size=neural_dim * patch_size,
             hidden_size=n_units,
             num_layers=n_layers,
             dropout=rnn_dropout if n_layers > 1 else 0.0,
@@ -125,8 +125,6 @@ class GRUDecoder(nn.Module):
 
     def frame_lengths(self, n_time_steps: torch.Tensor) -> torch.Tensor:
         """Output frames per trial: ⌊(T − patch_size) / patch_stride⌋ + 1, at least 0."""
-        if self.patch_size == 0:
-            return n_time_steps
         whole = torch.div(n_time_steps - self.patch_size, self.patch_stride, rounding_mode="floor")
         return (whole + 1).clamp_min(0)
 
@@ -200,8 +198,6 @@ class GRUDecoder(nn.Module):
     def _patches(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """[N, patch_size * C]: the bins of every real frame, bin-major, in packed order."""
         B, T, C = x.shape
-        if self.patch_size == 0:
-            return x.flatten(0, 1).index_select(0, packing.rows)
         n_blocks = -(-max(T, self.patch_size) // self.patch_stride)
         x = F.pad(x, (0, 0, 0, n_blocks * self.patch_stride - T))
         blocks = x.view(B, n_blocks, self.patch_stride * C)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import re
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
+        self._write_under_way: Future[None] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
@@ -81,14 +81,9 @@ class CheckpointFolder:
         """
         self.wait()
         snapshot = state if wait else state_to_cpu(state)
+        self._write_under_way = self._writer.submit(self._write, snapshot, step)
         if wait:
-            self._write(snapshot, step)
-            self._raise_failure()
-        else:
-            self._writer = threading.Thread(
-                target=self._write, args=(snapshot, step), name="checkpoint-writer"
-            )
-            self._writer.start()
+            self.wait()
 
     def wait(self) -> None:
         """Return when no write is under way.
@@ -96,10 +91,9 @@ class CheckpointFolder:
         Raises:
             CheckpointError: the write behind failed.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        self._raise_failure()
+        write, self._write_under_way = self._write_under_way, None
+        if write is not None:
+            write.result()
 
     def load_latest(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest valid state, and one sentence for each damaged one passed over.
@@ -143,18 +137,10 @@ class CheckpointFolder:
         try:
             self.wait()
         finally:
+            self._writer.shutdown()
             self._lock.close()
 
     def _write(self, state: dict[str, Any], step: int) -> None:
-        try:
-            save_atomically(state, self.state_path(step))
-        except CheckpointError as error:
-            self._failure = error
-            return
+        save_atomically(state, self.state_path(step))
         for old in self.steps()[:-KEPT_STATES]:
             remove_quietly(self.state_path(old))
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure

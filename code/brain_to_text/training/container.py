@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ def failure_text(error: BaseException) -> str:
     if isinstance(error, BrainToTextError):
         text = str(error)
     else:
-        where = _innermost_line(error)
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "start"
         reason = " ".join(str(error).split())
         text = (
             f"The trainer stopped at {where} on an error it does not know: "
@@ -102,15 +104,6 @@ def failure_text(error: BaseException) -> str:
             text += f" Cause: {type(cause).__name__}: {reason}"
     text = one_line(text)
     return text if len(text) <= 1024 else text[:1021] + "..."
-
-
-def _innermost_line(error: BaseException) -> str:
-    traceback, where = error.__traceback__, "start"
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        where = f"{Path(code.co_filename).name}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return where
 
 
 def _toolkit_job_name(env: Mapping[str, str]) -> str | None:

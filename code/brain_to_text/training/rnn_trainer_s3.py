@@ -327,7 +327,6 @@ class BrainToTextDecoder_Trainer_S3:
             numbers["mfu"] = flops / elapsed / peak
         run.log.info(train_line(numbers))
         run.log.metrics("train", **numbers)
-        run.state.seconds += elapsed
         self._check_refusals(run)
         run.interval = self._new_interval(run, step + 1)
 

@@ -67,7 +67,6 @@ class RunState:
         validations_without_improvement: for early stopping.
         stopped_early: early stopping ended the run before its last step.
         finished: nothing is left to do.
-        seconds: training time so far, over all jobs of this run.
         validations: one dict of numbers per validation, in order.
     """
 
@@ -78,7 +77,6 @@ class RunState:
     validations_without_improvement: int = 0
     stopped_early: bool = False
     finished: bool = False
-    seconds: float = 0.0
     validations: list[dict[str, Any]] = field(default_factory=list)
 
 
