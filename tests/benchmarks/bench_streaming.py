@@ -472,6 +472,7 @@ def run_trainer(
     from brain_to_text.config_reader import load_config
     from brain_to_text.model.train_step import StepResult, TrainStep
     from brain_to_text.streaming import s3_reads
+    from brain_to_text.training import build_run
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
     class PausingStep(TrainStep):
@@ -484,24 +485,18 @@ def run_trainer(
             time.sleep(0 if busy else step_seconds)
             zero = torch.zeros(())
             fine = torch.ones((), dtype=torch.bool)
-            return StepResult(zero, zero, None, None, zero, fine, 0, 1, 0.0)
+            return StepResult(zero, zero, None, zero, fine, 0.0, 1, 0.0)
 
-    class PausingTrainer(BrainToTextDecoder_Trainer_S3):
-        def _open_data(self) -> None:
-            super()._open_data()
-            if network == "model":
-                self.stream._reader = ModelledReader(Path(os.environ["BENCH_FOLDER"]))
-            if warm:
-                self.stream.fetch(range(len(self.manifest.trials)))
+    def opened(*how: Any) -> TrialStream:
+        stream = real(*how)
+        if network == "model":
+            stream._reader = ModelledReader(Path(os.environ["BENCH_FOLDER"]))
+        if warm:
+            stream.fetch(range(len(stream.manifest.trials)))
+        return stream
 
-        def _build_model(self) -> None:
-            super()._build_model()
-            self.train_step = PausingStep(
-                *(self.model, self.augmentation, self.objective, self.optimizer, self.scheduler),
-                self.config,
-                self.device,
-            )
-
+    real = TrialStream.from_config
+    TrialStream.from_config, build_run.TrainStep = opened, PausingStep
     if client == "s3fs":
         s3_reads._obstore_will_do = lambda bucket: False
     log_every = 10
@@ -524,7 +519,8 @@ def run_trainer(
     )
     root = Path(tempfile.mkdtemp(dir=Path(os.environ["BENCH_FOLDER"]).parents[2]))
     url = HALF_URL if half else BUCKET_URL
-    PausingTrainer(config, url, RunPaths(root / "model", root / "output", root / "state")).train()
+    paths = RunPaths(root / "model", root / "output", root / "state")
+    BrainToTextDecoder_Trainer_S3(config, url, paths).train()
     lines = map(json.loads, (root / "output" / "metrics.jsonl").read_text().splitlines())
     rows = [line for line in lines if "data_wait_share" in line and line["step"] > log_every]
     elapsed = sum(row["seconds_per_step"] for row in rows) * log_every
