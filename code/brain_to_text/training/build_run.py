@@ -38,7 +38,6 @@ def build_run(
     paths: RunPaths,
     *,
     world: World,
-    device: torch.device,
     log: RunLog,
     accept_changes: bool,
     closing: ExitStack,
@@ -53,6 +52,10 @@ def build_run(
     Raises:
         BrainToTextError: bad configuration, data, storage or checkpoints.
     """
+    device = world.device()
+    log.info(f"Using device: {device}")
+    if world.size > 1:
+        log.info(f"Training on {world.size} processes")
     for sentence in notes(config, device):
         log.info(sentence)
     allow_tf32(config.allow_tf32)

@@ -42,7 +42,6 @@ class BrainToTextDecoder_Trainer_S3:
         paths: where results go.
         log_url: object-store folder that gets a live copy of the log; None for none.
         accept_changes: resume even when config, dataset or code differ from the checkpoint's.
-        device: default: this process's GPU, else the CPU.
         report: called with the run when its best model is final; writes the report. None for none.
     """
 
@@ -54,7 +53,6 @@ class BrainToTextDecoder_Trainer_S3:
         *,
         log_url: str | None = None,
         accept_changes: bool = False,
-        device: torch.device | None = None,
         report: Callable[[Run], None] | None = None,
     ) -> None:
         self.config = config
@@ -62,7 +60,6 @@ class BrainToTextDecoder_Trainer_S3:
         self.paths = paths
         self.log_url = log_url
         self.accept_changes = accept_changes
-        self.device = device
         self.report = report
         self.interruption = Interruption()
 
@@ -89,7 +86,6 @@ class BrainToTextDecoder_Trainer_S3:
                         self.data_url,
                         self.paths,
                         world=world,
-                        device=self._device(world, log),
                         log=log,
                         accept_changes=self.accept_changes,
                         closing=closing,
@@ -242,13 +238,6 @@ class BrainToTextDecoder_Trainer_S3:
             self.paths.model_dir / "training_log" if world.is_main else None,
             self.paths.output_data_dir / "metrics.jsonl" if world.is_main else None,
         )
-
-    def _device(self, world: World, log: RunLog) -> torch.device:
-        device = self.device or world.device()
-        log.info(f"Using device: {device}")
-        if world.size > 1:
-            log.info(f"Training on {world.size} processes")
-        return device
 
     def _open_outputs(self, run: Run, closing: ExitStack) -> None:
         """On the main rank: what an earlier job left, trackers, the log's live copy, the config."""
