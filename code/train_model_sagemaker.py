@@ -56,7 +56,6 @@ def parse_arguments(
         "--output-data-dir", default=str(environment.output_data_dir), help="becomes output.tar.gz"
     )
     text("--checkpoint-dir", default=str(environment.checkpoint_dir), help="resume states")
-    text("--tensorboard-dir", help="TensorBoard's event file [OUTPUT_DATA_DIR/tensorboard]")
     text("--output-s3-uri", help="folder for logs/training_log while the job runs")
     text(
         "--accept-changes",
@@ -119,7 +118,6 @@ def train(
             Path(options.model_dir),
             Path(options.output_data_dir),
             Path(options.checkpoint_dir),
-            Path(options.tensorboard_dir) if options.tensorboard_dir else None,
         ),
         log_url=_log_url(options, environment),
         accept_changes=accept_changes == "true",

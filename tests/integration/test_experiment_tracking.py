@@ -94,26 +94,12 @@ def test_a_killed_and_resumed_run_shows_each_step_once(data, tmp_path):
     assert_same_points(found, expected_points(tmp_path))
 
 
-def test_the_file_may_go_elsewhere_and_a_copy_goes_to_s3(data, tmp_path, s3_prefix, s3_environment):
-    job = Job(
-        data,
-        tmp_path / "run",
-        **SHORT,
-        **{"tensorboard-dir": tmp_path / "board", "output-s3-uri": f"{s3_prefix}/job"},
-    )
-    finish(job)
-    assert not (tmp_path / "run/output/data/tensorboard").exists()
-    written = (tmp_path / "board" / FILE_NAME).read_bytes()
+def test_a_copy_of_the_file_goes_to_s3(data, tmp_path, s3_prefix, s3_environment):
+    finish(Job(data, tmp_path, **SHORT, **{"output-s3-uri": f"{s3_prefix}/job"}))
+    written = (tmp_path / "output/data" / EVENTS).read_bytes()
     logs = s3_environment.root / s3_prefix.removeprefix("s3://") / "job/logs"
     assert (logs / EVENTS).read_bytes() == written
     assert (logs / "training_log").exists()
-
-
-def test_a_run_goes_on_where_no_event_can_be_written(data, tmp_path):
-    (tmp_path / "a-file").write_text("")
-    said = finish(Job(data, tmp_path / "run", **SHORT, **{"tensorboard-dir": tmp_path / "a-file"}))
-    assert said.count("No more TensorBoard events are written") == 1
-    assert "Finished at step 12" in said
 
 
 def test_without_tensorboardx_a_run_says_so_in_one_line(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Following a run into MLflow against a client that is scripted: outages, resumed runs, batches."""
+"""Following a run into MLflow by a scripted client, and into a file that cannot be written."""
 
 import sys
 import threading
@@ -9,6 +9,7 @@ import pytest
 from brain_to_text.errors import TrainingError
 from brain_to_text.training import trackers
 from brain_to_text.training.run import RunPaths
+from brain_to_text.training.tensorboard import EventFile
 from brain_to_text.training.trackers import MlflowRun
 
 
@@ -211,3 +212,12 @@ def test_requests_stay_within_the_api_s_limit(server, follow, monkeypatch):
     run.record(entry(0, grad_norm=1.0, learning_rate=0.1))
     end(run, finished=False)
     assert [size for size in server.batches if size] == [2, 1]
+
+
+def test_a_run_goes_on_where_no_event_can_be_written(tmp_path, caplog):
+    (tmp_path / "a-file").write_text("")
+    events = EventFile(tmp_path / "a-file" / "events")
+    for step in (0, 2):
+        events.record(entry(step))
+    end(events)
+    assert caplog.text.count("No more TensorBoard events are written") == 1

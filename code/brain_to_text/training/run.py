@@ -24,23 +24,19 @@ from .run_log import RunLog
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run writes: becomes model.tar.gz, becomes output.tar.gz, outlives the job.
-
-    TensorBoard's event file goes to `tensorboard_dir`, by default below the output.
-    """
+    """Where a run writes: becomes model.tar.gz, becomes output.tar.gz, outlives the job."""
 
     model_dir: Path
     output_data_dir: Path
     checkpoint_dir: Path
-    tensorboard_dir: Path | None = None
 
     @property
     def event_file(self) -> Path:
         """TensorBoard's; its own names contain the time, so that a resumed job's file would stand
         beside that of the job before it, with the steps between them twice.
         """
-        folder = self.tensorboard_dir or self.output_data_dir / "tensorboard"
-        return folder / "events.out.tfevents.0000000000.brain-to-text"
+        name = "events.out.tfevents.0000000000.brain-to-text"
+        return self.output_data_dir / "tensorboard" / name
 
     @property
     def best_checkpoint(self) -> Path:
