@@ -329,7 +329,8 @@ def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
     if job.resume_from and not _listing(s3, *split_s3_url(states), everything=False):
         yield error(
             "resume-nothing",
-            f"Job {job.resume_from} left no checkpoint under {states}: check its name (--list).",
+            f"Job {job.resume_from} left no checkpoint under {states}: check its name (--list); "
+            "where it went on from another job itself, give that one's.",
         )
     model = job.init_from_checkpoint
     if model and not _listing(s3, *split_s3_url(model), everything=False):
