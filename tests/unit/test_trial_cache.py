@@ -11,7 +11,6 @@ from brain_to_text.config import DatasetConfig
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.streaming.trial_cache import (
-    SEGMENT_BYTES,
     CachePlan,
     TrialCache,
     available_bytes,
@@ -24,24 +23,21 @@ from hypothesis import strategies as st
 GB = 10**9
 
 
-@given(st.lists(st.integers(1, 400), max_size=60), st.integers(0, 20_000), st.integers(1, 5000))
-def test_memory_taken_never_exceeds_the_budget(
-    lengths: list[int], budget: int, segment: int
-) -> None:
-    cache = TrialCache(budget, segment_bytes=segment)
+@given(st.lists(st.integers(1, 400), max_size=60), st.integers(0, 20_000))
+def test_memory_taken_never_exceeds_the_budget(lengths: list[int], budget: int) -> None:
+    cache = TrialCache(budget)
     trials = [np.full((n, 4), n, np.float32) for n in lengths]
     kept = [cache.put(i, trial) for i, trial in enumerate(trials)]
     assert all(np.array_equal(a, b) for a, b in zip(kept, trials, strict=True))
     assert not any(a.flags.writeable for a in kept)
     assert sum(t.nbytes for i, t in enumerate(trials) if cache.get(i) is not None) <= budget
-    assert cache._taken <= budget
     for i, trial in enumerate(trials):
         held = cache.get(i)
         assert held is None or np.array_equal(held, trial)
 
 
 def test_what_came_first_stays() -> None:
-    cache = TrialCache(1000, segment_bytes=1000)
+    cache = TrialCache(1000)
     first = cache.put(0, np.ones((50, 4), np.float32))
     cache.put(1, np.ones((50, 4), np.float32))
     assert cache.get(1) is None and len(cache) == 1
@@ -51,16 +47,15 @@ def test_what_came_first_stays() -> None:
 @given(
     st.permutations(range(12)),
     st.integers(0, 14),
-    st.integers(1, 5),
 )
 def test_training_trials_find_their_room_whatever_was_read_before(
-    order: list[int], room: int, per_segment: int
+    order: list[int], room: int
 ) -> None:
     """Trials 0 to 7 are first, 8 to 10 the rest; 11 is not to be kept."""
-    trial = np.ones((16, 4), np.float32)  # a multiple of the alignment: no room is lost
+    trial = np.ones((16, 4), np.float32)
     size = trial.nbytes
     plan = CachePlan(dict.fromkeys(range(8), size), dict.fromkeys(range(8, 11), size))
-    cache = TrialCache(room * size, segment_bytes=per_segment * size, plan=plan)
+    cache = TrialCache(room * size, plan)
     for index in order:
         cache.put(index, trial)
     kept = {i for i in range(12) if cache.get(i) is not None}
@@ -98,7 +93,7 @@ def test_a_budget_of_zero_keeps_nothing() -> None:
 
 
 def test_threads_may_fill_it_together() -> None:
-    cache = TrialCache(10**6, segment_bytes=10**4)
+    cache = TrialCache(10**6)
     trials = [np.full((20, 4), i, np.float32) for i in range(400)]
 
     def fill(offset: int) -> None:
@@ -116,7 +111,7 @@ def test_threads_may_fill_it_together() -> None:
 @pytest.mark.parametrize(
     ("available", "processes", "expected"),
     [
-        (32 * GB, 1, 14 * GB + SEGMENT_BYTES),  # everything fits
+        (32 * GB, 1, 14 * GB),  # everything fits
         (16 * GB, 1, int(0.75 * (16 * GB - (2 << 30) - 2 * GB))),
         (16 * GB, 2, int(0.75 * (16 * GB - (2 << 30) - 4 * GB) / 2)),
         (3 * GB, 1, 0),

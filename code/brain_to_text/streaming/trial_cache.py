@@ -2,7 +2,7 @@
 
 What comes first stays: nothing is ever evicted. Simulated on the plan's draws this hits a little
 more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory and hands
-out views that stay valid. A training trial comes up again and again, a validation trial once per
+out arrays that stay valid. A training trial comes up again and again, a validation trial once per
 validation: a plan keeps the former's room free of the latter.
 """
 
@@ -19,8 +19,6 @@ import numpy as np
 from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
 
-SEGMENT_BYTES = 256 << 20
-_ALIGNMENT = 64
 # Left to everything that is not cache when the budget is chosen automatically.
 _HEADROOM_BYTES = 2 << 30
 _SHARE_OF_REST = 0.75
@@ -60,31 +58,19 @@ def plan_cache(manifest: TrialManifest, dataset: DatasetConfig) -> CachePlan:
 class TrialCache:
     """A map from trial index to its features, filled until the budget is reached.
 
-    Memory is taken in large segments that trials are packed into, so that the process's use stays
-    within the budget whatever the sizes of the trials.
-
     Args:
-        budget_bytes: total size of all segments; 0 keeps nothing.
-        segment_bytes: taken from the system at a time.
+        budget_bytes: of all features together; 0 keeps nothing.
         plan: which trials to keep; by default any. Its first ones have their bytes of the budget
-            for themselves, apart from what the ends of segments leave unused.
+            for themselves.
     """
 
-    def __init__(
-        self,
-        budget_bytes: int,
-        segment_bytes: int = SEGMENT_BYTES,
-        plan: CachePlan | None = None,
-    ) -> None:
+    def __init__(self, budget_bytes: int, plan: CachePlan | None = None) -> None:
         self.budget_bytes = budget_bytes
-        self._segment_bytes = segment_bytes
         self._plan = plan
+        self._left = budget_bytes
         self._left_for_rest = 0 if plan is None else budget_bytes - sum(plan.first.values())
         self._trials: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-        self._segment = np.empty(0, dtype=np.uint8)
-        self._used = 0  # of the current segment
-        self._taken = 0  # of the budget, over all segments
 
     def __len__(self) -> int:
         return len(self._trials)
@@ -99,33 +85,24 @@ class TrialCache:
         Returns:
             The kept copy, or `features` itself where there was no room; read-only.
         """
-        place = self._reserve(index, features.nbytes)
-        if place is None:
-            features.flags.writeable = False
-            return features
-        kept = place.view(features.dtype).reshape(features.shape)
-        np.copyto(kept, features)
-        kept.flags.writeable = False
-        return self._trials.setdefault(index, kept)
+        kept = self._reserve(index, features.nbytes)
+        if kept:
+            features = features.copy()  # apart from the buffer that the read came in
+        features.flags.writeable = False
+        return self._trials.setdefault(index, features) if kept else features
 
-    def _reserve(self, index: int, n_bytes: int) -> np.ndarray | None:
+    def _reserve(self, index: int, n_bytes: int) -> bool:
         plan = self._plan
         with self._lock:
             rest = None if plan is None or index in plan.first else plan.rest
             if rest is not None and (index not in rest or n_bytes > self._left_for_rest):
-                return None
-            start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-            if start + n_bytes > len(self._segment):
-                size = min(self._segment_bytes, self.budget_bytes - self._taken)
-                if size < n_bytes:
-                    return None
-                self._segment = np.empty(size, dtype=np.uint8)
-                self._taken += size
-                start = 0
-            self._used = start + n_bytes
+                return False
+            if n_bytes > self._left:
+                return False
+            self._left -= n_bytes
             if rest is not None:
                 self._left_for_rest -= n_bytes
-            return self._segment[start : start + n_bytes]
+            return True
 
 
 def cache_budget_bytes(
@@ -146,10 +123,10 @@ def cache_budget_bytes(
         available: bytes that can still be allocated on this host; by default asks the system.
     """
     if setting != "auto":
-        return min(int(setting * 1e9), dataset_bytes + SEGMENT_BYTES)
+        return min(int(setting * 1e9), dataset_bytes)
     rest = (available or available_bytes)() - _HEADROOM_BYTES - processes * prefetch_bytes
     budget = int(_SHARE_OF_REST * rest / processes)
-    return max(0, min(budget, dataset_bytes + SEGMENT_BYTES))
+    return max(0, min(budget, dataset_bytes))
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
