@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,16 @@ def encode_dataset(
             for key, info in sources.items()
             if key not in done
         }
-        for encoded in sound_answers(_encode_job, jobs, processes, progress, len(done)):
-            for line in encoded.left_out:
-                log(f"Left out: {line}")
-            done[encoded.inspection.key] = encoded
-            claimed.notes = {
-                "source": source.url,
-                "files": {key: file.note() for key, file in done.items()},
-            }
-            claimed.save()
+        with closing(sound_answers(_encode_job, jobs, processes, progress, len(done))) as answers:
+            for encoded in answers:
+                for line in encoded.left_out:
+                    log(f"Left out: {line}")
+                done[encoded.inspection.key] = encoded
+                claimed.notes = {
+                    "source": source.url,
+                    "files": {key: file.note() for key, file in done.items()},
+                }
+                claimed.save()
         manifest = keep_index(target, [file.inspection for file in done.values()])
     trials, labelled = np.sum([file.compared for file in done.values()], axis=0)
     log(

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -76,7 +76,7 @@ class Lost:
 
 def in_workers(
     function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int = 1
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """(name, result) of each job as it ends, `Lost` where its process did not survive it.
 
     The processes are new ones, not forks, which would share S3 connections; they end with this
@@ -102,21 +102,23 @@ def in_workers(
             while waiting and len(busy) < max(processes, 1):
                 worker = idle.pop() if idle else _Worker()
                 name, arguments = waiting.pop()
+                busy[worker.connection] = (worker, name)  # whatever interrupts us now ends it
                 try:
                     worker.connection.send((dict(os.environ), folder, mask, function, arguments))
                 except OSError:
+                    del busy[worker.connection]
                     yield name, worker.lost()
-                    continue
-                busy[worker.connection] = (worker, name)
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
-                worker, name = busy.pop(connection)
+                worker, name = busy[connection]
                 try:
                     fine, answer = connection.recv()
                 except (EOFError, OSError):
+                    del busy[connection]
                     yield name, worker.lost()
                     continue
                 idle.append(worker)
+                del busy[connection]
                 if not fine:
                     answer.add_note(f"of {name}")
                     raise answer
@@ -136,7 +138,7 @@ def sound_answers(
     processes: int,
     progress: Callable[[int, int], None] | None = None,
     already: int = 0,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The results of `in_workers` where every job must survive.
 
     Args:
@@ -146,12 +148,13 @@ def sound_answers(
     Raises:
         DataError: one did not; says of which place.
     """
-    for done, (place, answer) in enumerate(in_workers(function, jobs, processes), already + 1):
-        if isinstance(answer, Lost):
-            raise DataError(f"{place}: {answer.damage}.")
-        yield answer
-        if progress is not None:
-            progress(done, already + len(jobs))
+    with closing(in_workers(function, jobs, processes)) as answers:
+        for done, (place, answer) in enumerate(answers, already + 1):
+            if isinstance(answer, Lost):
+                raise DataError(f"{place}: {answer.damage}.")
+            yield answer
+            if progress is not None:
+                progress(done, already + len(jobs))
 
 
 @contextmanager
