@@ -1,4 +1,4 @@
-"""One request that may fail: what a failure means, when to ask again, when to stop."""
+"""One request that may fail: when to ask again, when to stop (what S3 says: `s3_errors`)."""
 
 from __future__ import annotations
 

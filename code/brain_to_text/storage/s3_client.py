@@ -1,4 +1,4 @@
-"""botocore's S3 client through s3fs, one attempt per call, and what its failures mean.
+"""botocore's S3 client through s3fs, one attempt per call.
 
 Credentials, region and endpoint come from the standard provider chain of the AWS SDK (environment,
 profile, container or instance role), which also renews them; nothing here copies a key.
@@ -12,113 +12,17 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import aiohttp
 import botocore.credentials
 import botocore.exceptions
 import botocore.parsers
 import fsspec.asyn
 import s3fs
-from fsspec.exceptions import FSTimeoutError
 
-from .attempts import (
-    CredentialsRejectedError,
-    MissingError,
-    ObjectReplacedError,
-    PersistentError,
-    ReadError,
-)
+from .attempts import CredentialsRejectedError, PersistentError
 from .locations import split_s3_url
+from .s3_errors import AWS_LOGIN, CALL_ERRORS, PROVIDER_ERRORS, SETTINGS, fault_of, one_line
 
 T = TypeVar("T")
-
-# What providers of credentials raise: botocore's own, STS's answers, files that are not there,
-# answers without a key, credentials that come expired.
-PROVIDER_ERRORS = (
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
-    OSError,
-    KeyError,
-    ValueError,
-    RuntimeError,
-)
-# What a call raises: the same, broken connections, and answers that make no sense.
-_CALL_ERRORS = (
-    *PROVIDER_ERRORS,
-    aiohttp.ClientError,
-    FSTimeoutError,
-    botocore.parsers.ResponseParserError,
-    TypeError,
-    AttributeError,
-    IndexError,
-)
-_AWS_LOGIN = "run 'aws configure' or 'aws sso login', or give the job's role access"
-# Answers after which the credentials in use are worth renewing at once: a token that the provider
-# still believed in, a key that was rotated.
-_REJECTED = {
-    "ExpiredToken": "the session token has expired: get a new one with 'aws sso login' (a job's "
-    "role renews its own)",
-    "ExpiredTokenException": "the session token has expired: get a new one with 'aws sso login'",
-    "TokenRefreshRequired": "the session token has expired: get a new one with 'aws sso login'",
-    "InvalidToken": "AWS_SESSION_TOKEN does not belong to the access key: unset it, or get new "
-    "credentials with 'aws sso login'",
-    "InvalidAccessKeyId": "there is no such access key (any more): run 'aws configure'",
-}
-_CLOCK = "this machine's clock is off: set it, for instance by 'sudo timedatectl set-ntp true'"
-_DENIED = {"AccessDenied", "AllAccessDisabled", "403"}
-_FINAL = {
-    "NoSuchBucket": "list your buckets with 'aws s3 ls' and give one with --s3-bucket",
-    "RequestTimeTooSkewed": _CLOCK,
-    "RequestExpired": _CLOCK,
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key, or a proxy on the "
-    "way changes requests: check AWS_SECRET_ACCESS_KEY or run 'aws configure'",
-}
-_SETTINGS = "check bucket, prefix, AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
-_PORTAL = (
-    "something on the way answers in S3's place, as a login page of the network or a proxy does: "
-    "log in there or correct HTTPS_PROXY and AWS_ENDPOINT_URL_S3"
-)
-
-
-# What an error means that is no answer of S3's: the fault, its cause ("{}": the error's own words),
-# the advice.
-_MEANINGS: tuple[tuple[tuple[type[Exception], ...], type[ReadError], str, str], ...] = (
-    (
-        (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError),
-        PersistentError,
-        "no AWS credentials were found",
-        _AWS_LOGIN,
-    ),
-    ((botocore.exceptions.CredentialRetrievalError,), CredentialsRejectedError, "{}", _AWS_LOGIN),
-    (
-        (botocore.exceptions.NoRegionError,),
-        PersistentError,
-        "no AWS region is set",
-        "type 'export AWS_REGION=us-east-1'",
-    ),
-    (
-        (
-            botocore.exceptions.ParamValidationError,
-            botocore.exceptions.ProfileNotFound,
-            botocore.exceptions.InvalidRegionError,
-            botocore.exceptions.ConfigParseError,
-            botocore.exceptions.ConfigNotFound,
-        ),
-        PersistentError,
-        "{}",
-        _SETTINGS,
-    ),
-    (
-        (
-            botocore.exceptions.ConnectionError,
-            botocore.exceptions.ConnectTimeoutError,
-            aiohttp.ClientConnectionError,
-            ConnectionError,
-        ),
-        ReadError,
-        "the S3 endpoint cannot be reached ({})",
-        "check the network, the region and AWS_ENDPOINT_URL_S3",
-    ),
-)
 
 
 class S3Client:
@@ -174,13 +78,13 @@ class S3Client:
         """
         try:
             client = await self.connect()
-        except _CALL_ERRORS as error:
+        except CALL_ERRORS as error:
             if isinstance(error, ValueError):  # of an endpoint or a profile
-                raise PersistentError(one_line(error), _SETTINGS) from error
+                raise PersistentError(one_line(error), SETTINGS) from error
             raise fault_of(error) from error
         try:
             return await request(client)
-        except _CALL_ERRORS as error:
+        except CALL_ERRORS as error:
             raise fault_of(error) from error
 
     async def renew_credentials(self) -> bool:
@@ -199,7 +103,7 @@ class S3Client:
             after = await _keys_of(await self.connect())
         except PROVIDER_ERRORS as error:
             cause = f"credentials cannot be renewed ({one_line(error)})"
-            raise CredentialsRejectedError(cause, _AWS_LOGIN) from error
+            raise CredentialsRejectedError(cause, AWS_LOGIN) from error
         while len(self._clients) > 2:
             await self._clients.pop(0).close()
         return after is None or after != before
@@ -241,63 +145,3 @@ async def read_at_most(body: Any, length: int) -> bytearray:
     view.release()
     del span[filled:]
     return span
-
-
-def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
-    """What an error of botocore, its transport or a provider of credentials means."""
-    if isinstance(error, botocore.exceptions.ClientError):
-        about = error.response.get("ResponseMetadata", {})
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = str(about.get("HTTPStatusCode", ""))
-        return answer_fault(status, code, b"<html" if _is_of_a_web_page(about) else b"")
-    if isinstance(error, botocore.parsers.ResponseParserError):
-        if is_web_page(str(error).partition("b'")[2].encode()):
-            return web_page_fault()
-        return ReadError(f"an answer that is not S3's ({one_line(error)})", _PORTAL)
-    for kinds, fault, cause, advice in _MEANINGS:
-        if isinstance(error, kinds):
-            return fault(cause.format(one_line(error)), advice)
-    return ReadError(one_line(error))
-
-
-def answer_fault(status: str, code: str, body: bytes = b"") -> ReadError | ObjectReplacedError:
-    """What an error answer of the server means.
-
-    Args:
-        status: of HTTP, three digits.
-        code: of S3, as "AccessDenied"; the status again where there was none.
-        body: of the answer, where it is at hand.
-    """
-    text = f"HTTP {status} {code}" if status != code else f"HTTP {status}"
-    if "412" in (status, code) or code == "PreconditionFailed":
-        return ObjectReplacedError("the server says that its ETag is another one")
-    if is_web_page(body) or code in ("302", "303", "307", "511", "407"):
-        return web_page_fault(text)
-    if code in _REJECTED:
-        return CredentialsRejectedError(text, _REJECTED[code])
-    if code in ("NoSuchKey", "404"):
-        return MissingError(text, "check that the object exists")
-    if code in _DENIED:
-        return PersistentError(f"access denied ({text})")
-    if code in _FINAL:
-        return PersistentError(text, _FINAL[code])
-    return ReadError(text)
-
-
-def is_web_page(body: bytes | bytearray | memoryview) -> bool:
-    """True for the beginning of an HTML page: a captive portal's, or a proxy's."""
-    start = bytes(body[:200]).lstrip().lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
-
-
-def _is_of_a_web_page(about: dict[str, Any]) -> bool:
-    return str(about.get("HTTPHeaders", {}).get("content-type", "")).startswith("text/html")
-
-
-def web_page_fault(text: str = "HTTP 200") -> ReadError:
-    return PersistentError(f"a web page instead of S3's answer ({text})", _PORTAL)
-
-
-def one_line(error: BaseException) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {reason}"[:300]

@@ -22,7 +22,8 @@ from .attempts import (
     RetryPolicy,
 )
 from .locations import ObjectInfo, s3_url, split_s3_url
-from .s3_client import S3Client, is_web_page, read_at_most, web_page_fault
+from .s3_client import S3Client, read_at_most
+from .s3_errors import is_web_page, web_page_fault
 
 T = TypeVar("T")
 PART_BYTES = 16 << 20  # whole objects are read and written in parts of this size, in parallel

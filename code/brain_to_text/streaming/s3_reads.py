@@ -32,13 +32,12 @@ except ImportError:
 from ..errors import StorageError
 from ..storage.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
 from ..storage.locations import S3_ETAG, split_s3_url
-from ..storage.s3_client import (
+from ..storage.s3_client import S3Client, read_at_most
+from ..storage.s3_errors import (
     PROVIDER_ERRORS,
-    S3Client,
     answer_fault,
     is_web_page,
     one_line,
-    read_at_most,
     web_page_fault,
 )
 
