@@ -142,12 +142,12 @@ def test_without_day_layers_it_is_clearly_worse(tmp_path: Path) -> None:
     # sessions that mix their electrodes unrelated to each other, so that only a day layer helps
     data = tmp_path / "data"
     assert synthesize(open_store(data), SyntheticDataset(session_change=1)).trials
-    own = trained(tmp_path / "own", data, num_training_batches=300)
+    own = trained(tmp_path / "own", data, num_training_batches=100)
     fixed = trained(
         tmp_path / "fixed",
         data,
-        num_training_batches=300,
+        num_training_batches=100,
         model__input_network__input_trainable=False,
     )
-    assert fixed["per"] > 1.5 * own["per"]  # 0.54 against 0.20 when this was written
-    assert fixed["der"] > 1.5 * own["der"]  # 0.70 against 0.33
+    assert fixed["per"] > 1.5 * own["per"]  # 0.015 against 0.005 when this was written
+    assert fixed["der"] > 1.5 * own["der"]  # 0.092 against 0.045
