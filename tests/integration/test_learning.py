@@ -98,7 +98,7 @@ def own_and_others_error_rates(folder: Path, data: Path) -> tuple[float, float]:
     assert manifest is not None
     artefact = open_model(str(folder / "model"))
     with TrialStream(store, manifest) as stream:
-        trials = run_model(artefact, stream, "val", torch.device("cpu"), progress=False).trials
+        trials = run_model(artefact, stream, "val", torch.device("cpu")).trials
     decoded = [trial.hypothesis for trial in trials]
     labels = [trial.reference for trial in trials]
     assert all(labels)
