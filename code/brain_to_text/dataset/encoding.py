@@ -33,7 +33,7 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, DamagedTrial, check_stored, one_line, printable, read_dataset
+from .hdf5_values import HDF5_ERRORS, DamagedTrial, cause_of, check_stored, printable, read_dataset
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest
@@ -223,7 +223,7 @@ def encode_file(
                 try:
                     lost = _encode_trial(key, old[name], new.create_group(name), options, lexicon)
                 except (DamagedTrial, DataError, *HDF5_ERRORS) as error:
-                    reason = one_line(error).removeprefix(f"{where}: ").rstrip(".")
+                    reason = cause_of(error).removeprefix(f"{where}: ").rstrip(".")
                     if not options.exclude_damaged:
                         raise DataError(
                             f"{where}: {reason}; repair it, or leave such trials out with "
@@ -234,7 +234,7 @@ def encode_file(
                 else:
                     left_out += [f"{where}: {what}" for what in lost]
     except HDF5_ERRORS as error:
-        raise DataError(f"{key}: cannot be read as HDF5 ({one_line(error)}); copy it again.") from (
+        raise DataError(f"{key}: cannot be read as HDF5 ({cause_of(error)}); copy it again.") from (
             error
         )
     return buffer.getvalue(), left_out
@@ -268,12 +268,12 @@ def _copy(old: Any, new: Any, names: set[str]) -> Iterator[str]:
         try:
             new.attrs[name] = old.attrs[name]
         except HDF5_ERRORS as error:
-            yield f"attribute {printable(name)} cannot be copied ({one_line(error)})"
+            yield f"attribute {printable(name)} cannot be copied ({cause_of(error)})"
     for name in names:
         try:
             old.copy(name, new)
         except HDF5_ERRORS as error:
-            yield f"{printable(name)} cannot be copied ({one_line(error)})"
+            yield f"{printable(name)} cannot be copied ({cause_of(error)})"
 
 
 def _source_features(trial: h5py.Group) -> np.ndarray:

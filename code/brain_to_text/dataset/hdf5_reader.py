@@ -22,9 +22,9 @@ from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
     DamagedTrial,
+    cause_of,
     check_stored,
     filters_of,
-    one_line,
     printable,
     read_dataset,
     read_number,
@@ -82,13 +82,13 @@ def inspect_file(
         if not data.startswith(b"\x89HDF\r\n\x1a\n"):
             found(None, f"not an HDF5 file ({len(data):,} bytes, wrong signature)", "not HDF5")
         else:
-            found(None, f"cannot be opened as HDF5 ({one_line(error)})", "truncated file")
+            found(None, f"cannot be opened as HDF5 ({cause_of(error)})", "truncated file")
         return result
     with file:
         try:
             names = [printable(name) for name in file]
         except HDF5_ERRORS as error:
-            found(None, f"the list of trials cannot be read ({one_line(error)})", "truncated file")
+            found(None, f"the list of trials cannot be read ({cause_of(error)})", "truncated file")
             return result
         for name in names:
             if not TRIAL_NAME.fullmatch(name):
@@ -110,7 +110,7 @@ def inspect_file(
                 found(trial, damage.reason, damage.kind)
                 continue
             except HDF5_ERRORS as error:
-                found(trial, f"cannot be read ({one_line(error)})", "unreadable trial")
+                found(trial, f"cannot be read ({cause_of(error)})", "unreadable trial")
                 continue
             span = memoryview(data)[record.offset : record.offset + record.length]
             record = replace(record, crc32=zlib.crc32(span))

@@ -117,7 +117,7 @@ def printable(text: str | bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What an exception says, on one line."""
     return " ".join(printable(str(error)).split()) or type(error).__name__
 

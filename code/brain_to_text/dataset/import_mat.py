@@ -25,7 +25,7 @@ from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .encoding import EncodingOptions
 from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
-from .hdf5_values import DamagedTrial, one_line, text_of
+from .hdf5_values import DamagedTrial, cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .indexing import keep_index
 from .manifest import TrialManifest
@@ -183,7 +183,7 @@ def _variables(path: Path, data: bytes) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is a MATLAB 7.3 file: save it with '-v7'.") from error
     except Exception as error:
         raise DataError(
-            f"{path} cannot be read as a MATLAB file ({one_line(error)}): {again}."
+            f"{path} cannot be read as a MATLAB file ({cause_of(error)}): {again}."
         ) from error
     missing = [name for name in names if name not in variables]
     if missing:

@@ -20,7 +20,7 @@ import s3fs
 
 from .attempts import CredentialsRejectedError, PersistentError
 from .locations import split_s3_url
-from .s3_errors import AWS_LOGIN, CALL_ERRORS, PROVIDER_ERRORS, SETTINGS, fault_of, one_line
+from .s3_errors import AWS_LOGIN, CALL_ERRORS, PROVIDER_ERRORS, SETTINGS, fault_of, named_cause
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class S3Client:
             client = await self.connect()
         except CALL_ERRORS as error:
             if isinstance(error, ValueError):  # of an endpoint or a profile
-                raise PersistentError(one_line(error), SETTINGS) from error
+                raise PersistentError(named_cause(error), SETTINGS) from error
             raise fault_of(error) from error
         try:
             return await request(client)
@@ -102,7 +102,7 @@ class S3Client:
             await self._file_system.set_session(refresh=True)
             after = await _keys_of(await self.connect())
         except PROVIDER_ERRORS as error:
-            cause = f"credentials cannot be renewed ({one_line(error)})"
+            cause = f"credentials cannot be renewed ({named_cause(error)})"
             raise CredentialsRejectedError(cause, AWS_LOGIN) from error
         while len(self._clients) > 2:
             await self._clients.pop(0).close()

@@ -117,11 +117,11 @@ def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
     if isinstance(error, botocore.parsers.ResponseParserError):
         if is_web_page(str(error).partition("b'")[2].encode()):
             return web_page_fault()
-        return ReadError(f"an answer that is not S3's ({one_line(error)})", _PORTAL)
+        return ReadError(f"an answer that is not S3's ({named_cause(error)})", _PORTAL)
     for kinds, fault, cause, advice in _MEANINGS:
         if isinstance(error, kinds):
-            return fault(cause.format(one_line(error)), advice)
-    return ReadError(one_line(error))
+            return fault(cause.format(named_cause(error)), advice)
+    return ReadError(named_cause(error))
 
 
 def answer_fault(status: str, code: str, body: bytes = b"") -> ReadError | ObjectReplacedError:
@@ -162,6 +162,6 @@ def web_page_fault(text: str = "HTTP 200") -> ReadError:
     return PersistentError(f"a web page instead of S3's answer ({text})", _PORTAL)
 
 
-def one_line(error: BaseException) -> str:
+def named_cause(error: BaseException) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{type(error).__name__}: {reason}"[:300]

@@ -37,7 +37,7 @@ from ..storage.s3_errors import (
     PROVIDER_ERRORS,
     answer_fault,
     is_web_page,
-    one_line,
+    named_cause,
     web_page_fault,
 )
 
@@ -189,7 +189,7 @@ class _Credentials:
             after = self._current.get_frozen_credentials()
         except PROVIDER_ERRORS as error:
             raise CredentialsRejectedError(
-                f"credentials cannot be renewed ({one_line(error)})"
+                f"credentials cannot be renewed ({named_cause(error)})"
             ) from error
         if isinstance(self._current, botocore.credentials.RefreshableCredentials):
             return True
