@@ -22,11 +22,11 @@ from ..errors import StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import BLANK, PHONEMES
 from ..storage.locations import shortened
+from .csv_tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .decoding import DecodedTrial
 from .report import model_report
 from .statistics import align
 from .summary import compare, diphone_name, summarise
-from .tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .trained_model import ModelArtefact
 from .words import DecodedSentences, training_sentences
 

@@ -1,4 +1,4 @@
-"""The tables of an evaluation: per trial, session and hypothesis; what other programs read."""
+"""The CSV files of an evaluation, per trial and hypothesis: what other programs read."""
 
 from __future__ import annotations
 
