@@ -23,6 +23,7 @@ from .config import (
     INT_LIMIT,
     TrainingConfig,
     check_combinations,
+    check_schedule_ends,
     config_keys,
     hints_of,
 )
@@ -56,7 +57,6 @@ LEGACY_KEYS = {
 LEGACY_VALUES = {
     "model.input_network.n_input_layers": 1,
     "dataset.data_transforms.random_walk_std": 0,
-    "dataset.cache_dtype": "stored",
     "gradient_compression": "none",
 }
 # Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).
@@ -87,7 +87,9 @@ def load_config(
             )
         given[full] = name
         _set_path(document, full, value)
-    return config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
+    config = config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
+    check_schedule_ends(config)
+    return config
 
 
 def config_from_dict(document: Mapping[str, Any], source: str = "") -> TrainingConfig:

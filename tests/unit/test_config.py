@@ -71,7 +71,7 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
     document |= {"gpu_number": "1", "mode": "train", "output_dir": "x", "checkpoint_dir": "x/c"}
     document |= {"save_val_data": False, "init_checkpoint_path": "None"}
     document["dataset"] |= {"dataset_dir": "d", "loader_shuffle": False, "test_percentage": 0.1}
-    document["dataset"] |= {"gpu_cache_gb": 4.0, "cache_dtype": "stored"}
+    document["dataset"] |= {"gpu_cache_gb": 4.0, "cache_dtype": "float16"}
     document["dataset"]["data_transforms"] |= {"random_walk_std": 0.0, "random_walk_axis": -1}
     document["model"]["input_network"] |= {"n_input_layers": 1}
     document |= {"keep_checkpoints": 3, "gradient_compression": "none"}  # of this program, once
