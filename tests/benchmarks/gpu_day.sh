@@ -59,7 +59,7 @@ else
     gru=(--rounds 10)
     size=(--config "$config" --rounds 20)
     smoke=()
-    large=(--electrodes 256 --sessions 4 --trials 40 --processes 4)
+    large=(--electrodes 256 --sessions 4 --trials 40)
     steps=400 stop_after=25 full_steps=150 full_config=$config
     trainer=() full_trainer=(--batches_per_train_log 25) validation=480
 fi
