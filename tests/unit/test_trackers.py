@@ -221,3 +221,10 @@ def test_a_run_goes_on_where_no_event_can_be_written(tmp_path, caplog):
         events.record(entry(step))
     end(events)
     assert caplog.text.count("No more TensorBoard events are written") == 1
+
+
+def test_a_broken_client_costs_one_line_and_no_traceback(follow, monkeypatch, caplog, capfd):
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    end(follow())
+    assert "mlflow cannot be imported" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err

@@ -132,10 +132,14 @@ class MlflowRun:
     # --- in the thread ----------------------------------------------------------------------------
 
     def _work(self) -> None:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
+        try:
+            from boto3.exceptions import Boto3Error
+            from botocore.exceptions import BotoCoreError, ClientError
+            from mlflow.exceptions import MlflowException
+            from mlflow.tracking import MlflowClient
+        except ImportError as error:
+            LOGGER.warning("mlflow cannot be imported (%s): nothing is logged there", error)
+            return
 
         # SageMaker's plugin warns of every request to a server that is not SageMaker's
         logging.getLogger("mlflow").setLevel(logging.ERROR)
