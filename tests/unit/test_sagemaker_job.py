@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import unicodedata
 
 import botocore.session
@@ -11,6 +12,7 @@ import pytest
 from botocore.validate import ParamValidator
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
+from brain_to_text.launch import service_model
 from brain_to_text.launch.image import fingerprints
 from brain_to_text.launch.request import (
     CODE_FOLDER,
@@ -425,3 +427,10 @@ def test_nothing_of_this_machines_credentials_is_in_the_request(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
     text = json.dumps(request(environment={"A": "b"}))
     assert "AKIA" not in text and "very-secret" not in text
+
+
+def test_a_request_without_boto3_is_one_sentence(monkeypatch):
+    service_model._model.cache_clear()
+    monkeypatch.setitem(sys.modules, "botocore.loaders", None)
+    with pytest.raises(JobError, match="needs boto3: run `pip install boto3 pyyaml`"):
+        request()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..errors import JobError
+
 # Java's classes that Python lacks. A letter class inside brackets cannot be said exactly: \w adds
 # digits and the underscore, which every pattern of the API that has \p{L} admits anyway.
 _CLASSES = {
@@ -100,8 +102,11 @@ def breaches(service: str, operation: str, request: Mapping[str, Any]) -> Iterat
 
 @cache
 def _model(service: str) -> Any:
-    from botocore.loaders import Loader
-    from botocore.model import ServiceModel
+    try:
+        from botocore.loaders import Loader
+        from botocore.model import ServiceModel
+    except ImportError as error:
+        raise JobError("Making a request needs boto3: run `pip install boto3 pyyaml`.") from error
 
     return ServiceModel(Loader().load_service_model(service, "service-2"), service)
 
