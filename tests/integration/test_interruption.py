@@ -113,14 +113,17 @@ def test_changed_data_is_refused(data, tmp_path):
     assert code == 1 and "the trials or their bytes changed" in said
 
 
-def test_two_jobs_do_not_share_a_checkpoint_folder(data, tmp_path):
+def test_a_second_job_in_the_same_place_is_refused_and_leaves_the_first_ones_log(data, tmp_path):
     first = Job(data, tmp_path / "first", **ENDLESS).start()
     first.wait_for("Train batch 0:")
     (tmp_path / "second").mkdir()
-    (tmp_path / "second" / "checkpoints").symlink_to(tmp_path / "first" / "checkpoints")
+    for name in ("checkpoints", "model"):
+        (tmp_path / "second" / name).symlink_to(tmp_path / "first" / name)
     code, said = end(Job(data, tmp_path / "second", **SHORT))
     assert stop(first) == 0
     assert code == 1 and "in use by another run" in said and "Cause:" not in said
+    log = (tmp_path / "first" / "model" / "training_log").read_text()
+    assert "\0" not in log and "Train batch 0:" in log and "Stopped by SIGTERM" in log
 
 
 @pytest.mark.parametrize("damage", ["state", "best"])

@@ -39,6 +39,7 @@ def build_run(
     *,
     world: World,
     log: RunLog,
+    checkpoints: CheckpointFolder | None,
     accept_changes: bool,
     closing: ExitStack,
 ) -> Run:
@@ -47,6 +48,7 @@ def build_run(
     What the configuration leaves to the data is filled in.
 
     Args:
+        checkpoints: of this run, held; None on ranks other than the main one.
         closing: gets what must be closed when the run ends, however it ends.
 
     Raises:
@@ -85,9 +87,6 @@ def build_run(
     )
 
     own = identity(config, manifest.fingerprint(), world.size)
-    checkpoints = CheckpointFolder(paths.checkpoint_dir) if world.is_main else None
-    if checkpoints is not None:
-        closing.callback(checkpoints.close)
     saved = world.from_main(lambda: _find_state(checkpoints, own, accept_changes, log))
     step = 0 if saved is None else saved["run"]["step"]
     batches = train_set.batches(start=step, stop=config.num_training_batches)  # while we build

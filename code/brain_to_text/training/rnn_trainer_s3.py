@@ -20,6 +20,7 @@ from ..model.weights_file import save_atomically, writing
 from ..scoring.decoding import ValidationResult, evaluate
 from ..streaming.stream_stats import StreamCounts
 from .build_run import build_run, try_largest_batches
+from .checkpoints import CheckpointFolder
 from .distributed import World
 from .interruption import Interruption, RunInterrupted
 from .outputs import bring_back, write_best, write_model, write_validations
@@ -79,6 +80,8 @@ class BrainToTextDecoder_Trainer_S3:
                 with self.interruption.immediate():
                     world = World.join()
                     closing.push(lambda kind, error, trace: world.leave(error))
+                    # held before the first byte is written: another run's log may lie here
+                    checkpoints = self._hold_checkpoints(world, closing)
                     log.close()
                     log = self._open_log(world)
                     run = build_run(
@@ -87,6 +90,7 @@ class BrainToTextDecoder_Trainer_S3:
                         self.paths,
                         world=world,
                         log=log,
+                        checkpoints=checkpoints,
                         accept_changes=self.accept_changes,
                         closing=closing,
                     )
@@ -232,6 +236,13 @@ class BrainToTextDecoder_Trainer_S3:
         )
 
     # --- opening ----------------------------------------------------------------------------------
+
+    def _hold_checkpoints(self, world: World, closing: ExitStack) -> CheckpointFolder | None:
+        if not world.is_main:
+            return None
+        checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
+        closing.callback(checkpoints.close)
+        return checkpoints
 
     def _open_log(self, world: World) -> RunLog:
         return RunLog(
