@@ -97,6 +97,12 @@ def test_a_volume_that_is_full_half_way_is_one_sentence(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_fails_elsewhere_is_not_blamed_on_the_folder(tmp_path):
+    with pytest.raises(BrokenPipeError):
+        with complete_or_nothing(tmp_path / "out"):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 # --- the competition's file -----------------------------------------------------------------------
 
 

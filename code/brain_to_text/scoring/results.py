@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -127,6 +128,9 @@ def check_place(folder: Path, purpose: Mapping[str, str], overwrite: bool) -> No
     )
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only writing fails so
+
+
 @contextmanager
 def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[Path]:
     """A folder to write results into; they appear in `folder` when the block ends without an error.
@@ -139,10 +143,13 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
     Raises:
         StorageError: `folder` cannot be written, which shows before the block begins, or later.
     """
+    others = False  # whether the block runs, which reads and prints, too
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft:
+            others = True
             yield Path(draft)
+            others = False
             written = sorted(Path(draft).iterdir())
             for file in written:
                 file.replace(folder / file.name)
@@ -151,6 +158,8 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
                 if os.path.realpath(folder / name) not in kept:
                     (folder / name).unlink(missing_ok=True)  # of the evaluation before
     except OSError as error:
+        if others and error.errno not in _FULL:
+            raise
         raise _unwritable(folder, str(error.strerror or error)) from error
 
 

@@ -144,10 +144,15 @@ class Target:
                     f"{url} was written by '{record['command']}': give an empty target, or say "
                     "--overwrite."
                 )
+            if earlier.keys() != self._purpose.keys():
+                raise DataError(
+                    f"{url} was written by '{self._command}' of another version: give an empty "
+                    "target, or say --overwrite."
+                )
             changed = [
-                f"{name} was {earlier.get(name)}"
-                for name in {**self._purpose, **earlier}
-                if earlier.get(name) != self._purpose.get(name)
+                f"{name} was {earlier[name]}"
+                for name, value in self._purpose.items()
+                if earlier[name] != value
             ]
             if changed:
                 raise DataError(

@@ -174,13 +174,17 @@ class MlflowRun:
 
         self._run_id = self._run_id or self._open_run(client)
         while self._entries:
-            entry = self._entries[0]
-            if entry["step"] > self._known_step.get(entry["kind"], -1):
-                when = int(1000 * entry["time"]), entry["step"]
-                metrics = [Metric(name, value, *when) for name, value in scalars(entry)]
-                for part in _parts(metrics, METRICS_PER_REQUEST):
-                    client.log_batch(self._run_id, metrics=part)
-            self._entries.popleft()
+            waiting = [self._entries[i] for i in range(min(len(self._entries), 100))]
+            metrics = [
+                Metric(name, value, int(1000 * entry["time"]), entry["step"])
+                for entry in waiting
+                if entry["step"] > self._known_step.get(entry["kind"], -1)
+                for name, value in scalars(entry)
+            ]
+            for part in _parts(metrics, METRICS_PER_REQUEST):
+                client.log_batch(self._run_id, metrics=part)
+            for _ in waiting:
+                self._entries.popleft()
 
     def _open_run(self, client: Any) -> str:
         """The id of the run to log into: the one an earlier job began, else a new one."""
