@@ -63,7 +63,6 @@ def test_frames_of_one_trial_do_not_depend_on_the_others_padding(bidirectional: 
         (17, 14, 4, 1),
         (18, 14, 4, 2),
         (850, 14, 4, 210),
-        (9, 0, 0, 9),
         (3, 14, 4, 0),
     ],
 )
