@@ -156,3 +156,9 @@ def test_the_trainer_loads_nothing_that_writes_reports_or_decodes_words():
     assert "decoding" in loaded, done.stderr
     reports = {"report", "charts", "tables", "words", "word_decoder", "language_model", "ngram"}
     assert not loaded & {*reports, "evaluate", "summary"}
+
+
+def test_the_guide_fills_every_blank_of_the_launchers_policy():
+    (command,) = re.findall(r"^(sed .*\\\n.*) > policy\.json$", text_of(GUIDE), re.M)
+    done = subprocess.run(["bash", "-c", command], cwd=TOP, capture_output=True, text=True)
+    assert done.returncode == 0 and "my-bucket" in done.stdout and "YOUR-" not in done.stdout

@@ -257,7 +257,7 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"s3_bucket": "s3://my-bucket"}, "bare name"),
+        ({"s3_bucket": "s3://my-bucket"}, "without s3://"),
         ({"job_name": "no_underscores"}, "--job-name is 'no_underscores'"),
         ({"instance_type": "g5.2xlarge"}, "nearest: ml.g5.2xlarge"),
         ({"instance_type": "local"}, "--instance-type is 'local'"),

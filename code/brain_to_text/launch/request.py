@@ -330,7 +330,7 @@ def _check(settings: JobSettings) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", settings.s3_bucket):
         refuse(
             f"Bucket name '{settings.s3_bucket}' is not valid: "
-            "give the bare name, without s3:// and without a prefix."
+            "give your bucket's, lower-case letters, digits, dots and dashes alone, without s3://."
         )
     limits = (
         ("instance_count", 1, 1000),
