@@ -16,7 +16,7 @@ import re
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape
@@ -318,7 +318,12 @@ def emulated_aws(monkeypatch: Any) -> Iterator[EmulatedAccount]:
     monkeypatch.setattr("botocore.session.create_loader", _shared_loader)
     front.emulated = None
     reset = urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")
-    urllib.request.urlopen(reset).read()
+    for _ in range(3):  # a request of the test before may still be under way, and break this one
+        with suppress(ConnectionError):
+            urllib.request.urlopen(reset).read()
+            break
+    else:
+        raise AssertionError(f"the emulation at {endpoint} does not answer")
     emulated = front.emulated = EmulatedAccount(endpoint)
     emulated.quotas = {
         f"{kind} for {use}": 2.0
