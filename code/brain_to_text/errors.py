@@ -1,4 +1,11 @@
-"""Errors that a user can act on: one sentence saying what, where, why, and what to type next."""
+"""What a user can act on: one sentence saying what, where, why, and what to type next.
+
+An error ends what was asked for; findings are collected by checks that look at everything first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class BrainToTextError(Exception):
@@ -27,3 +34,40 @@ class TrainingError(BrainToTextError):
 
 class JobError(BrainToTextError):
     """A SageMaker job, image or account that is not as it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with data, configuration or job, may spoil a run, or is good to know.
+
+    Attributes:
+        key, trial: the file and the trial in it; None where a whole file or more is meant.
+        reason: one line about that place; without a place, a whole sentence.
+        kind: short and stable: groups findings in tables, and tells them apart.
+        severity: "error" for what cannot be trained on, "warning" for what deserves a look, "note".
+    """
+
+    key: str | None
+    trial: str | None
+    reason: str
+    kind: str
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        place = ":".join(part for part in (self.key, self.trial) if part is not None)
+        return f"{place}: {self.reason}" if place else self.reason
+
+
+def error(kind: str, reason: str) -> Finding:
+    """A finding that stops a run."""
+    return Finding(None, None, reason, kind)
+
+
+def warning(kind: str, reason: str) -> Finding:
+    """A finding that may cost time, money or accuracy, or that nobody could look at."""
+    return Finding(None, None, reason, kind, "warning")
+
+
+def note(kind: str, reason: str) -> Finding:
+    """A finding that is good to know."""
+    return Finding(None, None, reason, kind, "note")

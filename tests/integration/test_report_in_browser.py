@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from brain_to_text.dataset.manifest import TrialManifest
-from brain_to_text.dataset.trial_record import Finding, TrialRecord
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.dataset.validation import SplitSummary, ValidationReport
+from brain_to_text.errors import Finding
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.scoring.report import dataset_page, model_report
 from brain_to_text.storage.locations import ObjectInfo

@@ -53,12 +53,12 @@ def job(**settings):
 
 def names(findings, severity="error"):
     found = list(findings)
-    assert all("\n" not in finding.text for finding in found)
-    return [finding.name for finding in found if finding.severity == severity]
+    assert all("\n" not in finding.reason for finding in found)
+    return [finding.kind for finding in found if finding.severity == severity]
 
 
 def text_of(findings, name):
-    (text,) = [finding.text for finding in findings if finding.name == name]
+    (text,) = [finding.reason for finding in findings if finding.kind == name]
     return text
 
 
@@ -77,7 +77,7 @@ def test_several_errors_are_reported_together(ready):
 def test_a_wrong_configuration_is_the_only_finding(ready):
     report = preflight(job(overrides={"model.n_unit": "3"}), ready.account)
     assert names(report.findings) == ["config"]
-    assert "model.n_units" in report.findings[0].text
+    assert "model.n_units" in report.findings[0].reason
 
 
 def test_no_credentials(ready, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_page_of_a_proxy_instead_of_an_answer(ready, call):
     else:
         assert names(report.findings, "warning") == ["image-unchecked"]
         assert names(report.findings) == []
-    assert "could not be reached" in report.findings[0].text
+    assert "could not be reached" in report.findings[0].reason
 
 
 # --- the instance type
@@ -122,7 +122,7 @@ def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
     asked = job(**settings)
     findings = list(check_machine(asked, resolve_config(asked)[2]))
     assert name in names(findings, severity)
-    assert said in findings[0].text
+    assert said in findings[0].reason
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
 def test_a_type_that_the_gpu_has_not_is_replaced_and_said(instance_type, said):
     config = load_config(None, {"amp_dtype": "bfloat16", "batch_size": 8})
     findings = check_machine(job(instance_type=instance_type), config)
-    assert [finding.text for finding in findings if finding.name == "precision"] == said
+    assert [finding.reason for finding in findings if finding.kind == "precision"] == said
 
 
 def test_the_batch_size_that_is_suggested_fits():
@@ -188,14 +188,14 @@ def test_role_without_a_permission(role, action, resource):
     allow_role(role, policy_document("job_policy.json", without=action))
     findings = account_findings(role)
     assert set(names(findings)) == {"permission-denied"}
-    assert all(action in finding.text for finding in findings)
-    assert resource in findings[0].text
+    assert all(action in finding.reason for finding in findings)
+    assert resource in findings[0].reason
 
 
 def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
     deny = {"Effect": "Deny", "NotAction": "s3:*", "Resource": "*"}
     role.organisation = [{"Statement": [deny]}]
-    denied = {f.text.split(" may not ")[1].split(" on ")[0] for f in account_findings(role)}
+    denied = {f.reason.split(" may not ")[1].split(" on ")[0] for f in account_findings(role)}
     assert "logs:PutLogEvents" in denied
     assert not [action for action in denied if action.startswith("s3:")]
 
@@ -211,7 +211,7 @@ def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
     ],
 )
 def test_role_without_what_a_setting_needs(role, settings, said):
-    assert any(said in finding.text for finding in account_findings(role, **settings))
+    assert any(said in finding.reason for finding in account_findings(role, **settings))
 
 
 def test_what_the_stacks_parameters_give_is_enough(aws):
@@ -224,7 +224,7 @@ def test_what_the_stacks_parameters_give_is_enough(aws):
 def test_quota_too_small(role):
     findings = account_findings(role, instance_count=3)
     assert names(findings) == ["quota"]
-    assert "is 2 and the job needs 3" in findings[0].text
+    assert "is 2 and the job needs 3" in findings[0].reason
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_what_you_may_not_look_at_is_a_warning(ready, monkeypatch, action, what)
     report = preflight(job(image_uri=ready.image_uri), ready.account)
     assert names(report.findings) == []
     assert names(report.findings, "warning") == [f"{what}-unchecked"]
-    assert "attach code/aws/launcher_policy.json" in report.findings[0].text
+    assert "attach code/aws/launcher_policy.json" in report.findings[0].reason
 
 
 # --- image
@@ -425,7 +425,7 @@ def test_data_that_the_trainer_would_refuse(bucket, data, overrides, said):
     put_dataset(bucket, "other", **data)
     findings = data_findings(bucket, s3_data_prefix="other", overrides=overrides)
     assert names(findings)
-    assert any(said in finding.text for finding in findings)
+    assert any(said in finding.reason for finding in findings)
 
 
 def test_volume_smaller_than_the_copied_dataset(bucket):

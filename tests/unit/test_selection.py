@@ -59,9 +59,9 @@ def test_the_data_decides_what_is_null(manifest):
     ],
 )
 def test_what_cannot_train_is_one_error(manifest, settings, words):
-    (mismatch,) = against_config(manifest, config(**settings))
-    assert mismatch.is_error
-    assert all(word in f"{mismatch.name} {mismatch.text}" for word in words), mismatch
+    (finding,) = against_config(manifest, config(**settings))
+    assert finding.severity == "error"
+    assert all(word in f"{finding.kind} {finding.reason}" for word in words), finding
     with pytest.raises(ConfigError, match=r"."):
         select_trials(manifest, config(**settings))
 

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, Finding
 from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones, detect_label_form
 from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
@@ -31,7 +31,7 @@ from .hdf5_values import (
     read_text,
     text_of,
 )
-from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
+from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
 
 TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
 _REWRITE = "rewrite the file with 'python code/prepare_dataset.py encode'"

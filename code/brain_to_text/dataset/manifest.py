@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import DataError
+from ..errors import DataError, Finding
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, S3_ETAG, ObjectInfo, shortened
 from ..storage.store import ObjectStore
 from .manifest_format import columns_of, packed, parsed, unpacked
-from .trial_record import Finding, TrialRecord
+from .trial_record import TrialRecord
 
 VERSION = 1
 _READS = 3  # of a manifest that arrives damaged

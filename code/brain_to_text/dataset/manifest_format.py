@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, Finding
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
 from ..storage.locations import DATA_FILE, ObjectInfo
 from ..storage.store import gunzipped
 from .hdf5_reader import TRIAL_NAME
-from .trial_record import HDF5_FILTERS, ChunkLayout, Finding, TrialRecord
+from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
 
 SPLITS = ("train", "val", "test")
 N_CLASSES = {

@@ -12,24 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..config import TrainingConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Finding, error, warning
 from .manifest import TrialManifest
 from .trial_record import TrialRecord
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Something that a configuration says and the data does not bear out.
-
-    Attributes:
-        name: stable and short, e.g. "data-classes".
-        text: one line: what, where, why, what to type next.
-        is_error: a run cannot start; else it would do something other than was meant.
-    """
-
-    name: str
-    text: str
-    is_error: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,9 +50,9 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
     """
     dataset = config.dataset
     found = list(against_config(manifest, config))
-    for mismatch in found:
-        if mismatch.is_error:
-            raise ConfigError(mismatch.text)
+    for finding in found:
+        if finding.severity == "error":
+            raise ConfigError(finding.reason)
     sessions = tuple(dataset.sessions or manifest.sessions)
     _fill_in(config, manifest, sessions)
 
@@ -93,7 +78,7 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
             "No session has validation trials: upload data_val.hdf5 files, or switch a session on "
             "in dataset.dataset_probability_val."
         )
-    warnings = tuple(mismatch.text for mismatch in found)
+    warnings = tuple(finding.reason for finding in found)
     return TrialSelection(sessions, train, tuple(val), tuple(excluded), skipped, warnings)
 
 
@@ -147,29 +132,29 @@ def select_for_evaluation(
     return tuple(chosen), tuple(remarks)
 
 
-def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
     """Everything in a configuration that this data does not have, errors first."""
     yield from _classes_and_width(manifest, config)
     yield from _sessions(manifest, config)
     yield from _exclusions(manifest, config)
 
 
-def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
     dataset = config.dataset
     if manifest.n_classes == 0:
-        yield Mismatch(
+        yield error(
             "data-classes", "The dataset has no labels to train on: upload labelled train files."
         )
     elif manifest.n_classes != dataset.n_classes:
         other = "phoneme" if manifest.n_classes == 41 else "diphone"
-        yield Mismatch(
+        yield error(
             "data-classes",
             f"dataset.n_classes is {dataset.n_classes} but the dataset's labels have "
             f"{manifest.n_classes} classes: use --config-file rnn_args_{other}_sagemaker.yaml"
             + (", or prepare_dataset.py encode." if manifest.n_classes == 41 else "."),
         )
     if dataset.neural_dim not in (None, manifest.n_features):
-        yield Mismatch(
+        yield error(
             "data-features",
             f"dataset.neural_dim is {dataset.neural_dim} but the dataset has "
             f"{manifest.n_features} features per bin: set dataset.neural_dim, "
@@ -179,33 +164,33 @@ def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Itera
         return
     beyond = [f for f in dataset.feature_subset or () if f >= manifest.n_features]
     if beyond:
-        yield Mismatch(
+        yield error(
             "data-features",
             f"dataset.feature_subset lists {beyond[0]} but features are numbered from 0 to "
             f"{manifest.n_features - 1}.",
         )
     used = len(dataset.feature_subset or range(manifest.n_features))
     if config.model.n_input_features not in (None, used):
-        yield Mismatch(
+        yield error(
             "data-features",
             f"model.n_input_features is {config.model.n_input_features} but the dataset gives "
             f"{used} features per bin: set it to null.",
         )
     sizes = config.model.input_network.input_layer_sizes
     if sizes not in (None, [used]):
-        yield Mismatch(
+        yield error(
             "data-features",
             f"model.input_network.input_layer_sizes is {sizes} but the day layer is as wide as the "
             f"data's {used} features: set it to null.",
         )
 
 
-def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
     dataset, present = config.dataset, manifest.sessions
     absent = [session for session in dataset.sessions or () if session not in present]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        yield Mismatch(
+        yield error(
             "data-sessions",
             f"dataset.sessions lists {absent[0]}{more}, which the dataset does not have"
             f"{_nearest(absent[0], present)}: it has {len(present)} sessions, from {present[0]} to "
@@ -214,14 +199,14 @@ def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Misma
     usable = [session for session in dataset.sessions or present if session in present]
     n = len(usable)
     if dataset.days_per_batch > n:
-        yield Mismatch(
+        yield error(
             "data-few-sessions",
             f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {n} "
             f"sessions: use --dataset.days_per_batch {max(n, 1)}.",
         )
     beyond = [day for day in dataset.must_include_days or () if not -n <= day < n]
     if beyond:
-        yield Mismatch(
+        yield error(
             "data-days",
             f"dataset.must_include_days names session {beyond[0]} but sessions are numbered from 0 "
             f"to {n - 1} (or from -1, the last, down to {-n}).",
@@ -229,15 +214,14 @@ def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Misma
     weights = dataset.dataset_probability_val or ()
     for session, weight in zip(dataset.sessions or (), weights, strict=False):
         if weight and session in present and not manifest.select("val", [session]):
-            yield Mismatch(
+            yield warning(
                 "data-no-val-trials",
                 f"dataset.dataset_probability_val is {weight:g} for {session}, which has no "
                 "validation trials: nothing of it is validated; write 0.",
-                is_error=False,
             )
 
 
-def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mismatch]:
+def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
     """Each session, block or trial of dataset.bad_trials_dict that excludes nothing."""
     for session, blocks in (config.dataset.bad_trials_dict or {}).items():
         known: dict[int, set[int]] = {}
@@ -260,11 +244,10 @@ def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Mis
             )
         else:
             continue
-        yield Mismatch(
+        yield warning(
             "data-exclusions",
             f"dataset.bad_trials_dict excludes nothing by {what}: correct it, or a bad trial is "
             "used.",
-            is_error=False,
         )
 
 

@@ -145,22 +145,3 @@ def _inflate_lzf(raw: bytes, size: int) -> bytes:
         dataset = file.create_dataset("raw", (size,), np.uint8, chunks=(size,), compression="lzf")
         dataset.id.write_direct_chunk((0,), raw)
         return dataset[:].tobytes()
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something wrong with a dataset. `trial` is None when the whole file or dataset is meant.
-
-    severity: "error" for what cannot be trained on, "warning" for what deserves a look.
-    kind: a short tag that groups findings in tables.
-    """
-
-    key: str
-    trial: str | None
-    reason: str
-    kind: str
-    severity: str = "error"
-
-    def __str__(self) -> str:
-        where = self.key if self.trial is None else f"{self.key}:{self.trial}"
-        return f"{where}: {self.reason}"

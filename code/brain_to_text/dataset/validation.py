@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Finding
 from ..labels.phonemes import SILENCE
 from ..labels.pronunciation import normalise_text, pronunciations_of
 from ..log_lines import one_line
@@ -22,7 +22,7 @@ from .indexing import inspect_dataset, manifest_from_inspections
 from .manifest import TrialManifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
-from .trial_record import Finding, TrialRecord
+from .trial_record import TrialRecord
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below

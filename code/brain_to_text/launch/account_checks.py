@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..errors import Finding, error
 from ..storage.locations import split_s3_url
 from .account import AwsAccount, error_code
-from .checks import Finding, error
 from .image import ECR_URI
 from .request import MLFLOW_ARN, JobSettings
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from ..config import TrainingConfig
-from ..errors import BrainToTextError
+from ..errors import BrainToTextError, Finding, error, note, warning
 from ..gpus import OLDEST_CAPABILITY, frame_weights, n_frames
 from ..storage.locations import (
     DATA_FILE,
@@ -28,30 +28,6 @@ from .request import JobSettings, resolve_config
 
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
 _PUSH = "./build_and_push.sh"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that will stop a job (error), may spoil it (warning), or is good to know (note).
-
-    Attributes:
-        name: stable and short, for tests and the troubleshooting table.
-        text: one line: what, where, why, what to type next.
-    """
-
-    severity: Literal["error", "warning", "note"]
-    name: str
-    text: str
-
-
-def error(name: str, text: str) -> Finding:
-    """A finding that will stop the job."""
-    return Finding("error", name, text)
-
-
-def warning(name: str, text: str) -> Finding:
-    """A finding that may cost time or money, or that nobody could look at."""
-    return Finding("warning", name, text)
 
 
 # --- the instance type ----------------------------------------------------------------------------
@@ -78,7 +54,7 @@ def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]
         )
         return
     if config.use_amp and config.amp_dtype == "bfloat16" and gpu.half != "bfloat16":
-        yield Finding("note", "precision", f"A {row.gpu} has no bfloat16: float16 instead.")
+        yield note("precision", f"A {row.gpu} has no bfloat16: float16 instead.")
     n_gpus, batch = row.gpus * job.instance_count, config.dataset.batch_size
     need, memory = memory_gib(config, n_gpus), gpu.memory_gib
     if need > memory:
@@ -199,8 +175,7 @@ def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
         yield replace(finding, severity="warning") if job.accept_code_difference else finding
     base, changed, _ = resolve_config(job, image.code)
     if (base, changed) != resolve_config(job)[:2]:
-        yield Finding(
-            "note",
+        yield note(
             "config-travels",
             f"{job.config_file} was edited after the image was made, so the job gets yours as "
             f"{len(changed)} values: {', '.join(f'{k}={v}' for k, v in list(changed.items())[:6])}"
@@ -320,8 +295,7 @@ def _against_config(
     except BrainToTextError as problem:
         yield error("manifest-stale", str(problem))
         return
-    for mismatch in against_config(manifest, config):
-        yield (error if mismatch.is_error else warning)(mismatch.name, mismatch.text)
+    yield from against_config(manifest, config)
 
 
 def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:

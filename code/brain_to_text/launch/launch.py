@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BrainToTextError, JobError
+from ..errors import BrainToTextError, Finding, JobError, error, warning
 from .account import AwsAccount, error_code, explained, no_answer, sentence
 from .account_checks import check_quota, check_role
-from .checks import Finding, check_data, check_image, check_machine, error, warning
+from .checks import check_data, check_image, check_machine
 from .image import look_at
 from .pricing import Estimate, estimate
 from .request import CODE_FOLDER, JobSettings, new_job_name, resolve_config, training_request
@@ -107,7 +107,7 @@ class Report:
     def lines(self) -> list[str]:
         """The report for people: errors, warnings, notes, then time and price."""
         said = [
-            f"{severity}: {finding.text}"
+            f"{severity}: {finding.reason}"
             for severity in ("error", "warning", "note")
             for finding in self.of(severity)
         ]

@@ -17,8 +17,9 @@ import numpy as np
 from markupsafe import Markup
 
 from ..dataset.manifest_format import SPLITS
-from ..dataset.trial_record import Finding, TrialRecord
+from ..dataset.trial_record import TrialRecord
 from ..dataset.validation import SplitSummary, ValidationReport
+from ..errors import Finding
 from ..labels.phonemes import BLANK, PHONEMES
 from .charts import line_chart, number, ticks
 
