@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from brain_to_text.errors import BrainToTextError, ConfigError
-from brain_to_text.log_lines import one_line
+from brain_to_text.log_lines import nobody_reads, one_line
 from brain_to_text.storage.locations import s3_url
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         evaluate(options)
+        sys.stdout.flush()
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        return nobody_reads()
     except ModuleNotFoundError as error:
         print(
             f"ERROR: This program needs the Python package {error.name}, which is not here: run it "
@@ -153,8 +156,8 @@ def _word_options(options: argparse.Namespace) -> WordOptions | None:
     from brain_to_text.scoring.words import WordOptions
 
     if options.language_model is None and options.rescored is None:
-        for name, absent in (("lexicon", None), ("tune_words", False), ("nbest", 1)):
-            if getattr(options, name) != absent:
+        for name in ("lexicon", "tune_words", "nbest", "lm_weight", "word_score", "beam_size"):
+            if getattr(options, name) != build_parser().get_default(name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
                     "too (an ARPA or KenLM file, 'training' or 'none')."

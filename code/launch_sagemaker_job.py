@@ -29,7 +29,7 @@ from brain_to_text.launch.launch import (
 from brain_to_text.launch.pricing import estimate
 from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
 from brain_to_text.launch.watch import goodbye, watch
-from brain_to_text.log_lines import one_line
+from brain_to_text.log_lines import nobody_reads, one_line
 
 __all__ = ["launch_training_job", "main"]
 
@@ -91,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = job_settings(options, split_overrides(extra))
     except ConfigError as error:
         parser.error(one_line(str(error)))
+    if options.to and not options.fetch:
+        parser.error("--to says where --fetch JOB puts what it downloads: give both")
+    if options.wait and (options.check or options.dry_run or not launching):
+        parser.error("--wait follows a job that is launched: --watch JOB follows one that runs")
     try:
         if options.dry_run:
             return _dry_run(settings)
@@ -98,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
         if launching:
             return _launch(settings, options, account)
         return _existing_job(options, account)
+    except BrokenPipeError:
+        return nobody_reads()
     except BrainToTextError as error:
         print(f"{parser.prog}: {one_line(str(error))}", file=sys.stderr)
         return 1

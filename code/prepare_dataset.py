@@ -35,11 +35,11 @@ from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
-from brain_to_text.log_lines import one_line
+from brain_to_text.log_lines import nobody_reads, one_line
 from brain_to_text.scoring.report import dataset_page
 from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
 from brain_to_text.storage.store import open_store
-from brain_to_text.storage.targets import replace_own
+from brain_to_text.storage.targets import check_own, replace_own
 
 _PLACE = "folder or s3://BUCKET/PREFIX"
 _BY_SIZE = "worker processes; default by size"
@@ -51,10 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _stoppable():
-            return options.run(options)
+            code = int(options.run(options))
+            sys.stdout.flush()
+            return code
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
+    except BrokenPipeError:
+        return nobody_reads()
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         with suppress(OSError):  # after a hang-up nobody reads it
@@ -148,6 +152,9 @@ def _making(options: argparse.Namespace, report: Callable[[int, int], None]) -> 
 
 def run_validate(options: argparse.Namespace) -> int:
     """Check every trial; 0 when there is no error, 1 otherwise."""
+    mark = b"<title>Dataset "
+    if options.html is not None:
+        check_own(options.html, mark)
     with _progress("Validating", "file") as report:
         result = validate_dataset(
             open_store(options.source),
@@ -156,7 +163,7 @@ def run_validate(options: argparse.Namespace) -> int:
         )
     print(json.dumps(result.to_dict(), indent=2) if options.json else result.to_text())
     if options.html is not None:
-        replace_own(options.html, dataset_page(result).encode(), b"<title>Dataset ")
+        replace_own(options.html, dataset_page(result).encode(), mark)
     return 1 if result.errors else 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -179,6 +180,12 @@ def scrub(text: str) -> str:
         if secret and len(secret) > 7:
             text = text.replace(secret, "***")
     return _SECRET_PATTERN.sub("***", text)
+
+
+def nobody_reads() -> int:
+    """After a BrokenPipeError (`… | head`): let what is left to print go nowhere; the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def one_line(text: str) -> str:

@@ -228,6 +228,8 @@ def test_dry_run_asks_aws_nothing_and_says_what_is_missing(aws, capsys, monkeypa
     [
         ([], "--s3-bucket is needed"),
         (["--s3-bucket", "b-1", "--spott"], "did you mean --spot?"),
+        (["--s3-bucket", "b-1", "--to", "there"], "where --fetch JOB puts"),
+        (["--s3-bucket", "b-1", "--dry-run", "--wait"], "--watch JOB follows one"),
         (["--s3-bucket", "b-1", "--seed"], "--seed needs a value"),
         (["--s3-bucket", "b-1", "stray"], "Argument 'stray' was not understood"),
         (["--s3-bucket", "b-1", "--tag", "a=b", "--tag", "a=c"], "--tag a is given twice"),

@@ -292,10 +292,15 @@ def test_exclude_damaged_names_what_it_leaves_out(phoneme_set: Path, tmp_path, c
     key = f"{SESSIONS[0]}/data_train.hdf5"
     with h5py.File(phoneme_set / key, "r+") as file:
         del file["trial_0001/seq_class_ids"]
-    assert run("encode", phoneme_set, tmp_path / "new", "--exclude-damaged") == 0
-    printed = capsys.readouterr().out
-    assert f"Left out: {key}:trial_0001: dataset seq_class_ids is missing" in printed
-    assert "14 trials" in printed
+    new = tmp_path / "new"
+    assert run("encode", phoneme_set, new) == 1
+    assert "leave such trials out with --exclude-damaged" in capsys.readouterr().err
+    for already in ("", "5 of 5 files are encoded already"):
+        assert run("encode", phoneme_set, new, "--exclude-damaged") == 0
+        printed = capsys.readouterr().out
+        assert already in printed and "14 trials" in printed
+        assert f"Left out: {key}:trial_0001: dataset seq_class_ids is missing" in printed
+    assert run("encode", phoneme_set, new) == 1  # what was left out is not passed over
 
 
 class TestFromText:

@@ -431,6 +431,7 @@ def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, tm
         (("--nbest", "3"), "--nbest is about decoding words: give --language-model"),
         (("--lexicon", "a.txt"), "--lexicon is about decoding words"),
         (("--tune-words",), "--tune-words is about decoding words"),
+        (("--lm-weight", "3"), "--lm-weight is about decoding words"),
         (("--rescored", "a.csv", "--language-model", "none"), "Sentences come from one place"),
         (("--rescored", "a.csv", "--nbest", "3"), "leave out --lexicon, --tune-words and --nbest"),
         (("--rescored", "absent.csv"), "absent.csv cannot be read"),

@@ -4,7 +4,8 @@ import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from brain_to_text.errors import StorageError
+import pytest
+from brain_to_text.errors import CheckpointError, StorageError
 from brain_to_text.log_lines import scrub, train_line
 from brain_to_text.training.run_log import LogUploader, RunLog, scalars
 
@@ -45,7 +46,7 @@ def test_text_without_secrets_stays_as_it_is():
 def test_what_an_earlier_job_said_stands_before_what_this_one_says(tmp_path):
     with run_log(tmp_path) as log:
         log.info("this job")
-        log.restore({"training_log": "earlier job\n", "metrics": '{"kind": "train"}\n'})
+        log.begin({"training_log": "earlier job\n", "metrics": '{"kind": "train"}\n'})
         log.info("goes on")
         log.metrics("validation", DER=0.5)
     lines = log.log_file.read_text().splitlines()
@@ -61,10 +62,36 @@ def test_a_job_in_the_folder_of_the_one_before_has_no_number_twice(tmp_path):
         earlier = log.snapshot()
         log.metrics("train", step=1, loss=7.3)  # after the checkpoint, and lost with the job
     with run_log(tmp_path) as log:
-        log.restore(earlier)
+        log.begin(earlier)
         log.metrics("train", step=1, loss=7.3)
     lines = map(json.loads, log.metrics_file.read_text().splitlines())
     assert [entry["step"] for entry in lines] == [0, 1]
+
+
+def test_a_job_that_was_refused_leaves_the_log_of_the_run_before(tmp_path):
+    with run_log(tmp_path) as log:
+        log.begin()
+        log.info("the run before")
+        log.metrics("train", step=0, loss=7.4)
+    with run_log(tmp_path) as log:
+        log.info("refused")
+    assert "the run before" in log.log_file.read_text().splitlines()[0]
+    assert log.metrics_file.read_text().count("\n") == 1
+    with run_log(tmp_path) as log:
+        log.info("another run")
+        log.begin()
+        log.info("goes on")
+    lines = [line.split(": ", 1)[-1] for line in log.log_file.read_text().splitlines()]
+    assert lines == ["another run", "goes on"] and log.metrics_file.read_text() == ""
+
+
+def test_two_runs_never_write_one_log(tmp_path):
+    with run_log(tmp_path) as log:
+        log.info("the first")
+        with pytest.raises(CheckpointError, match=r"being written by another run.*--model-dir"):
+            RunLog(log.log_file, log.metrics_file)
+        log.info("goes on")
+    assert len(log.log_file.read_text().splitlines()) == 2
 
 
 def test_a_follower_sees_what_was_and_what_comes(tmp_path):

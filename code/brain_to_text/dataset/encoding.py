@@ -41,6 +41,7 @@ from .workers import limited, sound_answers
 
 COMMAND = "prepare_dataset.py encode"
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
+_NOTED = ("crc32", "compared", "left_out")  # of an encoded file, for a repeated run
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class EncodingOptions:
             ConfigError: a lexicon that is not used. StorageError, DataError: it cannot be read.
         """
         purpose = asdict(self)
+        del purpose["exclude_damaged"]  # a file without damage is the same either way
         if self.lexicon and not self.from_text:
             raise ConfigError("--lexicon is for labels from text: say --from-text, too.")
         if self.from_text:
@@ -97,7 +99,7 @@ class _Encoded:
 
     def note(self) -> dict[str, Any]:
         """What tells later that it still holds."""
-        return {"source": self.source, "target": self.crc32, "compared": self.compared}
+        return {name: getattr(self, name) for name in ("source", *_NOTED)}
 
 
 def encode_dataset(
@@ -132,9 +134,11 @@ def encode_dataset(
     with Target.claim(
         target, COMMAND, purpose, sources, reads=[source.url], overwrite=overwrite
     ) as claimed:
-        done = _still_done(claimed, source, sources, processes)
+        done = _still_done(claimed, source, sources, options, processes, progress)
         if done:
             log(f"{len(done)} of {len(sources)} files are encoded already and are skipped")
+        for line in (line for encoded in done.values() for line in encoded.left_out):
+            log(f"Left out: {line}")
         jobs = {
             f"{source.url}/{key}": (source.url, target.url, info, options)
             for key, info in sources.items()
@@ -160,9 +164,16 @@ def encode_dataset(
 
 
 def _still_done(
-    target: Target, source: ObjectStore, sources: Mapping[str, ObjectInfo], processes: int
+    target: Target,
+    source: ObjectStore,
+    sources: Mapping[str, ObjectInfo],
+    options: EncodingOptions,
+    processes: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, _Encoded]:
     """The files of an earlier run whose source and target have not changed since, by key.
+
+    One of which something was left out counts only where that is asked for again.
 
     Raises:
         DataError: they were made of another place's files, with other content.
@@ -171,9 +182,9 @@ def _still_done(
     jobs = {
         f"{target.store.url}/{key}": (source.url, sources[key], target.store.url, there[key], note)
         for key, note in target.notes.get("files", {}).items()
-        if key in sources and key in there
+        if key in sources and key in there and (options.exclude_damaged or not note["left_out"])
     }
-    answers = list(sound_answers(_recheck_job, jobs, processes))
+    answers = list(sound_answers(_recheck_job, jobs, processes, progress))
     changed = sorted(answer for answer in answers if isinstance(answer, str))
     if changed and target.notes["source"] != source.url:
         raise DataError(
@@ -192,10 +203,11 @@ def _recheck_job(
     if not known and zlib.crc32(open_store(source_url).read(key, info.size)) != crc32:
         return key
     data = open_store(target_url).read(key, own.size)
-    if zlib.crc32(data) != note["target"]:
+    if zlib.crc32(data) != note["crc32"]:
         return None
     with limited(len(data)):
-        return _Encoded(inspect_file(key, data), (etag, crc32), note["target"], note["compared"])
+        inspection = inspect_file(key, data)
+    return _Encoded(inspection, (etag, crc32), *(note[name] for name in _NOTED))
 
 
 def encode_file(

@@ -53,7 +53,8 @@ class AwsAccount:
         except ProfileNotFound as error:
             raise JobError(f"{error}: choose one of `aws configure list-profiles`.") from error
         if self.session.region_name is None:
-            raise JobError(f"No AWS region is set: {DEFAULT_REGION_HELP}.")
+            lacking = "" if self.session.get_credentials() else " and no credentials were found"
+            raise JobError(f"No AWS region is set{lacking}: {DEFAULT_REGION_HELP}.")
         self.region: str = self.session.region_name
         self._clients: dict[tuple[str, str], Any] = {}
 

@@ -108,7 +108,7 @@ class JobSettings:
     mlflow_tracking_uri: str | None = option(
         None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
     )
-    mlflow_experiment: str = option("brain-to-text", "MLflow experiment")
+    mlflow_experiment: str | None = option(None, "MLflow experiment; default: brain-to-text")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -150,7 +150,7 @@ def resolve_config(
         given = shipped
     own = {
         "num-training-batches": settings.num_training_batches,
-        "dataset.batch-size": settings.batch_size,
+        "batch-size": settings.batch_size,
         "init-from-checkpoint": None if settings.init_from_checkpoint is None else True,
         "init-checkpoint-path": settings.init_from_checkpoint,
     }
@@ -286,7 +286,9 @@ def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
     environment = dict(settings.environment)
     if settings.mlflow_tracking_uri:
         environment.setdefault("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri)
-        environment.setdefault("MLFLOW_EXPERIMENT_NAME", settings.mlflow_experiment)
+        environment.setdefault(
+            "MLFLOW_EXPERIMENT_NAME", settings.mlflow_experiment or "brain-to-text"
+        )
         environment.setdefault("MLFLOW_RUN_NAME", job_name)
     return environment
 
@@ -371,6 +373,8 @@ def _check(settings: JobSettings) -> None:
                     f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
                     "everybody who may describe it: give the role access instead."
                 )
+    if settings.mlflow_experiment and not settings.mlflow_tracking_uri:
+        refuse("--mlflow-experiment is for a server: give --mlflow-tracking-uri, too.")
     if settings.mlflow_tracking_uri:
         if scrub(settings.mlflow_tracking_uri) != settings.mlflow_tracking_uri:
             refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")

@@ -158,7 +158,8 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
                 if os.path.realpath(folder / name) not in kept:
                     (folder / name).unlink(missing_ok=True)  # of the evaluation before
     except OSError as error:
-        if others and error.errno not in _FULL:
+        ours = others and error.filename and Path(error.filename).parent == Path(draft)
+        if others and not ours and error.errno not in _FULL:
             raise
         raise _unwritable(folder, str(error.strerror or error)) from error
 

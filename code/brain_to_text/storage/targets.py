@@ -52,14 +52,14 @@ def check_apart(source: str | Path, target: str | Path) -> None:
         raise DataError(f"{inner} lies in {outer}: give a target beside the source.")
 
 
-def replace_own(path: Path, data: bytes, mark: bytes) -> None:
-    """Write a file that a person named, unless that would replace something else.
+def check_own(path: Path, mark: bytes) -> None:
+    """Check that a file that a person named may be written.
 
     Args:
         mark: stands in every file that this command writes there.
 
     Raises:
-        DataError: a file without the mark is there. StorageError: writing is not possible.
+        DataError: a file without the mark is there, or a folder, or the name is that of data.
     """
     if path.suffix in (".hdf5", ".gz"):
         raise DataError(f"{path} has the name of data: give another name.")
@@ -70,6 +70,15 @@ def replace_own(path: Path, data: bytes, mark: bytes) -> None:
             raise DataError(
                 f"{path} is there and is something else: remove it, or give another name."
             )
+
+
+def replace_own(path: Path, data: bytes, mark: bytes) -> None:
+    """Write a file that a person named, unless that would replace something else.
+
+    Raises:
+        DataError: as `check_own`. StorageError: writing is not possible.
+    """
+    check_own(path, mark)
     open_store(path.parent).write(path.name, data)
 
 

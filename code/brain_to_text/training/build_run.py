@@ -126,8 +126,10 @@ def build_run(
     )
     if saved is not None:
         restore_run(run, saved)
-    elif config.init_from_checkpoint:
+        return run
+    if config.init_from_checkpoint:
         start_from(str(config.init_checkpoint_path), model, selection.sessions, log)
+    log.begin()
     return run
 
 

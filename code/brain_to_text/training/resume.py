@@ -89,7 +89,7 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
     run.train_step.load_state_dict(step_state)
     _restore_progress(run, saved["run"])
     _forget_best_of_other_trials(run, saved["identity"])
-    run.log.restore(saved["log"])
+    run.log.begin(saved["log"])
 
 
 def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -82,9 +83,14 @@ class _LogFile(logging.FileHandler):
 class RunLog:
     """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
 
+    What an earlier job left in these files stays until `begin` says what this run is.
+
     Args:
         log_file: the `training_log` of the model folder; None (ranks other than 0) only warns.
         metrics_file: JSON lines, one object per log line or validation; None for none.
+
+    Raises:
+        CheckpointError: they cannot be written, or another live process writes them.
     """
 
     def __init__(self, log_file: Path | None, metrics_file: Path | None) -> None:
@@ -92,15 +98,18 @@ class RunLog:
         self.metrics_file = metrics_file
         self._uploader: LogUploader | None = None
         self._followers: list[Follower] = []
-        if metrics_file is not None:  # an earlier job's in the same folder; a resumed run has them
-            with writing(metrics_file):
-                metrics_file.unlink(missing_ok=True)
+        self._left: dict[Path, int] = {}  # bytes
+        for path in (log_file, metrics_file):
+            if path is not None:
+                with writing(path):
+                    self._left[path] = path.stat().st_size if path.exists() else 0
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         self._file: _LogFile | None = None
         if log_file is not None:
             with writing(log_file):
-                self._file = _LogFile(log_file, mode="w", encoding="utf-8")
+                self._file = _LogFile(log_file, encoding="utf-8")
+            _hold(self._file)
             self._handlers.append(self._file)
         for handler in self._handlers:
             handler.setFormatter(formatter)
@@ -146,20 +155,21 @@ class RunLog:
         """Everything said so far, for the checkpoint."""
         return {"training_log": _text(self.log_file), "metrics": _text(self.metrics_file)}
 
-    def restore(self, snapshot: dict[str, str]) -> None:
-        """Put what an earlier job said before what this one has said so far."""
-        for path, earlier in (
-            (self.log_file, snapshot["training_log"]),
-            (self.metrics_file, snapshot["metrics"]),
-        ):
-            if path is None or not earlier:
+    def begin(self, earlier: Mapping[str, str] | None = None) -> None:
+        """Put what this run said before, or nothing, in the place of what was found in the files.
+
+        Args:
+            earlier: the `snapshot` of the job that this one continues.
+        """
+        for path, name in ((self.log_file, "training_log"), (self.metrics_file, "metrics")):
+            if path is None:
                 continue
-            so_far = _text(path)
-            mode = "r+" if path.exists() else "w"
-            with writing(path), path.open(mode, encoding="utf-8") as file:
-                file.write(earlier + so_far)
-        if self._file is not None:
-            self._file.stream.seek(0, os.SEEK_END)  # type: ignore[union-attr]
+            said = (earlier or {}).get(name, "").encode()
+            with writing(path):
+                if path.exists():
+                    path.write_bytes(said + path.read_bytes()[self._left[path] :])
+                elif said:
+                    path.write_bytes(said)
 
     def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread of its own.
@@ -229,6 +239,21 @@ class LogUploader:
                     self._warned = True
             if stopping:
                 return
+
+
+def _hold(file: _LogFile) -> None:
+    """Take a log for this process, before anything in it changes."""
+    assert file.stream is not None  # it was opened at once
+    try:
+        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(
+            f"{file.baseFilename} is being written by another run: give this run its own "
+            "--model-dir."
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def _text(path: Path | None) -> str:
