@@ -19,6 +19,12 @@ def test_every_file_that_is_named_exists(page):
     assert missing == []
 
 
+def test_every_file_of_others_that_the_notice_names_exists():
+    names = re.findall(r"^(brain_to_text/\S+):", (TOP / "code" / "NOTICE").read_text(), re.M)
+    assert len(names) == 3
+    assert [name for name in names if not (TOP / "code" / name).is_file()] == []
+
+
 def test_a_fork_checks_what_contributors_check_and_needs_no_secret():
     text = (HOME / "workflows" / "checks.yml").read_text()
     workflow = yaml.safe_load(text)
