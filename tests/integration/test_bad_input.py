@@ -21,7 +21,6 @@ from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
-from brain_to_text.storage.store import open_store
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -546,18 +545,17 @@ def test_encode_proves_every_trial_before_it_writes_a_file(
     write_small_dataset(tmp_path / "old", form=None)
     real = encoding.encode_file
 
-    def mistaken(key, data, options):
-        encoded, left_out = real(key, data, options)
+    def mistaken(*arguments, **more):
+        encoded, left_out = real(*arguments, **more)
         buffer = io.BytesIO(encoded)
         with h5py.File(buffer, "r+") as file:
             change(file[TRIAL])
         return buffer.getvalue(), left_out
 
     monkeypatch.setattr(encoding, "encode_file", mistaken)
-    source, target = str(tmp_path / "old"), str(tmp_path / "new")
-    info = open_store(source).list()[FILE]
+    source = encoding.Source(FILE, None, (tmp_path / "old" / FILE).read_bytes)
     with pytest.raises(DataError) as stopped:
-        encoding._encode_job(source, target, info, encoding.EncodingOptions())
+        encoding._encode_job(FILE, source, str(tmp_path / "new"), encoding.EncodingOptions())
     assert str(stopped.value) == f"{FILE}:{TRIAL}: {reason}."
     assert not (tmp_path / "new" / FILE).exists()
 

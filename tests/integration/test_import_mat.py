@@ -119,15 +119,15 @@ def test_words_that_nobody_knows_are_named_given_or_left_out(benchmark_folder, t
     path = benchmark_folder / "train" / f"{SESSIONS[0]}.mat"
     savemat(path, variables(["Turn it up", "the zzqrk", "", "Go 2 it"]))
     assert run("import-mat", benchmark_folder, tmp_path / "a") == 1
-    assert f"{path} trial_0001: " in (error := capsys.readouterr().err)
+    assert f"{path}:trial_0001: " in (error := capsys.readouterr().err)
     assert "how to pronounce zzqrk" in error
     lexicon = tmp_path / "words.txt"
     lexicon.write_text("zzqrk Z ER K\n")
     options = ["--lexicon", lexicon, "--exclude-damaged"]
     assert run("import-mat", benchmark_folder, tmp_path / "b", *options) == 0
     printed = capsys.readouterr().out
-    assert f"Left out: {path} trial_0002: " in printed and "it has no words" in printed
-    assert f"Left out: {path} trial_0003: " in printed and "'2' has digits" in printed
+    assert f"Left out: {path}:trial_0002: " in printed and "there is no text" in printed
+    assert f"Left out: {path}:trial_0003: " in printed and "'2' has digits" in printed
     assert "18 trials (6 train" in printed
 
 

@@ -37,8 +37,8 @@ def small_file(layout: int, libver: str) -> bytes:
             group.create_dataset("input_features", data=features, **LAYOUTS[layout])
             phonemes = rng.integers(1, 41, 3).astype(np.int32)
             labels = encode_diphones(phonemes)
-            group["seq_class_ids"] = padded(labels, "")[:40]
-            group["seq_class_ids_phoneme"] = padded(phonemes, "")[:40]
+            group["seq_class_ids"] = padded(labels)[:40]
+            group["seq_class_ids_phoneme"] = padded(phonemes)[:40]
             group["transcription"] = np.frombuffer(b"hello you\0\0\0", np.uint8).astype(np.int32)
             group.attrs.update(
                 n_time_steps=40,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,11 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
-from ..labels.pronunciation import (
-    Lexicon,
-    dictionary_fingerprint,
-    read_lexicon,
-    text_phonemes,
-)
-from ..storage.locations import S3_ETAG, ObjectInfo, data_files
+from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
+from ..storage.locations import S3_ETAG, data_files
 from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .hdf5_reader import (
-    DATA_FILE,
     TRIAL_NAME,
     FileInspection,
     inspect_file,
@@ -39,9 +34,8 @@ from .indexing import keep_index
 from .manifest import TrialManifest
 from .workers import limited, sound_answers
 
-COMMAND = "prepare_dataset.py encode"
+_REPAIR = "repair it, or leave such trials out with --exclude-damaged."
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
-_NOTED = ("crc32", "compared", "left_out")  # of an encoded file, for a repeated run
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,6 @@ class EncodingOptions:
         if self.from_text:
             words = repr(sorted((self.words() or {}).items())).encode()
             purpose["lexicon"] = f"{zlib.crc32(words):08x}" if self.lexicon else None
-            purpose["dictionary"] = dictionary_fingerprint()
         return purpose
 
     def words(self) -> Lexicon | None:
@@ -84,78 +77,99 @@ class EncodingOptions:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """One file done.
+class Source:
+    """A file to encode: what messages call it, its ETag where that is S3's, how it is read."""
 
-    source: its source's ETag, where that is S3's, and CRC-32. crc32: its own.
-    compared: trials, label sequences. left_out: lines about what is not in it.
-    """
+    name: str
+    etag: str | None
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A file done, and for a repeated run: its sums, what was compared, what is not in it."""
 
     inspection: FileInspection
-    source: tuple[str | None, int]
-    crc32: int
-    compared: tuple[int, int]
-    left_out: Sequence[str] = ()
-
-    def note(self) -> dict[str, Any]:
-        """What tells later that it still holds."""
-        return {name: getattr(self, name) for name in ("source", *_NOTED)}
+    note: Mapping[str, Any]
 
 
 def encode_dataset(
     source: ObjectStore,
     target: ObjectStore,
     options: EncodingOptions | None = None,
+    **how: Any,
+) -> TrialManifest:
+    """Write the diphone form of every data file of `source` to `target`, and a manifest.
+
+    Args:
+        how: see `encode_files`.
+
+    Raises:
+        DataError: damage in the source, a target that holds something else.
+        StorageError: source or target cannot be read or written.
+    """
+    sources = {
+        key: Source(
+            key,
+            info.etag if S3_ETAG.fullmatch(info.etag) else None,
+            partial(_read, source.url, key, info.size),
+        )
+        for key, info in data_files(source.list(), source.url).items()
+    }
+    command = "prepare_dataset.py encode"
+    return encode_files(sources, source.url, target, command, options or EncodingOptions(), **how)
+
+
+def encode_files(
+    sources: Mapping[str, Source],
+    place: str,
+    target: ObjectStore,
+    command: str,
+    options: EncodingOptions,
     *,
     processes: int = 1,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = print,
 ) -> TrialManifest:
-    """Write the diphone form of every data file of `source` to `target`, and a manifest.
+    """Write the diphone form of every source, by its key in `target`, and a manifest.
 
     Files are written whole or not at all. A file that is already in the target, encoded from the
     same content with the same options, is skipped, so an interrupted run is simply repeated.
     Before a file is written, each of its trials is decoded back and compared with the source.
 
     Args:
+        place: folder or URL of the sources.
+        command: as typed.
         processes: files encoded at once, each in memory.
         overwrite: replace files of these names that this command did not write.
         progress: called with (files done, files in all).
         log: receives one line per thing left out, about files skipped, and what was compared.
-
-    Raises:
-        DataError: damage in the source, a target that holds something else.
-        StorageError: source or target cannot be read or written.
     """
-    options = options or EncodingOptions()
-    sources = data_files(source.list(), source.url)
     purpose = options.purpose()
     with Target.claim(
-        target, COMMAND, purpose, sources, reads=[source.url], overwrite=overwrite
+        target, command, purpose, sources, reads=[place], overwrite=overwrite
     ) as claimed:
-        done = _still_done(claimed, source, sources, options, processes, progress)
+        done = _still_done(claimed, place, sources, options, processes, progress)
         if done:
             log(f"{len(done)} of {len(sources)} files are encoded already and are skipped")
-        for line in (line for encoded in done.values() for line in encoded.left_out):
+        for line in (line for encoded in done.values() for line in encoded.note["left_out"]):
             log(f"Left out: {line}")
         jobs = {
-            f"{source.url}/{key}": (source.url, target.url, info, options)
-            for key, info in sources.items()
+            source.name: (key, source, target.url, options)
+            for key, source in sources.items()
             if key not in done
         }
         with closing(sound_answers(_encode_job, jobs, processes, progress, len(done))) as answers:
             for encoded in answers:
-                for line in encoded.left_out:
+                for line in encoded.note["left_out"]:
                     log(f"Left out: {line}")
                 done[encoded.inspection.key] = encoded
-                claimed.notes = {
-                    "source": source.url,
-                    "files": {key: file.note() for key, file in done.items()},
-                }
+                notes = {key: file.note for key, file in done.items()}
+                claimed.notes = {"source": place, "files": notes}
                 claimed.save()
         manifest = keep_index(target, [file.inspection for file in done.values()])
-    trials, labelled = np.sum([file.compared for file in done.values()], axis=0)
+    trials, labelled = np.sum([file.note["compared"] for file in done.values()], axis=0)
     log(
         f"Compared with the source: the features of {trials:,} trials value by value, the labels "
         f"of {labelled:,} by decoding them; all are equal"
@@ -163,10 +177,14 @@ def encode_dataset(
     return manifest
 
 
+def _read(url: str, key: str, size: int) -> bytes:
+    return open_store(url).read(key, size)
+
+
 def _still_done(
     target: Target,
-    source: ObjectStore,
-    sources: Mapping[str, ObjectInfo],
+    place: str,
+    sources: Mapping[str, Source],
     options: EncodingOptions,
     processes: int,
     progress: Callable[[int, int], None] | None,
@@ -180,38 +198,40 @@ def _still_done(
     """
     there = target.store.list()
     jobs = {
-        f"{target.store.url}/{key}": (source.url, sources[key], target.store.url, there[key], note)
+        f"{target.store.url}/{key}": (key, sources[key], target.store.url, note)
         for key, note in target.notes.get("files", {}).items()
         if key in sources and key in there and (options.exclude_damaged or not note["left_out"])
     }
     answers = list(sound_answers(_recheck_job, jobs, processes, progress))
     changed = sorted(answer for answer in answers if isinstance(answer, str))
-    if changed and target.notes["source"] != source.url:
+    if changed and target.notes["source"] != place:
         raise DataError(
             f"{target.store.url} was encoded from {target.notes['source']}, whose {changed[0]} is "
-            f"another than that of {source.url}: give an empty target, or say --overwrite."
+            f"another than that of {place}: give an empty target, or say --overwrite."
         )
     return {a.inspection.key: a for a in answers if isinstance(a, _Encoded)}
 
 
 def _recheck_job(
-    source_url: str, info: ObjectInfo, target_url: str, own: ObjectInfo, note: Mapping[str, Any]
+    key: str, source: Source, target_url: str, note: Mapping[str, Any]
 ) -> _Encoded | str | None:
     """A file that still holds, the key of one whose source is another, None for another target."""
-    key, (etag, crc32) = info.key, note["source"]
-    known = etag is not None and etag == _etag(info)
-    if not known and zlib.crc32(open_store(source_url).read(key, info.size)) != crc32:
+    known = source.etag is not None and source.etag == note["etag"]
+    if not known and zlib.crc32(source.read()) != note["source"]:
         return key
-    data = open_store(target_url).read(key, own.size)
-    if zlib.crc32(data) != note["crc32"]:
+    data = open_store(target_url).read(key)
+    if zlib.crc32(data) != note["target"]:
         return None
     with limited(len(data)):
-        inspection = inspect_file(key, data)
-    return _Encoded(inspection, (etag, crc32), *(note[name] for name in _NOTED))
+        return _Encoded(inspect_file(key, data), note)
 
 
 def encode_file(
-    key: str, data: bytes, options: EncodingOptions, without: frozenset[str] = frozenset()
+    key: str,
+    data: bytes,
+    options: EncodingOptions,
+    without: Collection[str] = (),
+    name: str | None = None,
 ) -> tuple[bytes, list[str]]:
     """The encoded file of a file's bytes, and one line for everything left out.
 
@@ -219,58 +239,51 @@ def encode_file(
 
     Args:
         without: names of trials to leave out.
+        name: what messages call the file, unless by its key.
 
     Raises:
         DataError: damage, unless options.exclude_damaged.
     """
+    name = name or key
     lexicon = options.words()
     left_out: list[str] = []
     buffer = io.BytesIO()
     try:
         with h5py.File(io.BytesIO(data), "r") as old, h5py.File(buffer, "w") as new:
-            trials = {name for name in old if TRIAL_NAME.fullmatch(printable(name))}
-            left_out += [f"{key}: {what}" for what in _copy(old, new, {*old} - trials)]
-            for name in sorted(trials - without):
-                where = f"{key}:{name}"
+            trials = {trial for trial in old if TRIAL_NAME.fullmatch(printable(trial))}
+            left_out += [f"{name}: {what}" for what in _copy(old, new, {*old} - trials)]
+            for trial in sorted(trials.difference(without)):
                 try:
-                    lost = _encode_trial(key, old[name], new.create_group(name), options, lexicon)
+                    lost = _encode_trial(key, old[trial], new.create_group(trial), options, lexicon)
                 except (DamagedTrial, DataError, *HDF5_ERRORS) as error:
-                    reason = cause_of(error).removeprefix(f"{where}: ").rstrip(".")
+                    reason = f"{name}:{trial}: {cause_of(error).rstrip('.')}"
                     if not options.exclude_damaged:
-                        raise DataError(
-                            f"{where}: {reason}; repair it, or leave such trials out with "
-                            "--exclude-damaged."
-                        ) from error
-                    left_out.append(f"{where}: {reason}")
-                    del new[name]
+                        raise DataError(f"{reason}; {_REPAIR}") from error
+                    left_out.append(reason)
+                    del new[trial]
                 else:
-                    left_out += [f"{where}: {what}" for what in lost]
+                    left_out += [f"{name}:{trial}: {what}" for what in lost]
     except HDF5_ERRORS as error:
-        raise DataError(f"{key}: cannot be read as HDF5 ({cause_of(error)}); copy it again.") from (
-            error
-        )
+        raise DataError(
+            f"{name}: cannot be read as HDF5 ({cause_of(error)}); copy it again."
+        ) from error
     return buffer.getvalue(), left_out
 
 
 def _encode_trial(
-    key: str,
-    old: h5py.Group,
-    new: h5py.Group,
-    options: EncodingOptions,
-    lexicon: Lexicon | None,
+    key: str, old: h5py.Group, new: h5py.Group, options: EncodingOptions, lexicon: Lexicon | None
 ) -> list[str]:
     """Fill `new`; returns what of `old` could not be copied."""
     if not isinstance(old, h5py.Group):
         raise DamagedTrial("is not a group", "wrong kind")
-    where = f"{key}:{new.name.lstrip('/')}"
     features = _source_features(old)
     phonemes = _source_phonemes(key, old, lexicon)
     anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
     left_out = list(_copy(old, new, {*old} - anew))
-    write_features(new, features, options.dtype, where)
+    write_features(new, features, options.dtype)
     left_out += _copy(old["input_features"], new["input_features"], set())
     if phonemes is not None:
-        write_labels(new, encode_diphones(phonemes, options.form), phonemes, where)
+        write_labels(new, encode_diphones(phonemes, options.form), phonemes)
     return left_out
 
 
@@ -299,43 +312,47 @@ def _source_features(trial: h5py.Group) -> np.ndarray:
 
 def _source_phonemes(key: str, trial: h5py.Group, lexicon: Lexicon | None) -> np.ndarray | None:
     """Phoneme labels of a source trial, None of one in the test split that has none."""
-    match = DATA_FILE.fullmatch(key)
-    assert match is not None  # keys come from data_files
+    split = Path(key).stem.removeprefix("data_")
     if lexicon is None:
-        return read_labels(trial)[1] if is_labelled(trial, match["split"]) else None
+        return read_labels(trial)[1] if is_labelled(trial, split) else None
     sentence = read_sentence(trial, lambda *_: None)
     if sentence is not None:
         return text_phonemes(sentence, lexicon)
-    if match["split"] == "test":
+    if split == "test":
         return None
     raise DataError("attribute sentence_label is missing, so there is no text to label")
 
 
-def _encode_job(
-    source_url: str, target_url: str, info: ObjectInfo, options: EncodingOptions
-) -> _Encoded:
+def _encode_job(key: str, source: Source, target_url: str, options: EncodingOptions) -> _Encoded:
     """Read, encode, prove and write one file."""
-    key = info.key
-    original = open_store(source_url).read(key, info.size)
+    original = source.read()
     with limited(len(original)):
-        encoded, left_out = encode_file(key, original, options)
+        encoded, left_out = encode_file(key, original, options, name=source.name)
         inspection = inspect_file(key, encoded)
-        broken = [f for f in inspection.findings if f.severity == "error"]
-        if broken and options.exclude_damaged and all(f.trial for f in broken):
-            without = frozenset(f.trial for f in broken if f.trial)
-            encoded, left_out = encode_file(key, original, options, without)
+        broken = _broken(inspection)
+        if broken and options.exclude_damaged and None not in broken:
+            encoded, left_out = encode_file(key, original, options, broken, source.name)
+            left_out += [f"{source.name}:{trial}: {reason}" for trial, reason in broken.items()]
             inspection = inspect_file(key, encoded)
-            left_out += map(str, broken)
-            broken = [f for f in inspection.findings if f.severity == "error"]
-        if broken:
-            raise DataError(
-                f"{source_url}/{broken[0]}; see all with 'python code/prepare_dataset.py validate "
-                f"{source_url}'."
-            )
+            broken = _broken(inspection)
+        for trial, reason in broken.items():
+            where = f"{source.name}:{trial}" if trial else source.name
+            raise DataError(f"{where}: {reason}; {_REPAIR}")
         compared = _prove(original, encoded, inspection, options)
     open_store(target_url).write(key, encoded)
-    source = (_etag(info), zlib.crc32(original))
-    return _Encoded(inspection, source, zlib.crc32(encoded), compared, left_out)
+    note = {
+        "etag": source.etag,
+        "source": zlib.crc32(original),
+        "target": zlib.crc32(encoded),
+        "compared": compared,
+        "left_out": left_out,
+    }
+    return _Encoded(inspection, note)
+
+
+def _broken(inspection: FileInspection) -> dict[Any, str]:
+    """Reasons by trial, None for the whole file."""
+    return {f.trial: f.reason for f in inspection.findings if f.severity == "error"}
 
 
 def _prove(
@@ -366,7 +383,3 @@ def _prove(
                 raise DataError(f"{record.name}: the encoded labels do not decode to the source's.")
             labelled += 1
     return len(inspection.records), labelled
-
-
-def _etag(info: ObjectInfo) -> str | None:
-    return info.etag if S3_ETAG.fullmatch(info.etag) else None

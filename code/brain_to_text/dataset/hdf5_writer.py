@@ -45,21 +45,20 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
     with h5py.File(buffer, "w") as file:
         for trial in trials:
             group = file.create_group(trial.name)
-            where = f"{trial.session} {trial.name}"
-            write_features(group, trial.features, "float32", where)
+            write_features(group, trial.features, "float32")
             group.attrs["n_time_steps"] = len(trial.features)
             group.attrs["session"] = trial.session
             group.attrs["block_num"] = trial.block_num
             group.attrs["trial_num"] = trial.trial_num
-            write_labels(group, trial.class_ids, trial.phoneme_ids, where)
+            write_labels(group, trial.class_ids, trial.phoneme_ids)
             if trial.sentence is not None:
                 codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
-                group["transcription"] = padded(codes, where)
+                group["transcription"] = padded(codes)
                 group.attrs["sentence_label"] = trial.sentence
     return buffer.getvalue()
 
 
-def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType, where: str) -> None:
+def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType) -> None:
     """Store `input_features` [T, C] as one run of bytes.
 
     Raises:
@@ -68,15 +67,12 @@ def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType, 
     with np.errstate(over="ignore"):  # found below
         values = np.asarray(features).astype(dtype)
     if dtype == "float16" and not np.isfinite(values).all():
-        raise DataError(
-            f"{where}: a feature exceeds what float16 can hold (65,504): write this dataset with "
-            "--dtype float32."
-        )
+        raise DataError("a feature exceeds what float16 can hold (65,504): say --dtype float32.")
     group.create_dataset("input_features", data=values)
 
 
 def write_labels(
-    group: h5py.Group, class_ids: np.ndarray | None, phoneme_ids: np.ndarray | None, where: str
+    group: h5py.Group, class_ids: np.ndarray | None, phoneme_ids: np.ndarray | None
 ) -> None:
     """Store label arrays and their lengths; None where there are none.
 
@@ -88,21 +84,16 @@ def write_labels(
         ("seq_class_ids_phoneme", "seq_len_phoneme", phoneme_ids),
     ):
         if ids is not None:
-            group[name] = padded(ids, where)
+            group[name] = padded(ids)
             group.attrs[length] = len(ids)
 
 
-def padded(values: np.ndarray, where: str) -> np.ndarray:
+def padded(values: np.ndarray) -> np.ndarray:
     """[500] int32 with zeros after `values`.
 
     Raises:
         DataError: `values` are more than the schema's arrays hold.
     """
     if len(values) > MAX_SEQ_ELEMENTS:
-        raise DataError(
-            f"{where}: {len(values)} labels do not fit into the schema's {MAX_SEQ_ELEMENTS}: "
-            "leave this trial out or split it."
-        )
-    result = np.zeros(MAX_SEQ_ELEMENTS, np.int32)
-    result[: len(values)] = values
-    return result
+        raise DataError(f"{len(values)} labels do not fit into the schema's {MAX_SEQ_ELEMENTS}.")
+    return np.pad(np.asarray(values, np.int32), (0, MAX_SEQ_ELEMENTS - len(values)))

@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..labels.diphones import encode_diphones
-from ..labels.pronunciation import Lexicon, text_phonemes
 from ..storage.store import ObjectStore, open_store
-from ..storage.targets import Target
-from .encoding import EncodingOptions
-from .hdf5_reader import DATA_FILE, FileInspection, inspect_file
+from .encoding import EncodingOptions, Source, encode_files
 from .hdf5_values import DamagedTrial, cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
-from .indexing import keep_index
 from .manifest import TrialManifest
-from .workers import limited, sound_answers
+from .workers import limited
 
-COMMAND = "prepare_dataset.py import-mat"
 SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
 _SESSION = re.compile(r"[A-Za-z0-9]+(\.\d+)+")
 _FIRST_NUMBER = {"train": 0, "val": 1000, "test": 2000}  # so that a session's trials differ
@@ -40,14 +34,7 @@ _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
 
 def import_mat(
-    folder: Path,
-    target: ObjectStore,
-    options: EncodingOptions,
-    *,
-    processes: int = 1,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    log: Callable[[str], None] = print,
+    folder: Path, target: ObjectStore, options: EncodingOptions, **how: Any
 ) -> TrialManifest:
     """Write every session of the benchmark's `folder` to `target`, and a manifest.
 
@@ -56,67 +43,37 @@ def import_mat(
 
     Args:
         options: form, lexicon and exclude_damaged count; labels are from text.
-        processes: files read at once.
-        overwrite: replace files of these names that this command did not write.
-        progress: called with (files done, files in all).
-        log: receives one line per trial left out.
+        how: see `encode_files`.
 
     Raises:
         DataError: no such files, damage, words that nobody can pronounce.
         StorageError: folder or target cannot be read or written.
         ConfigError: scipy is not installed.
     """
-    options = replace(options, from_text=True)
-    sources = _mat_files(folder)
-    purpose, lexicon = options.purpose(), options.words() or {}
-    jobs = {str(path): (path, target.url, key, options, lexicon) for key, path in sources.items()}
-    inspections: list[FileInspection] = []
-    with Target.claim(target, COMMAND, purpose, sources, reads=[folder], overwrite=overwrite):
-        for inspection, left_out in sound_answers(_import_job, jobs, processes, progress):
-            inspections.append(inspection)
-            for line in left_out:
-                log(f"Left out: {line}")
-        return keep_index(target, inspections)
-
-
-def _mat_files(folder: Path) -> dict[str, Path]:
-    """The benchmark's files by the key of the data file that each becomes."""
-    found = {}
+    sources = {}
     for name, split in SPLITS.items():
         for path in sorted((folder / name).glob("*.mat")):
             if not _SESSION.fullmatch(path.stem):
                 raise DataError(f"{path} is not named like a session, e.g. t12.2022.04.28.mat.")
-            found[f"{path.stem}/data_{split}.hdf5"] = path
-    if not found:
+            read = partial(_as_data_file, path, split)
+            sources[f"{path.stem}/data_{split}.hdf5"] = Source(str(path), None, read)
+    if not sources:
         raise DataError(
             f"{folder} has no train/*.mat (or test, competitionHoldOut): give the folder "
             "competitionData of the unpacked archive."
         )
-    return found
+    options, command = replace(options, from_text=True), "prepare_dataset.py import-mat"
+    return encode_files(sources, str(folder), target, command, options, **how)
 
 
-def _import_job(
-    path: Path, target_url: str, key: str, options: EncodingOptions, lexicon: Lexicon
-) -> tuple[FileInspection, list[str]]:
-    """Read, convert and write one file; returns what it holds, and lines about what it does not."""
+def _as_data_file(path: Path, split: str) -> bytes:
+    """The bytes of a data file with the features and sentences of a benchmark's file."""
     data = open_store(path.parent).read(path.name)
-    match = DATA_FILE.fullmatch(key)
-    assert match is not None
     with limited(10 * len(data)):  # MATLAB compresses its files
-        session, split = match["session"], match["split"]
-        contents, left_out = _trials(path, data, session, split, options, lexicon)
-        written = data_file_bytes(contents)
-        inspection = inspect_file(key, written)
-    broken = [finding for finding in inspection.findings if finding.severity == "error"]
-    if broken:
-        raise DataError(f"{path}: {broken[0].trial or 'the file'} {broken[0].reason}.")
-    open_store(target_url).write(key, written)
-    return inspection, left_out
+        return data_file_bytes(_trials(path, data, split))
 
 
-def _trials(
-    path: Path, data: bytes, session: str, split: str, options: EncodingOptions, lexicon: Lexicon
-) -> tuple[list[TrialContents], list[str]]:
+def _trials(path: Path, data: bytes, split: str) -> list[TrialContents]:
     variables = _variables(path, data)
     try:
         sentences = [text_of(s, "sentenceText") for s in variables["sentenceText"].reshape(-1)]
@@ -139,35 +96,17 @@ def _trials(
         mean, std = together.mean(axis=0), together.std(axis=0)
         for i in members:
             features[i] = ((features[i] - mean) / (std + _LEAST_STD)).astype(np.float32)
-    contents, left_out = [], []
-    for number, (sentence, values) in enumerate(zip(sentences, features, strict=True)):
-        name = f"trial_{number:04d}"
-        labels = phonemes = None
-        if sentence or split != "test":
-            try:
-                phonemes = text_phonemes(sentence, lexicon)
-                labels = encode_diphones(phonemes, options.form)
-            except DataError as error:
-                if not options.exclude_damaged:
-                    raise DataError(
-                        f"{path} {name}: {str(error).rstrip('.')}; or leave such trials out with "
-                        "--exclude-damaged."
-                    ) from error
-                left_out.append(f"{path} {name}: {error}")
-                continue
-        contents.append(
-            TrialContents(
-                name=name,
-                session=session,
-                block_num=int(blocks[number]),
-                trial_num=_FIRST_NUMBER[split] + number,
-                features=values,
-                class_ids=labels,
-                phoneme_ids=phonemes,
-                sentence=sentence or None,
-            )
+    return [
+        TrialContents(
+            name=f"trial_{number:04d}",
+            session=path.stem,
+            block_num=int(blocks[number]),
+            trial_num=_FIRST_NUMBER[split] + number,
+            features=values,
+            sentence=sentence or None,
         )
-    return contents, left_out
+        for number, (sentence, values) in enumerate(zip(sentences, features, strict=True))
+    ]
 
 
 def _variables(path: Path, data: bytes) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -208,11 +207,6 @@ def read_lexicon(path: Path) -> Lexicon:
 
 def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-
-
-def dictionary_fingerprint() -> str:
-    """16 hex digits that change with the dictionary's content."""
-    return hashlib.sha256(_DICTIONARY.read_bytes()).hexdigest()[:16]
 
 
 @cache
