@@ -17,7 +17,6 @@ import pytest
 from brain_to_text.dataset.hdf5_writer import data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
-from brain_to_text.dataset.manifest_format import packed
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import LocalStore, open_store
@@ -49,8 +48,13 @@ def document_of(data: bytes) -> dict[str, Any]:
 def test_every_flipped_bit_and_every_cut_is_refused_before_anything_is_parsed(
     whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    harmless = {3 * 8, *range(4 * 8, 10 * 8)}  # text or not, time, speed, system: nobody asks
+    for bit in harmless:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert TrialManifest.from_bytes(bytes(damaged)).to_bytes() == whole
     monkeypatch.setattr(json, "loads", lambda text: pytest.fail("it was parsed"))
-    for bit in range(8 * len(whole)):
+    for bit in sorted(set(range(8 * len(whole))) - harmless):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(DataError, match=REFUSED):
@@ -77,23 +81,6 @@ def test_a_flipped_bit_on_the_way_is_read_again(tmp_path: Path, whole: bytes) ->
     store = Unlucky(tmp_path)
     found = load_manifest(store)
     assert found is not None and found.to_bytes() == whole and store.reads == 3
-
-
-def test_a_manifest_of_an_earlier_version_is_read_and_guarded_by_gzips_own_sum(
-    whole: bytes,
-) -> None:
-    old = gzip.compress(gzip.decompress(whole), compresslevel=9, mtime=0)
-    expected = TrialManifest.from_bytes(whole)
-    assert TrialManifest.from_bytes(old).to_bytes() == expected.to_bytes() == whole
-    for bit in range(8 * len(old)):
-        damaged = bytearray(old)
-        damaged[bit // 8] ^= 1 << bit % 8
-        try:
-            found = TrialManifest.from_bytes(bytes(damaged), URL)
-        except DataError as error:
-            assert URL in str(error) and "prepare_dataset.py index" in str(error)
-        else:
-            assert found.to_bytes() == whole, bit  # in gzip's header, or padding
 
 
 def test_the_manifest_stays_a_gzip_file_like_any_other(whole: bytes) -> None:
@@ -160,16 +147,14 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_manifest_that_says_what_cannot_be_is_refused(lie: str, whole: bytes) -> None:
     document = document_of(whole)
     LIES[lie](document)
-    text = json.dumps(document).encode()
-    for data in (packed(text), gzip.compress(text)):
-        with pytest.raises(DataError, match=REFUSED):
-            TrialManifest.from_bytes(data, URL)
+    with pytest.raises(DataError, match=REFUSED):
+        TrialManifest.from_bytes(gzip.compress(json.dumps(document).encode()), URL)
 
 
 def test_a_maze_and_endless_digits_are_refused() -> None:
     for text in (b"[" * 10**6, b'{"version": 1' + b"0" * 5000 + b"}"):
         with pytest.raises(DataError, match=rf"{URL}/{MANIFEST_NAME}.*index {URL}"):
-            TrialManifest.from_bytes(packed(text), URL)
+            TrialManifest.from_bytes(gzip.compress(text), URL)
 
 
 def test_checksums_of_another_file_are_found_by_the_first_read(tmp_path: Path) -> None:
@@ -179,7 +164,7 @@ def test_checksums_of_another_file_are_found_by_the_first_read(tmp_path: Path) -
     document = document_of(index_dataset(store).to_bytes())
     one, other = document["files"][0], document["files"][2]
     one["crc32"], other["crc32"] = other["crc32"], one["crc32"]
-    manifest = TrialManifest.from_bytes(packed(json.dumps(document).encode()))
+    manifest = TrialManifest.from_bytes(gzip.compress(json.dumps(document).encode()))
     with TrialStream(store, manifest) as stream:
         with pytest.raises(DataError, match=r"are not those in the manifest.*dataset\.py index"):
             stream.fetch([0])
@@ -208,7 +193,7 @@ def test_fuzz_of_a_manifests_document_ends_in_trials_or_a_sentence(whole: bytes)
         for _ in range(chance.randint(1, 3)):
             _mutate(document, chance)
         try:
-            found = TrialManifest.from_bytes(packed(json.dumps(document).encode()), URL)
+            found = TrialManifest.from_bytes(gzip.compress(json.dumps(document).encode()), URL)
         except DataError as error:
             assert URL in str(error), number
             continue
@@ -234,7 +219,7 @@ def test_fuzz_of_a_manifests_bytes_is_refused(whole: bytes) -> None:
                 damaged[at:at] = chance.randbytes(chance.randint(1, 50))
             else:
                 damaged[at : at + 20] = damaged[:20]
-        if damaged != whole:
+        if damaged[10:] != whole[10:]:
             with pytest.raises(DataError, match=rf"{URL}.*is damaged"):
                 TrialManifest.from_bytes(bytes(damaged), URL)
 

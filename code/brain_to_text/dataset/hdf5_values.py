@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from .trial_record import HDF5_FILTERS
+from .trial_record import HDF5_FILTERS, MOST_INFLATED
 
 # What h5py raises on damaged bytes, depending on where the damage is.
 HDF5_ERRORS = (
@@ -18,7 +18,6 @@ HDF5_ERRORS = (
 )
 MOST_LABELS = 100_000  # elements of a label array; the schema has 500
 _MOST_ATTRIBUTE_BYTES = 2**20
-_MOST_INFLATED = 1100  # bytes made of one by gzip (1032) or lzf (88)
 
 
 class DamagedTrial(Exception):  # noqa: N818
@@ -150,7 +149,7 @@ def check_stored(dataset: h5py.Dataset, what: str) -> None:
             )
         numbers = {number for number, _ in filters_of(dataset)}
         packed, foreign = numbers & {1, 32000}, numbers - HDF5_FILTERS.keys()
-        if not foreign and dataset.nbytes > stored * (_MOST_INFLATED if packed else 1):
+        if not foreign and dataset.nbytes > stored * (MOST_INFLATED if packed else 1):
             raise DamagedTrial(
                 f"{what} claims {dataset.nbytes:,} bytes, which its {stored:,} stored bytes cannot "
                 "hold",

@@ -6,15 +6,16 @@ walking through HDF5 headers over the network.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import DataError, Finding
-from ..storage.locations import DATA_FILE, MANIFEST_NAME, S3_ETAG, ObjectInfo, shortened
-from ..storage.store import ObjectStore
-from .manifest_format import columns_of, packed, parsed, unpacked
+from ..storage.locations import DATA_FILE, MANIFEST_NAME, ObjectInfo, shortened
+from ..storage.store import ObjectStore, gunzipped
+from .manifest_format import columns_of, parsed
 from .trial_record import TrialRecord
 
 VERSION = 1
@@ -113,14 +114,14 @@ class TrialManifest:
             ],
             "damaged": [[f.key, f.trial, f.reason, f.kind] for f in self.damaged],
         }
-        return packed(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode())
+        text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+        return gzip.compress(text.encode(), mtime=0)
 
     @staticmethod
     def from_bytes(data: bytes, url: str = "") -> TrialManifest:
         """The inverse of `to_bytes`.
 
-        A checksum of the whole file decides before anything is read from it. Manifests of earlier
-        versions have none: there gzip's CRC-32 decides.
+        gzip's CRC-32 and length decide before anything is parsed.
 
         Args:
             url: of its dataset, for messages.
@@ -133,7 +134,7 @@ class TrialManifest:
         again = (
             f"make it again with 'python code/prepare_dataset.py index {url or 'FOLDER-OR-S3-URL'}'"
         )
-        text = unpacked(data, name, again)
+        text = gunzipped(data, name, again)
         try:
             document = json.loads(text)
             version = document["version"]
@@ -184,9 +185,5 @@ def write_manifest(store: ObjectStore, manifest: TrialManifest) -> None:
 def _same_file(one: ObjectInfo, other: ObjectInfo) -> bool:
     if one.size != other.size:
         return False
-    return one.etag == other.etag or _kind(one.etag) != _kind(other.etag)
-
-
-def _kind(etag: str) -> str:
-    """What an ETag is made of: S3's, a folder's, or something else, as a folder's once was."""
-    return "S3" if S3_ETAG.fullmatch(etag) else etag.partition(":")[0] if ":" in etag else ""
+    in_a_folder = [info.etag.startswith("crc32:") for info in (one, other)]
+    return one.etag == other.etag or in_a_folder[0] != in_a_folder[1]

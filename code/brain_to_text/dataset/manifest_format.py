@@ -1,4 +1,4 @@
-"""The bytes of a manifest: a checksum around gzipped JSON, one file's trials as columns.
+"""The document that a manifest is stored as: one file's trials as columns.
 
 What is read is believed only where it fits together: a manifest made by hand, or by a program that
 was wrong, is refused with what cannot be.
@@ -6,21 +6,18 @@ was wrong, is refused with what cannot be.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, Finding
+from ..errors import Finding
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
 from ..storage.locations import DATA_FILE, ObjectInfo
-from ..storage.store import gunzipped
 from .hdf5_reader import TRIAL_NAME
-from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
+from .trial_record import HDF5_FILTERS, MOST_INFLATED, ChunkLayout, TrialRecord
 
 SPLITS = ("train", "val", "test")
 N_CLASSES = {
@@ -30,37 +27,11 @@ N_CLASSES = {
     "unlabelled": 0,
 }
 _PHONEMES = re.compile(f"[1-{chr(47 + N_PHONEMES)}]+")  # chr(48 + id)
-# A gzip file like any other, whose header's comment holds a checksum of all that follows it.
-_HEADER = b"\x1f\x8b\x08\x10\x00\x00\x00\x00\x02\xffsha256 "
-_DIGITS = 64
-_MOST_INFLATED = 1100  # times their bytes, by any filter
 
 
 def trial_order(trial: TrialRecord) -> tuple[Any, ...]:
     """Sorts trials by session, split and number."""
     return trial.session, SPLITS.index(trial.split), int(trial.trial[6:]), trial.trial
-
-
-def packed(text: bytes) -> bytes:
-    deflate = zlib.compressobj(9, wbits=-15)
-    body = deflate.compress(text) + deflate.flush()
-    for number in (zlib.crc32(text), len(text) & 0xFFFFFFFF):
-        body += number.to_bytes(4, "little")
-    return _HEADER + hashlib.sha256(body).hexdigest().encode() + b"\0" + body
-
-
-def unpacked(data: bytes, name: str, again: str) -> bytes:
-    """The JSON of a manifest's bytes.
-
-    Raises:
-        DataError: the checksum is another one.
-    """
-    start = len(_HEADER) + _DIGITS + 1
-    if data[3:4] != b"\0":  # a manifest of an earlier version has no comment
-        expected = _HEADER + hashlib.sha256(data[start:]).hexdigest().encode() + b"\0"
-        if data[:start] != expected:
-            raise DataError(f"{name} is damaged (its SHA-256 is another one): {again}.")
-    return gunzipped(data, name, again)
 
 
 def parsed(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +252,7 @@ def _unpack_chunks(
         raise ValueError(f"filters are {filters!r}")
     n_chunks = -(-n_time_steps // rows) * -(-n_features // columns)
     decoded = n_chunks * rows * columns * np.dtype(dtype).itemsize
-    if n_chunks > length or decoded > _MOST_INFLATED * length:
+    if n_chunks > length or decoded > MOST_INFLATED * length:
         raise ValueError(f"{length:,} bytes cannot hold {decoded:,} in {n_chunks:,} chunks")
     starts = [(r, c) for r in range(0, n_time_steps, rows) for c in range(0, n_features, columns)]
     table = np.zeros((n_chunks, 5), np.int64)

@@ -12,6 +12,7 @@ from ..errors import DataError
 
 # Filters of HDF5 that `TrialRecord.decode` undoes, by their registered number.
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+MOST_INFLATED = 1100  # bytes made of one by gzip (1032) or lzf (88)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
