@@ -126,7 +126,7 @@ def test_synthesize_repeats_itself_and_nothing_else(tmp_path, capsys) -> None:
 
 
 def test_two_encodes_into_one_target_are_told_apart(source, capsys) -> None:
-    with Target.claim(open_store("new"), "prepare_dataset.py encode", {}, []):
+    with Target(open_store("new"), "prepare_dataset.py encode", {}, []):
         assert run("encode", "src", "new") == 1
     assert "Another command is writing to new" in sentence(capsys)
 

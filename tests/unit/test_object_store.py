@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 from brain_to_text.errors import DataError, StorageError
-from brain_to_text.storage.locations import ObjectInfo, s3_url, split_s3_url
+from brain_to_text.storage.locations import s3_url, split_s3_url
 from brain_to_text.storage.s3_store import S3Store
-from brain_to_text.storage.store import (
-    LocalStore,
-    gunzipped,
-    listing_after_writing,
-    open_store,
-)
+from brain_to_text.storage.store import LocalStore, gunzipped, open_store
 
 
 def test_what_was_written_is_read_and_listed(tmp_path):
@@ -215,27 +210,3 @@ def test_a_listing_goes_on_beyond_its_first_page(s3_prefix, s3_environment):
         (folder / f"{number:04d}").touch()
     listing = S3Store(s3_prefix).list()
     assert sorted(listing) == [f"{number:04d}" for number in range(1005)]
-
-
-class LateStore:
-    """Lists a write only the third time it is asked."""
-
-    url = "s3://late/x"
-
-    def __init__(self):
-        self.listings = 0
-
-    def list(self):
-        self.listings += 1
-        return {"a": ObjectInfo("a", 3, "e")} if self.listings >= 3 else {}
-
-
-def test_a_late_listing_is_waited_for():
-    store = LateStore()
-    assert listing_after_writing(store, {"a": 3})["a"].etag == "e"
-    assert store.listings == 3
-
-
-def test_a_listing_that_never_shows_the_write_is_an_error():
-    with pytest.raises(StorageError, match="does not list a as it was written"):
-        listing_after_writing(LateStore(), {"a": 99}, patience=0)

@@ -89,7 +89,7 @@ def test_a_volume_that_ignores_case_says_what_is_the_same(source, monkeypatch):
 
 
 def claim(place, keys=KEYS, command="encode", purpose=None, **more):
-    return Target.claim(open_store(place), command, purpose or {"form": "a"}, keys, **more)
+    return Target(open_store(place), command, purpose or {"form": "a"}, keys, **more)
 
 
 def test_a_session_that_is_a_link_into_the_source_is_refused(source):

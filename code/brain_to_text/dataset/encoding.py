@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -147,9 +147,7 @@ def encode_files(
         log: receives one line per thing left out, about files skipped, and what was compared.
     """
     purpose = options.purpose()
-    with Target.claim(
-        target, command, purpose, sources, reads=[place], overwrite=overwrite
-    ) as claimed:
+    with Target(target, command, purpose, sources, reads=[place], overwrite=overwrite) as claimed:
         done = _still_done(claimed, place, sources, options, processes, progress)
         if done:
             log(f"{len(done)} of {len(sources)} files are encoded already and are skipped")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import DataError, Finding, StorageError
 from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
-from ..storage.store import ObjectStore, listing_after_writing, open_store
+from ..storage.store import ObjectStore, open_store
 from .hdf5_reader import FileInspection, inspect_file
 from .manifest import TrialManifest, load_manifest, write_manifest
 from .manifest_format import N_CLASSES, overlapping, trial_order
@@ -177,10 +177,10 @@ def keep_index(store: ObjectStore, inspections: Sequence[FileInspection]) -> Tri
     """The manifest of data files that were just written to `store`, kept with them.
 
     Raises:
-        StorageError: they are not listed as they were written, or writing is not possible.
+        StorageError: listing or writing is not possible.
     """
-    listing = listing_after_writing(store, {i.key: i.size for i in inspections})
-    manifest = manifest_from_inspections(listing, sorted(inspections, key=lambda i: i.key))
+    files = data_files(store.list(), store.url)
+    manifest = manifest_from_inspections(files, sorted(inspections, key=lambda i: i.key))
     write_manifest(store, manifest)
     return manifest
 

@@ -106,7 +106,7 @@ def synthesize(
     keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans.items() for trial in plan}
     command, purpose = "prepare_dataset.py synthesize", asdict(dataset)
     inspections: list[FileInspection] = []
-    with Target.claim(target, command, purpose, keys, overwrite=overwrite):
+    with Target(target, command, purpose, keys, overwrite=overwrite):
         for index, (session, plan) in enumerate(plans.items()):
             inspections += _make_session(target, dataset, index, session, plan)
             if progress is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import json
 import math
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,13 +31,7 @@ _START = (
     "from brain_to_text.dataset.workers import _serve; _serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 _in_worker = False
-_parked: list[_Worker] = []
-
-
-@atexit.register
-def _end_parked() -> None:
-    while _parked:
-        _parked.pop().end()
+_parked: list[_Worker] = []  # at most one, for the next call: starting it takes half a second
 
 
 @dataclass(frozen=True)
@@ -87,15 +80,14 @@ def in_workers(
         jobs: arguments of each call, by name.
         processes: how many jobs run at once.
     """
-    try:
-        folder = Path.cwd()
-    except FileNotFoundError as error:
-        raise StorageError("The folder you are in was removed: go to another with 'cd'.") from error
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
+    try:
+        ours = dict(os.environ), Path.cwd(), mask
+    except FileNotFoundError as error:
+        raise StorageError("The folder you are in was removed: go to another with 'cd'.") from error
     waiting = list(jobs.items())[::-1]
-    idle: list[_Worker] = [w for w in _parked if w.lives()]
-    _parked.clear()
+    idle = [_parked.pop()] if _parked else []
     busy: dict[Connection, tuple[_Worker, str]] = {}
     try:
         while waiting or busy:
@@ -103,32 +95,26 @@ def in_workers(
                 worker = idle.pop() if idle else _Worker()
                 name, arguments = waiting.pop()
                 busy[worker.connection] = (worker, name)  # whatever interrupts us now ends it
-                try:
-                    worker.connection.send((dict(os.environ), folder, mask, function, arguments))
-                except OSError:
-                    del busy[worker.connection]
-                    yield name, worker.lost()
+                with suppress(OSError):  # it has ended: `recv` finds out, too
+                    worker.connection.send((ours, function, arguments))
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 worker, name = busy[connection]
                 try:
                     fine, answer = connection.recv()
                 except (EOFError, OSError):
-                    del busy[connection]
-                    yield name, worker.lost()
-                    continue
-                idle.append(worker)
+                    fine, answer = True, worker.lost()
+                else:
+                    idle.append(worker)
                 del busy[connection]
                 if not fine:
                     answer.add_note(f"of {name}")
                     raise answer
                 yield name, answer
     finally:
-        for worker, _ in busy.values():
-            worker.end()
-        if idle and threading.current_thread() is threading.main_thread():
-            _parked.append(idle.pop())  # for the next call: starting one takes half a second
-        for worker in idle:
+        if idle and not _parked and threading.current_thread() is threading.main_thread():
+            _parked.append(idle.pop())
+        for worker in (*idle, *(worker for worker, _ in busy.values())):
             worker.end()
 
 
@@ -201,13 +187,6 @@ class _Worker:
             )
         self.connection = Connection(mine.detach())
 
-    def lives(self) -> bool:
-        """Whether it can be given a job; if not, it is let go."""
-        if self._process.poll() is None:
-            return True
-        self.end()
-        return False
-
     def lost(self) -> Lost:
         """How it ended."""
         code = self._process.wait()
@@ -237,15 +216,15 @@ def _serve(descriptor: int, parent: int) -> None:
     connection = Connection(descriptor)
     while True:
         try:
-            environment, folder, mask, function, arguments = connection.recv()
+            (environment, folder, mask), function, arguments = connection.recv()
         except (EOFError, OSError):
             return
         if environment != dict(os.environ):
             os.environ.clear()
             os.environ.update(environment)
-        os.chdir(folder)
         os.umask(mask)
         try:
+            os.chdir(folder)
             answer: tuple[bool, Any] = (True, function(*arguments))
         except BrainToTextError as error:
             answer = (False, error)

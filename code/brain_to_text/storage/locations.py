@@ -48,18 +48,13 @@ def split_s3_url(url: str) -> tuple[str, str]:
     if not bucket:
         raise StorageError(f"'{url}' names no bucket: use s3://BUCKET/PREFIX.")
     parts = prefix.split("/") if prefix else []
-    odd = next((part for part in parts if part in ("", ".", "..")), None)
-    if odd is not None:
-        plain = "/".join(part for part in parts if part not in ("", ".", ".."))
-        advice = f"write s3://{bucket}/{plain}"
-        if odd == "":
-            advice += (
-                "; objects that were uploaded under the double slash are moved by 'aws s3 mv "
-                f"--recursive s3://{bucket}/{prefix}/ s3://{bucket}/{plain}/'"
-            )
+    plain = [part for part in parts if part not in ("", ".", "..")]
+    if plain != parts:
+        there = f"s3://{bucket}/{'/'.join(plain)}"
         raise StorageError(
-            f"'{url}' has {'an empty part (//)' if odd == '' else repr(odd)} in its prefix, which "
-            f"not every S3 client can read: {advice}."
+            f"'{url}' has an empty part (//), '.' or '..' in its prefix, which not every S3 client "
+            f"can read: write {there}; objects that lie there are moved by 'aws s3 mv --recursive "
+            f"s3://{bucket}/{prefix}/ {there}/'."
         )
     return bucket, prefix
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import aiohttp
 import botocore.exceptions
 import botocore.parsers
@@ -40,11 +38,9 @@ CALL_ERRORS = (
 AWS_LOGIN = "run 'aws configure' or 'aws sso login', or give the job's role access"
 # Answers after which the credentials in use are worth renewing at once: a token that the provider
 # still believed in, a key that was rotated.
+_EXPIRED = "the session token has expired: get a new one with 'aws sso login'"
 _REJECTED = {
-    "ExpiredToken": "the session token has expired: get a new one with 'aws sso login' (a job's "
-    "role renews its own)",
-    "ExpiredTokenException": "the session token has expired: get a new one with 'aws sso login'",
-    "TokenRefreshRequired": "the session token has expired: get a new one with 'aws sso login'",
+    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"), _EXPIRED),
     "InvalidToken": "AWS_SESSION_TOKEN does not belong to the access key: unset it, or get new "
     "credentials with 'aws sso login'",
     "InvalidAccessKeyId": "there is no such access key (any more): run 'aws configure'",
@@ -63,47 +59,22 @@ _PORTAL = (
     "something on the way answers in S3's place, as a login page of the network or a proxy does: "
     "log in there or correct HTTPS_PROXY and AWS_ENDPOINT_URL_S3"
 )
-
-
-# What an error means that is no answer of S3's: the fault, its cause ("{}": the error's own words),
-# the advice.
-_MEANINGS: tuple[tuple[tuple[type[Exception], ...], type[ReadError], str, str], ...] = (
-    (
-        (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError),
-        PersistentError,
-        "no AWS credentials were found",
-        AWS_LOGIN,
-    ),
-    ((botocore.exceptions.CredentialRetrievalError,), CredentialsRejectedError, "{}", AWS_LOGIN),
-    (
-        (botocore.exceptions.NoRegionError,),
-        PersistentError,
-        "no AWS region is set",
-        "type 'export AWS_REGION=us-east-1'",
-    ),
-    (
-        (
-            botocore.exceptions.ParamValidationError,
-            botocore.exceptions.ProfileNotFound,
-            botocore.exceptions.InvalidRegionError,
-            botocore.exceptions.ConfigParseError,
-            botocore.exceptions.ConfigNotFound,
-        ),
-        PersistentError,
-        "{}",
-        SETTINGS,
-    ),
-    (
-        (
-            botocore.exceptions.ConnectionError,
-            botocore.exceptions.ConnectTimeoutError,
-            aiohttp.ClientConnectionError,
-            ConnectionError,
-        ),
-        ReadError,
-        "the S3 endpoint cannot be reached ({})",
-        "check the network, the region and AWS_ENDPOINT_URL_S3",
-    ),
+_NO_KEYS = (
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+)
+_OF_SETTINGS = (
+    botocore.exceptions.ParamValidationError,
+    botocore.exceptions.ProfileNotFound,
+    botocore.exceptions.InvalidRegionError,
+    botocore.exceptions.ConfigParseError,
+    botocore.exceptions.ConfigNotFound,
+)
+_UNREACHABLE = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.ConnectTimeoutError,
+    aiohttp.ClientConnectionError,
+    ConnectionError,
 )
 
 
@@ -111,17 +82,27 @@ def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
     """What an error of botocore, its transport or a provider of credentials means."""
     if isinstance(error, botocore.exceptions.ClientError):
         about = error.response.get("ResponseMetadata", {})
+        kind = str(about.get("HTTPHeaders", {}).get("content-type", ""))
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = str(about.get("HTTPStatusCode", ""))
-        return answer_fault(status, code, b"<html" if _is_of_a_web_page(about) else b"")
+        return answer_fault(status, code, b"<html" if kind.startswith("text/html") else b"")
     if isinstance(error, botocore.parsers.ResponseParserError):
         if is_web_page(str(error).partition("b'")[2].encode()):
             return web_page_fault()
         return ReadError(f"an answer that is not S3's ({named_cause(error)})", _PORTAL)
-    for kinds, fault, cause, advice in _MEANINGS:
-        if isinstance(error, kinds):
-            return fault(cause.format(named_cause(error)), advice)
-    return ReadError(named_cause(error))
+    cause = named_cause(error)
+    if isinstance(error, _NO_KEYS):
+        return PersistentError("no AWS credentials were found", AWS_LOGIN)
+    if isinstance(error, botocore.exceptions.CredentialRetrievalError):
+        return CredentialsRejectedError(cause, AWS_LOGIN)
+    if isinstance(error, botocore.exceptions.NoRegionError):
+        return PersistentError("no AWS region is set", "type 'export AWS_REGION=us-east-1'")
+    if isinstance(error, _OF_SETTINGS):
+        return PersistentError(cause, SETTINGS)
+    if isinstance(error, _UNREACHABLE):
+        advice = "check the network, the region and AWS_ENDPOINT_URL_S3"
+        return ReadError(f"the S3 endpoint cannot be reached ({cause})", advice)
+    return ReadError(cause)
 
 
 def answer_fault(status: str, code: str, body: bytes = b"") -> ReadError | ObjectReplacedError:
@@ -152,10 +133,6 @@ def is_web_page(body: bytes | bytearray | memoryview) -> bool:
     """True for the beginning of an HTML page: a captive portal's, or a proxy's."""
     start = bytes(body[:200]).lstrip().lower()
     return start.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
-
-
-def _is_of_a_web_page(about: dict[str, Any]) -> bool:
-    return str(about.get("HTTPHeaders", {}).get("content-type", "")).startswith("text/html")
 
 
 def web_page_fault(text: str = "HTTP 200") -> ReadError:

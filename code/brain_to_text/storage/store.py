@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -17,8 +16,7 @@ from ..errors import DataError, StorageError
 from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
-_WHOLE = 1 << 20  # files up to this size are known by all of their bytes
-_ENDS, _BLOCK, _BLOCKS = 1 << 16, 1 << 12, 32  # of larger ones: both ends, and blocks between them
+_BLOCK, _BLOCKS = 1 << 16, 16  # of a larger file, from its head to its tail, are looked at
 _GZIP_LIMIT = 1 << 28  # no manifest inflates to more; damage and malice do
 
 
@@ -58,34 +56,6 @@ def open_store(location: str | Path) -> ObjectStore:
             f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX."
         )
     return LocalStore(location)
-
-
-def listing_after_writing(
-    store: ObjectStore, sizes: Mapping[str, int], patience: float = 30.0
-) -> dict[str, ObjectInfo]:
-    """The listing's entries of objects that were just written, sorted by key.
-
-    S3 lists a write at once; some servers that speak its protocol need seconds.
-
-    Args:
-        sizes: by key, the size in bytes that the listing must show.
-        patience: seconds to wait for that.
-
-    Raises:
-        StorageError: an object still is not listed as it was written.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        listing = store.list()
-        late = [k for k, size in sizes.items() if k not in listing or listing[k].size != size]
-        if not late:
-            return {key: listing[key] for key in sorted(sizes)}
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"{store.url} does not list {late[0]} as it was written {patience:.0f} s ago: look "
-                f"at it, then type 'python code/prepare_dataset.py index {store.url}'."
-            )
-        time.sleep(0.5)
 
 
 class LocalStore:
@@ -151,14 +121,11 @@ class LocalStore:
             yield
         except OSError as error:
             path = Path(error.filename or self.folder / key)
+            advice = f"check the path and its permissions with 'ls -l {printable(path.parent)}'"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageError(
-                    f"Cannot {verb} {printable(path)} ({error.strerror}): free space there, then "
-                    "repeat the command."
-                ) from error
+                advice = "free space there, then repeat the command"
             raise StorageError(
-                f"Cannot {verb} {printable(path)} ({error.strerror or error}): check the path and "
-                f"its permissions with 'ls -l {printable(path.parent)}'."
+                f"Cannot {verb} {printable(path)} ({error.strerror or error}): {advice}."
             ) from error
 
 
@@ -202,16 +169,14 @@ def _collect(
 
 
 def _content_sum(file: BinaryIO, size: int) -> int:
-    """CRC-32 of a small file, or of both ends of a large one and of blocks between them."""
-    if size <= _WHOLE:
+    """CRC-32 of a small file, or of evenly spaced blocks of a large one."""
+    if size <= _BLOCK * _BLOCKS:
         return zlib.crc32(file.read())
-    between = [size * i // (_BLOCKS + 1) for i in range(1, _BLOCKS + 1)]
-    total = zlib.crc32(file.read(_ENDS))
-    for start in between:
-        file.seek(start)
+    total = 0
+    for index in range(_BLOCKS):
+        file.seek((size - _BLOCK) * index // (_BLOCKS - 1))
         total = zlib.crc32(file.read(_BLOCK), total)
-    file.seek(size - _ENDS)
-    return zlib.crc32(file.read(_ENDS), total)
+    return total
 
 
 def gunzipped(data: bytes, name: str, advice: str) -> bytes:

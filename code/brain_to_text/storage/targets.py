@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, StorageError
@@ -35,18 +35,13 @@ def check_apart(source: str | Path, target: str | Path) -> None:
     if is_s3(source) != is_s3(target):
         return
     if is_s3(source):
-        one, other = [
-            "/".join(split_s3_url(url)).rstrip("/").split("/") for url in (source, target)
-        ]
-        within, around = other[: len(one)] == one, one[: len(other)] == other
+        one, other = [PurePosixPath(*split_s3_url(url)) for url in (source, target)]
+        within, around = other.is_relative_to(one), one.is_relative_to(other)
     else:
         within, around = _within(target, source), _within(source, target)
     if within and around:
-        raise DataError(
-            f"Source and target are both {source}"
-            + (f" (also spelt {target})" if target != source else "")
-            + ": give another target."
-        )
+        also = f" (also spelt {target})" if target != source else ""
+        raise DataError(f"Source and target are both {source}{also}: give another target.")
     if within or around:
         inner, outer = (target, source) if within else (source, target)
         raise DataError(f"{inner} lies in {outer}: give a target beside the source.")
@@ -86,19 +81,22 @@ class Target:
     """A place being written by one command for one purpose; close it, or use it in a `with`.
 
     notes: whatever the command wants to find there when it is repeated.
+
+    Args:
+        command: as typed, e.g. "prepare_dataset.py encode".
+        purpose: what decides the content of the files, as plain types.
+        keys: every object that will be written, beside the record and the manifest.
+        reads: folders or URLs that the command reads.
+        overwrite: replace objects of these names, whoever wrote them.
+
+    Raises:
+        DataError: it is read, too; another command, purpose or run has it; objects of these names
+            are there and were written by others, or other data files.
+        StorageError: it cannot be read.
     """
 
-    def __init__(self, store: ObjectStore, command: str, purpose: Mapping[str, Any]) -> None:
-        self.store = store
-        self.notes: dict[str, Any] = {}
-        self._command, self._purpose = command, json.loads(json.dumps(purpose))
-        self._keys: set[str] = set()
-        self._run = uuid.uuid4().hex
-        self._folder: int | None = None
-
-    @classmethod
-    def claim(
-        cls,
+    def __init__(
+        self,
         store: ObjectStore,
         command: str,
         purpose: Mapping[str, Any],
@@ -106,22 +104,12 @@ class Target:
         *,
         reads: Iterable[str | Path] = (),
         overwrite: bool = False,
-    ) -> Target:
-        """Take the place, before anything is written there.
-
-        Args:
-            command: as typed, e.g. "prepare_dataset.py encode".
-            purpose: what decides the content of the files, as plain types.
-            keys: every object that will be written, beside the record and the manifest.
-            reads: folders or URLs that the command reads.
-            overwrite: replace objects of these names, whoever wrote them.
-
-        Raises:
-            DataError: it is read, too; another command, purpose or run has it; objects of these
-                names are there and were written by others, or other data files.
-            StorageError: it cannot be read.
-        """
-        self = cls(store, command, purpose)
+    ) -> None:
+        self.store = store
+        self.notes: dict[str, Any] = {}
+        self._command, self._purpose = command, json.loads(json.dumps(purpose))
+        self._run = uuid.uuid4().hex
+        self._folder: int | None = None
         wanted = set(keys)
         for place in reads:
             check_apart(place, store.url)
@@ -134,7 +122,6 @@ class Target:
         except BaseException:
             self.close()
             raise
-        return self
 
     def _take(self, wanted: set[str], overwrite: bool) -> None:
         url = self.store.url
@@ -145,39 +132,32 @@ class Target:
                 f"{url} already holds {strangers[0]}, which '{self._command}' would not write now: "
                 "give an empty target, or remove what is there."
             )
+        aloud = "give an empty target, or say --overwrite."
         record = self._read() if RECORD_NAME in listing else {}
         earlier = record.get("purpose", {})
-        if record and not overwrite:
-            if record["command"] != self._command:
-                raise DataError(
-                    f"{url} was written by '{record['command']}': give an empty target, or say "
-                    "--overwrite."
-                )
-            if earlier.keys() != self._purpose.keys():
-                raise DataError(
-                    f"{url} was written by '{self._command}' of another version: give an empty "
-                    "target, or say --overwrite."
-                )
-            changed = [
-                f"{name} was {earlier[name]}"
-                for name, value in self._purpose.items()
-                if earlier[name] != value
-            ]
-            if changed:
-                raise DataError(
-                    f"{url} was begun with other options ({', '.join(changed)}): repeat them, give "
-                    "an empty target, or say --overwrite."
-                )
+        changed = [
+            f"{name} was {earlier.get(name)}"
+            for name in {**earlier, **self._purpose}
+            if record and earlier.get(name) != self._purpose.get(name)
+        ]
         own = set(record.get("keys", ()))
         foreign = sorted((wanted - own) & listing.keys())
-        if foreign and not overwrite:
-            raise DataError(
-                f"{url} already holds {foreign[0]}"
-                + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
-                + f", which '{self._command}' did not write: give an empty target, or say "
-                "--overwrite."
-            )
-        if record and earlier == self._purpose and record["command"] == self._command:
+        another = record.get("command", self._command) != self._command
+        if not overwrite:
+            if another:
+                raise DataError(f"{url} was written by '{record['command']}': {aloud}")
+            if changed:
+                raise DataError(
+                    f"{url} was begun with other options ({', '.join(changed)}): repeat them, "
+                    f"{aloud}"
+                )
+            if foreign:
+                more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+                raise DataError(
+                    f"{url} already holds {foreign[0]}{more}, which '{self._command}' did not "
+                    f"write: {aloud}"
+                )
+        if record and not another and not changed:
             self.notes = record["notes"]
         self._keys = wanted | own & listing.keys()
         self._write()
