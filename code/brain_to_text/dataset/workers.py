@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import math
@@ -32,6 +33,12 @@ _START = (
 )
 _in_worker = False
 _parked: list[_Worker] = []  # at most one, for the next call: starting it takes half a second
+
+
+@atexit.register
+def _end_parked() -> None:
+    while _parked:
+        _parked.pop().end()
 
 
 @dataclass(frozen=True)
