@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
 from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
-from ..storage.locations import S3_ETAG, data_files
+from ..storage.locations import S3_ETAG, data_files, printable, session_and_split
 from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .hdf5_reader import (
@@ -28,7 +28,7 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, DamagedTrial, cause_of, check_stored, printable, read_dataset
+from .hdf5_values import HDF5_ERRORS, DamagedTrial, cause_of, check_stored, read_dataset
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest
@@ -310,7 +310,7 @@ def _source_features(trial: h5py.Group) -> np.ndarray:
 
 def _source_phonemes(key: str, trial: h5py.Group, lexicon: Lexicon | None) -> np.ndarray | None:
     """Phoneme labels of a source trial, None of one in the test split that has none."""
-    split = Path(key).stem.removeprefix("data_")
+    _, split = session_and_split(key)
     if lexicon is None:
         return read_labels(trial)[1] if is_labelled(trial, split) else None
     sentence = read_sentence(trial, lambda *_: None)

@@ -6,7 +6,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
@@ -17,7 +17,7 @@ from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones, detect_l
 from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
-from ..storage.locations import DATA_FILE
+from ..storage.locations import printable, session_and_split
 from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
@@ -25,7 +25,6 @@ from .hdf5_values import (
     cause_of,
     check_stored,
     filters_of,
-    printable,
     read_dataset,
     read_number,
     read_text,
@@ -66,11 +65,6 @@ def inspect_file(
         data: the whole file.
         look: is shown the features [T, C] of every sound trial.
     """
-    match = DATA_FILE.fullmatch(key)
-    if match is None:
-        raise DataError(
-            f"{key} is not named SESSION/data_train.hdf5, data_val.hdf5 or data_test.hdf5."
-        )
     result = FileInspection(key, len(data))
 
     def found(trial: str | None, reason: str, kind: str, severity: str = "error") -> None:
@@ -102,9 +96,7 @@ def inspect_file(
                 found(trial, reason, kind, "warning")
 
             try:
-                record, form, features = _inspect_trial(
-                    file, match["session"], match["split"], key, trial, data, warn
-                )
+                record, form, features = _inspect_trial(file, key, trial, data, warn)
                 looked = None if look is None else look(features)
             except DamagedTrial as damage:
                 found(trial, damage.reason, damage.kind)
@@ -112,8 +104,6 @@ def inspect_file(
             except HDF5_ERRORS as error:
                 found(trial, f"cannot be read ({cause_of(error)})", "unreadable trial")
                 continue
-            span = memoryview(data)[record.offset : record.offset + record.length]
-            record = replace(record, crc32=zlib.crc32(span))
             result.records.append(record)
             result.label_forms.append(form)
             result.looks.append(looked)
@@ -121,14 +111,10 @@ def inspect_file(
 
 
 def _inspect_trial(
-    file: h5py.File,
-    session: str,
-    split: str,
-    key: str,
-    trial: str,
-    data: bytes,
-    warn: Callable[[str, str], None],
+    file: h5py.File, key: str, trial: str, data: bytes, warn: Callable[[str, str], None]
 ) -> tuple[TrialRecord, str | None, np.ndarray]:
+    """Record, label form and features of a sound trial."""
+    session, split = session_and_split(key)
     group = file[trial]
     if not isinstance(group, h5py.Group):
         raise DamagedTrial("is not a group", "wrong kind")
@@ -167,6 +153,7 @@ def _inspect_trial(
     labels, phonemes, form = read_labels(group) if is_labelled(group, split) else (None,) * 3
     sentence = read_sentence(group, warn if labels is not None else lambda *_: None)
     offset, length, chunks = _layout(dataset, len(data))
+    span = memoryview(data)[offset : offset + length]
     record = TrialRecord(
         session=session,
         split=split,
@@ -178,6 +165,7 @@ def _inspect_trial(
         offset=offset,
         length=length,
         chunks=chunks,
+        crc32=zlib.crc32(span),
         class_ids=labels,
         phoneme_ids=phonemes,
         sentence_label=sentence,
@@ -186,7 +174,7 @@ def _inspect_trial(
         corpus=read_text(group, "corpus") or corpus_of(session, block_num),
     )
     try:
-        features = record.decode(memoryview(data)[offset : offset + length])
+        features = record.decode(span)
     except DataError as error:
         raise DamagedTrial(
             str(error).removeprefix(f"{record.name}: "), "unreadable trial"

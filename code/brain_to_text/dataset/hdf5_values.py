@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..storage.locations import printable
 from .trial_record import HDF5_FILTERS, MOST_INFLATED
 
 # What h5py raises on damaged bytes, depending on where the damage is.
@@ -106,19 +107,9 @@ def text_of(value: Any, what: str) -> str:
     return whole.partition("\0")[0].strip()
 
 
-def printable(text: str | bytes) -> str:
-    """`text` with everything that could break a line or cannot be printed escaped.
-
-    h5py gives names that are not UTF-8 as bytes.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def cause_of(error: BaseException) -> str:
     """What an exception says, on one line."""
-    return " ".join(printable(str(error)).split()) or type(error).__name__
+    return " ".join(printable(error).split()) or type(error).__name__
 
 
 def check_stored(dataset: h5py.Dataset, what: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import Finding
 from ..labels.diphones import N_DIPHONES, encode_diphones
 from ..labels.phonemes import N_PHONEMES
-from ..storage.locations import DATA_FILE, ObjectInfo
+from ..storage.locations import DATA_FILE, ObjectInfo, session_and_split
 from .hdf5_reader import TRIAL_NAME
 from .trial_record import HDF5_FILTERS, MOST_INFLATED, ChunkLayout, TrialRecord
 
@@ -165,9 +165,7 @@ def _column(entry: Mapping[str, Any], name: str, count: int) -> list[Any]:
 
 def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[TrialRecord]:
     key, count = entry["key"], len(entry["trials"])
-    match = DATA_FILE.fullmatch(key)
-    if match is None:
-        raise ValueError(f"{key} is not a data file")
+    session, split = session_and_split(key)
     columns = [_column(entry, name, count) for name in ("trials", *_PLAIN, "phonemes", "closed")]
     chunks = _column(entry, "chunks", count) if "chunks" in entry else [None] * count
     records = []
@@ -183,8 +181,8 @@ def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[Trial
         phonemes, labels = _labels(symbols, form, closed, where)
         records.append(
             TrialRecord(
-                session=match["session"],
-                split=match["split"],
+                session=session,
+                split=split,
                 key=key,
                 trial=trial,
                 n_time_steps=_whole(steps, f"n_time_steps of {where}", 1),

@@ -75,6 +75,20 @@ def s3_url(bucket: str, *prefixes: str) -> str:
     return f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
 
 
+def session_and_split(key: str) -> tuple[str, str]:
+    """What the key of a data file says.
+
+    Raises:
+        DataError: it is none.
+    """
+    match = DATA_FILE.fullmatch(key)
+    if match is None:
+        raise DataError(
+            f"{key} is not named SESSION/data_train.hdf5, data_val.hdf5 or data_test.hdf5."
+        )
+    return match["session"], match["split"]
+
+
 def data_files(listing: Mapping[str, ObjectInfo], url: str) -> dict[str, ObjectInfo]:
     """The listing's SESSION/data_{train,val,test}.hdf5, sorted.
 
@@ -116,6 +130,13 @@ def not_taken_sentence(listing: Mapping[str, ObjectInfo]) -> str | None:
     if not keys:
         return None
     return f"Not taken, because not named SESSION/data_{{train,val,test}}.hdf5: {shortened(keys)}"
+
+
+def printable(name: object) -> str:
+    """`name` with everything that could break a line, or is not UTF-8, escaped."""
+    if isinstance(name, bytes):  # as h5py gives names that are not UTF-8
+        name = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 def shortened(names: Sequence[str], limit: int = 4) -> str:

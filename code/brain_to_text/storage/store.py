@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import DataError, StorageError
-from .locations import ObjectInfo, is_s3
+from .locations import ObjectInfo, is_s3, printable
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
 _BLOCK, _BLOCKS = 1 << 16, 16  # of a larger file, from its head to its tail, are looked at
@@ -127,11 +127,6 @@ class LocalStore:
             raise StorageError(
                 f"Cannot {verb} {printable(path)} ({error.strerror or error}): {advice}."
             ) from error
-
-
-def printable(path: object) -> str:
-    """A name as text that can be shown and sent, also where it is not UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _collect(
