@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, Finding
+from ..errors import DataError, Finding
 from ..labels.phonemes import SILENCE
 from ..labels.pronunciation import normalise_text, pronunciations_of
 from ..log_lines import one_line
-from ..storage.locations import MANIFEST_NAME, data_files, not_taken
+from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
 from ..storage.store import ObjectInfo, ObjectStore
-from .hdf5_reader import DATA_FILE, FileInspection
+from .hdf5_reader import FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
 from .manifest import TrialManifest
 from .manifest_format import SPLITS
@@ -29,6 +29,7 @@ _EXTREME_VALUE = 100.0  # z-scored features stay far below
 _STD_RANGE = (0.5, 2.0)  # of z-scored features over a whole file
 _FEW_FIT = 0.9  # share of a file's trials whose labels fit their sentences, below which we warn
 _ENOUGH_TRIALS = 3  # in a file, before none that fits is an error
+_ways = cache(pronunciations_of)
 _SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
 
 
@@ -173,7 +174,8 @@ def validate_dataset(
     findings += _repeated_features(manifest.trials, inspections)
     findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
-    findings += _unknown_files(listing)
+    unknown = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
+    findings += [Finding(k, None, unknown, "unknown file", "warning") for k in not_taken(listing)]
     findings += scattered_chunks(manifest.trials)
     findings += _odd_values(rows)
     findings += _labels_against_sentences(manifest.trials)
@@ -189,12 +191,11 @@ def _summaries(
     by_file = _by_file(manifest.trials)
     rows = []
     for inspection in inspections:
-        match = DATA_FILE.fullmatch(inspection.key)
-        assert match is not None  # keys come from data_files
+        session, split = session_and_split(inspection.key)
         trials = by_file.get(inspection.key, [])
         bins = [trial.n_time_steps for trial in trials] or [0]
         labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
-        mean, std, minimum, maximum = np.nan, np.nan, np.inf, -np.inf
+        mean = std = minimum = maximum = np.nan
         if trials:
             table = np.array([values for values, _ in inspection.looks])
             count, total, squares = table[:, :3].sum(axis=0)
@@ -203,8 +204,8 @@ def _summaries(
             minimum, maximum = table[:, 3].min(), table[:, 4].max()
         rows.append(
             SplitSummary(
-                match["session"],
-                match["split"],
+                session,
+                split,
                 len(trials),
                 len({f.trial for f in manifest.damaged if f.key == inspection.key}),
                 (min(bins), float(np.mean(bins)), max(bins)),
@@ -226,9 +227,8 @@ def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
 
 
 def _infeasible(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
-    for trial in (trial for trial in trials if trial.class_ids is not None):
-        reason = ctc_problem(trial, *_PATCHING)
-        if reason is not None:
+    for trial in trials:
+        if trial.class_ids is not None and (reason := ctc_problem(trial, *_PATCHING)):
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 
@@ -244,14 +244,12 @@ def _repeated_features(
     known: dict[tuple[int, ...], TrialRecord] = {}
     for trial in trials:
         first = known.setdefault((trial.n_time_steps, sums[trial.name]), trial)
-        if first is trial:
-            continue
-        reason = f"has the same features as {first.name}"
-        between = first.split != trial.split
-        if between:
+        reason, severity = f"has the same features as {first.name}", "warning"
+        if first.split != trial.split:
             reason += f": {trial.split} is not independent of {first.split}"
-        severity = "error" if between else "warning"
-        yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+            severity = "error"
+        if first is not trial:
+            yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
 
 
 def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
@@ -274,8 +272,8 @@ def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
 def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
     splits: dict[str, set[str]] = defaultdict(set)
     for key in files:
-        session, _, name = key.partition("/")
-        splits[session].add(name.removeprefix("data_").removesuffix(".hdf5"))
+        session, split = session_and_split(key)
+        splits[session].add(split)
     for session, found in sorted(splits.items()):
         if "train" not in found:
             reason = f"is missing, though the session has data_{sorted(found)[0]}.hdf5"
@@ -283,12 +281,6 @@ def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
     if not any("val" in found for found in splits.values()):
         reason = "no session has it, so that nothing can be validated"
         yield Finding("data_val.hdf5", None, reason, "missing file")
-
-
-def _unknown_files(listing: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
-    for key in not_taken(listing):
-        reason = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
-        yield Finding(key, None, reason, "unknown file", "warning")
 
 
 def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
@@ -324,7 +316,7 @@ def _odd_values(rows: Sequence[SplitSummary]) -> Iterator[Finding]:
 
 def _labels_against_sentences(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
     """Files whose phonemes are not those of their sentences: words are counted by the silences
-    after them; where the CMU dictionary is installed and knows a word, its phonemes count, too.
+    after them; where the CMU dictionary knows a word, its phonemes count, too.
     """
     both = [trial for trial in trials if trial.phoneme_ids is not None and trial.sentence_label]
     for key, spoken in _by_file(both).items():
@@ -359,15 +351,6 @@ def _not_as_said(trial: TrialRecord) -> str | None:
     if len(wrong) > len(known) / 2:
         return f"{wrong[0]!r} of {trial.sentence_label!r} is not said so"
     return None
-
-
-@cache
-def _ways(word: str) -> frozenset[tuple[int, ...]]:
-    """How the dictionary says a word; nothing if it does not know, or is not there."""
-    try:
-        return frozenset(pronunciations_of(word))
-    except ConfigError:
-        return frozenset()
 
 
 def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
