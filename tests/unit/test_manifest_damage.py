@@ -89,16 +89,12 @@ def test_the_manifest_stays_a_gzip_file_like_any_other(whole: bytes) -> None:
 
 def trial(document: dict[str, Any], name: str, value: Any, file: int = 0, row: int = 1) -> None:
     """Sets one trial's value of a column."""
-    entry = document["files"][file]
-    if not isinstance(entry[name], list):
-        entry[name] = [entry[name]] * len(entry["trials"])
-    entry[name][row] = value
+    document["files"][file][name][row] = value
 
 
 def chunks(document: dict[str, Any]) -> list[Any]:
     """The layout of a chunked trial: shape, filters, sizes, gaps, masks."""
-    entry = next(entry for entry in document["files"] if "chunks" in entry)
-    return entry["chunks"][0]
+    return next(found for entry in document["files"] for found in entry["chunks"] if found)
 
 
 def offsets(document: dict[str, Any]) -> list[int]:

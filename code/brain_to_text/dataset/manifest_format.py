@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,82 +129,64 @@ def overlapping(records: Sequence[TrialRecord]) -> Iterator[tuple[TrialRecord, T
 # Phoneme labels are text, one character per phoneme: chr(48 + id), which needs no escape in JSON.
 
 
-_PLAIN = (
-    *("n_time_steps", "dtype", "offset", "length", "crc32"),
-    *("block_num", "trial_num", "corpus", "sentence_label"),
-)
+_NUMBERS = {  # least and greatest
+    "n_time_steps": (1, 2**62),
+    "offset": (0, 2**62),
+    "length": (1, 2**62),
+    "crc32": (0, 2**32 - 1),
+    "block_num": (-(2**62), 2**62),
+    "trial_num": (-(2**62), 2**62),
+}
+_TEXTS = ("corpus", "sentence_label")
+_COLUMNS = ("trials", "dtype", *_NUMBERS, *_TEXTS, "phonemes", "closed", "chunks")
 
 
 def columns_of(trials: Sequence[TrialRecord]) -> dict[str, Any]:
     columns: dict[str, Any] = {"trials": [t.trial for t in trials]}
-    columns |= {name: [getattr(t, name) for t in trials] for name in _PLAIN}
-    columns |= {name: _constant(columns[name]) for name in ("dtype", "corpus")}
+    columns |= {name: [getattr(t, name) for t in trials] for name in ("dtype", *_NUMBERS, *_TEXTS)}
     columns["phonemes"] = [
         None if t.phoneme_ids is None else (t.phoneme_ids + 48).astype(np.uint8).tobytes().decode()
         for t in trials
     ]
-    columns["closed"] = _constant(
-        [t.class_ids is not None and bool(t.class_ids[-1] % N_PHONEMES == 0) for t in trials]
-    )
-    if any(t.chunks is not None for t in trials):
-        columns["chunks"] = [None if t.chunks is None else _pack_chunks(t.chunks) for t in trials]
+    columns["closed"] = [
+        t.class_ids is not None and bool(t.class_ids[-1] % N_PHONEMES == 0) for t in trials
+    ]
+    columns["chunks"] = [None if t.chunks is None else _pack_chunks(t.chunks) for t in trials]
     return columns
 
 
-def _constant(values: list[Any]) -> Any:
-    """One value if all are equal, else the list."""
-    return values[0] if values and all(value == values[0] for value in values) else values
-
-
-def _column(entry: Mapping[str, Any], name: str, count: int) -> list[Any]:
-    values = entry[name]
-    values = values if isinstance(values, list) else [values] * count
-    if len(values) != count:
-        raise ValueError(f"{entry['key']}: {len(values)} values of {name} for {count} trials")
-    return values
-
-
 def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[TrialRecord]:
-    key, count = entry["key"], len(entry["trials"])
+    key = entry["key"]
     session, split = session_and_split(key)
-    columns = [_column(entry, name, count) for name in ("trials", *_PLAIN, "phonemes", "closed")]
-    chunks = _column(entry, "chunks", count) if "chunks" in entry else [None] * count
     records = []
-    for row, packed in zip(zip(*columns, strict=True), chunks, strict=True):
-        trial, steps, dtype, offset, length, crc32, block, number, corpus, text, symbols, closed = (
-            row
-        )
+    for values in zip(*(entry[name] for name in _COLUMNS), strict=True):
+        row = dict(zip(_COLUMNS, values, strict=True))
+        trial, dtype = row["trials"], row["dtype"]
         where = f"{key}:{trial}"
         if not TRIAL_NAME.fullmatch(trial) or dtype not in ("<f4", "<f2"):
             raise ValueError(f"{where} is no trial, or of type {dtype!r}")
-        if not all(value is None or isinstance(value, str) for value in (corpus, text, symbols)):
+        texts = {name: row[name] for name in _TEXTS}
+        if not all(
+            text is None or isinstance(text, str) for text in (*texts.values(), row["phonemes"])
+        ):
             raise ValueError(f"{where}: one of its texts is none")
-        phonemes, labels = _labels(symbols, form, closed, where)
-        records.append(
-            TrialRecord(
-                session=session,
-                split=split,
-                key=key,
-                trial=trial,
-                n_time_steps=_whole(steps, f"n_time_steps of {where}", 1),
-                n_features=_whole(n_features, "n_features", 1),
-                dtype=dtype,
-                offset=_whole(offset, f"offset of {where}"),
-                length=_whole(length, f"length of {where}", 1),
-                chunks=None
-                if packed is None
-                else _unpack_chunks(packed, steps, n_features, dtype, length),
-                crc32=_whole(crc32, f"CRC-32 of {where}", 0, 2**32 - 1),
-                class_ids=labels,
-                phoneme_ids=phonemes,
-                sentence_label=text,
-                block_num=_whole(block, f"block_num of {where}", -(2**62)),
-                trial_num=None
-                if number is None
-                else _whole(number, f"trial_num of {where}", -(2**62)),
-                corpus=corpus,
-            )
+        numbers = {n: _whole(row[n], f"{n} of {where}", *both) for n, both in _NUMBERS.items()}
+        phonemes, labels = _labels(row["phonemes"], form, row["closed"], where)
+        record = TrialRecord(
+            session=session,
+            split=split,
+            key=key,
+            trial=trial,
+            n_features=n_features,
+            dtype=dtype,
+            class_ids=labels,
+            phoneme_ids=phonemes,
+            **numbers,
+            **texts,
         )
+        if row["chunks"] is not None:
+            record = replace(record, chunks=_unpack_chunks(row["chunks"], record))
+        records.append(record)
     return records
 
 
@@ -231,30 +214,25 @@ def _pack_chunks(chunks: ChunkLayout) -> list[Any]:
     """
     _, _, offsets, sizes, masks = chunks.table.T
     gaps = offsets - np.concatenate([[0], (offsets + sizes)[:-1]])
-    return [
-        list(chunks.chunk_shape),
-        list(chunks.filters),
-        _constant(sizes.tolist()),
-        gaps.tolist() if gaps.any() else 0,
-        masks.tolist() if masks.any() else 0,
-    ]
+    return [chunks.chunk_shape, chunks.filters, sizes.tolist(), gaps.tolist(), masks.tolist()]
 
 
-def _unpack_chunks(
-    packed: list[Any], n_time_steps: int, n_features: int, dtype: str, length: int
-) -> ChunkLayout:
+def _unpack_chunks(packed: list[Any], trial: TrialRecord) -> ChunkLayout:
     (rows, columns), filters, sizes, gaps, masks = packed
     rows, columns = _whole(rows, "rows of a chunk", 1), _whole(columns, "columns of a chunk", 1)
     unknown = set(filters) - set(HDF5_FILTERS.values())
     if unknown or len(filters) > len(HDF5_FILTERS):
         raise ValueError(f"filters are {filters!r}")
-    n_chunks = -(-n_time_steps // rows) * -(-n_features // columns)
-    decoded = n_chunks * rows * columns * np.dtype(dtype).itemsize
-    if n_chunks > length or decoded > MOST_INFLATED * length:
-        raise ValueError(f"{length:,} bytes cannot hold {decoded:,} in {n_chunks:,} chunks")
-    starts = [(r, c) for r in range(0, n_time_steps, rows) for c in range(0, n_features, columns)]
+    n_chunks = -(-trial.n_time_steps // rows) * -(-trial.n_features // columns)
+    decoded = n_chunks * rows * columns * np.dtype(trial.dtype).itemsize
+    if n_chunks > trial.length or decoded > MOST_INFLATED * trial.length:
+        raise ValueError(f"{trial.length:,} bytes cannot hold {decoded:,} in {n_chunks:,} chunks")
     table = np.zeros((n_chunks, 5), np.int64)
-    table[:, :2] = starts
+    table[:, :2] = [
+        (row, column)
+        for row in range(0, trial.n_time_steps, rows)
+        for column in range(0, trial.n_features, columns)
+    ]
     table[:, 3] = sizes
     ends = np.cumsum(table[:, 3] + np.asarray(gaps, np.int64))
     table[:, 2] = ends - table[:, 3]
@@ -262,9 +240,8 @@ def _unpack_chunks(
     if (
         table[:, 3].min() < 1
         or table[:, 2].min() != 0
-        or ends.max() != length
-        or (masks != 0 and not (table[:, 4] >= 0).all())
-        or (masks != 0 and not (table[:, 4] < 2 ** len(filters)).all())
+        or ends.max() != trial.length
+        or not ((table[:, 4] >= 0) & (table[:, 4] < 2 ** len(filters))).all()
     ):
-        raise ValueError(f"chunks do not make up the {length:,} bytes they are in")
+        raise ValueError(f"chunks do not make up the {trial.length:,} bytes they are in")
     return ChunkLayout((rows, columns), tuple(filters), table)

@@ -6,8 +6,9 @@ The trainer, the launcher's checks and evaluation all ask here, before anything 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from ..config import TrainingConfig
 from ..errors import ConfigError, DataError, Finding, error, warning
 from .manifest import TrialManifest
 from .trial_record import TrialRecord
+
+_NONE = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class TrialSelection:
     sessions: tuple[str, ...]
     train: tuple[np.ndarray, ...]
     val: tuple[np.ndarray, ...]
-    excluded: tuple[str, ...] = field(default=())
-    val_skipped: tuple[str, ...] = field(default=())
-    warnings: tuple[str, ...] = field(default=())
+    excluded: tuple[str, ...]
+    val_skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelection:
@@ -57,29 +60,26 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
     _fill_in(config, manifest, sessions)
 
     excluded: list[str] = []
-    train = tuple(_usable(manifest, config, s, "train", excluded) for s in sessions)
+
+    def usable(session: str, split: str) -> np.ndarray:
+        return _usable(manifest, config, session, split, _infeasible, excluded)
+
+    train = tuple(usable(session, "train") for session in sessions)
     for session, trials in zip(sessions, train, strict=True):
         if len(trials) == 0:
             raise DataError(
                 f"Session {session} has no training trials: leave it out of dataset.sessions, or "
                 f"check {session}/data_train.hdf5."
             )
-    val = [_usable(manifest, config, s, "val", excluded) for s in sessions]
-    switches = dataset.dataset_probability_val or [1.0] * len(sessions)
-    skipped = tuple(
-        session
-        for session, trials, switch in zip(sessions, val, switches, strict=True)
-        if switch == 0 and len(trials)
-    )
-    none = np.array([], dtype=np.int64)
-    val = [none if switch == 0 else trials for trials, switch in zip(val, switches, strict=True)]
+    skipped = _switched_off(manifest, config, sessions)
+    val = tuple(_NONE if session in skipped else usable(session, "val") for session in sessions)
     if not any(len(trials) for trials in val):
         raise DataError(
             "No session has validation trials: upload data_val.hdf5 files, or switch a session on "
             "in dataset.dataset_probability_val."
         )
     warnings = tuple(finding.reason for finding in found)
-    return TrialSelection(sessions, train, tuple(val), tuple(excluded), skipped, warnings)
+    return TrialSelection(sessions, train, val, tuple(excluded), skipped, warnings)
 
 
 def select_for_evaluation(
@@ -98,38 +98,25 @@ def select_for_evaluation(
             f"The data has {manifest.n_features} features per bin and the model takes "
             f"{config.dataset.neural_dim}: give the dataset the model was trained on."
         )
-    size = config.model.patch_size
-    remarks: list[str] = []
-    chosen: list[np.ndarray] = []
-    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
-    for session, switch in zip(sessions, switches, strict=True):
-        kept: list[int] = []
-        if split == "val" and switch == 0:
-            if manifest.select(split, [session]):
-                remarks.append(f"Left out: {session}, 0 in dataset.dataset_probability_val")
-        else:
-            for index, excluded in _not_bad(manifest, config, session, split):
-                trial = manifest.trials[index]
-                if not excluded and trial.n_time_steps < size:
-                    excluded = f"{trial.name}, shorter than one patch of {size} bins"
-                if excluded:
-                    remarks.append(f"Left out: {excluded}")
-                else:
-                    kept.append(index)
-        chosen.append(np.array(kept, dtype=np.int64))
+    off = _switched_off(manifest, config, sessions) if split == "val" else ()
+    left_out = [f"{session}, 0 in dataset.dataset_probability_val" for session in off]
+    chosen = tuple(
+        _NONE if session in off else _usable(manifest, config, session, split, _short, left_out)
+        for session in sessions
+    )
     strangers = [s for s in manifest.sessions if s not in sessions]
     lost = len(manifest.select(split, strangers)) if strangers else 0
     if lost:
-        remarks.append(
-            f"Left out: {lost} trials of {len(strangers)} sessions that the model has no day layer "
-            f"for ({strangers[0]}{' …' if len(strangers) > 1 else ''})"
+        left_out.append(
+            f"{lost} trials of {len(strangers)} sessions that the model has no day layer for "
+            f"({strangers[0]}{' …' if len(strangers) > 1 else ''})"
         )
     if not any(len(trials) for trials in chosen):
         raise DataError(
             f"The dataset has no {split} trials of the model's {len(sessions)} sessions "
             f"({sessions[0]} … {sessions[-1]}): choose another --split or dataset."
         )
-    return tuple(chosen), tuple(remarks)
+    return chosen, tuple(f"Left out: {what}" for what in left_out)
 
 
 def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
@@ -170,19 +157,19 @@ def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Itera
             f"{manifest.n_features - 1}.",
         )
     used = len(dataset.feature_subset or range(manifest.n_features))
-    if config.model.n_input_features not in (None, used):
-        yield error(
-            "data-features",
-            f"model.n_input_features is {config.model.n_input_features} but the dataset gives "
-            f"{used} features per bin: set it to null.",
-        )
-    sizes = config.model.input_network.input_layer_sizes
-    if sizes not in (None, [used]):
-        yield error(
-            "data-features",
-            f"model.input_network.input_layer_sizes is {sizes} but the day layer is as wide as the "
-            f"data's {used} features: set it to null.",
-        )
+    for key, value, right in (
+        ("model.n_input_features", config.model.n_input_features, used),
+        (
+            "model.input_network.input_layer_sizes",
+            config.model.input_network.input_layer_sizes,
+            [used],
+        ),
+    ):
+        if value not in (None, right):
+            yield error(
+                "data-features",
+                f"{key} is {value} but the dataset gives {used} features per bin: set it to null.",
+            )
 
 
 def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
@@ -224,10 +211,10 @@ def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Findi
 def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
     """Each session, block or trial of dataset.bad_trials_dict that excludes nothing."""
     for session, blocks in (config.dataset.bad_trials_dict or {}).items():
-        known: dict[int, set[int]] = {}
+        known: dict[int, set[int]] = defaultdict(set)
         for record in manifest.trials:
-            if record.session == session and None not in (record.block_num, record.trial_num):
-                known.setdefault(int(record.block_num or 0), set()).add(int(record.trial_num or 0))
+            if record.session == session:
+                known[record.block_num].add(record.trial_num)
         listed = {block: set(trials) for block, trials in blocks.items()}
         if not known:
             what = f"session {session}{_nearest(session, manifest.sessions)}"
@@ -283,15 +270,16 @@ def _fill_in(config: TrainingConfig, manifest: TrialManifest, sessions: Sequence
     model.input_network.input_layer_sizes = [model.n_input_features]
 
 
-def _not_bad(
-    manifest: TrialManifest, config: TrainingConfig, session: str, split: str
-) -> Iterator[tuple[int, str]]:
-    """Each trial's index, and a sentence where dataset.bad_trials_dict lists it, else ""."""
-    blocks = (config.dataset.bad_trials_dict or {}).get(session, {})
-    for index in manifest.select(split, [session]):
-        trial = manifest.trials[index]
-        bad = trial.trial_num in blocks.get(trial.block_num, ())
-        yield index, f"{trial.name}, listed in dataset.bad_trials_dict" if bad else ""
+def _switched_off(
+    manifest: TrialManifest, config: TrainingConfig, sessions: Sequence[str]
+) -> tuple[str, ...]:
+    """Sessions that have validation trials, and 0 in dataset.dataset_probability_val."""
+    switches = config.dataset.dataset_probability_val or [1.0] * len(sessions)
+    return tuple(
+        session
+        for session, switch in zip(sessions, switches, strict=True)
+        if switch == 0 and manifest.select("val", [session])
+    )
 
 
 def _usable(
@@ -299,30 +287,41 @@ def _usable(
     config: TrainingConfig,
     session: str,
     split: str,
-    excluded: list[str],
+    problem: Callable[[TrialRecord, TrainingConfig], str | None],
+    left_out: list[str],
 ) -> np.ndarray:
+    """The trials without a problem that are not listed as bad; `left_out` gets the others."""
+    bad = (config.dataset.bad_trials_dict or {}).get(session, {})
     kept = []
-    for index, listed in _not_bad(manifest, config, session, split):
+    for index in manifest.select(split, [session]):
         trial = manifest.trials[index]
-        problem = None if listed else _infeasible(trial, config)
-        if problem and config.dataset.on_damaged_trial != "exclude":
-            raise DataError(
-                f"Trial {trial.name} cannot be used: {problem}; list it in "
-                "dataset.bad_trials_dict, or set dataset.on_damaged_trial to exclude."
-            )
-        if listed or problem:
-            excluded.append(listed or f"{trial.name}: {problem}")
+        if trial.trial_num in bad.get(trial.block_num, ()):
+            left_out.append(f"{trial.name}, listed in dataset.bad_trials_dict")
+        elif reason := problem(trial, config):
+            left_out.append(f"{trial.name}{reason}")
         else:
             kept.append(index)
     return np.array(kept, dtype=np.int64)
 
 
+def _short(trial: TrialRecord, config: TrainingConfig) -> str | None:
+    size = config.model.patch_size
+    return f", shorter than one patch of {size} bins" if trial.n_time_steps < size else None
+
+
 def _infeasible(trial: TrialRecord, config: TrainingConfig) -> str | None:
     limit = config.dataset.max_seq_elements
-    if trial.class_ids is not None and len(trial.class_ids) > limit:
-        return f"{len(trial.class_ids)} labels exceed dataset.max_seq_elements ({limit})"
     model, cut = config.model, config.dataset.data_transforms.random_cut
-    return ctc_problem(trial, model.patch_size, model.patch_stride, cut)
+    if trial.class_ids is not None and len(trial.class_ids) > limit:
+        reason = f"{len(trial.class_ids)} labels exceed dataset.max_seq_elements ({limit})"
+    else:
+        reason = ctc_problem(trial, model.patch_size, model.patch_stride, cut)
+    if reason and config.dataset.on_damaged_trial != "exclude":
+        raise DataError(
+            f"Trial {trial.name} cannot be used: {reason}; list it in dataset.bad_trials_dict, or "
+            "set dataset.on_damaged_trial to exclude."
+        )
+    return f": {reason}" if reason else None
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ class TrialRecord:
 
     n_time_steps: 20 ms bins T. n_features: C. dtype: "<f4" or "<f2".
     offset, length: the byte span of `input_features` in the file; one ranged GET reads it.
-    crc32: CRC-32 of the span's bytes as stored; every manifest has it.
+    crc32: CRC-32 of the span's bytes as stored.
     class_ids: [L] int32 labels, None in the test split. phoneme_ids: [Lp] int32, likewise.
     """
 
@@ -50,12 +50,12 @@ class TrialRecord:
     offset: int
     length: int
     chunks: ChunkLayout | None = None
-    crc32: int | None = None
+    crc32: int = 0
     class_ids: np.ndarray | None = None
     phoneme_ids: np.ndarray | None = None
     sentence_label: str | None = None
     block_num: int = 0
-    trial_num: int | None = None
+    trial_num: int = 0
     corpus: str | None = None
 
     @property

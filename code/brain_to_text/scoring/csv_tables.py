@@ -222,7 +222,7 @@ def write_logits(path: Path, trials: Iterable[DecodedTrial]) -> None:
                 f"{record.session}/{record.trial}", data=trial.phoneme_log_probs[:, order]
             )
             dataset.attrs["block_num"] = record.block_num
-            dataset.attrs["trial_num"] = -1 if record.trial_num is None else record.trial_num
+            dataset.attrs["trial_num"] = record.trial_num
 
 
 def _spelled(phonemes: Sequence[int]) -> str:

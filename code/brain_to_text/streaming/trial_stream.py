@@ -242,7 +242,7 @@ class TrialStream:
         """Check the bytes, decode them, keep them. Runs on a decoder thread."""
         crc = zlib.crc32(span)
         if crc != record.crc32:
-            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32 or 0:08x}")
+            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32:08x}")
         return self.cache.put(index, record.decode(memoryview(span)))
 
     def _replaced(self, record: TrialRecord, reason: str) -> DataError:
