@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 if missing := [
     name
@@ -30,7 +29,7 @@ from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import import_mat
 from brain_to_text.dataset.indexing import index_dataset, refuse_damage
-from brain_to_text.dataset.manifest import TrialManifest, write_manifest
+from brain_to_text.dataset.manifest import write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, DataError
@@ -87,18 +86,7 @@ def run_synthesize(options: argparse.Namespace) -> int:
     store = open_store(options.target)
     with _progress("Sessions", "session") as report:
         manifest = synthesize(store, dataset, overwrite=options.overwrite, progress=report)
-    print(_summary(store.url, manifest))
-    return 0
-
-
-def run_import_mat(options: argparse.Namespace) -> int:
-    """Write the 2024 benchmark's recordings in the public schema, and their manifest."""
-    target = open_store(options.target)
-    with _progress("Importing", "file") as report:
-        manifest = import_mat(
-            Path(options.folder), target, _encoding(options), **_making(options, report)
-        )
-    print(_summary(target.url, manifest))
+    print(manifest.summary(store.url))
     return 0
 
 
@@ -108,9 +96,7 @@ def run_index(options: argparse.Namespace) -> int:
     started = time.monotonic()
     listing = store.list()
     with _progress("Indexing", "file") as report:
-        manifest = index_dataset(
-            store, listing=listing, processes=options.processes, progress=report
-        )
+        manifest = index_dataset(store, listing, options.processes, report)
     if not options.exclude_damaged:
         refuse_damage(store.url, manifest.damaged)
     overlooked = not_taken_sentence(listing)
@@ -121,33 +107,28 @@ def run_index(options: argparse.Namespace) -> int:
     for finding in scattered_chunks(manifest.trials):
         print(one_line(f"Warning: {finding}"))
     write_manifest(store, manifest)
-    print(_summary(store.url, manifest))
+    print(manifest.summary(store.url))
     print(f"Wrote {store.url}/{MANIFEST_NAME} in {time.monotonic() - started:.1f} s")
     return 0
 
 
 def run_encode(options: argparse.Namespace) -> int:
-    """Write the diphone form of a phoneme dataset, and its manifest."""
-    source, target = open_store(options.source), open_store(options.target)
-    with _progress("Encoding", "file") as report:
-        manifest = encode_dataset(source, target, _encoding(options), **_making(options, report))
-    print(_summary(target.url, manifest))
-    return 0
-
-
-def _encoding(options: argparse.Namespace) -> EncodingOptions:
+    """Write the diphone form of a phoneme set, or of MATLAB files, and its manifest."""
+    target = open_store(options.target)
     names = {field.name for field in fields(EncodingOptions)}
-    return EncodingOptions(**{k: v for k, v in vars(options).items() if k in names})
-
-
-def _making(options: argparse.Namespace, report: Callable[[int, int], None]) -> dict[str, Any]:
-    """How a dataset is made out of another."""
-    return {
-        "processes": options.processes,
-        "overwrite": options.overwrite,
-        "progress": report,
-        "log": lambda line: print(line, flush=True),
-    }
+    chosen = EncodingOptions(**{k: v for k, v in vars(options).items() if k in names})
+    with _progress("Encoding", "file") as report:
+        manifest = options.make(
+            options.source,
+            target,
+            chosen,
+            processes=options.processes,
+            overwrite=options.overwrite,
+            progress=report,
+            log=lambda line: print(line, flush=True),
+        )
+    print(manifest.summary(target.url))
+    return 0
 
 
 def run_validate(options: argparse.Namespace) -> int:
@@ -156,26 +137,12 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.html is not None:
         check_own(options.html, mark)
     with _progress("Validating", "file") as report:
-        result = validate_dataset(
-            open_store(options.source),
-            processes=options.processes,
-            progress=report,
-        )
+        store = open_store(options.source)
+        result = validate_dataset(store, processes=options.processes, progress=report)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result.to_text())
     if options.html is not None:
         replace_own(options.html, dataset_page(result).encode(), mark)
     return 1 if result.errors else 0
-
-
-def _summary(url: str, manifest: TrialManifest) -> str:
-    splits = {split: manifest.select(split) for split in ("train", "val", "test")}
-    counts = ", ".join(f"{len(trials):,} {split}" for split, trials in splits.items() if trials)
-    size = sum(record.size for record in manifest.files.values())
-    return (
-        f"{url}: {len(manifest.sessions)} sessions, {len(manifest.trials):,} trials ({counts}), "
-        f"{manifest.n_features} features, {manifest.n_classes} classes, {manifest.label_form} "
-        f"labels, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()}"
-    )
 
 
 @contextmanager
@@ -242,10 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the recordings of the Brain-to-Text Benchmark '24 (participant T12) in "
         "the public schema: 256 features, z-scored per block, diphone labels by pronunciation.",
     )
-    imported.add_argument("folder", help="competitionData, with train, test, competitionHoldOut")
+    imported.add_argument(
+        "source", metavar="folder", help="competitionData, with train, test, competitionHoldOut"
+    )
     imported.add_argument("target", help=_PLACE)
     _of_another(imported)
-    imported.set_defaults(run=run_import_mat)
+    imported.set_defaults(run=run_encode, make=import_mat)
 
     encoded = commands.add_parser(
         "encode",
@@ -267,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take phonemes from each trial's sentence",
     )
     _of_another(encoded)
-    encoded.set_defaults(run=run_encode)
+    encoded.set_defaults(run=run_encode, make=encode_dataset)
 
     indexed = commands.add_parser(
         "index",

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.dataset.encoding import encode_dataset
+from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.diphones import decode_diphones
@@ -203,7 +203,7 @@ def test_an_interrupted_encode_continues(phoneme_set: Path, tmp_path: Path, caps
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_dataset(open_store(phoneme_set), open_store(target), progress=interrupt)
+        encode_dataset(str(phoneme_set), open_store(target), EncodingOptions(), progress=interrupt)
     assert not (target / MANIFEST_NAME).exists(), "no manifest of half a dataset"
     assert len(list(target.rglob("*.hdf5"))) == 3
     capsys.readouterr()

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,26 +46,30 @@ def document_of(data: bytes) -> dict[str, Any]:
     return json.loads(gzip.decompress(data))
 
 
+def refused_or_the_same(data: bytes, whole: bytes) -> None:
+    """gzip's header and padding hold some bits that nobody asks for."""
+    try:
+        found = TrialManifest.from_bytes(data, URL)
+    except DataError as error:
+        assert re.match(REFUSED, str(error))
+    else:
+        assert found.to_bytes() == whole
+
+
 def test_every_flipped_bit_and_every_cut_is_refused_before_anything_is_parsed(
     whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harmless = {3 * 8, *range(4 * 8, 10 * 8)}  # text or not, time, speed, system: nobody asks
-    for bit in harmless:
+    original, real = gzip.decompress(whole), json.loads
+    monkeypatch.setattr(
+        json, "loads", lambda text: real(text) if text == original else pytest.fail("parsed")
+    )
+    for bit in range(8 * len(whole)):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
-        assert TrialManifest.from_bytes(bytes(damaged)).to_bytes() == whole
-    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("it was parsed"))
-    for bit in sorted(set(range(8 * len(whole))) - harmless):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
+        refused_or_the_same(bytes(damaged), whole)
+    for damage in (*(whole[:length] for length in range(len(whole))), whole + b"\0", 2 * whole):
         with pytest.raises(DataError, match=REFUSED):
-            TrialManifest.from_bytes(bytes(damaged), URL)
-    for length in range(len(whole)):
-        with pytest.raises(DataError, match=REFUSED):
-            TrialManifest.from_bytes(whole[:length], URL)
-    for more in (b"\0", whole):
-        with pytest.raises(DataError, match=REFUSED):
-            TrialManifest.from_bytes(whole + more, URL)
+            TrialManifest.from_bytes(damage, URL)
 
 
 def test_a_flipped_bit_on_the_way_is_read_again(tmp_path: Path, whole: bytes) -> None:
@@ -215,9 +220,7 @@ def test_fuzz_of_a_manifests_bytes_is_refused(whole: bytes) -> None:
                 damaged[at:at] = chance.randbytes(chance.randint(1, 50))
             else:
                 damaged[at : at + 20] = damaged[:20]
-        if damaged[10:] != whole[10:]:
-            with pytest.raises(DataError, match=rf"{URL}.*is damaged"):
-                TrialManifest.from_bytes(bytes(damaged), URL)
+        refused_or_the_same(bytes(damaged), whole)
 
 
 def _mutate(node: Any, chance: random.Random) -> None:

@@ -94,12 +94,9 @@ class _Encoded:
 
 
 def encode_dataset(
-    source: ObjectStore,
-    target: ObjectStore,
-    options: EncodingOptions | None = None,
-    **how: Any,
+    source: str, target: ObjectStore, options: EncodingOptions, **how: Any
 ) -> TrialManifest:
-    """Write the diphone form of every data file of `source` to `target`, and a manifest.
+    """Write the diphone form of every data file in a folder or at a URL to `target`.
 
     Args:
         how: see `encode_files`.
@@ -108,16 +105,17 @@ def encode_dataset(
         DataError: damage in the source, a target that holds something else.
         StorageError: source or target cannot be read or written.
     """
+    place = open_store(source)
     sources = {
         key: Source(
             key,
             info.etag if S3_ETAG.fullmatch(info.etag) else None,
-            partial(_read, source.url, key, info.size),
+            partial(_read, place.url, key, info.size),
         )
-        for key, info in data_files(source.list(), source.url).items()
+        for key, info in data_files(place.list(), place.url).items()
     }
     command = "prepare_dataset.py encode"
-    return encode_files(sources, source.url, target, command, options or EncodingOptions(), **how)
+    return encode_files(sources, place.url, target, command, options, **how)
 
 
 def encode_files(

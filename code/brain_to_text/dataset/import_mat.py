@@ -34,7 +34,7 @@ _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
 
 def import_mat(
-    folder: Path, target: ObjectStore, options: EncodingOptions, **how: Any
+    folder: str, target: ObjectStore, options: EncodingOptions, **how: Any
 ) -> TrialManifest:
     """Write every session of the benchmark's `folder` to `target`, and a manifest.
 
@@ -52,7 +52,7 @@ def import_mat(
     """
     sources = {}
     for name, split in SPLITS.items():
-        for path in sorted((folder / name).glob("*.mat")):
+        for path in sorted(Path(folder, name).glob("*.mat")):
             if not _SESSION.fullmatch(path.stem):
                 raise DataError(f"{path} is not named like a session, e.g. t12.2022.04.28.mat.")
             read = partial(_as_data_file, path, split)
@@ -63,7 +63,7 @@ def import_mat(
             "competitionData of the unpacked archive."
         )
     options, command = replace(options, from_text=True), "prepare_dataset.py import-mat"
-    return encode_files(sources, str(folder), target, command, options, **how)
+    return encode_files(sources, folder, target, command, options, **how)
 
 
 def _as_data_file(path: Path, split: str) -> bytes:

@@ -52,7 +52,7 @@ def load_or_build_manifest(
         files = data_files(listing, store.url)
         size = sum(info.size for info in files.values())
         log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
-        manifest = index_dataset(store, progress=_now_and_then(log), listing=listing)
+        manifest = index_dataset(store, listing, progress=_now_and_then(log))
         log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
         if not manifest.damaged or on_damage == "exclude":
             try:
@@ -89,10 +89,9 @@ def _now_and_then(log: Callable[[str], None]) -> Callable[[int, int], None]:
 
 def index_dataset(
     store: ObjectStore,
-    *,
+    listing: Mapping[str, ObjectInfo] | None = None,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    listing: Mapping[str, ObjectInfo] | None = None,
 ) -> TrialManifest:
     """Read every data file once, whole, into memory, and record where its trials lie.
 
@@ -100,9 +99,9 @@ def index_dataset(
     are small. Nothing is written to disk.
 
     Args:
+        listing: the store's listing, if known already.
         processes: worker processes; None decides by size.
         progress: called with (files done, files in all).
-        listing: the store's listing, if known already.
 
     Raises:
         StorageError: a file cannot be read. DataError: no data files.

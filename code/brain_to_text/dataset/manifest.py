@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..errors import DataError, Finding
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, ObjectInfo, shortened
 from ..storage.store import ObjectStore, gunzipped
-from .manifest_format import columns_of, parsed
+from .manifest_format import SPLITS, columns_of, parsed
 from .trial_record import TrialRecord
 
 VERSION = 1
@@ -51,6 +51,17 @@ class TrialManifest:
             for i, trial in enumerate(self.trials)
             if trial.split == split and trial.session in chosen
         ]
+
+    def summary(self, url: str) -> str:
+        """One line about what is there."""
+        splits = {split: self.select(split) for split in SPLITS}
+        counts = ", ".join(f"{len(trials):,} {split}" for split, trials in splits.items() if trials)
+        size = sum(record.size for record in self.files.values())
+        return (
+            f"{url}: {len(self.sessions)} sessions, {len(self.trials):,} trials ({counts}), "
+            f"{self.n_features} features, {self.n_classes} classes, {self.label_form} labels, "
+            f"{size / 1e6:,.1f} MB, fingerprint {self.fingerprint()}"
+        )
 
     def fingerprint(self) -> str:
         """32 hex digits over every trial's place, features and labels: equal data, equal digits.

@@ -113,9 +113,7 @@ class ValidationReport:
     def to_text(self, most: int = 20) -> str:
         """A table of sessions and splits, then at most `most` findings of each kind."""
         lines = [
-            f"{self.url}: {len(self.manifest.sessions)} sessions, "
-            f"{len(self.manifest.trials):,} sound trials, {self.manifest.n_features} features, "
-            f"{self.manifest.n_classes} classes, {self.manifest.label_form} labels",
+            self.manifest.summary(self.url),
             "",
             f"{'session':<16} {'split':<5} {'trials':>6} {'bad':>4} {'bins':>16} {'labels':>10} "
             f"{'mean':>7} {'std':>6} {'min':>7} {'max':>7}",

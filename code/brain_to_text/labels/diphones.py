@@ -64,27 +64,27 @@ def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np
     ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
     if not ids.size:
         return np.zeros(0, dtype=np.int32)
+    step = 2 if form == "self_loop" else 1
     closing = bool(ids[-1] % N_PHONEMES == BLANK)
-    body = ids[:-1] if closing else ids
-    phonemes = body[:: 2 if form == "self_loop" else 1] % N_PHONEMES
-    blanks = np.flatnonzero(phonemes == BLANK)
-    outside = np.flatnonzero((ids <= BLANK) | (ids >= N_DIPHONES))
-    if outside.size or blanks.size or not phonemes.size:
-        position = int(outside[0]) if outside.size else 0
-        if not outside.size and blanks.size:
-            position = int(blanks[0]) * (2 if form == "self_loop" else 1)
+    phonemes = (ids[:-1] if closing else ids)[::step] % N_PHONEMES
+    bad = (ids <= BLANK) | (ids >= N_DIPHONES)
+    bad[: step * phonemes.size : step] |= phonemes == BLANK
+    if bad.any() or not phonemes.size:
+        position = int(np.argmax(bad))
         raise DataError(f"Diphone label {position} ({_name(ids[position])}) cannot stand there.")
     expected = encode_diphones(phonemes, form, closing)
     common = min(expected.size, ids.size)
     wrong = np.flatnonzero(expected[:common] != ids[:common])
     if wrong.size or expected.size != ids.size:
         position = int(wrong[0]) if wrong.size else common
-        found = _name(ids[position]) if position < ids.size else "the end"
-        wanted = _name(expected[position]) if position < expected.size else "the end"
+        found, wanted = (
+            _name(labels[position]) if position < labels.size else "the end"
+            for labels in (ids, expected)
+        )
         raise DataError(
             f"Diphone label {position} is {found} where the {form} form needs {wanted}."
         )
-    return phonemes.astype(np.int32)
+    return phonemes
 
 
 def detect_label_form(
