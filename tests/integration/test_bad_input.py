@@ -553,9 +553,9 @@ def test_encode_proves_every_trial_before_it_writes_a_file(
         return buffer.getvalue(), left_out
 
     monkeypatch.setattr(encoding, "encode_file", mistaken)
-    source = encoding.Source(FILE, None, (tmp_path / "old" / FILE).read_bytes)
+    read, target = (tmp_path / "old" / FILE).read_bytes, str(tmp_path / "new")
     with pytest.raises(DataError) as stopped:
-        encoding._encode_job(FILE, source, str(tmp_path / "new"), encoding.EncodingOptions())
+        encoding._encode_job(FILE, FILE, read, "old", target, encoding.EncodingOptions(), note=None)
     assert str(stopped.value) == f"{FILE}:{TRIAL}: {reason}."
     assert not (tmp_path / "new" / FILE).exists()
 

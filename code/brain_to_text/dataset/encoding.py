@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
 from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
-from ..storage.locations import S3_ETAG, data_files, printable, session_and_split
+from ..storage.locations import data_files, printable, session_and_split
 from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .hdf5_reader import (
@@ -77,20 +77,15 @@ class EncodingOptions:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file to encode: what messages call it, its ETag where that is S3's, how it is read."""
-
-    name: str
-    etag: str | None
-    read: Callable[[], bytes]
-
-
-@dataclass(frozen=True)
 class _Encoded:
-    """A file done, and for a repeated run: its sums, what was compared, what is not in it."""
+    """A file done, and for a repeated run: its source and sums, what was compared, left out.
+
+    again: it was done by an earlier run.
+    """
 
     inspection: FileInspection
     note: Mapping[str, Any]
+    again: bool = False
 
 
 def encode_dataset(
@@ -106,20 +101,14 @@ def encode_dataset(
         StorageError: source or target cannot be read or written.
     """
     place = open_store(source)
-    sources = {
-        key: Source(
-            key,
-            info.etag if S3_ETAG.fullmatch(info.etag) else None,
-            partial(_read, place.url, key, info.size),
-        )
-        for key, info in data_files(place.list(), place.url).items()
-    }
+    files = data_files(place.list(), place.url)
+    sources = {key: (key, partial(_read, place.url, key, f.size)) for key, f in files.items()}
     command = "prepare_dataset.py encode"
     return encode_files(sources, place.url, target, command, options, **how)
 
 
 def encode_files(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, tuple[str, Callable[[], bytes]]],
     place: str,
     target: ObjectStore,
     command: str,
@@ -137,6 +126,7 @@ def encode_files(
     Before a file is written, each of its trials is decoded back and compared with the source.
 
     Args:
+        sources: what messages call a file, and how it is read.
         place: folder or URL of the sources.
         command: as typed.
         processes: files encoded at once, each in memory.
@@ -146,26 +136,23 @@ def encode_files(
     """
     purpose = options.purpose()
     with Target(target, command, purpose, sources, reads=[place], overwrite=overwrite) as claimed:
-        done = _still_done(claimed, place, sources, options, processes, progress)
-        if done:
-            log(f"{len(done)} of {len(sources)} files are encoded already and are skipped")
-        for line in (line for encoded in done.values() for line in encoded.note["left_out"]):
-            log(f"Left out: {line}")
         jobs = {
-            source.name: (key, source, target.url, options)
-            for key, source in sources.items()
-            if key not in done
+            name: (key, name, read, place, target.url, options, claimed.notes.get(key))
+            for key, (name, read) in sources.items()
         }
-        with closing(sound_answers(_encode_job, jobs, processes, progress, len(done))) as answers:
+        done: list[_Encoded] = []
+        with closing(sound_answers(_encode_job, jobs, processes, progress)) as answers:
             for encoded in answers:
+                done.append(encoded)
                 for line in encoded.note["left_out"]:
                     log(f"Left out: {line}")
-                done[encoded.inspection.key] = encoded
-                notes = {key: file.note for key, file in done.items()}
-                claimed.notes = {"source": place, "files": notes}
+                claimed.notes[encoded.inspection.key] = encoded.note
                 claimed.save()
-        manifest = keep_index(target, [file.inspection for file in done.values()])
-    trials, labelled = np.sum([file.note["compared"] for file in done.values()], axis=0)
+        again = sum(encoded.again for encoded in done)
+        if again:
+            log(f"{again} of {len(sources)} files are encoded already and are skipped")
+        manifest = keep_index(target, [encoded.inspection for encoded in done])
+    trials, labelled = np.sum([encoded.note["compared"] for encoded in done], axis=0)
     log(
         f"Compared with the source: the features of {trials:,} trials value by value, the labels "
         f"of {labelled:,} by decoding them; all are equal"
@@ -175,51 +162,6 @@ def encode_files(
 
 def _read(url: str, key: str, size: int) -> bytes:
     return open_store(url).read(key, size)
-
-
-def _still_done(
-    target: Target,
-    place: str,
-    sources: Mapping[str, Source],
-    options: EncodingOptions,
-    processes: int,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, _Encoded]:
-    """The files of an earlier run whose source and target have not changed since, by key.
-
-    One of which something was left out counts only where that is asked for again.
-
-    Raises:
-        DataError: they were made of another place's files, with other content.
-    """
-    there = target.store.list()
-    jobs = {
-        f"{target.store.url}/{key}": (key, sources[key], target.store.url, note)
-        for key, note in target.notes.get("files", {}).items()
-        if key in sources and key in there and (options.exclude_damaged or not note["left_out"])
-    }
-    answers = list(sound_answers(_recheck_job, jobs, processes, progress))
-    changed = sorted(answer for answer in answers if isinstance(answer, str))
-    if changed and target.notes["source"] != place:
-        raise DataError(
-            f"{target.store.url} was encoded from {target.notes['source']}, whose {changed[0]} is "
-            f"another than that of {place}: give an empty target, or say --overwrite."
-        )
-    return {a.inspection.key: a for a in answers if isinstance(a, _Encoded)}
-
-
-def _recheck_job(
-    key: str, source: Source, target_url: str, note: Mapping[str, Any]
-) -> _Encoded | str | None:
-    """A file that still holds, the key of one whose source is another, None for another target."""
-    known = source.etag is not None and source.etag == note["etag"]
-    if not known and zlib.crc32(source.read()) != note["source"]:
-        return key
-    data = open_store(target_url).read(key)
-    if zlib.crc32(data) != note["target"]:
-        return None
-    with limited(len(data)):
-        return _Encoded(inspect_file(key, data), note)
 
 
 def encode_file(
@@ -319,26 +261,46 @@ def _source_phonemes(key: str, trial: h5py.Group, lexicon: Lexicon | None) -> np
     raise DataError("attribute sentence_label is missing, so there is no text to label")
 
 
-def _encode_job(key: str, source: Source, target_url: str, options: EncodingOptions) -> _Encoded:
-    """Read, encode, prove and write one file."""
-    original = source.read()
+def _encode_job(
+    key: str,
+    name: str,
+    read: Callable[[], bytes],
+    place: str,
+    target_url: str,
+    options: EncodingOptions,
+    note: Mapping[str, Any] | None,
+) -> _Encoded:
+    """Read, encode, prove and write one file, unless that was done, as `note` says."""
+    original, target = read(), open_store(target_url)
+    crc32 = zlib.crc32(original)
+    if note and note["source"] != crc32 and note["place"] != place:
+        raise DataError(
+            f"{target_url} was encoded from {note['place']}, whose {name} is another than that of "
+            f"{place}: give an empty target, or say --overwrite."
+        )
+    if note and note["source"] == crc32 and (options.exclude_damaged or not note["left_out"]):
+        encoded = target.read(key) if target.exists(key) else b""
+        if zlib.crc32(encoded) == note["target"]:
+            with limited(len(encoded)):
+                return _Encoded(inspect_file(key, encoded), note, again=True)
     with limited(len(original)):
-        encoded, left_out = encode_file(key, original, options, name=source.name)
+        encoded, left_out = encode_file(key, original, options, name=name)
         inspection = inspect_file(key, encoded)
         broken = _broken(inspection)
         if broken and options.exclude_damaged and None not in broken:
-            encoded, left_out = encode_file(key, original, options, broken, source.name)
-            left_out += [f"{source.name}:{trial}: {reason}" for trial, reason in broken.items()]
+            encoded, left_out = encode_file(key, original, options, broken, name)
+            left_out += [f"{name}:{trial}: {reason}" for trial, reason in broken.items()]
             inspection = inspect_file(key, encoded)
             broken = _broken(inspection)
         for trial, reason in broken.items():
-            where = f"{source.name}:{trial}" if trial else source.name
-            raise DataError(f"{where}: {reason}; {_REPAIR}")
+            raise DataError(
+                f"{name}:{trial}: {reason}; {_REPAIR}" if trial else f"{name}: {reason}."
+            )
         compared = _prove(original, encoded, inspection, options)
-    open_store(target_url).write(key, encoded)
+    target.write(key, encoded)
     note = {
-        "etag": source.etag,
-        "source": zlib.crc32(original),
+        "place": place,
+        "source": crc32,
         "target": zlib.crc32(encoded),
         "compared": compared,
         "left_out": left_out,

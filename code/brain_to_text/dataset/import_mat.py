@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..storage.store import ObjectStore, open_store
-from .encoding import EncodingOptions, Source, encode_files
+from .encoding import EncodingOptions, encode_files
 from .hdf5_values import DamagedTrial, cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .manifest import TrialManifest
@@ -56,7 +56,7 @@ def import_mat(
             if not _SESSION.fullmatch(path.stem):
                 raise DataError(f"{path} is not named like a session, e.g. t12.2022.04.28.mat.")
             read = partial(_as_data_file, path, split)
-            sources[f"{path.stem}/data_{split}.hdf5"] = Source(str(path), None, read)
+            sources[f"{path.stem}/data_{split}.hdf5"] = str(path), read
     if not sources:
         raise DataError(
             f"{folder} has no train/*.mat (or test, competitionHoldOut): give the folder "

@@ -171,9 +171,10 @@ def load_manifest(
     Raises:
         StorageError: it cannot be read. DataError: it is damaged.
     """
-    if MANIFEST_NAME not in listing if listing is not None else not store.exists(MANIFEST_NAME):
+    listing = store.list() if listing is None else listing
+    if MANIFEST_NAME not in listing:
         return None
-    size = None if listing is None else listing[MANIFEST_NAME].size
+    size: int | None = listing[MANIFEST_NAME].size
     for attempts_left in reversed(range(_READS)):
         try:
             return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size), store.url)

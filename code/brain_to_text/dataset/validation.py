@@ -19,7 +19,7 @@ from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_an
 from ..storage.store import ObjectInfo, ObjectStore
 from .hdf5_reader import FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
-from .manifest import TrialManifest
+from .manifest import TrialManifest, load_manifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .trial_record import TrialRecord
@@ -360,19 +360,18 @@ def _manifest_state(
     store: ObjectStore, found: TrialManifest, listing: Mapping[str, ObjectInfo]
 ) -> Iterator[Finding]:
     again = f"type 'python code/prepare_dataset.py index {store.url}'"
-    if MANIFEST_NAME not in listing:
-        reason = f"is not there, so that every job would index first: {again}"
-        yield Finding(MANIFEST_NAME, None, reason, "manifest", "warning")
-        return
+    reason, severity = f"does not describe the trials that are there: {again}", "error"
     try:
-        kept = TrialManifest.from_bytes(store.read(MANIFEST_NAME))
-        kept.check_fresh(listing, store.url)
+        kept = load_manifest(store, listing)
+        if kept is None:
+            reason = f"is not there, so that every job would index first: {again}"
+            severity = "warning"
+        else:
+            kept.check_fresh(listing, store.url)
     except DataError as error:
-        yield Finding(MANIFEST_NAME, None, str(error).rstrip("."), "manifest")
-        return
-    if kept.fingerprint() != found.fingerprint():
-        reason = f"does not describe the trials that are there: {again}"
-        yield Finding(MANIFEST_NAME, None, reason, "manifest")
+        kept, reason = None, str(error).rstrip(".")
+    if kept is None or kept.fingerprint() != found.fingerprint():
+        yield Finding(MANIFEST_NAME, None, reason, "manifest", severity)
 
 
 def _shared_sentences(trials: Sequence[TrialRecord]) -> int:

@@ -130,24 +130,23 @@ def sound_answers(
     jobs: Mapping[str, tuple[Any, ...]],
     processes: int,
     progress: Callable[[int, int], None] | None = None,
-    already: int = 0,
 ) -> Generator[Any, None, None]:
     """The results of `in_workers` where every job must survive.
 
     Args:
         jobs: by the place that a job is about, as messages name it.
-        progress: called with (jobs done, jobs in all), of which `already` were done before.
+        progress: called with (jobs done, jobs in all).
 
     Raises:
         DataError: one did not; says of which place.
     """
     with closing(in_workers(function, jobs, processes)) as answers:
-        for done, (place, answer) in enumerate(answers, already + 1):
+        for done, (place, answer) in enumerate(answers, 1):
             if isinstance(answer, Lost):
                 raise DataError(f"{place}: {answer.damage}.")
             yield answer
             if progress is not None:
-                progress(done, already + len(jobs))
+                progress(done, len(jobs))
 
 
 @contextmanager
