@@ -485,16 +485,6 @@ def test_other_things(tmp_path, capsys) -> None:
     assert "it holds other things (movie.mp4)" in capsys.readouterr().err
 
 
-def test_a_damaged_manifest_stops_a_job(dataset) -> None:
-    from brain_to_text.dataset.indexing import load_or_build_manifest
-    from brain_to_text.errors import DataError
-    from brain_to_text.storage.store import open_store
-
-    damaged_manifest(dataset)
-    with pytest.raises(DataError, match=r"is damaged .*prepare_dataset.py index"):
-        load_or_build_manifest(open_store(dataset), lambda _: None)
-
-
 # --- encode ---------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
-from brain_to_text.storage.targets import RECORD_NAME, Target
+from brain_to_text.storage.targets import RECORD_NAME
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -76,15 +76,6 @@ def test_encode_never_writes_into_its_source(target, source, capsys) -> None:
     assert tree(source) == before
 
 
-def test_encode_does_not_follow_a_session_that_links_into_its_source(source, capsys) -> None:
-    (source.parent / "new").mkdir()
-    (source.parent / "new" / SESSIONS[0]).symlink_to(source / SESSIONS[0])
-    before = tree(source)
-    assert run("encode", "src", "new", "--overwrite") == 1
-    assert "lies in src" in sentence(capsys)
-    assert tree(source) == before
-
-
 @pytest.mark.parametrize("target", ["/{p}/", "//{p}", "{p}/new"])
 def test_encode_never_writes_into_its_prefix(target, s3_prefix, s3_bucket, upload, source, capsys):
     upload(source, s3_prefix)
@@ -123,12 +114,6 @@ def test_synthesize_repeats_itself_and_nothing_else(tmp_path, capsys) -> None:
     assert run("synthesize", tmp_path, "--sessions", 1, *small, "--overwrite") == 1
     assert "would not write now" in sentence(capsys), "a session of the set before would stay"
     assert run("synthesize", tmp_path, "--sessions", 2, *small, "--seed", 1, "--overwrite") == 0
-
-
-def test_two_encodes_into_one_target_are_told_apart(source, capsys) -> None:
-    with Target(open_store("new"), "prepare_dataset.py encode", {}, []):
-        assert run("encode", "src", "new") == 1
-    assert "Another command is writing to new" in sentence(capsys)
 
 
 def test_a_report_replaces_only_a_report(source, capsys) -> None:

@@ -244,13 +244,3 @@ def test_a_killed_worker_is_a_sentence(encoding) -> None:
     assert process.returncode == 1
     assert err.startswith("ERROR: A worker process was killed (SIGKILL), probably for lack of")
     assert "\n" not in err.strip()
-
-
-def test_workers_end_with_a_killed_parent(encoding) -> None:
-    process, workers = encoding
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -22,16 +22,6 @@ def test_what_was_written_is_read_and_listed(tmp_path):
     assert listing["a/b.bin"].size == 10
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_what_is_written_respects_the_umask(tmp_path, mask):
-    before = os.umask(mask)
-    try:
-        open_store(tmp_path).write("x", b"a patient's")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
-
-
 @pytest.mark.parametrize("size", [1, 1 << 20, 3 << 20])
 def test_the_etag_is_of_the_content_and_never_of_the_clock(tmp_path, size):
     content = bytes(os.urandom(size))

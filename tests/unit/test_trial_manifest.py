@@ -280,17 +280,6 @@ class TestLoadOrBuild:
         assert any(f"Excluded as damaged: {KEY}:trial_0001" in line for line in lines)
         assert "Excluded 1 damaged" in lines[-1]
 
-    def test_an_index_without_its_damage_is_kept_too(self, tmp_path):
-        write_small_dataset(tmp_path)
-        with h5py.File(tmp_path / KEY, "r+") as file:
-            del file["trial_0002/seq_class_ids"]
-        store = open_store(tmp_path)
-        built = load_or_build_manifest(store, lambda _: None, on_damage="exclude")
-        lines = []
-        again = load_or_build_manifest(store, lines.append, on_damage="exclude")
-        assert again.to_bytes() == built.to_bytes()
-        assert not any("indexing" in line for line in lines)
-
     def test_a_long_index_says_how_far_it_is(self, tmp_path, monkeypatch):
         write_small_dataset(tmp_path)
         monkeypatch.setattr(indexing, "_PROGRESS_SECONDS", 0.0)
@@ -299,18 +288,6 @@ class TestLoadOrBuild:
         assert [line for line in lines if line.endswith(" of 5 files")] == [
             f"Indexed {done} of 5 files" for done in range(1, 6)
         ]
-
-    def test_a_manifest_damaged_on_its_way_is_read_again(self, tmp_path, monkeypatch):
-        write_small_dataset(tmp_path)
-        store = open_store(tmp_path)
-        built = load_or_build_manifest(store, lambda _: None)
-        whole = store.read(MANIFEST_NAME)
-        answers = iter([whole[: len(whole) // 2], whole[:-9] + b"?" + whole[-8:], whole])
-        monkeypatch.setattr(store, "read", lambda key, size: next(answers))
-        assert load_or_build_manifest(store, lambda _: None).to_bytes() == built.to_bytes()
-        monkeypatch.setattr(store, "read", lambda key, size: whole[:-1])
-        with pytest.raises(DataError, match="is damaged"):
-            load_or_build_manifest(store, lambda _: None)
 
     def test_a_kept_manifest_remembers_what_it_left_out(self, tmp_path):
         write_small_dataset(tmp_path)
