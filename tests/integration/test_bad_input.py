@@ -21,6 +21,7 @@ from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
+from support.commands import run, tree
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
@@ -287,14 +288,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dataset(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "data"))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def run(*arguments: object) -> int:
-    return prepare_dataset.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

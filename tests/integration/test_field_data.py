@@ -13,7 +13,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import prepare_dataset
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import load_manifest
@@ -22,18 +21,11 @@ from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
 from brain_to_text.storage.targets import RECORD_NAME
+from support.commands import run, tree
 from support.small_data import SESSIONS, write_small_dataset
 
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
 TEST_FILE = f"{SESSIONS[1]}/data_test.hdf5"
-
-
-def run(*arguments: object) -> int:
-    return prepare_dataset.main([str(argument) for argument in arguments])
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def in_every_trial(folder: Path, change: Callable[[h5py.Group], None], pattern="*.hdf5") -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ import numpy as np
 import prepare_dataset
 import pytest
 from brain_to_text.dataset.workers import Lost, in_workers
+from support.commands import run
 from support.hdf5_fuzz import KEY, look_at, mutations
 from support.processes import heed_signals
 from support.small_data import SESSIONS, write_small_dataset
@@ -23,10 +25,6 @@ from support.small_data import SESSIONS, write_small_dataset
 FRONT_DOOR = Path(prepare_dataset.__file__)
 FILE = f"{SESSIONS[0]}/data_train.hdf5"
 IN_CI = 200  # mutations; an hour of them: python tests/benchmarks/fuzz_hdf5.py --minutes 60
-
-
-def run(*arguments: object) -> int:
-    return prepare_dataset.main([str(argument) for argument in arguments])
 
 
 # --- damaged bytes --------------------------------------------------------------------------------
@@ -67,21 +65,18 @@ def test_a_file_that_hangs_or_crashes_the_library_is_named(name, reason, tmp_pat
         assert run("index", tmp_path / "src", "--exclude-damaged") == 0, "the other files"
 
 
-def many_labels(trial: h5py.Group) -> None:
-    del trial["seq_class_ids"]
-    trial.create_dataset("seq_class_ids", (10**10,), "i4", chunks=(10**6,), compression="gzip")
-    trial.attrs["seq_len"] = 5 * 10**9
+def gigantic(name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], **more):
+    """A dataset that claims to be large and holds nothing."""
 
+    def change(trial: h5py.Group) -> None:
+        trial.pop(name, None)
+        trial.create_dataset(name, shape, dtype, chunks=chunks, **more)
+        if name == "input_features":
+            trial.attrs["n_time_steps"] = shape[0]
+        if name == "seq_class_ids":
+            trial.attrs["seq_len"] = shape[0] // 2
 
-def many_characters(trial: h5py.Group) -> None:
-    trial.pop("transcription", None)
-    trial.create_dataset("transcription", (10**10,), "i4", chunks=(10**6,), compression="gzip")
-
-
-def many_bins(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial.create_dataset("input_features", (10**9, 512), "f4", chunks=(10**5, 512), shuffle=True)
-    trial.attrs["n_time_steps"] = 10**9
+    return change
 
 
 def one_giant_chunk(trial: h5py.Group) -> None:
@@ -98,61 +93,42 @@ def huge_attribute(trial: h5py.Group) -> None:
     trial.attrs["session"] = np.zeros(8000, "S8")
 
 
-def link_to_itself(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = h5py.SoftLink(f"{trial.name}/input_features")
-
-
-def group_in_itself(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = trial
-
-
-def a_named_type(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = np.dtype("f4")
-
-
-def no_value(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = h5py.Empty("f4")
-
-
-def scalar(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = 1.0
-
-
-def complex_numbers(trial: h5py.Group) -> None:
-    old = trial["input_features"][:]
-    del trial["input_features"]
-    trial["input_features"] = old.astype("c8")
-
-
 def ragged(trial: h5py.Group) -> None:
     del trial["input_features"]
     made = trial.create_dataset("input_features", (3, 6), h5py.vlen_dtype("f4"))
     made[0, 0] = [1, 2]
 
 
-def records(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = np.zeros((90, 6), [("a", "f4"), ("b", "i4")])
+def instead(make: Callable[[h5py.Group], object], name: str = "input_features"):
+    """Something else under a dataset's name."""
+
+    def change(trial: h5py.Group) -> None:
+        value = make(trial)
+        del trial[name]
+        trial[name] = value
+
+    return change
 
 
-def no_labels_value(trial: h5py.Group) -> None:
-    del trial["seq_class_ids"]
-    trial["seq_class_ids"] = h5py.Empty("i4")
+HOSTILE = {
+    "many labels": gigantic("seq_class_ids", (10**10,), "i4", (10**6,), compression="gzip"),
+    "many characters": gigantic("transcription", (10**10,), "i4", (10**6,), compression="gzip"),
+    "many bins": gigantic("input_features", (10**9, 512), "f4", (10**5, 512), shuffle=True),
+    "one giant chunk": one_giant_chunk,
+    "a huge attribute": huge_attribute,
+    "a link to itself": instead(lambda trial: h5py.SoftLink(f"{trial.name}/input_features")),
+    "a group in itself": instead(lambda trial: trial),
+    "a named type": instead(lambda trial: np.dtype("f4")),
+    "no value": instead(lambda trial: h5py.Empty("f4")),
+    "a scalar": instead(lambda trial: 1.0),
+    "complex numbers": instead(lambda trial: trial["input_features"][:].astype("c8")),
+    "ragged": ragged,
+    "records": instead(lambda trial: np.zeros((90, 6), [("a", "f4"), ("b", "i4")])),
+    "no labels' value": instead(lambda trial: h5py.Empty("i4"), "seq_class_ids"),
+}
 
 
-HOSTILE = [
-    *(many_labels, many_characters, many_bins, one_giant_chunk, huge_attribute, link_to_itself),
-    *(group_in_itself, a_named_type, no_value, scalar, complex_numbers, ragged, records),
-    no_labels_value,
-]
-
-
-@pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_hand_made_lies_are_one_sentence(make, tmp_path, capsys) -> None:
     write_small_dataset(tmp_path / "src", form=None)
     with h5py.File(tmp_path / "src" / FILE, "r+") as file:

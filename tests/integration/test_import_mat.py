@@ -6,22 +6,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import prepare_dataset
 import pytest
 import train_model_sagemaker
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.phonemes import phoneme_symbols
 from brain_to_text.storage.store import open_store
+from support.commands import run
 from support.small_data import span_of
 
 savemat = pytest.importorskip("scipy.io").savemat
 
 SESSIONS = ("t12.2022.04.28", "t12.2022.05.05")
 SENTENCES = ("Turn it up.", "Don't stop!", "We see you", "Go home now")
-
-
-def run(*arguments: object) -> int:
-    return prepare_dataset.main([str(argument) for argument in arguments])
 
 
 def cell(parts: list[np.ndarray]) -> np.ndarray:

@@ -23,14 +23,11 @@ from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.diphones import decode_diphones
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
+from support.commands import run
 from support.small_data import SESSIONS, span_of, write_small_dataset
 from support.tiny_data import append_in_turns
 
 FRONT_DOOR = Path(prepare_dataset.__file__)
-
-
-def run(*arguments: object) -> int:
-    return prepare_dataset.main([str(argument) for argument in arguments])
 
 
 def read_all(url: object) -> dict[str, np.ndarray]:
