@@ -32,7 +32,7 @@ from .hdf5_values import HDF5_ERRORS, DamagedTrial, cause_of, check_stored, read
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest
-from .workers import limited, sound_answers
+from .workers import Progress, limited, sound_answers
 
 _REPAIR = "repair it, or leave such trials out with --exclude-damaged."
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")
@@ -116,7 +116,7 @@ def encode_files(
     *,
     processes: int = 1,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
     log: Callable[[str], None] = print,
 ) -> TrialManifest:
     """Write the diphone form of every source, by its key in `target`, and a manifest.
@@ -131,7 +131,6 @@ def encode_files(
         command: as typed.
         processes: files encoded at once, each in memory.
         overwrite: replace files of these names that this command did not write.
-        progress: called with (files done, files in all).
         log: receives one line per thing left out, about files skipped, and what was compared.
     """
     purpose = options.purpose()

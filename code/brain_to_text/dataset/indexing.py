@@ -17,7 +17,7 @@ from .hdf5_reader import FileInspection, inspect_file
 from .manifest import TrialManifest, load_manifest, write_manifest
 from .manifest_format import N_CLASSES, overlapping, trial_order
 from .trial_record import TrialRecord
-from .workers import Lost, in_workers, limited
+from .workers import Lost, Progress, in_workers, limited
 
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _PROGRESS_SECONDS = 10.0
@@ -74,7 +74,7 @@ def load_or_build_manifest(
     return manifest
 
 
-def _now_and_then(log: Callable[[str], None]) -> Callable[[int, int], None]:
+def _now_and_then(log: Callable[[str], None]) -> Progress:
     """Progress of indexing as log lines, at most one in `_PROGRESS_SECONDS`."""
     last = time.monotonic()
 
@@ -91,7 +91,7 @@ def index_dataset(
     store: ObjectStore,
     listing: Mapping[str, ObjectInfo] | None = None,
     processes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> TrialManifest:
     """Read every data file once, whole, into memory, and record where its trials lie.
 
@@ -101,7 +101,6 @@ def index_dataset(
     Args:
         listing: the store's listing, if known already.
         processes: worker processes; None decides by size.
-        progress: called with (files done, files in all).
 
     Raises:
         StorageError: a file cannot be read. DataError: no data files.
@@ -116,7 +115,7 @@ def inspect_dataset(
     files: Mapping[str, ObjectInfo],
     processes: int | None = None,
     look: Callable[[np.ndarray], Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[FileInspection]:
     """What every file holds, in the order of `files`; see `index_dataset`."""
     total = sum(info.size for info in files.values())
@@ -131,8 +130,7 @@ def inspect_dataset(
             finding = Finding(key, None, result.damage, "crashing file")
             result = FileInspection(key, files[key].size, findings=[finding])
         results[key] = result
-        if progress is not None:
-            progress(len(results), len(jobs))
+        progress(len(results), len(jobs))
     return [results[key] for key in files]
 
 

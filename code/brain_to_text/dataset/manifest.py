@@ -45,12 +45,8 @@ class TrialManifest:
 
     def select(self, split: str, sessions: Iterable[str] | None = None) -> list[int]:
         """Indices into `trials` of one split, of the given sessions (default: all), in order."""
-        chosen = set(self.sessions if sessions is None else sessions)
-        return [
-            i
-            for i, trial in enumerate(self.trials)
-            if trial.split == split and trial.session in chosen
-        ]
+        chosen = {t.session for t in self.trials} if sessions is None else set(sessions)
+        return [i for i, t in enumerate(self.trials) if t.split == split and t.session in chosen]
 
     def summary(self, url: str) -> str:
         """One line about what is there."""

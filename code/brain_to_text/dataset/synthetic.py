@@ -10,7 +10,7 @@ power is gamma noise around the same rate, both z-scored per block.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from .hdf5_reader import FileInspection, inspect_file
 from .hdf5_writer import TrialContents, data_file_bytes
 from .indexing import keep_index
 from .manifest import TrialManifest
+from .workers import Progress
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
 _ARTICULATORS = 16  # dimensions of the articulatory space
@@ -89,13 +90,12 @@ def synthesize(
     dataset: SyntheticDataset | None = None,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> TrialManifest:
     """Write a dataset and its manifest to `target`; the same description gives the same bytes.
 
     Args:
         overwrite: replace files of these names that this command did not write.
-        progress: called with (sessions done, sessions in all).
 
     Raises:
         DataError: a description that cannot be made, a target that holds something else.
@@ -109,8 +109,7 @@ def synthesize(
     with Target(target, command, purpose, keys, overwrite=overwrite):
         for index, (session, plan) in enumerate(plans.items()):
             inspections += _make_session(target, dataset, index, session, plan)
-            if progress is not None:
-                progress(index + 1, len(plans))
+            progress(index + 1, len(plans))
         return keep_index(target, inspections)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ from .manifest import TrialManifest, load_manifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .trial_record import TrialRecord
+from .workers import Progress
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
@@ -144,9 +145,8 @@ class ValidationReport:
 
 def validate_dataset(
     store: ObjectStore,
-    *,
     processes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> ValidationReport:
     """Read every file whole and check everything that a training run relies on.
 
@@ -156,7 +156,6 @@ def validate_dataset(
 
     Args:
         processes: worker processes; None decides by size.
-        progress: called with (files done, files in all).
 
     Raises:
         StorageError: the place cannot be read. DataError: there are no data files.

@@ -31,6 +31,7 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from brain_to_text.dataset.workers import _serve; _serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
+Progress = Callable[[int, int], object]  # told how many are done, and how many there are
 _in_worker = False
 _parked: list[_Worker] = []  # at most one, for the next call: starting it takes half a second
 
@@ -129,13 +130,12 @@ def sound_answers(
     function: Callable[..., Any],
     jobs: Mapping[str, tuple[Any, ...]],
     processes: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Generator[Any, None, None]:
     """The results of `in_workers` where every job must survive.
 
     Args:
         jobs: by the place that a job is about, as messages name it.
-        progress: called with (jobs done, jobs in all).
 
     Raises:
         DataError: one did not; says of which place.
@@ -145,8 +145,7 @@ def sound_answers(
             if isinstance(answer, Lost):
                 raise DataError(f"{place}: {answer.damage}.")
             yield answer
-            if progress is not None:
-                progress(done, len(jobs))
+            progress(done, len(jobs))
 
 
 @contextmanager
