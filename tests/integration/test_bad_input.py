@@ -200,13 +200,13 @@ CASES = [
     Case(
         "truncated file",
         to_file(lambda p: p.write_bytes(p.read_bytes()[:-3000])),
-        "cannot be opened as HDF5",
+        "cannot be read as HDF5",
         None,
     ),
     Case(
         "only the first kilobyte",
         to_file(lambda p: p.write_bytes(p.read_bytes()[:1024])),
-        "cannot be opened as HDF5",
+        "cannot be read as HDF5",
         None,
     ),
     Case("overwritten middle", to_file(overwritten), "cannot be read", None),

@@ -28,7 +28,7 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, DamagedTrial, cause_of, check_stored, read_dataset
+from .hdf5_values import HDF5_ERRORS, cause_of, check_stored, read_dataset
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest
@@ -192,7 +192,7 @@ def encode_file(
             for trial in sorted(trials.difference(without)):
                 try:
                     lost = _encode_trial(key, old[trial], new.create_group(trial), options, lexicon)
-                except (DamagedTrial, DataError, *HDF5_ERRORS) as error:
+                except (DataError, *HDF5_ERRORS) as error:
                     reason = f"{name}:{trial}: {cause_of(error).rstrip('.')}"
                     if not options.exclude_damaged:
                         raise DataError(f"{reason}; {_REPAIR}") from error
@@ -212,7 +212,7 @@ def _encode_trial(
 ) -> list[str]:
     """Fill `new`; returns what of `old` could not be copied."""
     if not isinstance(old, h5py.Group):
-        raise DamagedTrial("is not a group", "wrong kind")
+        raise DataError("is not a group")
     features = _source_features(old)
     phonemes = _source_phonemes(key, old, lexicon)
     anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
@@ -242,7 +242,7 @@ def _source_features(trial: h5py.Group) -> np.ndarray:
     """Features [T, C] of a source trial, every value of which is really there."""
     dataset = read_dataset(trial, "input_features")
     if dataset.dtype.kind not in "fiu":
-        raise DamagedTrial(f"input_features is {dataset.dtype}, not numbers", "wrong dtype")
+        raise DataError(f"input_features is {dataset.dtype}, not numbers")
     check_stored(dataset, "input_features")
     return dataset[()]
 

@@ -21,7 +21,6 @@ from ..storage.locations import printable, session_and_split
 from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
-    DamagedTrial,
     cause_of,
     check_stored,
     filters_of,
@@ -53,10 +52,7 @@ class FileInspection:
 
 
 def inspect_file(
-    key: str,
-    data: bytes,
-    *,
-    look: Callable[[np.ndarray], Any] | None = None,
+    key: str, data: bytes, look: Callable[[np.ndarray], Any] | None = None
 ) -> FileInspection:
     """Records of every sound trial in the file's bytes, findings for everything else.
 
@@ -67,87 +63,80 @@ def inspect_file(
     """
     result = FileInspection(key, len(data))
 
-    def found(trial: str | None, reason: str, kind: str, severity: str = "error") -> None:
+    def found(trial: str | None, reason: str, severity: str = "error") -> None:
+        kind = "damaged" if severity == "error" else "odd"
+        kind += " trial" if trial else " file"
         result.findings.append(Finding(key, trial, printable(reason), kind, severity))
 
     try:
         file = h5py.File(io.BytesIO(data), "r")
+        names = [printable(name) for name in file]
     except HDF5_ERRORS as error:
-        if not data.startswith(b"\x89HDF\r\n\x1a\n"):
-            found(None, f"not an HDF5 file ({len(data):,} bytes, wrong signature)", "not HDF5")
+        if data.startswith(b"\x89HDF\r\n\x1a\n"):
+            found(None, f"cannot be read as HDF5 ({cause_of(error)})")
         else:
-            found(None, f"cannot be opened as HDF5 ({cause_of(error)})", "truncated file")
+            found(None, f"not an HDF5 file ({len(data):,} bytes, wrong signature)")
         return result
     with file:
-        try:
-            names = [printable(name) for name in file]
-        except HDF5_ERRORS as error:
-            found(None, f"the list of trials cannot be read ({cause_of(error)})", "truncated file")
-            return result
         for name in names:
             if not TRIAL_NAME.fullmatch(name):
-                found(name, "is not named trial_NNNN and is not used", "unknown name", "warning")
+                found(name, "is not named trial_NNNN and is not used", "warning")
         trials = sorted(filter(TRIAL_NAME.fullmatch, names), key=lambda name: (int(name[6:]), name))
         if not trials:
-            found(None, "holds no trials", "empty file")
+            found(None, "holds no trials")
         for trial in trials:
-
-            def warn(reason: str, kind: str, trial: str = trial) -> None:
-                found(trial, reason, kind, "warning")
-
+            odd: list[str] = []
             try:
-                record, form, features = _inspect_trial(file, key, trial, data, warn)
+                record, form, features = _inspect_trial(file, key, trial, data, odd.append)
                 looked = None if look is None else look(features)
-            except DamagedTrial as damage:
-                found(trial, damage.reason, damage.kind)
-                continue
+            except DataError as damage:
+                found(trial, str(damage).removeprefix(f"{key}:{trial}: ").rstrip("."))
             except HDF5_ERRORS as error:
-                found(trial, f"cannot be read ({cause_of(error)})", "unreadable trial")
-                continue
-            result.records.append(record)
-            result.label_forms.append(form)
-            result.looks.append(looked)
+                found(trial, f"cannot be read ({cause_of(error)})")
+            else:
+                result.records.append(record)
+                result.label_forms.append(form)
+                result.looks.append(looked)
+            for reason in odd:
+                found(trial, reason, "warning")
     return result
 
 
 def _inspect_trial(
-    file: h5py.File, key: str, trial: str, data: bytes, warn: Callable[[str, str], None]
+    file: h5py.File, key: str, trial: str, data: bytes, warn: Callable[[str], object]
 ) -> tuple[TrialRecord, str | None, np.ndarray]:
     """Record, label form and features of a sound trial."""
     session, split = session_and_split(key)
     group = file[trial]
     if not isinstance(group, h5py.Group):
-        raise DamagedTrial("is not a group", "wrong kind")
+        raise DataError("is not a group")
     dataset = read_dataset(group, "input_features")
     if dataset.ndim != 2:
-        raise DamagedTrial(f"input_features has shape {dataset.shape}, not [T, C]", "wrong shape")
+        raise DataError(f"input_features has shape {dataset.shape}, not [T, C]")
     n_time_steps, n_features = dataset.shape
     if not n_time_steps or not n_features:
-        raise DamagedTrial(f"input_features is empty (shape {dataset.shape})", "empty trial")
+        raise DataError(f"input_features is empty (shape {dataset.shape})")
     dtype = dataset.dtype.str
     if dtype not in ("<f4", "<f2"):
         convertible = dataset.dtype.kind in "fiu"
         if convertible:
             check_stored(dataset, "input_features")
-        raise DamagedTrial(
+        raise DataError(
             f"input_features is {dataset.dtype}, not float32 or float16"
-            + (": 'python code/prepare_dataset.py encode' converts it" if convertible else ""),
-            "wrong dtype",
+            + (": 'python code/prepare_dataset.py encode' converts it" if convertible else "")
         )
     stated = _number(group, "n_time_steps")
     if stated != n_time_steps:
-        raise DamagedTrial(
-            f"attribute n_time_steps is {stated} but input_features has {n_time_steps} bins",
-            "wrong shape",
+        raise DataError(
+            f"attribute n_time_steps is {stated} but input_features has {n_time_steps} bins"
         )
     named = read_text(group, "session")
     if named is None:
-        raise DamagedTrial("attribute session is missing", "missing attribute")
+        raise DataError("attribute session is missing")
     if named != session:
-        raise DamagedTrial(
+        raise DataError(
             f"attribute session says {named} but the file lies in {session}: a session copied "
-            "under another name",
-            "duplicate session",
+            "under another name"
         )
     block_num = _number(group, "block_num")
     labels, phonemes, form = read_labels(group) if is_labelled(group, split) else (None,) * 3
@@ -173,19 +162,13 @@ def _inspect_trial(
         trial_num=_number(group, "trial_num"),
         corpus=read_text(group, "corpus") or corpus_of(session, block_num),
     )
-    try:
-        features = record.decode(span)
-    except DataError as error:
-        raise DamagedTrial(
-            str(error).removeprefix(f"{record.name}: "), "unreadable trial"
-        ) from error
+    features = record.decode(span)
     finite = np.isfinite(features)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
-        raise DamagedTrial(
+        raise DataError(
             f"input_features holds {int((~finite).sum()):,} NaN or infinite values, the first at "
-            f"bin {row}, feature {column}",
-            "not finite",
+            f"bin {row}, feature {column}"
         )
     return record, form, features
 
@@ -206,7 +189,7 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
     Phonemes that are not stored follow from the diphones.
 
     Raises:
-        DamagedTrial: missing, impossible, or contradicting each other.
+        DataError: missing, impossible, or contradicting each other.
     """
     labels = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES)
     if "seq_class_ids_phoneme" not in group:
@@ -217,18 +200,16 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
                 return labels, decode_diphones(labels, form), form
             except DataError:
                 continue
-        raise DamagedTrial(
+        raise DataError(
             f"label {labels.max()} is no phoneme (1 … {N_PHONEMES - 1}), and the labels are no "
-            f"diphones of them in either form: {_alphabet()}",
-            "label range",
+            f"diphones of them in either form: {_alphabet()}"
         )
     phonemes = _sequence(group, "seq_class_ids_phoneme", "seq_len_phoneme", N_PHONEMES)
     known = detect_label_form(labels, phonemes)
     if known is None:
-        raise DamagedTrial(
+        raise DataError(
             f"the {len(labels)} diphone labels do not match the {len(phonemes)} phoneme labels in "
-            "either label form",
-            "label form",
+            "either label form"
         )
     return labels, phonemes, known
 
@@ -241,64 +222,56 @@ def _sequence(group: h5py.Group, name: str, length_name: str, n_classes: int) ->
     """The first `length_name` labels of dataset `name`, checked."""
     dataset = read_dataset(group, name)
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
-        raise DamagedTrial(
-            f"{name} is {dataset.dtype} of shape {dataset.shape}, not a list of int32",
-            "wrong dtype" if dataset.ndim == 1 else "wrong shape",
-        )
+        raise DataError(f"{name} is {dataset.dtype} of shape {dataset.shape}, not a list of int32")
     if dataset.size > MOST_LABELS:
-        raise DamagedTrial(f"{name} claims {dataset.size:,} labels", "label length")
+        raise DataError(f"{name} claims {dataset.size:,} labels")
     length = _number(group, length_name)
     if length < 1:
-        raise DamagedTrial(f"attribute {length_name} is {length}: no labels", "empty labels")
+        raise DataError(f"attribute {length_name} is {length}: no labels")
     if length > len(dataset):
-        raise DamagedTrial(
-            f"attribute {length_name} is {length} but {name} holds {len(dataset)}", "label length"
-        )
+        raise DataError(f"attribute {length_name} is {length} but {name} holds {len(dataset)}")
     everything = np.asarray(dataset[:])
     labels = everything[:length].astype(np.int32)
     outside = np.flatnonzero((everything[:length] < 1) | (everything[:length] >= n_classes))
     if outside.size:
         position = int(outside[0])
-        raise DamagedTrial(
+        raise DataError(
             f"{name}[{position}] is {everything[position]}, outside 1 … {n_classes - 1}: "
-            f"{_alphabet()}",
-            "label range",
+            f"{_alphabet()}"
         )
     if np.any(everything[length:]):
-        raise DamagedTrial(
-            f"{name} goes on after the {length} labels that {length_name} states", "label length"
-        )
+        raise DataError(f"{name} goes on after the {length} labels that {length_name} states")
     return labels
 
 
-def read_sentence(group: h5py.Group, warn: Callable[[str, str], None]) -> str | None:
+def read_sentence(group: h5py.Group, warn: Callable[[str], object]) -> str | None:
     """What was said: the attribute sentence_label, or else the dataset transcription.
 
     Args:
-        warn: is told (reason, kind) when one is missing or they say different things.
+        warn: is told when one is missing or they say different things.
     """
     label, transcription = read_text(group, "sentence_label"), None
     if "transcription" in group:
         dataset = read_dataset(group, "transcription")
         if dataset.size > MOST_LABELS:
-            raise DamagedTrial(f"transcription claims {dataset.size:,} characters", "label length")
+            raise DataError(f"transcription claims {dataset.size:,} characters")
         try:
             transcription = text_of(dataset[()], "dataset transcription")
-        except DamagedTrial as damage:
-            warn(damage.reason, "transcription")
+        except DataError as damage:
+            warn(str(damage))
     else:
-        warn("dataset transcription is missing", "missing dataset")
+        warn("dataset transcription is missing")
     if label is None:
-        warn("attribute sentence_label is missing", "missing attribute")
+        warn("attribute sentence_label is missing")
     elif transcription and normalise_text(transcription) != normalise_text(label):
-        warn(f"transcription says {transcription!r}, sentence_label {label!r}", "transcription")
+        warn(f"transcription says {transcription!r}, sentence_label {label!r}")
     return label or transcription or label
 
 
 def _number(group: h5py.Group, name: str) -> int:
     value = read_number(group, name)
     if value is None:
-        raise DamagedTrial(f"attribute {name} is missing", "missing attribute")
+        raise DataError(f"attribute {name} is missing")
     return value
 
 
@@ -312,10 +285,9 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
     if dataset.chunks is None:
         start = dataset.id.get_offset()
         if start is None:
-            raise DamagedTrial(
+            raise DataError(
                 "input_features is not stored as one run of bytes in this file (compact layout): "
-                f"{_REWRITE}",
-                "layout",
+                f"{_REWRITE}"
             )
         offset, length = int(start), int(dataset.nbytes)
     else:
@@ -329,13 +301,12 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
         length = int((table[:, 2] + table[:, 3]).max()) - offset
         table[:, 2] -= offset
         if table[:, 3].sum() > length:
-            raise DamagedTrial("chunks of input_features lie over each other", "layout")
+            raise DataError("chunks of input_features lie over each other")
         chunks = ChunkLayout(dataset.chunks, _filters(dataset), table)
     if offset + length > file_size:
-        raise DamagedTrial(
+        raise DataError(
             f"input_features ends at byte {offset + length:,} of a file of {file_size:,}: "
-            "the file is cut off",
-            "truncated file",
+            "the file is cut off"
         )
     return offset, length, chunks
 
@@ -343,9 +314,8 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
 def _filters(dataset: h5py.Dataset) -> tuple[str, ...]:
     for number, label in filters_of(dataset):
         if number not in HDF5_FILTERS:
-            raise DamagedTrial(
+            raise DataError(
                 f"input_features uses HDF5 filter {number} ({label}), which cannot be undone here: "
-                f"{_REWRITE} where it can be read",
-                "layout",
+                f"{_REWRITE} where it can be read"
             )
     return tuple(HDF5_FILTERS[number] for number, _ in filters_of(dataset))

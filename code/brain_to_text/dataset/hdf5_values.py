@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..errors import DataError
 from ..storage.locations import printable
 from .trial_record import HDF5_FILTERS, MOST_INFLATED
 
@@ -21,19 +22,11 @@ MOST_LABELS = 100_000  # elements of a label array; the schema has 500
 _MOST_ATTRIBUTE_BYTES = 2**20
 
 
-class DamagedTrial(Exception):  # noqa: N818
-    """Why a trial cannot be used: the reason for people, the kind for tables."""
-
-    def __init__(self, reason: str, kind: str) -> None:
-        super().__init__(reason)
-        self.reason, self.kind = reason, kind
-
-
 def read_number(holder: h5py.Group, name: str) -> int | None:
     """A whole number, however it is stored; None if it is absent or empty.
 
     Raises:
-        DamagedTrial: it is something else.
+        DataError: it is something else.
     """
     value = _attribute(holder, name)
     array = np.asarray(value)
@@ -44,7 +37,7 @@ def read_number(holder: h5py.Group, name: str) -> int | None:
         if text and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
             return int(text)
     if array.size != 1 or array.dtype.kind not in "iuf" or array.reshape(-1)[0] % 1:
-        raise DamagedTrial(f"attribute {name} is {value!r}, not a whole number", "wrong dtype")
+        raise DataError(f"attribute {name} is {value!r}, not a whole number")
     return int(array.reshape(-1)[0])
 
 
@@ -52,7 +45,7 @@ def read_text(holder: h5py.Group, name: str) -> str | None:
     """A text, stored as text, bytes, padded, alone in an array or letter by letter; None if empty.
 
     Raises:
-        DamagedTrial: it is something else, or not UTF-8.
+        DataError: it is something else, or not UTF-8.
     """
     value = _attribute(holder, name)
     if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' missing text
@@ -64,15 +57,15 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     """A dataset of a trial; one without any value counts as missing.
 
     Raises:
-        DamagedTrial: it is missing or something else.
+        DataError: it is missing or something else.
     """
     if name not in group:
-        raise DamagedTrial(f"dataset {name} is missing", "missing dataset")
+        raise DataError(f"dataset {name} is missing")
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset):
-        raise DamagedTrial(f"{name} is not a dataset", "wrong kind")
+        raise DataError(f"{name} is not a dataset")
     if dataset.shape is None:
-        raise DamagedTrial(f"dataset {name} is missing: it holds no value", "missing dataset")
+        raise DataError(f"dataset {name} is missing: it holds no value")
     return dataset
 
 
@@ -83,7 +76,7 @@ def _attribute(holder: h5py.Group, name: str) -> Any:
     stored = holder.attrs.get_id(name)
     n_values = stored.get_space().get_simple_extent_npoints()
     if n_values * stored.get_type().get_size() > _MOST_ATTRIBUTE_BYTES:
-        raise DamagedTrial(f"attribute {name} is larger than a megabyte", "wrong dtype")
+        raise DataError(f"attribute {name} is larger than a megabyte")
     value = holder.attrs[name]
     return None if isinstance(value, h5py.Empty) else value
 
@@ -97,13 +90,13 @@ def text_of(value: Any, what: str) -> str:
         else:
             texts = [p.decode() if isinstance(p, bytes) else p for p in parts]
             if not all(isinstance(t, str) for t in texts):
-                raise DamagedTrial(f"{what} is {value!r}, not a text", "wrong dtype")
+                raise DataError(f"{what} is {value!r}, not a text")
             if len(texts) > 1 and any(len(t) > 1 for t in texts):
-                raise DamagedTrial(f"{what} holds {len(texts)} texts, not one", "wrong dtype")
+                raise DataError(f"{what} holds {len(texts)} texts, not one")
             whole = "".join(texts)
         whole.encode()
     except (ValueError, OverflowError) as error:
-        raise DamagedTrial(f"{what} is not UTF-8 text: save it as such", "wrong dtype") from error
+        raise DataError(f"{what} is not UTF-8 text: save it as such") from error
     return whole.partition("\0")[0].strip()
 
 
@@ -118,13 +111,12 @@ def check_stored(dataset: h5py.Dataset, what: str) -> None:
     HDF5 reads values that were never written, or whose file is elsewhere, as zeros.
 
     Raises:
-        DamagedTrial: some are not, or it claims more values than its bytes can hold.
+        DataError: some are not, or it claims more values than its bytes can hold.
     """
     if dataset.is_virtual or dataset.external:
-        raise DamagedTrial(
+        raise DataError(
             f"{what} lies in other files ({'virtual' if dataset.is_virtual else 'external'}): copy "
-            "the values into this one where they can be read",
-            "layout",
+            "the values into this one where they can be read"
         )
     stored = dataset.id.get_storage_size()
     if dataset.chunks is not None:
@@ -133,25 +125,21 @@ def check_stored(dataset: h5py.Dataset, what: str) -> None:
         chunks: list[Any] = []
         dataset.id.chunk_iter(chunks.append)
         if len(chunks) != expected:
-            raise DamagedTrial(
+            raise DataError(
                 f"{what} has {len(chunks)} of its {expected} chunks: the others were never "
-                "written, so record or copy it again",
-                "missing chunks",
+                "written, so record or copy it again"
             )
         numbers = {number for number, _ in filters_of(dataset)}
         packed, foreign = numbers & {1, 32000}, numbers - HDF5_FILTERS.keys()
         if not foreign and dataset.nbytes > stored * (MOST_INFLATED if packed else 1):
-            raise DamagedTrial(
+            raise DataError(
                 f"{what} claims {dataset.nbytes:,} bytes, which its {stored:,} stored bytes cannot "
-                "hold",
-                "layout",
+                "hold"
             )
     elif not stored and dataset.nbytes:
-        raise DamagedTrial(f"{what} was never written: record or copy it again", "layout")
+        raise DataError(f"{what} was never written: record or copy it again")
     elif stored != dataset.nbytes:
-        raise DamagedTrial(
-            f"{what} has {stored:,} of its {dataset.nbytes:,} bytes: copy it again", "layout"
-        )
+        raise DataError(f"{what} has {stored:,} of its {dataset.nbytes:,} bytes: copy it again")
 
 
 def filters_of(dataset: h5py.Dataset) -> list[tuple[int, str]]:

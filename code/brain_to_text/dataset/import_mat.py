@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..storage.store import ObjectStore, open_store
 from .encoding import EncodingOptions, encode_files
-from .hdf5_values import DamagedTrial, cause_of, text_of
+from .hdf5_values import cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .manifest import TrialManifest
 from .workers import limited
@@ -77,8 +77,8 @@ def _trials(path: Path, data: bytes, split: str) -> list[TrialContents]:
     variables = _variables(path, data)
     try:
         sentences = [text_of(s, "sentenceText") for s in variables["sentenceText"].reshape(-1)]
-    except DamagedTrial as damage:
-        raise DataError(f"{path}: {damage.reason}.") from damage
+    except DataError as damage:
+        raise DataError(f"{path}: {damage}.") from damage
     crossings, power = (variables[name].reshape(-1) for name in ("tx1", "spikePow"))
     blocks = variables["blockIdx"].reshape(-1)
     if not len(sentences) == len(crossings) == len(power) == len(blocks):

@@ -198,4 +198,4 @@ def _inspect_job(
 ) -> FileInspection:
     data = open_store(url).read(key, size)
     with limited(len(data)):
-        return inspect_file(key, data, look=look)
+        return inspect_file(key, data, look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,10 +132,10 @@ class ValidationReport:
         if self.shared_sentences:
             lines.append(f"Note: {self.shared_sentences} sentences of training are in val, too")
         for title, findings in (("ERROR", self.errors), ("Warning", self.warnings)):
-            by_kind: dict[str, list[Finding]] = defaultdict(list)
+            alike: dict[tuple[str, str], list[Finding]] = defaultdict(list)
             for finding in findings:
-                by_kind[finding.kind].append(finding)
-            for kind, group in by_kind.items():
+                alike[finding.kind, re.sub("[0-9]+", "#", finding.reason)].append(finding)
+            for (kind, _), group in alike.items():
                 lines += [one_line(f"{title} ({kind}): {finding}") for finding in group[:most]]
                 if len(group) > most:
                     lines.append(f"{title} ({kind}): and {len(group) - most} more; see --json")

@@ -25,7 +25,7 @@ from .charts import line_chart, number, ticks
 
 _REMARKS = 200  # rows of one table; summary.json or --json has all
 _BARS = 12  # of a histogram
-_DUPLICATES = ("duplicate trial", "duplicate session", "repeated number")
+_DUPLICATES = ("duplicate trial", "repeated number")
 _GROUPS = {
     "session": "by session",
     "corpus": "by corpus",
