@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
 from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
-from ..storage.locations import data_files, printable, session_and_split
+from ..storage.locations import data_files, session_and_split
 from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
 from .hdf5_reader import (
@@ -28,7 +28,7 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, cause_of, check_stored, read_dataset
+from .hdf5_values import HDF5_ERRORS, cause_of, check_stored, printable, read_dataset
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
 from .manifest import TrialManifest

@@ -17,13 +17,14 @@ from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones, detect_l
 from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
-from ..storage.locations import printable, session_and_split
+from ..storage.locations import session_and_split
 from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
     cause_of,
     check_stored,
     filters_of,
+    printable,
     read_dataset,
     read_number,
     read_text,
@@ -280,7 +281,7 @@ def _number(group: h5py.Group, name: str) -> int:
 
 def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayout | None]:
     """Offset and length of the byte span that holds the features, and how to read it."""
-    check_stored(dataset, "input_features")
+    stored = check_stored(dataset, "input_features")
     chunks: ChunkLayout | None = None
     if dataset.chunks is None:
         start = dataset.id.get_offset()
@@ -291,8 +292,6 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
             )
         offset, length = int(start), int(dataset.nbytes)
     else:
-        stored: list[Any] = []
-        dataset.id.chunk_iter(stored.append)
         table = np.array(
             [[*c.chunk_offset, c.byte_offset, c.size, c.filter_mask] for c in stored], np.int64
         )

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from ..errors import DataError
-from ..storage.locations import printable
+from ..log_lines import one_line
 from .trial_record import HDF5_FILTERS, MOST_INFLATED
 
 # What h5py raises on damaged bytes, depending on where the damage is.
@@ -100,15 +100,21 @@ def text_of(value: Any, what: str) -> str:
     return whole.partition("\0")[0].strip()
 
 
+def printable(name: str | bytes) -> str:
+    """A name as h5py gives it (bytes where it is not UTF-8), for one line."""
+    return one_line(name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name)
+
+
 def cause_of(error: BaseException) -> str:
     """What an exception says, on one line."""
-    return " ".join(printable(error).split()) or type(error).__name__
+    return " ".join(one_line(str(error)).split()) or type(error).__name__
 
 
-def check_stored(dataset: h5py.Dataset, what: str) -> None:
+def check_stored(dataset: h5py.Dataset, what: str) -> list[Any]:
     """Check that every value of a dataset is really in this file, so that none is made up.
 
-    HDF5 reads values that were never written, or whose file is elsewhere, as zeros.
+    HDF5 reads values that were never written, or whose file is elsewhere, as zeros. Returns where
+    its chunks are.
 
     Raises:
         DataError: some are not, or it claims more values than its bytes can hold.
@@ -119,10 +125,10 @@ def check_stored(dataset: h5py.Dataset, what: str) -> None:
             "the values into this one where they can be read"
         )
     stored = dataset.id.get_storage_size()
+    chunks: list[Any] = []
     if dataset.chunks is not None:
         sizes = zip(dataset.shape, dataset.chunks, strict=True)
         expected = math.prod(-(-size // chunk) for size, chunk in sizes)
-        chunks: list[Any] = []
         dataset.id.chunk_iter(chunks.append)
         if len(chunks) != expected:
             raise DataError(
@@ -140,6 +146,7 @@ def check_stored(dataset: h5py.Dataset, what: str) -> None:
         raise DataError(f"{what} was never written: record or copy it again")
     elif stored != dataset.nbytes:
         raise DataError(f"{what} has {stored:,} of its {dataset.nbytes:,} bytes: copy it again")
+    return chunks
 
 
 def filters_of(dataset: h5py.Dataset) -> list[tuple[int, str]]:

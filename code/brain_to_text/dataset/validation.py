@@ -42,16 +42,10 @@ def look_at(features: np.ndarray) -> tuple[list[float], int]:
     and layout they are stored in.
     """
     flat = features.reshape(-1).astype(np.float32, copy=False)
-    values = [
-        float(flat.size),
-        float(flat.sum(dtype=np.float64)),
-        float(np.dot(flat, flat)),
-        float(flat.min()),
-        float(flat.max()),
-    ]
+    values = flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat), flat.min(), flat.max()
     with np.errstate(over="ignore"):
         half = flat.astype(np.float16)
-    return values, zlib.crc32(half.tobytes())
+    return [float(value) for value in values], zlib.crc32(half.tobytes())
 
 
 @dataclass(frozen=True)

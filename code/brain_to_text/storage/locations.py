@@ -132,13 +132,6 @@ def not_taken_sentence(listing: Mapping[str, ObjectInfo]) -> str | None:
     return f"Not taken, because not named SESSION/data_{{train,val,test}}.hdf5: {shortened(keys)}"
 
 
-def printable(name: object) -> str:
-    """`name` with everything that could break a line, or is not UTF-8, escaped."""
-    if isinstance(name, bytes):  # as h5py gives names that are not UTF-8
-        name = name.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
 def shortened(names: Sequence[str], limit: int = 4) -> str:
     """The first names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import DataError, StorageError
-from .locations import ObjectInfo, is_s3, printable
+from ..log_lines import one_line
+from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
 _BLOCK, _BLOCKS = 1 << 16, 16  # of a larger file, from its head to its tail, are looked at
@@ -121,11 +122,11 @@ class LocalStore:
             yield
         except OSError as error:
             path = Path(error.filename or self.folder / key)
-            advice = f"check the path and its permissions with 'ls -l {printable(path.parent)}'"
+            advice = f"check the path and its permissions with 'ls -l {one_line(str(path.parent))}'"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 advice = "free space there, then repeat the command"
             raise StorageError(
-                f"Cannot {verb} {printable(path)} ({error.strerror or error}): {advice}."
+                f"Cannot {verb} {one_line(str(path))} ({error.strerror or error}): {advice}."
             ) from error
 
 
