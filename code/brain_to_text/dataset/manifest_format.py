@@ -170,7 +170,9 @@ def _records(entry: Mapping[str, Any], n_features: int, form: str) -> list[Trial
             text is None or isinstance(text, str) for text in (*texts.values(), row["phonemes"])
         ):
             raise ValueError(f"{where}: one of its texts is none")
-        numbers = {n: _whole(row[n], f"{n} of {where}", *both) for n, both in _NUMBERS.items()}
+        numbers: dict[str, Any] = {
+            n: _whole(row[n], f"{n} of {where}", *both) for n, both in _NUMBERS.items()
+        }
         phonemes, labels = _labels(row["phonemes"], form, row["closed"], where)
         record = TrialRecord(
             session=session,

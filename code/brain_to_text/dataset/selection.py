@@ -312,10 +312,9 @@ def _short(trial: TrialRecord, config: TrainingConfig) -> str | None:
 def _infeasible(trial: TrialRecord, config: TrainingConfig) -> str | None:
     limit = config.dataset.max_seq_elements
     model, cut = config.model, config.dataset.data_transforms.random_cut
+    reason = ctc_problem(trial, model.patch_size, model.patch_stride, cut)
     if trial.class_ids is not None and len(trial.class_ids) > limit:
         reason = f"{len(trial.class_ids)} labels exceed dataset.max_seq_elements ({limit})"
-    else:
-        reason = ctc_problem(trial, model.patch_size, model.patch_stride, cut)
     if reason and config.dataset.on_damaged_trial != "exclude":
         raise DataError(
             f"Trial {trial.name} cannot be used: {reason}; list it in dataset.bad_trials_dict, or "

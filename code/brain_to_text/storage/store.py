@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -62,8 +61,8 @@ def open_store(location: str | Path) -> ObjectStore:
 class LocalStore:
     """A folder. Writes go to a temporary name first, so that a crash leaves no half file.
 
-    Links are followed. An ETag is made of a file's size and bytes (all of a small file; both ends
-    and blocks between them of a large one), so that it is the same for every copy.
+    Links are followed. An ETag is made of a file's size and bytes (all of a small file,
+    evenly spaced blocks of a large one), so that it is the same for every copy.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,13 +76,13 @@ class LocalStore:
             StorageError: also for a folder or file that cannot be read, a link to nothing, and what
                 is no file (a pipe, a device); names it. Hidden ones are left out.
         """
-        paths: dict[str, Path] = {}
         with self._explain("list", ""):
-            _collect(self.folder, "", frozenset(), paths)
+            paths = sorted(_files(self.folder)) if self.folder.exists() else []
         found = {}
-        for name in sorted(paths):
+        for path in paths:
+            name = path.relative_to(self.folder).as_posix()
             key = os.fsencode(name).decode(errors="replace")  # no UTF-8: listed, never taken
-            with self._explain("read", key), paths[name].open("rb") as file:
+            with self._explain("read", key), path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 found[key] = ObjectInfo(key, size, f"crc32:{_content_sum(file, size):08x}-{size}")
         return found
@@ -130,38 +129,24 @@ class LocalStore:
             ) from error
 
 
-def _collect(
-    folder: Path, root: str, above: frozenset[tuple[int, int]], found: dict[str, Path]
-) -> None:
-    """Every file below `folder` by its key, links followed; a folder inside itself ends there."""
-    try:
-        status = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
-        if root:
-            raise
-        return  # a store that nobody has written to yet
-    own = (status.st_dev, status.st_ino)
-    if own in above:
-        return
-    for entry in entries:
-        key = root + entry.name
-        if entry.name.endswith(_PARTIAL):
+def _files(root: Path) -> Iterator[Path]:
+    """Every file below `root`, links followed; a folder inside itself ends there."""
+    for folder, names, files in os.walk(root, onerror=_raised, followlinks=True):
+        place = Path(folder)
+        around = [above for above in place.parents if above.is_relative_to(root)]
+        if any(place.samefile(above) for above in around):
+            names.clear()
             continue
-        try:
-            mode = entry.stat().st_mode
-        except OSError as error:
-            if entry.name.startswith("."):
-                continue
-            if error.errno == errno.ENOENT and entry.is_symlink():
-                raise OSError(errno.ENOENT, "a link to nothing", entry.path) from error
-            raise
-        if stat.S_ISDIR(mode):
-            _collect(Path(entry.path), f"{key}/", above | {own}, found)
-        elif stat.S_ISREG(mode):
-            found[key] = Path(entry.path)
-        elif not entry.name.startswith("."):
-            raise OSError(errno.EINVAL, "neither a file nor a folder", entry.path)
+        for path in (place / name for name in files if not name.endswith(_PARTIAL)):
+            if path.is_file():
+                yield path
+            elif not path.name.startswith("."):
+                odd = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
+                raise OSError(errno.EINVAL, odd, str(path))
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _content_sum(file: BinaryIO, size: int) -> int:
