@@ -291,7 +291,8 @@ def _encode_job(
             left_out += [f"{name}:{trial}: {reason}" for trial, reason in broken.items()]
             inspection = inspect_file(key, encoded)
             broken = _broken(inspection)
-        for trial, reason in broken.items():
+        if broken:
+            trial, reason = next(iter(broken.items()))
             raise DataError(
                 f"{name}:{trial}: {reason}; {_REPAIR}" if trial else f"{name}: {reason}."
             )
