@@ -61,16 +61,15 @@ def configured(size: str) -> TrainingConfig:
 
 
 class Trials:
-    """Random trials with lengths like the recordings'."""
+    """Random trials with lengths like the recordings', of one width."""
 
-    def __init__(self, size: str, count: int) -> None:
+    def __init__(self, width: int, mean: float, deviation: float, count: int) -> None:
         random = np.random.default_rng(0)
-        _, _, features, mean, deviation = SIZES[size]
         self.lengths = random.normal(mean, deviation, count).clip(0.25 * mean, 1.9 * mean)
         self.lengths = self.lengths.astype(int)
         self.days = random.integers(0, len(SESSIONS), count)
         # one long recording, cut anywhere, so that 1,426 trials need not lie in memory
-        self.recording = random.standard_normal((4 * int(self.lengths.max()), features))
+        self.recording = random.standard_normal((4 * int(self.lengths.max()), width))
         self.recording = self.recording.astype(np.float32)
         self.starts = random.integers(0, len(self.recording) - self.lengths.max(), count)
 
@@ -94,8 +93,10 @@ def one_at_a_time(model: GRUDecoder, trials: Trials, device: torch.device, dtype
             weight = torch.stack([model.day_weights[d] for d in day])
             bias = torch.cat([model.day_biases[d] for d in day]).unsqueeze(1)
             x = torch.nn.functional.softsign(torch.einsum("btd,bdk->btk", x, weight) + bias)
-            patches = x.unfold(1, 14, 4).permute(0, 1, 3, 2).flatten(2)
-            start = model.h0.expand(model.n_layers, 1, model.n_units).contiguous()
+            windows = x.unfold(1, model.patch_size, model.patch_stride)
+            patches = windows.permute(0, 1, 3, 2).flatten(2)
+            layers = model.n_layers * (2 if model.gru.bidirectional else 1)
+            start = model.h0.expand(layers, 1, model.n_units).contiguous()
             logits = model.out(model.gru(patches, start)[0])
         logits = logits.float().cpu().numpy()
         best = [int(c) for c in logits[0].argmax(-1) if c]
@@ -124,6 +125,50 @@ def in_batches(
         for place, labels in zip(chosen, merged, strict=True):
             found[place] = labels
     return found
+
+
+def compare(
+    config: TrainingConfig,
+    model: GRUDecoder,
+    trials: Trials,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    rounds: int = 2,
+) -> None:
+    """Both ways in turns, the best round of each; prints a table."""
+    count, smooth = len(trials.lengths), Augmentation(config.dataset.data_transforms)
+    model.to(device).eval()
+    print(
+        f"{count} trials, {config.model.n_layers} x {config.model.n_units} units, "
+        f"{config.width} features, {dtype or torch.float32}, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    contenders = {
+        "one trial at a time": lambda: one_at_a_time(model, trials, device, dtype),
+        f"batches of {batch_size}": lambda: in_batches(
+            model, smooth, trials, device, dtype, batch_size
+        ),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    found: dict[str, list[list]] = {}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, decode in contenders.items():
+                started = time.perf_counter(), time.process_time()
+                found[name] = decode()
+                ended = time.perf_counter(), time.process_time()
+                times[name].append((ended[0] - started[0], ended[1] - started[1]))
+    print(f"{'':22} {'trials/s':>9} {'ratio':>6} {'per CPU s':>10} {'ratio':>6} {'labels':>8}")
+    slow = [min(column) for column in zip(*next(iter(times.values())), strict=True)]
+    for name, rows in times.items():
+        wall, cpu = (min(column) for column in zip(*rows, strict=True))
+        print(
+            f"{name:22} {count / wall:9.2f} {slow[0] / wall:6.2f} "
+            f"{count / cpu:10.2f} {slow[1] / cpu:6.2f} {sum(map(len, found[name])):8d}"
+        )
+    one, other = found.values()
+    print(f"trials with equal labels: {sum(a == b for a, b in zip(one, other, strict=True))}")
 
 
 def real_time(artefact: ModelArtefact, trials: Trials) -> None:
@@ -166,40 +211,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = GRUDecoder.from_config(config, n_days=len(SESSIONS)).eval()
     artefact = ModelArtefact("benchmark", config, SESSIONS, model.state_dict(), None, {})
-    model.to(device)
-    smooth = Augmentation(config.dataset.data_transforms)
-    trials = Trials(options.size, options.trials)
-
-    print(
-        f"{options.trials} trials, {config.model.n_layers} x {config.model.n_units} units, "
-        f"{config.width} features, {options.dtype}, {device}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    contenders = {
-        "one trial at a time": lambda: one_at_a_time(model, trials, device, dtype),
-        f"batches of {options.batch_size}": lambda: in_batches(
-            model, smooth, trials, device, dtype, options.batch_size
-        ),
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    found: dict[str, list[list]] = {}
-    with torch.no_grad():
-        for _ in range(options.rounds):
-            for name, decode in contenders.items():
-                started = time.perf_counter(), time.process_time()
-                found[name] = decode()
-                ended = time.perf_counter(), time.process_time()
-                times[name].append((ended[0] - started[0], ended[1] - started[1]))
-    print(f"{'':22} {'trials/s':>9} {'ratio':>6} {'per CPU s':>10} {'ratio':>6} {'labels':>8}")
-    slow = [min(column) for column in zip(*next(iter(times.values())), strict=True)]
-    for name, rows in times.items():
-        wall, cpu = (min(column) for column in zip(*rows, strict=True))
-        print(
-            f"{name:22} {options.trials / wall:9.2f} {slow[0] / wall:6.2f} "
-            f"{options.trials / cpu:10.2f} {slow[1] / cpu:6.2f} {sum(map(len, found[name])):8d}"
-        )
-    one, other = found.values()
-    print(f"trials with equal labels: {sum(a == b for a, b in zip(one, other, strict=True))}")
+    trials = Trials(config.width, *SIZES[options.size][3:], options.trials)
+    compare(config, model, trials, device, dtype, options.batch_size, options.rounds)
     if not options.no_real_time and device.type == "cpu":
         real_time(artefact, trials)
 

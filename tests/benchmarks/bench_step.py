@@ -11,10 +11,11 @@
     python tests/benchmarks/bench_step.py --counts                 # launches, waits, copies, memory
     python tests/benchmarks/bench_step.py --project                # hours and cost per instance
 
-Options override the configuration's values; a schedule of the phoneme weight becomes its last
-value. Contenders take turns; a figure is the median over rounds of the time with everything that
-was started also finished. Trials are noise: a step's time does not depend on what is in it.
-float32 is float32 in both contenders unless --tf32 is given.
+Options override the configuration's values, any of which can be given by its key (--rnn-dropout 0);
+a schedule of the phoneme weight becomes its last value. Contenders take turns; a figure is the
+median over rounds of the time with everything that was started also finished. Trials are noise: a
+step's time does not depend on what is in it. float32 is float32 in both contenders unless --tf32
+is given.
 """
 
 # ruff: noqa: E402  (the library's folder comes first on the path)
@@ -23,15 +24,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE.parent), str(HERE)]
 
+from bench_evaluation import Trials, compare
 from brain_to_text.config import TrainingConfig
-from brain_to_text.config_reader import load_config
+from brain_to_text.config_reader import load_config, resolve_key, split_overrides
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.gpus import (
@@ -53,18 +54,13 @@ from brain_to_text.gpus import (
     training_flops,
 )
 from brain_to_text.labels.diphones import encode_diphones
-from brain_to_text.launch.pricing import table as instance_table
+from brain_to_text.launch.pricing import instance_types, prices
 from brain_to_text.model.augmentations import Augmentation, step_generator
 from brain_to_text.model.device import allow_tf32, autocast_dtype, peak_flops
 from brain_to_text.model.losses import JointObjective
-from brain_to_text.model.optimizer import (
-    apply_update,
-    build_optimizer,
-    clip_and_check,
-)
-from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
+from brain_to_text.model.optimizer import apply_update, build_optimizer, clip_and_check
+from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
-from brain_to_text.scoring.decoding import evaluate
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
@@ -126,23 +122,15 @@ def synthetic_batch(
 class Ours:
     """This library's step, whole (`TrainStep`) and in phases."""
 
-    def __init__(self, config: TrainingConfig, device: torch.device, weights=None) -> None:
+    def __init__(self, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.model = GRUDecoder.from_config(config, N_SESSIONS, for_training=True).to(device)
-        if weights is not None:
-            load_public_state_dict(self.model, weights)
-        self.augmentation = Augmentation(config.dataset.data_transforms)
+        augmentation = Augmentation(config.dataset.data_transforms)
         self.objective = JointObjective.from_config(config)
         self.optimizer = build_optimizer(self.model, config, device)
         self.step = TrainStep(
-            self.model,
-            self.augmentation,
-            self.objective,
-            self.optimizer,
-            config,
-            device,
+            self.model, augmentation, self.objective, self.optimizer, config, device
         )
-        self.augmentation = self.step.augmentation
 
     def whole(self, batch: Batch, k: int) -> None:
         self.step(batch, k)
@@ -151,7 +139,7 @@ class Ours:
         model = self.model.train()
         generator = step_generator(self.device, self.config.seed, k)
         mark("")
-        x, n = self.augmentation(
+        x, n = self.step.augmentation(
             batch.features, batch.n_time_steps, training=True, generator=generator
         )
         mark("augment")
@@ -203,18 +191,6 @@ class Plain:
         mark("backward")
         step.update()
         mark("clip, optimiser")
-
-
-class InMemory:
-    """Batches that are already there, as a dataset gives them."""
-
-    manifest = SimpleNamespace(label_form="self_loop")
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self._batches = batches
-
-    def batches(self) -> AbstractContextManager[list[Batch]]:
-        return nullcontext(self._batches)
 
 
 class Stopwatch:
@@ -321,18 +297,9 @@ def write_sessions(folder: Path, config: TrainingConfig, args: argparse.Namespac
             diphones = config.dataset.n_classes == 1681
             features = random.standard_normal((n, config.width), dtype=np.float32)
             labels = encode_diphones(phonemes) if diphones else phonemes
-            trials.append(
-                TrialContents(
-                    f"trial_{i:04d}",
-                    session,
-                    1,
-                    i,
-                    features,
-                    labels,
-                    phonemes if diphones else None,
-                    "noise",
-                )
-            )
+            beside = phonemes if diphones else None
+            place = (f"trial_{i:04d}", session, 1, i)
+            trials.append(TrialContents(*place, features, labels, beside, "noise"))
         (folder / session).mkdir()
         (folder / session / "data_train.hdf5").write_bytes(data_file_bytes(trials))
 
@@ -343,10 +310,10 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
     Trials lie in a folder and, from the warm-up on, in the cache in RAM. Nothing waits for
     the device between two steps, so that preparing and copying batches may overlap computing.
     """
-    config = copy.deepcopy(config)
-    config.dataset.days_per_batch = min(config.dataset.days_per_batch, N_SESSIONS)
-    config.dataset.must_include_days = None
-    ours, steps = Ours(config, device), args.rounds
+    days = min(config.dataset.days_per_batch, N_SESSIONS)
+    changes = {"dataset.days_per_batch": days, "dataset.must_include_days": None}
+    config = varied(config, changes)
+    ours, steps, B = Ours(config, device), args.rounds, config.dataset.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_sessions(Path(folder), config, args)
         store = open_store(folder)
@@ -354,11 +321,7 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
         everything = sum(trial.length for trial in manifest.trials)
         config.dataset.cache_gb = 2 * everything / 1e9
         stream = TrialStream.from_config(store, manifest, config.dataset)
-        sessions = sorted({trial.session for trial in manifest.trials})
-        by_session = [
-            np.array([i for i, trial in enumerate(manifest.trials) if trial.session == session])
-            for session in sessions
-        ]
+        by_session = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
         dataset = BrainToTextDatasetS3.from_config(stream, by_session, config, device=device)
         warm_up = max(steps // 4, 8)  # most trials have come up by then
 
@@ -377,19 +340,12 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
                 before = stream.stats.snapshot()
                 seconds.append(timed(loop(batches, steps), device) / steps)
                 traffic = stream.stats.snapshot() - before
-                rows.append(
-                    [
-                        "streamed",
-                        f"{seconds[-1] * 1e3:.1f}",
-                        f"{config.dataset.batch_size / seconds[-1]:.1f}",
-                        f"{100 * traffic.wait_seconds / (seconds[-1] * steps):.1f}",
-                        f"{100 * traffic.hit_rate:.0f}",
-                    ]
-                )
+                waited = traffic.wait_seconds / (seconds[-1] * steps)
+                rows.append(["streamed", f"{seconds[-1] * 1e3:.1f}", f"{B / seconds[-1]:.1f}"])
+                rows[-1] += [f"{100 * waited:.1f}", f"{100 * traffic.hit_rate:.0f}"]
             kept = [next(batches) for _ in range(3)]
         alone = timed(loop(iter(kept * steps), steps), device) / steps
-        rows.append(["in memory", f"{alone * 1e3:.1f}", f"{config.dataset.batch_size / alone:.1f}"])
-        rows[-1] += ["-", "-"]
+        rows.append(["in memory", f"{alone * 1e3:.1f}", f"{B / alone:.1f}", "-", "-"])
         dataset.close()
     table(
         f"Steps with their data, means over {steps} steps after {warm_up}",
@@ -399,53 +355,70 @@ def with_data(config: TrainingConfig, args: argparse.Namespace, device: torch.de
     return statistics.median(seconds)
 
 
-def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+def compare_variants(
+    title: str,
+    variants: dict[str, TrainingConfig],
+    args: argparse.Namespace,
+    device: torch.device,
+    lengthen: int = 0,
+) -> None:
+    """Our step in several configurations; each of its batches is `lengthen` bins longer."""
     contenders = {}
-    for n_classes in (int(c) for c in args.classes.split(",")):
-        variant = copy.deepcopy(config)
-        variant.dataset.n_classes = n_classes
-        if n_classes != 1681:
-            variant.objective.phoneme_weight = 0.0
+    for name, variant in variants.items():
+        batches = [
+            synthetic_batch(variant, args.bins + lengthen * i, args.lengths, i, device)
+            for i in range(args.rounds + 1 if lengthen else 1)
+        ]
         ours = Ours(variant, device)
-        batch = synthetic_batch(variant, args.bins, args.lengths, 0, device)
-        contenders[f"{n_classes} classes"] = lambda k, o=ours, b=batch: o.whole(b, k)
+        contenders[name] = lambda k, o=ours, b=batches: o.whole(b[k % len(b)], k)
     times = alternate(contenders, args.rounds, device)
     least = min(times.values())
-    table(
-        "Cost of classes (ours)",
-        ["classes", "ms", "ratio"],
-        [[name, f"{t * 1e3:.1f}", f"{t / least:.3f}"] for name, t in times.items()],
-    )
+    rows = [[name, f"{t * 1e3:.1f}", f"{t / least:.3f}"] for name, t in times.items()]
+    table(title, ["ours", "ms", "ratio"], rows)
+
+
+def varied(config: TrainingConfig, changes: dict[str, Any]) -> TrainingConfig:
+    """A copy with values changed by dotted key."""
+    variant = copy.deepcopy(config)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        setattr(functools.reduce(getattr, parents, variant), last, value)
+    return variant
+
+
+def compare_classes(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    variants = {}
+    for n in map(int, args.classes.split(",")):
+        weight = config.objective.phoneme_weight if n == 1681 else 0.0
+        changes = {"dataset.n_classes": n, "objective.phoneme_weight": weight}
+        variants[f"{n} classes"] = varied(config, changes)
+    compare_variants("Cost of classes", variants, args, device)
+
+
+def compare_compile(config: TrainingConfig, args: argparse.Namespace, device) -> None:
+    """torch.compile on and off, with a new length at every step."""
+    variants = {f"compile: {on}": varied(config, {"compile": on}) for on in ("false", "true")}
+    compare_variants("Compiled or not", variants, args, device, lengthen=7)
 
 
 def sweep(config: TrainingConfig, args: argparse.Namespace, device) -> None:
-    rows = []
+    rows, on_gpu = [], device.type == "cuda"
     for batch_size in (args.batch_size,) if args.batch_size else (8, 16, 32, 64):
         for bins in (args.bins,) if args.given_bins else (400, 850, 1800):
-            variant = copy.deepcopy(config)
-            variant.dataset.batch_size = batch_size
+            variant = varied(config, {"dataset.batch_size": batch_size})
             batch = synthetic_batch(variant, bins, args.lengths, 0, device)
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-            contenders = {}
-            ours = Ours(variant, device)
-            contenders["ours"] = lambda k, o=ours, b=batch: o.whole(b, k)
-            if not args.ours_only:
-                plain = Plain(variant, device)
-                contenders["plain"] = lambda k, p=plain, b=batch: p.whole(b, k)
+            kinds = {"ours": Ours} | ({} if args.ours_only else {"plain": Plain})
+            made = {name: kind(variant, device) for name, kind in kinds.items()}
+            contenders = {
+                name: lambda k, m=maker, b=batch: m.whole(b, k) for name, maker in made.items()
+            }
             times = alternate(contenders, args.rounds, device)
-            seconds = times["ours"]
-            memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
-            rows.append(
-                [
-                    f"{batch_size} x {bins}",
-                    f"{times.get('plain', float('nan')) * 1e3:.1f}",
-                    f"{seconds * 1e3:.1f}",
-                    f"{times.get('plain', float('nan')) / seconds:.2f}",
-                    f"{batch_size / seconds:.1f}",
-                    f"{memory:.2f}" if memory else "-",
-                ]
-            )
+            ours, plain = times["ours"], times.get("plain", float("nan"))
+            memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}" if on_gpu else "-"
+            rows.append([f"{batch_size} x {bins}", f"{plain * 1e3:.1f}", f"{ours * 1e3:.1f}"])
+            rows[-1] += [f"{plain / ours:.2f}", f"{batch_size / ours:.1f}", memory]
     table(
         "Batch size x bins",
         ["batch", "plain ms", "ours ms", "plain / ours", "trials/s (ours)", "peak GB"],
@@ -454,160 +427,38 @@ def sweep(config: TrainingConfig, args: argparse.Namespace, device) -> None:
 
 
 def compare_validation(config: TrainingConfig, args: argparse.Namespace, device) -> None:
-    """Scoring `--validation` trials: batched against one trial at a time, same weights."""
-    ours, plain = Ours(config, device), Plain(config, device)
-    plain.model.load_state_dict(ours.model.state_dict())
-    n, size = args.validation, config.dataset.batch_size
-    batches, trials = [], []
-    lengths_first = copy.deepcopy(config)
-    lengths_first.dataset.batch_size = n
-    everything = synthetic_batch(lengths_first, args.bins, args.lengths, 0, torch.device("cpu"))
-    order = torch.argsort(everything.n_time_steps)
-    for rows in order.split(size):
-        batches.append(take(everything, rows, device))
-    for row in order.split(1):
-        trials.append(take(everything, row, device))
-
-    def batched() -> float:
-        sessions = [str(i) for i in range(N_SESSIONS)]
-        result = evaluate(
-            ours.model,
-            ours.augmentation,
-            InMemory(batches),  # type: ignore[arg-type]
-            sessions,
-            autocast=ours.step.autocast,
-        )
-        assert result is not None
-        return result.der
-
-    def one_by_one() -> float:
-        plain.model.eval()
-        edits = labels = 0
-        step = plain.step
-        with torch.no_grad():
-            for trial in trials:
-                x, n_time_steps = step.augment(trial.features, trial.n_time_steps, training=False)
-                logits = plain.model(x, trial.day_indices)
-                frames = step.frames(n_time_steps)
-                step.loss(logits, trial, frames).item()
-                best = torch.unique_consecutive(logits[0, : frames[0]].argmax(-1))
-                decoded = [c for c in best.tolist() if c != 0]
-                reference = trial.labels[0, : trial.label_lengths[0]].tolist()
-                edits += levenshtein(reference, decoded)
-                labels += len(reference)
-                if config.dataset.n_classes == 1681:
-                    probs = logits.float().softmax(-1)
-                    marginal = torch.stack([probs[..., c::41].sum(-1) for c in range(41)], -1)
-                    best = torch.unique_consecutive(marginal[0, : frames[0]].argmax(-1))
-                    reference = trial.phoneme_labels[0, : trial.phoneme_lengths[0]].tolist()
-                    levenshtein(reference, [c for c in best.tolist() if c != 0])
-        return edits / labels
-
-    ders = {}
-
-    def one() -> None:
-        ders["one"] = one_by_one()
-
-    def all_together() -> None:
-        ders["batched"] = batched()
-
-    everything_once = batches, trials  # compiling and choosing kernels is not scoring
-    batches, trials = batches[:1], trials[:3]
-    one()
-    all_together()
-    batches, trials = everything_once
-    slow, fast = timed(one, device), timed(all_together, device)
-    table(
-        f"Validation of {n} trials",
-        ["way", "s", "DER"],
-        [
-            ["one trial at a time", f"{slow:.2f}", f"{ders['one']:.4f}"],
-            ["batched", f"{fast:.2f}", f"{ders['batched']:.4f}"],
-            ["ratio", f"{slow / fast:.2f}", ""],
-        ],
-    )
+    """Decoding `--validation` trials: batched against one at a time, the same weights."""
+    model = GRUDecoder.from_config(config, N_SESSIONS)
+    trials = Trials(config.width, args.bins, 0.3 * args.bins, args.validation)
+    dtype = autocast_dtype(config, device)
+    compare(config, model, trials, device, dtype, config.dataset.batch_size)
 
 
-def levenshtein(reference: list[int], decoded: list[int]) -> int:
-    """Edit distance as one writes it in Python."""
-    row = list(range(len(decoded) + 1))
-    for i, a in enumerate(reference, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(decoded, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]
-
-
-def take(batch: Batch, rows: torch.Tensor, device: torch.device) -> Batch:
-    """The trials `rows` of a CPU batch, cut to their own longest."""
-    bins = int(batch.n_time_steps[rows].max())
-    return Batch(
-        step=0,
-        features=batch.features[rows, :bins],
-        n_time_steps=batch.n_time_steps[rows],
-        labels=batch.labels[rows],
-        label_lengths=batch.label_lengths[rows],
-        phoneme_labels=batch.phoneme_labels[rows],
-        phoneme_lengths=batch.phoneme_lengths[rows],
-        day_indices=batch.day_indices[rows],
-        trial_indices=batch.trial_indices[rows],
-    ).to(device)
-
-
-def project(
-    config: TrainingConfig, args: argparse.Namespace, measured: tuple[str, float] | None
-) -> None:
+def project(config: TrainingConfig, measured: dict[str, float]) -> None:
     """Hours and cost of 150,000 steps on one GPU of every instance type that the image supports.
 
-    From `gpus.step_time`, an estimate; where the step was `measured` (GPU, seconds) in this run,
-    from that too, on the types that have this GPU.
+    From `gpus.step_time`, an estimate; where the step was `measured` in this run (seconds by the
+    name of the GPU), from that.
     """
-    tables = instance_table()
     rows = []
-    for instance, row in tables["types"].items():
-        gpu, price = row["gpu"], row["usd_per_hour"]
-        if gpu is None or GPUS[gpu].capability < OLDEST_CAPABILITY:
+    for name, row in instance_types().items():
+        if row.gpu is None or GPUS[row.gpu].capability < OLDEST_CAPABILITY:
             continue
-        parts = step_time(config, GPUS[gpu])
-        cells = [instance, f"1 of {row['gpus']} {gpu}", GPUS[gpu].half]
-        cells += [f"{seconds * 1e3:.0f}" for seconds in vars(parts).values()]
-        steps: list[float | None] = [parts.total]
-        if measured is not None:
-            steps.append(measured[1] if measured[0] == gpu else None)
-        for seconds in steps:
-            if seconds is None:
-                cells += ["-", "-", "-"]
-                continue
-            hours = STEPS_OF_A_RUN * seconds / 3600
-            cost = "-" if price is None else f"{hours * price:.0f}"
-            cells += [f"{seconds * 1e3:.0f}", f"{hours:.1f}", cost]
-        rows.append(cells)
-    columns = ["ms", "hours", "$"]
+        parts = step_time(config, GPUS[row.gpu])
+        seconds = measured.get(row.gpu, parts.total)
+        hours = STEPS_OF_A_RUN * seconds / 3600
+        cost = "-" if row.usd_per_hour is None else f"{hours * row.usd_per_hour:.0f}"
+        cells = [f"{part * 1e3:.0f}" for part in (*vars(parts).values(), seconds)]
+        basis = "measured in this run" if row.gpu in measured else "estimate"
+        gpu = f"1 of {row.gpus} {row.gpu}"
+        rows.append([name, gpu, GPUS[row.gpu].half, *cells, f"{hours:.1f}", cost, basis])
     table(
-        f"{STEPS_OF_A_RUN} steps: estimated ms of products, recurrence, memory and launches, "
-        "together"
-        + ("" if measured is None else f", and as measured in this run on {measured[0]}")
-        + f"; prices of whole instances from {tables['prices_collected']}, not verified",
-        ["instance", "GPU", "type", "products", "recurrence", "memory", "launches", *columns]
-        + (columns if measured else []),
+        f"{STEPS_OF_A_RUN} steps: estimated ms of products, recurrence, memory and launches, the "
+        f"step; prices of whole instances: {prices()}",
+        ["instance", "GPU", "type", "products", "recurrence", "memory", "launches"]
+        + ["ms", "hours", "$", "basis"],
         rows,
     )
-
-
-def compare_compile(config: TrainingConfig, args: argparse.Namespace, device) -> None:
-    """torch.compile around the GRU: on, off; with a new length at every step."""
-    contenders = {}
-    for choice in ("false", "true"):
-        variant = copy.deepcopy(config)
-        variant.compile = choice
-        ours = Ours(variant, device)
-        batches = [
-            synthetic_batch(variant, args.bins + 7 * i, args.lengths, i, device)
-            for i in range(args.rounds + 1)
-        ]
-        contenders[f"compile: {choice}"] = lambda k, o=ours, b=batches: o.whole(b[k], k)
-    for name, seconds in alternate(contenders, args.rounds, device).items():
-        print(f"{name}: {seconds * 1e3:.1f} ms")
 
 
 def count_step(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
@@ -620,7 +471,7 @@ def count_step(config: TrainingConfig, args: argparse.Namespace, device: torch.d
         return
     from support.stand_in_gpu import GPU, stand_in_gpu
 
-    config.compile = "false"
+    config = varied(config, {"compile": "false"})
     with stand_in_gpu() as gpu:
         ours = Ours(config, GPU)
         batch = synthetic_batch(config, args.bins, args.lengths, 0, GPU)
@@ -678,7 +529,7 @@ def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch
     print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=25))
 
 
-def configured(args: argparse.Namespace) -> TrainingConfig:
+def configured(args: argparse.Namespace, extra: list[str]) -> TrainingConfig:
     """The configuration file, or the recipe sized for a CPU, with what was given beside it."""
     given: dict[str, Any] = {}
     if args.config is None:
@@ -693,23 +544,18 @@ def configured(args: argparse.Namespace) -> TrainingConfig:
         "dataset.batch_size": args.batch_size,
         "model.n_units": args.units,
         "model.n_layers": args.layers,
-        "model.rnn_dropout": args.rnn_dropout,
         "model.bidirectional": args.bidirectional,
-        "objective.ctc_kernel": args.ctc_kernel,
-        "objective.phoneme_weight": args.phoneme_weight,
+        "model.n_input_features": args.features,
+        "dataset.neural_dim": args.features,
+        "model.input_network.input_layer_sizes": args.features and [args.features],
     }
-    if args.features:
-        options |= {
-            "model.n_input_features": args.features,
-            "dataset.neural_dim": args.features,
-            "model.input_network.input_layer_sizes": [args.features],
-        }
     if args.batch_size and args.batch_size < N_SESSIONS:
         options["dataset.days_per_batch"] = args.batch_size
     if args.amp_dtype:
         options["use_amp"] = args.amp_dtype != "off"
         options["amp_dtype"] = args.amp_dtype if args.amp_dtype != "off" else "auto"
     given |= {name: value for name, value in options.items() if value is not None}
+    given |= {resolve_key(name): text for name, text in split_overrides(extra).items()}
     if "objective.phoneme_weight" in given:
         given["objective.schedule"] = None
     config = load_config(args.config, given)
@@ -736,9 +582,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bins", type=int, help=f"mean trial length; default {MEAN_BINS}")
     parser.add_argument("--lengths", choices=["equal", "spread"], default="spread")
     parser.add_argument("--bidirectional", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--rnn-dropout", type=float)
-    parser.add_argument("--ctc-kernel", choices=["auto", "torch", "triton"])
-    parser.add_argument("--phoneme-weight", type=float)
     parser.add_argument("--amp-dtype", choices=["off", "auto", "bfloat16", "float16"])
     parser.add_argument("--tf32", action="store_true", help="TF32 where --amp-dtype is off")
     parser.add_argument("--rounds", type=int, default=5)
@@ -758,7 +601,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: list[str] | None = None) -> None:
-    args = build_parser().parse_args(words)
+    args, extra = build_parser().parse_known_args(words)
     args.given_bins = args.bins is not None
     args.bins = args.bins or MEAN_BINS
 
@@ -768,7 +611,7 @@ def main(words: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = configured(args)
+    config = configured(args, extra)
     allow_tf32(config.allow_tf32)
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
@@ -783,24 +626,21 @@ def main(words: list[str] | None = None) -> None:
         f"{config.model.n_layers} x {config.model.n_units} units, {config.dataset.n_classes} "
         f"classes, batch {config.dataset.batch_size}, {args.bins} bins ({args.lengths})"
     )
+    modes = {
+        "with_data": with_data,
+        "classes": compare_classes,
+        "sweep": sweep,
+        "validation": compare_validation,
+        "counts": count_step,
+        "compile": compare_compile,
+    }
+    chosen = next((mode for option, mode in modes.items() if getattr(args, option)), None)
     seconds = None
-    if args.with_data:
-        seconds = with_data(config, args, device)
-    elif args.classes:
-        compare_classes(config, args, device)
-    elif args.sweep:
-        sweep(config, args, device)
-    elif args.validation:
-        compare_validation(config, args, device)
-    elif args.counts:
-        count_step(config, args, device)
-    elif args.compile:
-        compare_compile(config, args, device)
-    elif on_gpu or not args.project:
-        seconds = compare_step(config, args, device)
+    if chosen is not None or on_gpu or not args.project:
+        seconds = (chosen or compare_step)(config, args, device)
     if args.project:
         gpu = known_as(name)
-        project(config, args, None if gpu is None or seconds is None else (gpu, seconds))
+        project(config, {} if gpu is None or seconds is None else {gpu: seconds})
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ import graphlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import launch_sagemaker_job
 import pytest
-from brain_to_text.config import TrainingConfig
+from brain_to_text.config import leaves
 from brain_to_text.config_reader import load_config
 from brain_to_text.launch.request import CODE_FOLDER, METRIC_DEFINITIONS
-from support.doc_tables import GUIDE, filled, value_of
+from support.doc_tables import GUIDE, filled
 
 TOP = CODE_FOLDER.parent
 GUIDES = (TOP / "README.md", GUIDE, CODE_FOLDER / "SAGEMAKER_QUICK_START.md")
@@ -55,13 +54,13 @@ def test_every_program_that_is_named_exists(guide):
 def test_the_table_of_differences_is_that_of_the_two_files():
     section = text_of(GUIDE).split("What changes from phonemes")[1].split("\n`epsilon")[0]
     rows = re.findall(r"\| `([\w.]+)` \| ([\d.]+) \| ([\d.]+) \|", section)
-    phonemes = load_config(CODE_FOLDER / "rnn_args_phoneme_sagemaker.yaml")
-    diphones = load_config(CODE_FOLDER / "rnn_args_diphone_sagemaker.yaml")
+    phonemes, diphones = (
+        dict(leaves(load_config(CODE_FOLDER / f"rnn_args_{kind}_sagemaker.yaml").to_dict()))
+        for kind in ("phoneme", "diphone")
+    )
     assert len(rows) == 7
     for key, one, other in rows:
-        assert value_of(phonemes, key) == float(one), key
-        assert value_of(diphones, key) == float(other), key
-    assert isinstance(phonemes, TrainingConfig)
+        assert (phonemes[key], diphones[key]) == (float(one), float(other)), key
 
 
 def test_every_metric_is_named_in_the_guide():
@@ -130,10 +129,6 @@ def test_no_imports_run_in_a_circle():
             inside = folder if dots == "." else ""
             known.add(module if "." in module else f"{inside}.{module}")
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
-
-
-def test_guides_are_where_the_readme_says():
-    assert all(Path(guide).is_file() for guide in GUIDES)
 
 
 def test_the_launcher_needs_no_torch_numpy_or_h5py():

@@ -23,7 +23,7 @@ from ..storage.locations import (
 )
 from .account import AwsAccount, error_code
 from .image import ECR_URI, Image, code_differences, look_at
-from .pricing import gpu_of, instance_type, step_seconds
+from .pricing import gpu_of, instance_types, step_seconds
 from .request import JobSettings, resolve_config
 
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
@@ -35,21 +35,21 @@ _PUSH = "./build_and_push.sh"
 
 def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]:
     """Does the configuration fit the instance type: GPU generation, memory, time?"""
-    row, gpu = instance_type(job.instance_type), gpu_of(job.instance_type)
+    row, gpu = instance_types().get(job.instance_type), gpu_of(job.instance_type)
     if row is None:
         return  # one that is not in our table; the price line says so
     if gpu is None:
         yield warning(
             "instance-cpu",
-            f"{row.name} has no GPU and training would take weeks: use --instance-type "
+            f"{job.instance_type} has no GPU and training would take weeks: use --instance-type "
             "ml.g5.2xlarge.",
         )
         return
     if gpu.capability < OLDEST_CAPABILITY:
         yield error(
             "gpu-too-old",
-            f"{row.name} has a {row.gpu} (compute capability {gpu.capability}) and the image "
-            f"supports {OLDEST_CAPABILITY} and newer: use --instance-type ml.g4dn.xlarge or "
+            f"{job.instance_type} has a {row.gpu} (compute capability {gpu.capability}) and the "
+            f"image supports {OLDEST_CAPABILITY} and newer: use --instance-type ml.g4dn.xlarge or "
             "ml.g5.2xlarge.",
         )
         return

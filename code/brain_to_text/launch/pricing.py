@@ -28,7 +28,6 @@ SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % 
 class InstanceType:
     """One row of the instance table; usd_per_hour None where it is not known."""
 
-    name: str
     gpu: str | None
     gpus: int
     ram_gib: float
@@ -81,20 +80,24 @@ class Estimate:
 
 
 @cache
-def table() -> dict[str, Any]:
-    """`instance_types.yaml` as it is."""
+def instance_types() -> dict[str, InstanceType]:
+    """The rows of `instance_types.yaml` by name."""
+    return {name: InstanceType(**row) for name, row in _table()["types"].items()}
+
+
+def prices() -> str:
+    """Where the table's prices come from."""
+    return f"table of {_table()['prices_collected']} for {_table()['prices_region']}, not verified"
+
+
+@cache
+def _table() -> dict[str, Any]:
     return dict(yaml.safe_load(TABLE.read_text(encoding="utf-8")))
-
-
-def instance_type(name: str) -> InstanceType | None:
-    """The row of an instance type; None when the table does not have it."""
-    row = table()["types"].get(name)
-    return None if row is None else InstanceType(name=name, **row)
 
 
 def gpu_of(name: str) -> Gpu | None:
     """The GPU of an instance type; None for CPU types and unknown ones."""
-    row = instance_type(name)
+    row = instance_types().get(name)
     return None if row is None or row.gpu is None else GPUS[row.gpu]
 
 
@@ -102,10 +105,10 @@ def step_seconds(
     config: TrainingConfig, name: str, instances: int = 1
 ) -> tuple[float, bool] | None:
     """Seconds per step and whether they rest on a measurement; None for unknown or CPU types."""
-    row, gpu = instance_type(name), gpu_of(name)
-    if row is None or gpu is None:
+    gpu = gpu_of(name)
+    if gpu is None:
         return None
-    share = config.dataset.batch_size / (row.gpus * instances)
+    share = config.dataset.batch_size / (instance_types()[name].gpus * instances)
     modelled = step_time(config, gpu, share).total
     if gpu.seconds_per_step is None:
         return modelled, False
@@ -146,12 +149,10 @@ def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | 
         asked = _listed_price(name, account)
         if asked is not None:
             return asked, f"AWS Price List, {account.region}"
-    row = instance_type(name)
+    row = instance_types().get(name)
     if row is None or row.usd_per_hour is None:
         return None, "not in the price table"
-    tables = table()
-    source = f"table of {tables['prices_collected']} for {tables['prices_region']}, not verified"
-    return row.usd_per_hour, source
+    return row.usd_per_hour, prices()
 
 
 def _listed_price(name: str, account: AwsAccount) -> float | None:
