@@ -11,6 +11,7 @@ counting proxy.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -135,5 +136,6 @@ def measure_requests() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     measure_size()
     measure_requests()

@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
 from brain_to_text.gpus import GPUS, step_time
-from brain_to_text.launch.pricing import hourly_price, instance_type
+from brain_to_text.launch.pricing import hourly_price, instance_types
 
 CONFIG = HERE.parents[1] / "code" / "rnn_args_diphone_sagemaker.yaml"
 
@@ -75,11 +75,11 @@ NETWORKS = {
     ),
 }
 LATENCY_SECONDS = 70e-6  # 2 x p5, small messages: aws-k8s-tester pull request 585, 2025-02-19
-WORLDS = (1, 4, 8, 16, 32, 64)
+WORLDS = (1, 4, 8, 16, 64)
 STEPS = 150_000
 
 
-def gradient_bytes(config: TrainingConfig, bytes_per_value: int) -> int:
+def gradient_bytes(config: TrainingConfig) -> int:
     """What travels each step: everything but day layers, and those of one batch's sessions."""
     model = config.model
     width, units = config.width, model.n_units
@@ -88,30 +88,26 @@ def gradient_bytes(config: TrainingConfig, bytes_per_value: int) -> int:
     gru += (model.n_layers - 1) * 3 * units * (2 * units + 2)
     classifier = (units + 1) * config.dataset.n_classes
     days = config.dataset.days_per_batch * (width + 1) * width
-    return (gru + classifier + units + days) * bytes_per_value
+    return 4 * (gru + classifier + units + days)
 
 
 def compute_seconds(config: TrainingConfig, name: str, trials: float) -> float:
     """The launcher's estimate for one GPU and `trials` of the batch (not measured)."""
-    row = instance_type(name)
-    assert row is not None and row.gpu is not None
-    return step_time(config, GPUS[row.gpu], trials).total
+    return step_time(config, GPUS[str(instance_types()[name].gpu)], trials).total
 
 
-def exchange_seconds(config: TrainingConfig, name: str, gpus: int, half: bool, efa: bool) -> float:
+def exchange_seconds(config: TrainingConfig, name: str, gpus: int, efa: bool = True) -> float:
     """Packing, all-reduce, unpacking; nothing of it overlaps with the backward pass, because cuDNN
     hands over the gradients of all GRU layers at once, at its end."""
     if gpus == 1:
         return 0.0
-    network, row = NETWORKS[name], instance_type(name)
-    machines, memory = math.ceil(gpus / row.gpus), GPUS[row.gpu].bandwidth
+    network, row, sent = NETWORKS[name], instance_types()[name], gradient_bytes(config)
+    machines, memory = math.ceil(gpus / row.gpus), GPUS[str(row.gpu)].bandwidth
     between = network.two if machines == 2 else network.more
     bus = network.inside if machines == 1 else (between if efa else network.tcp)
-    bus = min(bus, network.inside)
-    sent = gradient_bytes(config, 2 if half else 4)
-    packing = 4 * gradient_bytes(config, 4) / (memory * 1e9)  # two copies, read and write
+    packing = 4 * sent / (memory * 1e9)  # two copies, read and write
     hops = LATENCY_SECONDS * (1 + math.log2(machines))
-    return packing + 2 * (gpus - 1) / gpus * sent / (bus * 1e9) + hops
+    return packing + 2 * (gpus - 1) / gpus * sent / (min(bus, network.inside) * 1e9) + hops
 
 
 def batch_for(config: TrainingConfig, name: str, exchange: float, efficiency: float) -> int:
@@ -122,18 +118,13 @@ def batch_for(config: TrainingConfig, name: str, exchange: float, efficiency: fl
 
 def print_plan() -> None:
     config = load_config(CONFIG)
-    full, half = (gradient_bytes(config, n) / 1e6 for n in (4, 2))
-    print(f"Gradients of a step: {full:.0f} MB as float32, {half:.0f} MB as bfloat16.")
-    print("\n| type | GPUs | exchange, ms: float32, bfloat16, float32 by TCP ", end="")
-    print("| efficiency at 48 trials per GPU, likewise ", end="")
-    print("| trials per GPU for 80 %, 90 % | 150,000 steps of 48 trials: h, $ ", end="")
-    print("| of the 80 % batch: trials, h, $ |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"Gradients of a step: {gradient_bytes(config) / 1e6:.0f} MB.")
+    print("\n| type | GPUs | exchange, ms, and by TCP | efficiency at 48 trials per GPU, ", end="")
+    print("likewise | trials per GPU for 80 %, 90 % | 150,000 steps of 48 trials: h, $ ", end="")
+    print("| of the 80 % batch: trials, h, $ |\n|---|---|---|---|---|---|---|")
     for name in NETWORKS:
-        row = instance_type(name)
-        assert row is not None
         for gpus in WORLDS:
-            if gpus == 1 or gpus >= row.gpus:
+            if gpus == 1 or gpus >= instance_types()[name].gpus:
                 print(plan_row(config, name, gpus))
     print("\nAll-reduce bus bandwidth in GB/s, and where it comes from:")
     for name, network in NETWORKS.items():
@@ -144,18 +135,13 @@ def print_plan() -> None:
 
 
 def plan_row(config: TrainingConfig, name: str, gpus: int) -> str:
-    row = instance_type(name)
-    assert row is not None
-    exchanges = [
-        exchange_seconds(config, name, gpus, half, efa)
-        for half, efa in ((False, True), (True, True), (False, False))
-    ]
+    exchanges = [exchange_seconds(config, name, gpus, efa) for efa in (True, False)]
     cells = [name.removeprefix("ml."), str(gpus), ", ".join(f"{1e3 * s:.1f}" for s in exchanges)]
     step = compute_seconds(config, name, 48)
     cells.append(", ".join(f"{100 * step / (step + seconds):.0f} %" for seconds in exchanges))
     batches = [batch_for(config, name, exchanges[0], share) for share in (0.8, 0.9)]
     cells.append(", ".join(map(str, batches)) if gpus > 1 else "-")
-    price, machines = hourly_price(name)[0], math.ceil(gpus / row.gpus)
+    price, machines = hourly_price(name)[0], math.ceil(gpus / instance_types()[name].gpus)
 
     def run(per_gpu: float) -> str:
         hours = STEPS * (compute_seconds(config, name, per_gpu) + exchanges[0]) / 3600
@@ -181,7 +167,7 @@ def work(args: argparse.Namespace) -> None:
     """One of the processes."""
     import torch
     import torch.distributed as dist
-    from bench_step import Ours, finish, synthetic_batch
+    from bench_step import Ours, finish, synthetic_batch, varied
     from brain_to_text.training.distributed import World, sum_gradients
 
     torch.set_num_threads(1)
@@ -196,8 +182,7 @@ def work(args: argparse.Namespace) -> None:
         world = World.join()
 
     def contender(batch_size: int, group: World | None) -> Callable[[int], None]:
-        own = config.__class__(**vars(config))
-        own.dataset = config.dataset.__class__(**{**vars(config.dataset), "batch_size": batch_size})
+        own = varied(config, {"dataset.batch_size": batch_size})
         batches = [synthetic_batch(own, args.bins, "equal", seed, device) for seed in range(2)]
         torch.manual_seed(0)
         ours = Ours(own, device)

@@ -163,34 +163,6 @@ def obstore_by_index(manifest: TrialManifest) -> Load:
     return load
 
 
-def boto3_by_index(manifest: TrialManifest) -> Load:
-    """The manifest and boto3, 48 threads, nothing verified."""
-    import concurrent.futures
-
-    import boto3
-    from botocore.config import Config
-
-    client = boto3.client("s3", config=Config(max_pool_connections=READS_AT_ONCE))
-    threads = concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE)
-
-    def load(indices: np.ndarray) -> torch.Tensor:
-        distinct = [int(i) for i in dict.fromkeys(indices.tolist())]
-
-        def read(index: int) -> np.ndarray:
-            t = manifest.trials[index]
-            span = client.get_object(
-                Bucket="bench",
-                Key=f"data/{t.key}",
-                Range=f"bytes={t.offset}-{t.offset + t.length - 1}",
-            )["Body"].read()
-            return t.decode(span)
-
-        arrays = dict(zip(distinct, threads.map(read, distinct), strict=True))
-        return pad_features([arrays[int(i)] for i in indices])
-
-    return load
-
-
 def ours(manifest: TrialManifest, cache_bytes: int = 0) -> Load:
     """TrialStream without a cache: verified, retried, counted."""
     stream = TrialStream(
@@ -230,7 +202,6 @@ CONTENDERS: dict[str, Callable[[TrialManifest], Load]] = {
     "naive": naive,
     "tuned_h5py": tuned_h5py,
     "s3fs_by_index": s3fs_by_index,
-    "boto3_by_index": boto3_by_index,
     "obstore_by_index": obstore_by_index,
     "ours": ours,
     "ours_s3fs": ours_s3fs,
@@ -303,9 +274,10 @@ def request_counts(
         return json.loads(answer.read())
 
 
-def in_subprocess(arguments: list[str], environment: dict[str, str]) -> Any:
+def in_subprocess(function: str, environment: dict[str, str], **arguments: Any) -> Any:
+    """What one of this file's functions returns in a process of its own."""
     result = subprocess.run(
-        [sys.executable, str(HERE), *arguments],
+        [sys.executable, str(HERE), "--call", function, json.dumps(arguments)],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "2", "THP_MEM_ALLOC_ENABLE": "1"},
         capture_output=True,
         text=True,
@@ -313,7 +285,7 @@ def in_subprocess(arguments: list[str], environment: dict[str, str]) -> Any:
         check=False,
     )
     if result.returncode:
-        raise RuntimeError(f"{arguments}: {result.stderr[-2000:]}")
+        raise RuntimeError(f"{function} {arguments}: {result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -338,9 +310,8 @@ def proxy_process(
 
 @dataclasses.dataclass
 class Stage:
-    """Server, data and manifest; `environments["tls"]` sends a process to the TLS proxy."""
+    """What the server holds; `environments["tls"]` sends a process to the TLS proxy."""
 
-    folder: Path
     manifest: TrialManifest
     environments: dict[str, dict[str, str]]
 
@@ -388,7 +359,7 @@ def stage() -> Iterator[Stage]:
                 "BENCH_CONTROL": url,
                 **({"AWS_CA_BUNDLE": str(certificate[0])} if cert else {}),
             }
-        yield Stage(folder, manifest, environments)
+        yield Stage(manifest, environments)
 
 
 def published(url: str, folder: Path) -> TrialManifest:
@@ -413,9 +384,9 @@ def compare_clients(on: Stage, networks: list[str], rounds: int, skip: list[str]
                 if name in skip or (name == "naive" and turn > 0):
                     continue
                 n_batches = 1 if name == "naive" else 2 if name == "tuned_h5py" else 5
-                arguments = ["--contender", name, str(n_batches), str(turn * 5)]
+                arguments = {"name": name, "n_batches": n_batches, "first": turn * 5}
                 results.setdefault(name, []).append(
-                    in_subprocess(arguments, on.environments[network])
+                    in_subprocess("run_contender", on.environments[network], **arguments)
                 )
         print(f"\n### {network}: 30 ms to first byte, 80 MB/s per connection\n")
         print("| contender | GETs/batch | per distinct trial | bytes/needed | s/batch | ", end="")
@@ -536,15 +507,16 @@ def simulate_steps(on: Stage, networks: list[str]) -> None:
     print("\n### The real trainer with a pause as its step\n")
     print("| network | client | data | cache | step does | step s | waiting for data | MB/s read |")
     print("|---|---|---|---|---|---|---|---|")
+    names = ("network", "warm", "step_seconds", "client", "busy", "half")
     plain = ("obstore", False, False)
-    cases = [(n, w, p, *plain) for n in networks for w in (0, 1) for p in (0.1, 0.5)]
+    cases = [(n, w, p, *plain) for n in networks for w in (False, True) for p in (0.1, 0.5)]
     for network in [n for n in networks if n != "model"]:
-        cases += [(network, 0, 0.1, "obstore", False, True)]
-        cases += [(network, 0, 0.1, client, True, False) for client in ("obstore", "s3fs") * 2]
-    for network, warm, pause, client, busy, half in cases:
+        cases += [(network, False, 0.1, "obstore", False, True)]
+        cases += [(network, False, 0.1, client, True, False) for client in ("obstore", "s3fs") * 2]
+    for case in cases:
+        network, warm, pause, client, busy, half = case
         environment = on.environments["tls" if network == "tls" else "http"]
-        arguments = [network, str(pause), str(warm), client, str(int(busy)), str(int(half))]
-        result = in_subprocess(["--trainer", *arguments], environment)
+        result = in_subprocess("run_trainer", environment, **dict(zip(names, case, strict=True)))
         print(
             f"| {network} | {'-' if network == 'model' else client} "
             f"| float{16 if half else 32} | {'warm' if warm else 'cold'} "
@@ -589,9 +561,7 @@ def full_size_manifest(on: Stage) -> TrialManifest:
         for number in range(count):
             trial = on.manifest.trials[own[number % len(own)]]
             trials.append(spoken(trial, session, number, rng))
-    listing = open_store(FULL_URL).list()
-    files = listing
-    return dataclasses.replace(on.manifest, trials=tuple(trials), files=files)
+    return dataclasses.replace(on.manifest, trials=tuple(trials), files=open_store(FULL_URL).list())
 
 
 def spoken(trial: TrialRecord, session: str, number: int, rng: np.random.Generator) -> TrialRecord:
@@ -685,46 +655,35 @@ def compare_policies() -> None:
     val = np.arange(n_trials, n_trials + 1400)
     print(f"\n### Hit rate by policy, {n_trials:,} trials, steps 1000–4000, ", end="")
     print("a validation pass over 1,400 more after step 0 and every 1000 steps\n")
-    print("| cache / train set | first come stays, training first | first come stays ", end="")
-    print("| LRU | random eviction |\n|---|---|---|---|---|")
+    policies = ("first come stays, training first", "LRU", "random eviction")
+    print(f"| cache / train set | {' | '.join(policies)} |\n|---|---|---|---|")
     for share in (0.1, 0.25, 0.5, 0.75):
-        rates = [_hit_rate(policy, plan, val, int(share * n_trials)) for policy in _POLICIES]
+        rates = [_hit_rate(policy, plan, val, int(share * n_trials)) for policy in policies]
         print(f"| {share:.2f} | " + " | ".join(f"{100 * r:.1f} %" for r in rates) + " |")
 
 
-_POLICIES = ("training first", "stay", "lru", "random")
-
-
 def _hit_rate(policy: str, plan: BatchPlan, val: np.ndarray, capacity: int) -> float:
-    from collections import OrderedDict
-
-    rng = np.random.default_rng(1)
-    held: OrderedDict[int, None] = OrderedDict()
+    rng, stays = np.random.default_rng(1), policy.startswith("first")
+    held: dict[int, None] = {}  # the one used longest ago comes first
     slots: list[int] = []
     hits = asked = 0
     for step in range(4000):
-        draws = np.unique(plan.trials(step)).tolist()
-        passes = [(draws, step >= 1000)] + ([(val.tolist(), False)] if step % 1000 == 0 else [])
+        passes = [(np.unique(plan.trials(step)).tolist(), step >= 1000)]
+        if step % 1000 == 0 and not stays:  # there validation gets no room that training could use
+            passes.append((val.tolist(), False))
         for trials, counted in passes:
-            if policy == "training first" and trials is not draws:
-                continue  # no room for validation while training could use it
             for trial in trials:
                 hit = trial in held
                 hits += hit and counted
                 asked += counted
                 if hit:
-                    if policy == "lru":
-                        held.move_to_end(trial)
-                    continue
-                if len(held) < capacity:
-                    held[trial] = None
+                    held[trial] = held.pop(trial)
+                elif len(held) < capacity:
                     slots.append(trial)
-                elif policy == "lru":
-                    held.popitem(last=False)
                     held[trial] = None
-                elif policy == "random":
+                elif not stays:
                     place = int(rng.integers(capacity))
-                    del held[slots[place]]
+                    del held[next(iter(held)) if policy == "LRU" else slots[place]]
                     held[trial] = None
                     slots[place] = trial
     return hits / asked
@@ -736,21 +695,11 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
-    parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--trainer", nargs=6, help=argparse.SUPPRESS)
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    result: Any = None
-    if options.contender:
-        name, n_batches, first = options.contender
-        result = run_contender(name, int(n_batches), int(first))
-    elif options.trainer:
-        network, pause, warm, client, busy, half = options.trainer
-        result = run_trainer(network, float(pause), warm == "1", client, busy == "1", half == "1")
-    elif options.memory:
-        result = run_memory()
-    if result is not None:
-        print(json.dumps(result), flush=True)
+    if options.call:
+        function, arguments = options.call
+        print(json.dumps(globals()[function](**json.loads(arguments))), flush=True)
         os._exit(0)  # do not wait for contenders' leftovers
 
     def wanted(part: str) -> bool:
@@ -764,7 +713,7 @@ def main() -> None:
         if wanted("start-up"):
             start_up(on)
         if wanted("memory"):
-            used = in_subprocess(["--memory"], on.environments["http"])
+            used = in_subprocess("run_memory", on.environments["http"])
             print(
                 f"\nMemory: {used['peak_mb']:.0f} MB at most for budgets of "
                 f"{used['budget_mb']:.0f} MB (cache, prefetch, the batch in use): "
