@@ -19,7 +19,7 @@ from brain_to_text.config_reader import resolve_key, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch
-from brain_to_text.launch.jobs import job_state, list_jobs, release_job, stop_job
+from brain_to_text.launch.jobs import EXIT_CODES, job_state, list_jobs, release_job, stop_job
 from brain_to_text.launch.launch import (
     completed,
     launch_training_job,
@@ -28,7 +28,7 @@ from brain_to_text.launch.launch import (
 )
 from brain_to_text.launch.pricing import estimate
 from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
-from brain_to_text.launch.watch import goodbye, watch
+from brain_to_text.launch.watch import watch
 from brain_to_text.log_lines import nobody_reads, one_line
 
 __all__ = ["launch_training_job", "main"]
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     for word in extra:
         if word.startswith("--") and "." not in word:
             _refuse_misspelt(word[2:].partition("=")[0], parser)
-    elsewhere = (options.watch, options.describe, options.stop, options.release, options.fetch)
-    launching = not options.list and not any(elsewhere)
+    elsewhere = ("watch", "describe", "stop", "release", "list", "fetch")
+    launching = not any(getattr(options, name) for name in elsewhere)
     if launching and not options.s3_bucket:
         parser.error("--s3-bucket is needed to launch a job")
     try:
@@ -171,12 +171,16 @@ def _follow(name: str, account: AwsAccount) -> int:
     try:
         state = watch(name, account)
     except KeyboardInterrupt:
-        print(f"\n{goodbye(name, COMMAND)}", file=sys.stderr)
+        print(
+            f"\n{name} goes on without you: come back with `{COMMAND} --watch {name}`, "
+            f"stop it with `{COMMAND} --stop {name}`.",
+            file=sys.stderr,
+        )
         return 130
     print(*state.summary(), sep="\n")
-    if state.exit_code == 0:
+    if state.status == "Completed":
         print(f"Fetch it: {COMMAND} --fetch {name}")
-    return state.exit_code
+    return EXIT_CODES[state.status]
 
 
 def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:

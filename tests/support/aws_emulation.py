@@ -232,7 +232,7 @@ def _quota_code(name: str) -> str:
 
 
 def _refused_by_the_model(call: Call) -> Response | None:
-    for breach in breaches("sagemaker", call.operation, call.params):
+    for breach in breaches(call.operation, call.params):
         said = f"Value {breach.value!r} at {breach.path} is not {breach.rule}"
         return _json({"__type": "ValidationException", "message": said}, 400)
     return None

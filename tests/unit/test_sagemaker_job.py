@@ -38,30 +38,17 @@ KNOWN = {
 }
 
 # The log contract, literally: every line after a timestamp.
+TRAIN = "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 trials/s: 89.2 data wait: 1.5%"
+VALIDATION = "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345 PER (avg): 0.41"
 LOG_LINES = {
-    "train:loss": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "5.21"),
-    "train:grad_norm": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "8.43"),
-    "train:seconds_per_batch": ("Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538", "0.538"),
-    "train:trials_per_second": (
-        "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 trials/s: 89.2",
-        "89.2",
-    ),
-    "train:data_wait_percent": (
-        "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 data wait: 1.5%",
-        "1.5",
-    ),
-    "validation:DER": (
-        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345",
-        "0.7654",
-    ),
-    "validation:CTC_loss": (
-        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345",
-        "4.32",
-    ),
-    "validation:PER": (
-        "Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.345 PER (avg): 0.41",
-        "0.41",
-    ),
+    "train:loss": (TRAIN, "5.21"),
+    "train:grad_norm": (TRAIN, "8.43"),
+    "train:seconds_per_batch": (TRAIN, "0.538"),
+    "train:trials_per_second": (TRAIN, "89.2"),
+    "train:data_wait_percent": (TRAIN, "1.5"),
+    "validation:DER": (VALIDATION, "0.7654"),
+    "validation:CTC_loss": (VALIDATION, "4.32"),
+    "validation:PER": (VALIDATION, "0.41"),
     "validation:best_DER": ("New best test DER 0.9876 --> 0.7654", "0.7654"),
     "validation:best_PER": ("New best test PER 0.9876 --> 0.1e-2", "0.1e-2"),
 }
@@ -88,11 +75,6 @@ def test_each_metric_is_found_on_its_log_line_and_on_no_other(metric):
     kind = line.split(" batch")[0].split(" test")[0]
     others = [other for other, _ in LOG_LINES.values() if not other.startswith(kind)]
     assert not [other for other in (*others, *OTHER_LINES) if re.search(metric["Regex"], other)]
-
-
-def test_metric_definitions_respect_the_limits_of_the_api():
-    assert len(METRIC_DEFINITIONS) <= 40
-    assert all(len(metric["Regex"]) <= 500 for metric in METRIC_DEFINITIONS)
 
 
 def test_the_shortest_command_makes_the_reference_job():
@@ -127,16 +109,6 @@ def test_the_shortest_command_makes_the_reference_job():
     }
 
 
-def test_spot_sets_waiting_time_and_checkpoints():
-    made = request(spot=True, max_run_hours=30)
-    assert made["EnableManagedSpotTraining"] is True
-    assert made["StoppingCondition"] == {
-        "MaxRuntimeInSeconds": 30 * 3600,
-        "MaxWaitTimeInSeconds": 54 * 3600,
-    }
-    assert made["CheckpointConfig"]["S3Uri"].endswith("/b2t-diphone-1/checkpoints")
-
-
 def test_resuming_uses_the_earlier_jobs_checkpoints():
     made = request(resume_from="b2t-earlier")
     assert (
@@ -145,54 +117,13 @@ def test_resuming_uses_the_earlier_jobs_checkpoints():
     )
 
 
-@pytest.mark.parametrize("channel, mode", [("fastfile", "FastFile"), ("file", "File")])
-def test_a_channel_replaces_the_stream(channel, mode):
-    made = request(data_channel=channel, s3_data_prefix="some/data/")
-    assert made["AlgorithmSpecification"]["TrainingInputMode"] == mode
-    assert made["InputDataConfig"] == [
-        {
-            "ChannelName": "training",
-            "InputMode": mode,
-            "DataSource": {
-                "S3DataSource": {
-                    "S3DataType": "S3Prefix",
-                    "S3Uri": "s3://my-bucket/some/data/",
-                    "S3DataDistributionType": "FullyReplicated",
-                }
-            },
-        }
-    ]
+def test_a_copied_channel_replaces_the_stream():
+    made = request(data_channel="file", s3_data_prefix="some/data/")
+    assert made["AlgorithmSpecification"]["TrainingInputMode"] == "File"
+    (channel,) = made["InputDataConfig"]
+    assert channel["InputMode"] == "File"
+    assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://my-bucket/some/data/"
     assert made["HyperParameters"]["data-dir"] == "/opt/ml/input/data/training"
-
-
-def test_vpc_keys_and_warm_pool_arrive():
-    made = request(
-        subnets=("subnet-1", "subnet-2"),
-        security_group_ids=("sg-1",),
-        output_kms_key="key-1",
-        volume_kms_key="key-2",
-        encrypt_traffic=True,
-        keep_alive_minutes=30,
-        tags={"team": "speech"},
-    )
-    assert made["VpcConfig"] == {
-        "SecurityGroupIds": ["sg-1"],
-        "Subnets": ["subnet-1", "subnet-2"],
-    }
-    assert made["OutputDataConfig"]["KmsKeyId"] == "key-1"
-    assert made["ResourceConfig"]["VolumeKmsKeyId"] == "key-2"
-    assert made["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1800
-    assert made["EnableInterContainerTrafficEncryption"] is True
-    assert {"Key": "team", "Value": "speech"} in made["Tags"]
-
-
-def test_mlflow_settings_travel_as_environment():
-    made = request(mlflow_tracking_uri="https://mlflow.example.org", mlflow_experiment="t15")
-    assert made["Environment"] == {
-        "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
-        "MLFLOW_EXPERIMENT_NAME": "t15",
-        "MLFLOW_RUN_NAME": "b2t-diphone-1",
-    }
 
 
 def test_short_options_and_dotted_keys_become_the_same_hyperparameters():
@@ -275,16 +206,11 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"overrides": {"init_checkpoint_path": "a" * 2501}}, "2,501 characters long"),
         ({"subnets": ("a_b",), "security_group_ids": ("sg-1",)}, "--subnets is 'a_b'"),
         ({"output_kms_key": "a key"}, "--output-kms-key is 'a key'"),
-        (
-            {"mlflow_tracking_uri": "http://a", "mlflow_experiment": "x" * 513},
-            "--mlflow-experiment",
-        ),
         ({"subnets": ("subnet-1",)}, "--security-group-ids"),
         ({"max_wait_hours": 60.0}, "--spot"),
         ({"spot": True, "max_wait_hours": 1.0}, "cannot be less"),
         ({"spot": True, "keep_alive_minutes": 5}, "warm"),
-        ({"checkpoint_s3_uri": "bucket/key"}, "s3://BUCKET/KEY"),
-        ({"checkpoint_s3_uri": "s3://b/k", "resume_from": "job"}, "not both"),
+        ({"init_from_checkpoint": "bucket/key"}, "s3://BUCKET/KEY"),
         ({"data_channel": "pipe"}, "fastfile"),
         ({"environment": {"HF_TOKEN": "x"}}, "looks like a secret"),
         ({"environment": {"A": "AKIAIOSFODNN7EXAMPLE"}}, "looks like a secret"),
@@ -323,7 +249,7 @@ EVERYTHING = {
 
 def test_every_option_at_once_passes_the_services_model():
     made = request(**EVERYTHING)
-    assert list(breaches("sagemaker", "CreateTrainingJob", made)) == []
+    assert list(breaches("CreateTrainingJob", made)) == []
     shape = SAGEMAKER.operation_model("CreateTrainingJob").input_shape
     validated = ParamValidator().validate(made, shape)
     assert not validated.has_errors()  # botocore's own, as far as that goes
@@ -366,7 +292,7 @@ REQUEST = request()
 def test_what_the_walk_admits_as_a_tag_or_a_variable_is_what_the_rules_say(name, value):
     """Against the documented rules, written out by hand: letters, digits, spaces and _.:/=+-@ ."""
     made = {**REQUEST, "Tags": [{"Key": name, "Value": value}], "Environment": {name: value}}
-    blamed = {breach.path[0] for breach in breaches("sagemaker", "CreateTrainingJob", made)}
+    blamed = {breach.path[0] for breach in breaches("CreateTrainingJob", made)}
 
     def plain(text):
         kinds = [unicodedata.category(c)[0] for c in text]
@@ -420,13 +346,6 @@ def test_made_names_are_valid_and_differ(config):
     assert len(names) == 20
     assert all(JobSettings(s3_bucket="my-bucket", job_name=name) for name in names)
     assert all(len(name) <= 63 for name in names)
-
-
-def test_nothing_of_this_machines_credentials_is_in_the_request(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
-    text = json.dumps(request(environment={"A": "b"}))
-    assert "AKIA" not in text and "very-secret" not in text
 
 
 def test_a_request_without_boto3_is_one_sentence(monkeypatch):

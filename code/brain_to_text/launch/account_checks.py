@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import Finding, error
-from ..storage.locations import split_s3_url
 from .account import AwsAccount, error_code
 from .image import ECR_URI
 from .request import MLFLOW_ARN, JobSettings
@@ -108,12 +107,12 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
         place = f"{image['region']}:{image['account']}:repository/{image['repository']}"
         actions = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
         needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:aws:ecr:{place}"))
-    states = job.checkpoint_s3_uri or f"s3://{outputs.removeprefix('arn:aws:s3:::')}/checkpoints"
-    states = f"arn:aws:s3:::{'/'.join(split_s3_url(states))}/state-00000001.pt"
+    states = job.checkpoints_of(job.resume_from or str(job.job_name))
+    states = f"{states.replace('s3://', 'arn:aws:s3:::', 1)}/state-00000001.pt"
     needs.append(Need(("s3:GetObject", "s3:PutObject"), states))
     if job.init_from_checkpoint:
-        model = "/".join(split_s3_url(job.init_from_checkpoint))
-        needs.append(Need(("s3:GetObject",), f"arn:aws:s3:::{model}"))
+        model = job.init_from_checkpoint.replace("s3://", "arn:aws:s3:::", 1)
+        needs.append(Need(("s3:GetObject",), model))
     if job.output_kms_key and job.output_kms_key.startswith("arn:"):
         needs.append(Need(("kms:GenerateDataKey",), job.output_kms_key))
     if job.subnets:

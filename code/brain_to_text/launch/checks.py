@@ -210,12 +210,6 @@ def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
                 f"Bucket {job.s3_bucket} does not exist: check --s3-bucket against `aws s3 ls`, "
                 "or create it.",
             )
-        if code in ("403", "AccessDenied"):
-            return error(
-                "bucket-denied",
-                f"You may not look into bucket {job.s3_bucket}: attach "
-                "code/aws/launcher_policy.json, or check whose bucket it is.",
-            )
         if code != "301":
             raise
         answer = problem.response
@@ -299,7 +293,7 @@ def _against_config(
 
 
 def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
-    states = f"{job.output_uri(str(job.resume_from))}/checkpoints/"
+    states = f"{job.checkpoints_of(str(job.resume_from))}/"
     if job.resume_from and not _listing(s3, *split_s3_url(states), everything=False):
         yield error(
             "resume-nothing",

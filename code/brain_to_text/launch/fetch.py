@@ -82,30 +82,36 @@ def fetch(
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .tar.gz archive that came over the network.
 
-    Everything is checked before the first byte is written: only files and folders, only below
-    `folder`, no links, no devices, no name twice, bounded number and size.
+    Only files and folders, only below `folder`, no links, no devices, no name twice, bounded number
+    and size; and all of it or nothing.
 
     Raises:
         JobError: the archive breaks one of these rules or is damaged; `folder` does not exist then.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    size = 0
     try:
-        _verify(archive)
-        with tarfile.open(archive, "r:gz") as tar:
-            targets = _checked(tar, archive)
-            for member in tar.getmembers():
-                target = partial / targets[member.name]
+        partial.mkdir(parents=True)
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as tar:
+            for number, member in enumerate(tar):
+                size += member.size
+                target = partial / member.name
+                if problem := _danger(member, target.exists(), number, size):
+                    raise JobError(
+                        f"{archive.name} is not unpacked because its member {member.name!r} "
+                        f"{problem}: this is no archive that our trainer wrote."
+                    )
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)
-                if source is None:
-                    raise JobError(f"{archive.name} holds no data for {member.name!r}.")
+                assert source is not None  # of a plain file
                 with source, target.open("xb") as file:
                     shutil.copyfileobj(source, file)
-        partial.mkdir(parents=True, exist_ok=True)
+            while stream.read(2**20):  # tarfile stops before gzip's checksum
+                pass
         partial.rename(folder)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise JobError(
@@ -115,39 +121,16 @@ def unpack(archive: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _verify(archive: Path) -> None:
-    """Read to the end once: tarfile stops before gzip's checksum, so damage could go unnoticed."""
-    with gzip.open(archive) as stream:
-        while stream.read(2**20):
-            pass
-
-
-def _checked(tar: tarfile.TarFile, archive: Path) -> dict[str, PurePosixPath]:
-    """Relative path by member name, after checking every member."""
-    targets: dict[str, PurePosixPath] = {}
-    files: set[PurePosixPath] = set()
-    size = 0
-    for number, member in enumerate(tar):
-        path = PurePosixPath(member.name)
-        problem = None
-        if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-            problem = "would be written outside the folder"
-        elif not (member.isreg() or member.isdir()):
-            problem = "is a link or a device"
-        elif member.isreg() and path in files:
-            problem = "occurs twice"
-        size += member.size
-        if number >= MAX_MEMBERS or size > MAX_BYTES:
-            problem = f"is beyond the limit of {MAX_MEMBERS:,} files or {MAX_BYTES / 1e9:.0f} GB"
-        if problem:
-            raise JobError(
-                f"{archive.name} is not unpacked because its member {member.name!r} {problem}: "
-                "this is no archive that our trainer wrote."
-            )
-        if member.isreg():
-            files.add(path)
-        targets[member.name] = path
-    return targets
+def _danger(member: tarfile.TarInfo, exists: bool, number: int, size: int) -> str | None:
+    """Why this member, at this place of the archive, must not be written."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+        return "would be written outside the folder"
+    if not (member.isreg() or member.isdir()):
+        return "is a link or a device"
+    if number >= MAX_MEMBERS or size > MAX_BYTES:
+        return f"is beyond the limit of {MAX_MEMBERS:,} files or {MAX_BYTES / 1e9:.0f} GB"
+    return "occurs twice" if member.isreg() and exists else None
 
 
 def result_table(rows: dict[str, list[dict[str, float]]]) -> list[str]:

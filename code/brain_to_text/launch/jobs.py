@@ -10,7 +10,6 @@ from ..errors import JobError
 from .account import AwsAccount, error_code, explained
 from .request import PROJECT_TAG
 
-FINAL_STATES = ("Completed", "Failed", "Stopped")
 EXIT_CODES = {"Completed": 0, "Failed": 3, "Stopped": 4}
 
 
@@ -19,29 +18,28 @@ class JobState:
     """What SageMaker says about a job at one moment.
 
     Attributes:
-        status: InProgress, Completed, Failed, Stopping or Stopped.
-        transitions: (start, phase, message), oldest first.
-        billed_seconds, training_seconds: of one instance; None before they are known.
-        reason: why it failed, from the job's failure file; "" otherwise.
         request: the whole description, as the API gives it.
     """
 
     name: str
-    status: str
-    transitions: tuple[tuple[datetime, str, str], ...]
-    billed_seconds: int | None
-    training_seconds: int | None
-    reason: str
     request: dict[str, Any]
 
     @property
-    def is_final(self) -> bool:
-        return self.status in FINAL_STATES
+    def status(self) -> str:
+        """InProgress, Completed, Failed, Stopping or Stopped."""
+        return str(self.request["TrainingJobStatus"])
 
     @property
-    def exit_code(self) -> int:
-        """0 completed, 3 failed, 4 stopped."""
-        return EXIT_CODES.get(self.status, 1)
+    def is_final(self) -> bool:
+        return self.status in EXIT_CODES
+
+    @property
+    def transitions(self) -> list[tuple[datetime, str, str]]:
+        """(start, phase, message), oldest first."""
+        return [
+            (step["StartTime"], step["Status"], step.get("StatusMessage", ""))
+            for step in self.request.get("SecondaryStatusTransitions", [])
+        ]
 
     @property
     def output_uri(self) -> str:
@@ -50,20 +48,19 @@ class JobState:
 
     def summary(self) -> list[str]:
         """The end of a job for people: state, time, money saved, why, where."""
-        resources = self.request.get("ResourceConfig", {})
-        count = resources.get("InstanceCount", 1)
+        resources = self.request["ResourceConfig"]
         said = [f"{self.name}: {self.status}"]
-        if self.reason:
-            said.append(f"Why: {' '.join(self.reason.split())}")
-        machines = f"{count} x {resources.get('InstanceType', '?')}"
-        if self.training_seconds is not None and self.billed_seconds is not None:
+        if reason := self.request.get("FailureReason"):  # what its failure file says
+            said.append(f"Why: {' '.join(reason.split())}")
+        trained = self.request.get("TrainingTimeInSeconds")
+        billed = self.request.get("BillableTimeInSeconds")  # of one instance, both
+        if trained is not None and billed is not None:
             said.append(
-                f"Time: {duration(self.training_seconds)} training, "
-                f"{self.billed_seconds:,} s billed on {machines}"
+                f"Time: {duration(trained)} training, {billed:,} s billed on "
+                f"{resources['InstanceCount']} x {resources['InstanceType']}"
             )
-            if self.request.get("EnableManagedSpotTraining") and self.training_seconds:
-                saved = 1 - self.billed_seconds / self.training_seconds
-                said.append(f"Spot savings: {100 * saved:.0f} %")
+            if self.request.get("EnableManagedSpotTraining") and trained:
+                said.append(f"Spot savings: {100 * (1 - billed / trained):.0f} %")
         said.append(f"Outputs: {self.output_uri}")
         return said
 
@@ -87,19 +84,7 @@ def job_state(name: str, account: AwsAccount) -> JobState:
                 ) from error
             raise
     answer.pop("ResponseMetadata", None)
-    transitions = tuple(
-        (step["StartTime"], str(step["Status"]), str(step.get("StatusMessage", "")))
-        for step in answer.get("SecondaryStatusTransitions", [])
-    )
-    return JobState(
-        name=name,
-        status=str(answer["TrainingJobStatus"]),
-        transitions=transitions,
-        billed_seconds=answer.get("BillableTimeInSeconds"),
-        training_seconds=answer.get("TrainingTimeInSeconds"),
-        reason=str(answer.get("FailureReason", "")),
-        request=answer,
-    )
+    return JobState(name, answer)
 
 
 def stop_job(name: str, account: AwsAccount) -> None:

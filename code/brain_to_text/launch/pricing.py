@@ -36,13 +36,12 @@ class InstanceType:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and money of a whole job.
+    """Time and money of a whole job, as far as they are known.
 
     Attributes:
-        hours: wall-clock hours, start included; None for types that are not in the table.
-        seconds_per_step, measured: step time, and whether it was measured on that GPU.
+        seconds_per_step, measured: step time, None for types without a GPU in the table, and
+            whether it was measured on that GPU.
         usd_per_hour, price_source: of one instance, and where the figure comes from.
-        usd, spot_usd: whole job, on demand and with spot capacity.
     """
 
     instance_type: str
@@ -50,16 +49,26 @@ class Estimate:
     steps: int
     seconds_per_step: float | None
     measured: bool
-    hours: float | None
     usd_per_hour: float | None
     price_source: str
-    usd: float | None
-    spot_usd: float | None
+
+    @property
+    def hours(self) -> float | None:
+        """Wall-clock hours, start included."""
+        seconds = self.seconds_per_step
+        return None if seconds is None else self.steps * seconds / 3600 + START_HOURS
+
+    @property
+    def usd(self) -> float | None:
+        """The whole job on demand."""
+        if self.hours is None or self.usd_per_hour is None:
+            return None
+        return self.hours * self.usd_per_hour * self.instance_count
 
     def lines(self) -> list[str]:
         """The estimate for people, one fact a line."""
         machines = f"{self.instance_count} x {self.instance_type}"
-        if self.hours is None or self.seconds_per_step is None:
+        if self.seconds_per_step is None:
             said = [f"Time: not known for {self.instance_type} (no GPU in instance_types.yaml)"]
         else:
             how = "measured on this GPU" if self.measured else "estimated, not measured"
@@ -74,7 +83,7 @@ class Estimate:
         else:
             said.append(
                 f"Price: ${self.usd:.2f} on demand at ${self.usd_per_hour:.4g}/h "
-                f"({self.price_source}); about ${self.spot_usd:.2f} with --spot"
+                f"({self.price_source}); about ${self.usd * SPOT_SHARE:.2f} with --spot"
             )
         return said
 
@@ -124,23 +133,9 @@ def estimate(
     account: AwsAccount | None = None,
 ) -> Estimate:
     """Hours and dollars of a job; asks the Price List API when an account is given."""
-    steps = config.num_training_batches
-    speed = step_seconds(config, name, instances)
-    price, source = hourly_price(name, account)
-    hours = None if speed is None else steps * speed[0] / 3600 + START_HOURS
-    usd = None if hours is None or price is None else hours * price * instances
-    return Estimate(
-        instance_type=name,
-        instance_count=instances,
-        steps=steps,
-        seconds_per_step=None if speed is None else speed[0],
-        measured=speed is not None and speed[1],
-        hours=hours,
-        usd_per_hour=price,
-        price_source=source,
-        usd=usd,
-        spot_usd=None if usd is None else usd * SPOT_SHARE,
-    )
+    seconds, measured = step_seconds(config, name, instances) or (None, False)
+    price = hourly_price(name, account)
+    return Estimate(name, instances, config.num_training_batches, seconds, measured, *price)
 
 
 def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | None, str]:

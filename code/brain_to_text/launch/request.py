@@ -73,9 +73,6 @@ class JobSettings:
     max_wait_hours: float | None = option(
         None, "run and waiting time together with --spot; default: max run + 24"
     )
-    checkpoint_s3_uri: str | None = option(
-        None, "where resume checkpoints go; default: sagemaker-outputs/JOB/checkpoints"
-    )
     resume_from: str | None = option(None, "name of an earlier job to go on from")
     accept_changes: bool = option(
         False, "resume although configuration, data or code differ from the checkpoint's"
@@ -108,7 +105,6 @@ class JobSettings:
     mlflow_tracking_uri: str | None = option(
         None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
     )
-    mlflow_experiment: str | None = option(None, "MLflow experiment; default: brain-to-text")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -116,6 +112,10 @@ class JobSettings:
     def output_uri(self, job_name: str) -> str:
         """s3:// folder that holds everything one job leaves."""
         return s3_url(self.s3_bucket, self.output_prefix, job_name)
+
+    def checkpoints_of(self, job_name: str) -> str:
+        """s3:// folder with the states that a job resumes from."""
+        return f"{self.output_uri(job_name)}/checkpoints"
 
 
 def new_job_name(config_file: str, now: datetime | None = None) -> str:
@@ -164,9 +164,9 @@ def resolve_config(
             "The image holds none of the configurations in code/ as they are here: run "
             "./build_and_push.sh."
         )
-    changes = {path: _differing(config, load_config(path)) for path in bases}
+    changes = {path: changed(load_config(path).to_dict(), config.to_dict()) for path in bases}
     base = min(bases, key=lambda path: (len(changes[path]), path.name != DEFAULT_CONFIG))
-    return base.name, changes[base], config
+    return base.name, {key: value for key, (_, value) in changes[base].items()}, config
 
 
 def training_request(
@@ -205,9 +205,9 @@ def training_request(
             "InstanceCount": settings.instance_count,
             "VolumeSizeInGB": settings.volume_gb,
         },
-        "StoppingCondition": {"MaxRuntimeInSeconds": _seconds(settings.max_run_hours)},
+        "StoppingCondition": {"MaxRuntimeInSeconds": round(settings.max_run_hours * 3600)},
         "CheckpointConfig": {
-            "S3Uri": _checkpoint_uri(settings, output_uri),
+            "S3Uri": settings.checkpoints_of(settings.resume_from or job_name),
             "LocalPath": CHECKPOINT_FOLDER,
         },
         "Tags": [
@@ -233,7 +233,7 @@ def training_request(
     if settings.spot:
         wait = settings.max_wait_hours or settings.max_run_hours + 24
         request["EnableManagedSpotTraining"] = True
-        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = _seconds(wait)
+        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = round(wait * 3600)
     if settings.retries:
         request["RetryStrategy"] = {"MaximumRetryAttempts": settings.retries}
     if settings.debug_shell:
@@ -241,7 +241,7 @@ def training_request(
     environment = _environment(settings, job_name)
     if environment:
         request["Environment"] = environment
-    for breach in breaches("sagemaker", "CreateTrainingJob", request):
+    for breach in breaches("CreateTrainingJob", request):
         if not str(breach.value).startswith("<"):  # a reminder of a dry run (`launch.MISSING`)
             raise JobError(breach.sentence())
     return request
@@ -286,9 +286,7 @@ def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
     environment = dict(settings.environment)
     if settings.mlflow_tracking_uri:
         environment.setdefault("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri)
-        environment.setdefault(
-            "MLFLOW_EXPERIMENT_NAME", settings.mlflow_experiment or "brain-to-text"
-        )
+        environment.setdefault("MLFLOW_EXPERIMENT_NAME", "brain-to-text")
         environment.setdefault("MLFLOW_RUN_NAME", job_name)
     return environment
 
@@ -307,24 +305,6 @@ def _data_channel(settings: JobSettings) -> dict[str, Any]:
     }
 
 
-def _checkpoint_uri(settings: JobSettings, output_uri: str) -> str:
-    if settings.checkpoint_s3_uri:
-        return settings.checkpoint_s3_uri
-    if settings.resume_from:
-        return f"{settings.output_uri(settings.resume_from)}/checkpoints"
-    return f"{output_uri}/checkpoints"
-
-
-def _differing(config: TrainingConfig, base: TrainingConfig) -> dict[str, Any]:
-    """The values by dotted key in which `config` is not `base`."""
-    pairs = changed(base.to_dict(), config.to_dict())
-    return {path: value for path, (_, value) in pairs.items()}
-
-
-def _seconds(hours: float) -> int:
-    return round(hours * 3600)
-
-
 def _check(settings: JobSettings) -> None:
     def refuse(what: str) -> None:
         raise JobError(what)
@@ -334,16 +314,8 @@ def _check(settings: JobSettings) -> None:
             f"Bucket name '{settings.s3_bucket}' is not valid: "
             "give your bucket's, lower-case letters, digits, dots and dashes alone, without s3://."
         )
-    limits = (
-        ("instance_count", 1, 1000),
-        ("volume_gb", 1, 16384),
-        ("max_run_hours", 1 / 60, 28 * 24),
-    )
-    for name, low, high in limits:
-        value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            flag = name.replace("_", "-")
-            refuse(f"Option --{flag} is {value} but must be from {low:g} to {high:g}.")
+    if settings.instance_count < 1:
+        refuse(f"--instance-count is {settings.instance_count} but a job needs at least one.")
     if settings.data_channel not in ("stream", "fastfile", "file"):
         refuse(f"--data-channel is '{settings.data_channel}': choose stream, fastfile or file.")
     if settings.max_wait_hours is not None:
@@ -356,12 +328,9 @@ def _check(settings: JobSettings) -> None:
             )
     if bool(settings.subnets) != bool(settings.security_group_ids):
         refuse("A VPC needs both --subnets and --security-group-ids.")
-    for name in ("checkpoint_s3_uri", "init_from_checkpoint"):
-        value = getattr(settings, name)
-        if value is not None and not re.match(r"s3://[^/]+/.+", value):
-            refuse(f"--{name.replace('_', '-')} is '{value}': give an s3://BUCKET/KEY URL.")
-    if settings.checkpoint_s3_uri and settings.resume_from:
-        refuse("Give --resume-from or --checkpoint-s3-uri, not both.")
+    model = settings.init_from_checkpoint
+    if model is not None and not re.match(r"s3://[^/]+/.+", model):
+        refuse(f"--init-from-checkpoint is '{model}': give an s3://BUCKET/KEY URL.")
     if settings.spot and settings.keep_alive_minutes:
         refuse("Spot jobs cannot keep instances warm: drop --keep-alive-minutes or --spot.")
     if taken := PROJECT_TAG.keys() & settings.tags.keys():
@@ -373,15 +342,11 @@ def _check(settings: JobSettings) -> None:
                     f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
                     "everybody who may describe it: give the role access instead."
                 )
-    if settings.mlflow_experiment and not settings.mlflow_tracking_uri:
-        refuse("--mlflow-experiment is for a server: give --mlflow-tracking-uri, too.")
-    if settings.mlflow_tracking_uri:
-        if scrub(settings.mlflow_tracking_uri) != settings.mlflow_tracking_uri:
+    if server := settings.mlflow_tracking_uri:
+        if scrub(server) != server:
             refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
-        if not re.match(r"https?://\S+$", settings.mlflow_tracking_uri) and not MLFLOW_ARN.match(
-            settings.mlflow_tracking_uri
-        ):
+        if not re.match(r"https?://\S+$", server) and not MLFLOW_ARN.match(server):
             refuse(
-                f"--mlflow-tracking-uri is '{settings.mlflow_tracking_uri}': give an http(s):// "
+                f"--mlflow-tracking-uri is '{server}': give an http(s):// "
                 "address, or the ARN of an mlflow-tracking-server or mlflow-app."
             )

@@ -35,8 +35,7 @@ _TYPES: dict[str, Any] = {
 # Which option a field of the request comes from, longest path first.
 _OPTIONS = {
     "AlgorithmSpecification.TrainingImage": "--image-uri",
-    "CheckpointConfig.S3Uri": "--checkpoint-s3-uri",
-    "Environment.MLFLOW_EXPERIMENT_NAME": "--mlflow-experiment",
+    "CheckpointConfig.S3Uri": "--output-prefix",
     "Environment.MLFLOW_TRACKING_URI": "--mlflow-tracking-uri",
     "Environment": "--env",
     "HyperParameters": "configuration value",
@@ -95,20 +94,20 @@ class Breach:
         return f"{option} is {shown} and SageMaker wants it to be {rule}."
 
 
-def breaches(service: str, operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
-    """Every rule of the service's model that `request` breaks, in the order of the request."""
-    yield from _walk(_model(service).operation_model(operation).input_shape, request, ())
+def breaches(operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
+    """Every rule of SageMaker's model that `request` breaks, in the order of the request."""
+    yield from _walk(_model().operation_model(operation).input_shape, request, ())
 
 
 @cache
-def _model(service: str) -> Any:
+def _model() -> Any:
     try:
         from botocore.loaders import Loader
         from botocore.model import ServiceModel
     except ImportError as error:
         raise JobError("Making a request needs boto3: run `pip install boto3 pyyaml`.") from error
 
-    return ServiceModel(Loader().load_service_model(service, "service-2"), service)
+    return ServiceModel(Loader().load_service_model("sagemaker", "service-2"), "sagemaker")
 
 
 def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breach]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -15,6 +15,7 @@ from .account_checks import LOG_GROUP
 from .jobs import JobState, duration, job_state
 
 BAR_CELLS = 24
+POLL_SECONDS = 10.0
 PATIENCE = 10  # failed polls in a row before giving up watching; the job is not affected
 
 
@@ -61,8 +62,6 @@ def watch(
     *,
     out: TextIO | None = None,
     bar: TextIO | None = None,
-    poll_seconds: float = 10.0,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> JobState:
     """Show a job until it ends; returns its last state.
 
@@ -79,19 +78,16 @@ def watch(
     out, bar = out or sys.stdout, bar or sys.stderr
     progress, tokens = Progress(), dict[str, str]()
     shown, failures = 0, 0
-    # what a poll may raise while the job is perfectly well
-    troubles: tuple[type[Exception], ...] = (JobError, *no_answer())
-    asked = True
-    state = job_state(name, account)
+    state, fresh = job_state(name, account), True
     while True:
+        lines = []
         try:
-            state = state if asked else job_state(name, account)
-            asked = False
+            state = state if fresh else job_state(name, account)
+            fresh = False
             # after the state: what was logged before the end is read before leaving
             lines = list(new_lines(name, account, tokens))
             failures = 0
-        except troubles as error:
-            lines = []
+        except (JobError, *no_answer()) as error:  # the job may be perfectly well
             failures = _missed(failures, error, name, bar)
         _redraw(bar, "")
         for started, phase, message in state.transitions[shown:]:
@@ -103,15 +99,7 @@ def watch(
         if state.is_final and not failures:
             return state
         _redraw(bar, progress.bar() if progress.train else state.status)
-        sleep(poll_seconds)
-
-
-def goodbye(name: str, command: str) -> str:
-    """What to say when the user stops watching."""
-    return (
-        f"{name} goes on without you: come back with `{command} --watch {name}`, "
-        f"stop it with `{command} --stop {name}`."
-    )
+        time.sleep(POLL_SECONDS)
 
 
 @dataclass
