@@ -2,7 +2,7 @@
 # Build the training image and push it to ECR; the last line printed is the digest URI for the launcher.
 #
 #   ./build_and_push.sh [--repository NAME] [--region R] [--tag T] [--no-push]
-#                       [--base-image IMAGE] [--cpu] [--mlflow] [--kms-key ID] [--require-clean]
+#                       [--base-image IMAGE] [--cpu] [--mlflow]
 #
 #   --repository NAME   ECR repository (default brain-to-text-training); created if it does not exist
 #   --region R          default: AWS_REGION, AWS_DEFAULT_REGION or the profile's
@@ -11,8 +11,6 @@
 #   --base-image IMAGE  another Debian or Ubuntu image with Python >= 3.11 (or BASE_IMAGE=...)
 #   --cpu               torch without CUDA, for tests (TORCH_CPU_INDEX names another index of wheels)
 #   --mlflow            with MLflow's client, for launch_sagemaker_job.py --mlflow-tracking-uri
-#   --kms-key ID        encrypt a new repository with this key instead of AES-256
-#   --require-clean     refuse to push a tree with uncommitted changes
 #
 # Needs bash, git, a Docker engine and, to push, the AWS command line with credentials that may use
 # ECR. A tag that is already in the repository is not built or pushed again.
@@ -33,12 +31,12 @@ command -v sha256sum > /dev/null || sha256=(shasum -a 256) # macOS
 
 # --- options
 
-repository=brain-to-text-training region='' tag='' base_image=${BASE_IMAGE:-} kms_key=''
-push=yes torch=cuda mlflow=no require_clean=no
+repository=brain-to-text-training region='' tag='' base_image=${BASE_IMAGE:-}
+push=yes torch=cuda mlflow=no
 while [[ $# -gt 0 ]]; do
     option=$1 value=''
     case $option in
-    --repository* | --region* | --tag* | --base-image* | --kms-key*)
+    --repository* | --region* | --tag* | --base-image*)
         if [[ $option == *=* ]]; then
             value=${option#*=} option=${option%%=*}
         else
@@ -54,13 +52,11 @@ while [[ $# -gt 0 ]]; do
     --region) region=$value ;;
     --tag) tag=$value ;;
     --base-image) base_image=$value ;;
-    --kms-key) kms_key=$value ;;
     --no-push) push=no ;;
     --cpu) torch=cpu ;;
     --mlflow) mlflow=yes ;;
-    --require-clean) require_clean=yes ;;
     -h | --help)
-        sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *) usage "there is no option '$option'" ;;
@@ -152,8 +148,6 @@ default_tag() {
     [[ $revision != unknown ]] || fail 'this folder is not a git repository: name the image with --tag.'
     tag=${revision:0:12}
     if [[ $revision == *-dirty ]]; then
-        [[ $require_clean == no ]] ||
-            fail 'code/ or docker/ has uncommitted changes: commit, or leave out --require-clean.'
         tag+=-dirty-$(listing code docker LICENSE | "${sha256[@]}" | cut -c 1-8)
         say "The tree has uncommitted changes: the tag says so ($tag)."
     fi
@@ -239,12 +233,11 @@ refused() { # the last `ask` failed: say why and end
 
 # Sets `registry`; the repository is created if and only if it does not exist.
 ensure_repository() {
-    local uri encryption=encryptionType=AES256
+    local uri
     if ! uri=$(ask ecr describe-repositories --repository-names "$repository" --query 'repositories[0].repositoryUri'); then
         grep -q RepositoryNotFoundException "$scratch/aws" || refused
-        [[ -z $kms_key ]] || encryption=encryptionType=KMS,kmsKey=$kms_key
         uri=$(ask ecr create-repository --repository-name "$repository" --image-tag-mutability IMMUTABLE \
-            --image-scanning-configuration scanOnPush=true --encryption-configuration "$encryption" \
+            --image-scanning-configuration scanOnPush=true --encryption-configuration encryptionType=AES256 \
             --query repository.repositoryUri) || refused
         ask ecr put-lifecycle-policy --repository-name "$repository" \
             --lifecycle-policy-text "$LIFECYCLE" > /dev/null || refused

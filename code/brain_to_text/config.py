@@ -372,22 +372,6 @@ def _check_objective(config: TrainingConfig) -> None:
     _check_schedule(objective, config.num_training_batches)
 
 
-def check_schedule_ends(config: TrainingConfig) -> None:
-    """Raise ConfigError for a schedule that names a step which a run to come never reaches.
-
-    Runs of the past, whose args.yaml may have such a schedule, are evaluated all the same.
-    """
-    objective, n_steps = config.objective, config.num_training_batches
-    if objective.schedule is None:
-        return
-    last = max(step for step, _ in objective.phoneme_weights(n_steps))
-    if last > n_steps:
-        raise ConfigError(
-            f"objective.schedule names step {last:g} but the run has num_training_batches = "
-            f"{n_steps}: name steps up to that, or shares of the run, which fit any length."
-        )
-
-
 def _check_schedule(objective: ObjectiveConfig, n_steps: int) -> None:
     if objective.schedule is None:
         return
@@ -405,6 +389,11 @@ def _check_schedule(objective: ObjectiveConfig, n_steps: int) -> None:
                 f"weight from 0 to 1: {example}."
             )
     steps = [step for step, _ in objective.phoneme_weights(n_steps)]
+    if max(steps) > n_steps:
+        raise ConfigError(
+            f"objective.schedule names step {max(steps):g} but the run has num_training_batches = "
+            f"{n_steps}: name steps up to that, or shares of the run, which fit any length."
+        )
     for before, after in itertools.pairwise(steps):
         if after <= before:
             raise ConfigError(

@@ -23,7 +23,6 @@ from .config import (
     INT_LIMIT,
     TrainingConfig,
     check_combinations,
-    check_schedule_ends,
     config_keys,
     hints_of,
 )
@@ -87,9 +86,7 @@ def load_config(
             )
         given[full] = name
         _set_path(document, full, value)
-    config = config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
-    check_schedule_ends(config)
-    return config
+    return config_from_dict(document, f" in {Path(path).name}" if path is not None else "")
 
 
 def config_from_dict(document: Mapping[str, Any], source: str = "") -> TrainingConfig:

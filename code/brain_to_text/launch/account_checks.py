@@ -8,24 +8,10 @@ from typing import NamedTuple
 from ..errors import Finding, error
 from .account import AwsAccount, error_code
 from .image import ECR_URI
-from .request import MLFLOW_ARN, JobSettings
+from .request import JobSettings
 
 STACK = "code/aws/stack.yaml"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
-# what `trackers` asks of a SageMaker tracking server
-MLFLOW_ACTIONS = tuple(
-    f"sagemaker-mlflow:{action}"
-    for action in (
-        "CreateExperiment",
-        "CreateRun",
-        "GetExperimentByName",
-        "GetMetricHistory",
-        "GetRun",
-        "LogBatch",
-        "SetTag",
-        "UpdateRun",
-    )
-)
 # what the agent behind --debug-shell asks for
 SHELL_ACTIONS = tuple(
     f"ssmmessages:{action}Channel"
@@ -119,9 +105,6 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
         needs.append(Need(("ec2:CreateNetworkInterface",), "*"))
     if job.debug_shell:
         needs.append(Need(SHELL_ACTIONS, "*"))
-    server = MLFLOW_ARN.match(job.mlflow_tracking_uri or "")
-    if server and server["kind"] == "mlflow-tracking-server":
-        needs.append(Need(MLFLOW_ACTIONS, server[0]))
     return needs
 
 
@@ -130,7 +113,6 @@ def _remedy(action: str) -> str:
     parameter = {
         "ec2": "VpcId=YOUR-VPC",
         "kms": "KmsKeyArn=YOUR-KEY",
-        "sagemaker-mlflow": "MlflowServerArn=YOUR-SERVER",
         "ssmmessages": "AllowShell=yes",
     }.get(action.split(":")[0])
     if parameter is None:

@@ -231,11 +231,10 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
     files = [match for key in listing if (match := DATA_FILE.fullmatch(key))]
     splits = Counter(match["split"] for match in files)
     if not files:
-        elsewhere = _nearest_prefix(s3, job.s3_bucket)
         yield error(
             "data-missing",
-            f"There is no SESSION/data_*.hdf5 under {url}: "
-            f"{elsewhere or 'upload the dataset (README, step 2).'}",
+            f"There is no SESSION/data_*.hdf5 under {url}: upload the dataset (README, step 2), or "
+            f"give the --s3-data-prefix that `aws s3 ls --recursive s3://{job.s3_bucket}` shows.",
         )
         return
     if not splits["train"]:
@@ -319,16 +318,3 @@ def _listing(s3: Any, bucket: str, prefix: str, everything: bool = True) -> dict
         if not everything:
             break
     return found
-
-
-def _nearest_prefix(s3: Any, bucket: str) -> str | None:
-    """A sentence that names where data files do lie in the bucket; None if nowhere near the top."""
-    pages = s3.get_paginator("list_objects_v2").paginate(
-        Bucket=bucket, PaginationConfig={"MaxItems": 5000}
-    )
-    for page in pages:
-        for entry in page.get("Contents", []):
-            root, _, name = entry["Key"].rpartition("/data_")
-            if name.endswith(".hdf5") and "/" in root:
-                return f"it lies under --s3-data-prefix {root.rsplit('/', 1)[0]}."
-    return None

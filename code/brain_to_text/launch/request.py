@@ -30,9 +30,8 @@ OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
 
-MLFLOW_ARN = re.compile(
-    r"arn:[\w-]+:sagemaker:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
-    r"(?P<kind>mlflow-tracking-server|mlflow-app)/(?P<name>[\w.-]+)$"
+_MLFLOW_SERVER = re.compile(
+    r"https?://\S+|arn:[\w-]+:sagemaker:[a-z0-9-]+:[0-9]{12}:mlflow-(tracking-server|app)/[\w.-]+"
 )
 PROJECT_TAG = {"project": "brain-to-text"}  # by which `jobs.list_jobs` finds what we launched
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
@@ -345,7 +344,7 @@ def _check(settings: JobSettings) -> None:
     if server := settings.mlflow_tracking_uri:
         if scrub(server) != server:
             refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
-        if not re.match(r"https?://\S+$", server) and not MLFLOW_ARN.match(server):
+        if not _MLFLOW_SERVER.fullmatch(server):
             refuse(
                 f"--mlflow-tracking-uri is '{server}': give an http(s):// "
                 "address, or the ARN of an mlflow-tracking-server or mlflow-app."
