@@ -10,10 +10,14 @@ TOP = Path(__file__).parents[2]
 HOME = TOP / ".github"
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+PAGES = [HOME / "CONTRIBUTING.md", HOME / "SECURITY.md", TOP / "README.md"]
+PAGES += TOP.glob("code/*.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(page):
-    text = (HOME / page).read_text()
-    names = re.findall(r"(?:\./)?((?:code|docker|tests|\.github|\.ci)/[\w./*-]*\w)", text)
+    text = page.read_text()
+    names = re.findall(r"(?<![/\w])((?:code|docker|tests|\.github|\.ci)/[\w./*-]*\w)", text)
     assert names
     missing = [name for name in names if not list(TOP.glob(name))]
     assert missing == []

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import launch_sagemaker_job
 import pytest
 from brain_to_text.config import leaves
 from brain_to_text.config_reader import load_config
@@ -33,22 +32,6 @@ def test_every_link_leads_somewhere(guide):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", text_of(place), re.M)
             assert anchor in {h.lower().replace(" ", "-").replace(":", "") for h in headings}
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_every_launcher_option_that_is_named_exists(guide):
-    known = set(launch_sagemaker_job.build_parser()._option_string_actions)
-    for line in re.sub(r"\\\n\s*", " ", text_of(guide)).splitlines():
-        if "launch_sagemaker_job.py" not in line:
-            continue
-        for option in re.findall(r"(?<![\w-])--[a-z0-9][\w.-]*", line):
-            assert option in known or "." in option, f"{option} in: {line}"
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_every_program_that_is_named_exists(guide):
-    for program in re.findall(r"(?:code|docker|tests)/[\w/]+\.(?:py|yaml|json|sh)", text_of(guide)):
-        assert (TOP / program).exists(), program
 
 
 def test_the_table_of_differences_is_that_of_the_two_files():

@@ -28,7 +28,7 @@ def test_frames_are_the_models(bins, frames) -> None:
         ("NVIDIA A10G", "bfloat16", 70.0),
         ("Tesla T4", "float16", 65.0),
         ("Tesla T4", "bfloat16", None),
-        ("NVIDIA A100-SXM4-80GB", "tf32", 156.0),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156.0),
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.0),
         ("NVIDIA H100 PCIe", "bfloat16", 756.0),
         ("NVIDIA H200", "bfloat16", 989.0),
@@ -39,7 +39,8 @@ def test_frames_are_the_models(bins, frames) -> None:
 def test_peaks_are_found_by_device_name(name, precision, teraflops) -> None:
     peak = GPUS[known_as(name)].peak(precision)
     assert peak == (None if teraflops is None else teraflops * 1e12)
-    assert known_as("Some new card") is None
+    assert known_as("NVIDIA GeForce GTX 1080") is None
+    assert known_as("NVIDIA A100-SXM4-80GB") == "A100 80GB"
 
 
 def test_the_type_the_trainer_picks_is_the_cards_own() -> None:

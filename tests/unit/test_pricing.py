@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from brain_to_text.config_reader import load_config
-from brain_to_text.gpus import GPUS, known_as
+from brain_to_text.gpus import GPUS
 from brain_to_text.launch import pricing
 from brain_to_text.launch.pricing import (
     estimate,
@@ -20,16 +20,6 @@ from support.aws_emulation import emulated_aws, launcher_policy, log_in
 @pytest.fixture
 def config():
     return load_config(CODE_FOLDER / DEFAULT_CONFIG)
-
-
-@pytest.mark.parametrize(
-    "device, name",
-    [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA H100 PCIe", "H100 PCIe")]
-    + [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100 80GB")]
-    + [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA GeForce GTX 1080", None)],
-)
-def test_a_gpu_is_known_by_what_it_calls_itself(device, name):
-    assert known_as(device) == name
 
 
 def test_every_row_of_the_table_is_complete():
