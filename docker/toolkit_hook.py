@@ -186,16 +186,16 @@ class Trainer:
             self._tail.append(line.decode("utf-8", "replace").rstrip("\n"))
 
 
-def torchrun_workers(pid: int, proc: Path = Path("/proc")) -> list[int]:
+def torchrun_workers(pid: int) -> list[int]:
     """Children of process `pid` that torchrun started as ranks: those with LOCAL_RANK set."""
     try:
-        children = (proc / str(pid) / "task" / str(pid) / "children").read_text().split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
     workers = []
     for child in children:
         try:
-            variables = (proc / child / "environ").read_bytes().split(b"\0")
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended between the two reads
         if any(variable.startswith(b"LOCAL_RANK=") for variable in variables):
@@ -276,15 +276,15 @@ def trainer_environment(env: environment.Environment) -> dict[str, str]:
     return variables
 
 
-def wait_for_hosts(hosts: Sequence[str], timeout: float = HOST_WAIT_SECONDS) -> None:
+def wait_for_hosts(hosts: Sequence[str]) -> None:
     """Return once every host of a multi-host job resolves.
 
     Raises:
-        errors.ClientError: a host does not resolve within `timeout` seconds.
+        errors.ClientError: a host does not resolve within a quarter of an hour.
     """
     if len(hosts) == 1:
         return
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + HOST_WAIT_SECONDS
     for host in hosts:
         while True:
             try:
@@ -293,8 +293,8 @@ def wait_for_hosts(hosts: Sequence[str], timeout: float = HOST_WAIT_SECONDS) -> 
             except OSError as cause:
                 if time.monotonic() > deadline:
                     raise errors.ClientError(
-                        f"Host {host} of this job did not come up in {timeout:.0f} s ({cause}): "
-                        "start the job again."
+                        f"Host {host} of this job did not come up in {HOST_WAIT_SECONDS} s "
+                        f"({cause}): start the job again."
                     ) from cause
                 time.sleep(2)
 

@@ -134,9 +134,9 @@ class Job:
             base=self.base,
         )
 
-    def wait_for_line(self, text: str, seconds: float = 600) -> None:
+    def wait_for_line(self, text: str) -> None:
         """Wait until `text` stands in the log of the running container."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 600
         while text not in self.log():
             running = docker("inspect", "--format", "{{.State.Running}}", self.name) == "true"
             assert running and time.monotonic() < deadline, self.log()[-3000:]
@@ -159,7 +159,7 @@ class Job:
 
 
 class Cluster:
-    """One job on several hosts: a container each, on a network of their own.
+    """One job on two hosts of two processes: a container each, on a network of their own.
 
     Each host has its own /opt/ml, as on SageMaker; `base` holds one folder per host.
     """
@@ -170,10 +170,8 @@ class Cluster:
         base: Path,
         s3: LocalS3,
         hyperparameters: dict[str, Any],
-        *,
-        hosts: tuple[str, ...] = ("algo-1", "algo-2"),
-        processes_per_host: int = 2,
     ) -> None:
+        hosts = ("algo-1", "algo-2")
         self.name = f"b2t-test-{uuid.uuid4().hex[:8]}"
         self.jobs = [
             Job(
@@ -181,7 +179,7 @@ class Cluster:
                 base / host,
                 s3,
                 hyperparameters,
-                variables={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": str(processes_per_host)},
+                variables={"BRAIN_TO_TEXT_PROCESSES_PER_HOST": "2"},
                 name=f"{self.name}-{host}",
                 options=["--network", self.name, "--network-alias", host],
                 hosts=hosts,

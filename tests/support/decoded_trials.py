@@ -37,9 +37,9 @@ def record(
     )
 
 
-def manifest_of(records: Sequence[TrialRecord], label_form: str = "self_loop") -> TrialManifest:
+def manifest_of(records: Sequence[TrialRecord]) -> TrialManifest:
     files = {own.key: ObjectInfo(own.key, 1600, "etag") for own in records}
-    return TrialManifest(tuple(records), files, 4, 1681, label_form)
+    return TrialManifest(tuple(records), files, 4, 1681, "self_loop")
 
 
 def decoded(

@@ -2,7 +2,7 @@
 
 It stands where the endpoint stands, passes every request on unchanged (signatures stay valid) and
 corrects what the local server does unlike S3: ranged GETs answer 206, If-Match is honoured. Faults
-hit ranged GETs only, and are chosen by a hash of (seed, object, range, how often it was asked
+hit ranged GETs only, and are chosen by a hash of (object, range, how often it was asked
 before), so that they do not depend on the order in which requests arrive.
 
 In tests it runs in a thread (`run_proxy`); benchmarks run it as a process of its own:
@@ -79,9 +79,7 @@ class Counts:
     requests: int = 0
     ranged_gets: int = 0
     other_gets: int = 0
-    heads: int = 0
     lists: int = 0
-    puts: int = 0
     body_bytes: int = 0
     faults: Counter[str] = field(default_factory=Counter)
 
@@ -92,25 +90,22 @@ class FaultProxy:
     Args:
         upstream: "http://HOST:PORT".
         certificate: (certificate, key) files to speak TLS with.
-        seed: of the choice of faults.
+
+    Attributes:
         token_seconds: life of the credentials that `credentials_url` gives out.
     """
 
     def __init__(
         self,
         upstream: str,
-        faults: Faults | None = None,
         certificate: tuple[Path, Path] | None = None,
-        seed: int = 0,
-        token_seconds: float = 3600.0,
     ) -> None:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname, parts.port)
-        self.faults = faults or Faults()
+        self.faults = Faults()
         self.counts = Counts()
         self.tokens: list[str] = []
-        self.token_seconds = token_seconds
-        self._seed = seed
+        self.token_seconds = 3600.0
         self._asked: Counter[str] = Counter()
         self._open: set[asyncio.Task[None]] = set()
         self._port = 0
@@ -304,7 +299,7 @@ class FaultProxy:
         key = target.split(b"?")[0].split(b"/", 2)[-1]  # tests have buckets of their own
         name = f"{key!r} {span[1]!r} {span[2]!r}"
         self._asked[name] += 1
-        digest = hashlib.sha256(f"{self._seed} {name} {self._asked[name]}".encode()).digest()
+        digest = hashlib.sha256(f"0 {name} {self._asked[name]}".encode()).digest()
         point = int.from_bytes(digest[:8], "big") / 2**64
         for fault in _FAULTS:
             share = getattr(faults, fault)
@@ -322,10 +317,6 @@ class FaultProxy:
             self.counts.ranged_gets += 1
         elif method == b"GET":
             self.counts.other_gets += 1
-        elif method == b"HEAD":
-            self.counts.heads += 1
-        elif method == b"PUT":
-            self.counts.puts += 1
 
     async def _control(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -430,15 +421,9 @@ async def _redirect(writer: asyncio.StreamWriter, region: str, method: bytes) ->
 
 
 @contextlib.contextmanager
-def run_proxy(
-    upstream: str,
-    faults: Faults | None = None,
-    certificate: tuple[Path, Path] | None = None,
-    seed: int = 0,
-    token_seconds: float = 3600.0,
-) -> Iterator[FaultProxy]:
+def run_proxy(upstream: str, certificate: tuple[Path, Path] | None = None) -> Iterator[FaultProxy]:
     """A proxy in a thread of this process, until the block ends."""
-    proxy = FaultProxy(upstream, faults, certificate, seed, token_seconds)
+    proxy = FaultProxy(upstream, certificate)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fault-proxy", daemon=True)
     thread.start()
@@ -461,9 +446,8 @@ def main() -> None:
     options = parser.parse_args()
 
     async def serve() -> None:
-        faults = Faults(latency_seconds=options.latency, bytes_per_second=options.rate)
-        certificate = tuple(options.certificate) if options.certificate else None
-        proxy = FaultProxy(options.upstream, faults, certificate)
+        proxy = FaultProxy(options.upstream, options.certificate)
+        proxy.faults = Faults(latency_seconds=options.latency, bytes_per_second=options.rate)
         await proxy.start()
         print(proxy.url, flush=True)
         await asyncio.Event().wait()

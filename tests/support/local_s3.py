@@ -34,36 +34,26 @@ class LocalS3:
     """A running server.
 
     Attributes:
-        endpoint_url: "http://HOST:PORT" (https with tls).
+        endpoint_url: "http://HOST:PORT".
         root: the folder whose sub-folders are the buckets.
-        ca_bundle: the certificate clients must trust, with tls; else None.
     """
 
     endpoint_url: str
     root: Path
-    access_key: str = ACCESS_KEY
-    secret_key: str = SECRET_KEY
-    region: str = REGION
-    ca_bundle: Path | None = None
 
     def environment(self) -> dict[str, str]:
         """The standard variables that send an AWS client here, and nowhere else."""
-        variables = {
+        return {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_REGION": self.region,
-            "AWS_DEFAULT_REGION": self.region,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
-        if self.ca_bundle is not None:
-            variables["AWS_CA_BUNDLE"] = str(self.ca_bundle)
-            # over TLS clients send checksums as a chunked trailer, which this server refuses
-            variables["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"
-        return variables
 
     def make_bucket(self, name: str) -> Path:
         """Create the bucket's folder and return it."""
@@ -76,7 +66,6 @@ class LocalS3:
 def serve_s3(
     root: Path,
     host: str = "127.0.0.1",
-    tls: bool = False,
     *,
     cached: bool = False,
     log_file: Path | None = None,
@@ -86,7 +75,6 @@ def serve_s3(
     Args:
         root: made if missing; its sub-folders are the buckets.
         host: 127.0.0.1, or an address of this machine that containers reach.
-        tls: https with a certificate made for this server (see `LocalS3.ca_bundle`).
         cached: remember files' ETags. Without it the server reads a whole file for its MD5 on every
             request (1.7 s per GB), and sees at once what is changed in `root` directly; with it,
             changes must go through S3.
@@ -115,10 +103,6 @@ def serve_s3(
             "--cache-dir",
             str(scratch / "cache"),
         ]
-        ca_bundle = None
-        if tls:
-            ca_bundle, key = make_certificate(scratch, host)
-            command += ["--cert", str(ca_bundle), "--key", str(key)]
         # A process group of its own: Ctrl-C in a terminal must not take the server from under
         # a trainer that is writing its last checkpoint.
         process = subprocess.Popen(
@@ -131,7 +115,7 @@ def serve_s3(
         )
         stack.callback(stop, process, 5)
         url = _wait_for_address(process, log_file)
-        yield LocalS3(url, root, ca_bundle=ca_bundle)
+        yield LocalS3(url, root)
 
 
 def rclone_command() -> str:

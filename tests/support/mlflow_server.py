@@ -140,10 +140,10 @@ class MlflowRest:
             found[metric["key"]] = [(int(p["step"]), float(p["value"])) for p in points]
         return found
 
-    def artefacts(self, run: dict[str, Any], folder: str = "") -> set[str]:
-        """Paths directly in a folder of the run."""
-        place = {"run_id": run["info"]["run_id"], **({"path": folder} if folder else {})}
-        return {f["path"] for f in self._get("mlflow/artifacts/list", **place).get("files", [])}
+    def artefacts(self, run: dict[str, Any]) -> set[str]:
+        """Paths at the top of the run's artefacts."""
+        found = self._get("mlflow/artifacts/list", run_id=run["info"]["run_id"])
+        return {entry["path"] for entry in found.get("files", [])}
 
     def download(self, run: dict[str, Any], path: str) -> bytes:
         root = run["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")

@@ -59,7 +59,6 @@ def write_small_dataset(
     *,
     form: LabelForm | None = "self_loop",
     layout: str = "contiguous",
-    trials: int = 3,
 ) -> dict[str, np.ndarray]:
     """Two sessions with train and val, the second with test too; returns features by trial name."""
     features: dict[str, np.ndarray] = {}
@@ -69,7 +68,7 @@ def write_small_dataset(
                 continue
             contents = [
                 small_trial(session, i, 100 * s + 10 * p + i, form=form, split=split)
-                for i in range(trials)
+                for i in range(3)
             ]
             key = f"{session}/data_{split}.hdf5"
             (folder / session).mkdir(parents=True, exist_ok=True)

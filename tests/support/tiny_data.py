@@ -91,8 +91,9 @@ def _write_trial(
     group.attrs["sentence_label"] = "hello world"
 
 
-def append_in_turns(path: Path, rows: int = 32) -> None:
-    """Rewrite a data file as a recorder would that appends `rows` bins to each trial in turn."""
+def append_in_turns(path: Path) -> None:
+    """Rewrite a data file as a recorder would that appends 32 bins to each trial in turn."""
+    rows = 32
     with h5py.File(path) as file:
         features = {name: trial["input_features"][:] for name, trial in file.items()}
     with h5py.File(path, "r+") as file:

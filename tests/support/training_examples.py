@@ -71,17 +71,16 @@ def example_batch(
     lengths: list[int],
     days: list[int],
     n_phonemes: int = 3,
-    n_features: int = 6,
     seed: int = 0,
 ) -> ExampleBatch:
-    """Random trials of these lengths in bins, with self-loop diphone labels."""
+    """Random trials of 6 features and these lengths in bins, with self-loop diphone labels."""
     random = np.random.default_rng(seed)
     B, T = len(lengths), max(lengths)
-    features = torch.zeros(B, T, n_features)
+    features = torch.zeros(B, T, 6)
     phonemes = random.integers(1, 41, (B, n_phonemes))
     for trial, length in enumerate(lengths):
         features[trial, :length] = torch.from_numpy(
-            random.standard_normal((length, n_features), dtype=np.float32)
+            random.standard_normal((length, 6), dtype=np.float32)
         )
     diphones = np.stack([encode_diphones(row) for row in phonemes]).astype(np.int64)
     return ExampleBatch(

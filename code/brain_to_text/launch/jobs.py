@@ -116,7 +116,7 @@ def release_job(name: str, account: AwsAccount) -> None:
         )
 
 
-def list_jobs(account: AwsAccount, limit: int = 20) -> list[str]:
+def list_jobs(account: AwsAccount) -> list[str]:
     """The latest jobs of this project, whatever their names, newest first, one line each.
 
     They are known by the tag that every request of ours carries.
@@ -130,7 +130,7 @@ def list_jobs(account: AwsAccount, limit: int = 20) -> list[str]:
             },
             SortBy="CreationTime",
             SortOrder="Descending",
-            MaxResults=limit,
+            MaxResults=20,
         )
     lines = []
     for result in answer["Results"]:

@@ -117,12 +117,11 @@ class JobSettings:
         return f"{self.output_uri(job_name)}/checkpoints"
 
 
-def new_job_name(config_file: str, now: datetime | None = None) -> str:
+def new_job_name(config_file: str) -> str:
     """A name that is valid, sorts by time and is not taken: b2t-diphone-20260131-101500-3f2a81."""
     stem = Path(config_file).stem.removeprefix("rnn_args_").removesuffix("_sagemaker")
     kind = re.sub(r"[^a-zA-Z0-9]+", "-", stem).strip("-")[:30].rstrip("-") or "training"
-    moment = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
-    return f"b2t-{kind}-{moment}-{secrets.token_hex(3)}"
+    return f"b2t-{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def resolve_config(
