@@ -48,7 +48,7 @@ PROMISED = {
 }
 
 
-class LocalRunError(Exception):
+class LocalRunError(RuntimeError):
     """The run cannot go on; one sentence saying why and what to type."""
 
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _stop)
     try:
         return run_everything(options)
-    except (LocalRunError, ImageError) as problem:
+    except (RuntimeError, ImageError) as problem:
         print(f"local_run: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def run_everything(options: argparse.Namespace) -> int:
     folder = LOCAL / "runs" / job
     folder.mkdir(parents=True)
     image = None if options.no_docker else provide_image(folder, gpu, options.base_image)
-    host = "127.0.0.1" if image is None else reachable_host()
+    host = "127.0.0.1" if image is None else container_host()
     with serve_s3(LOCAL / "s3", host, cached=True, log_file=folder / "s3-server.log") as s3:
         os.environ.update(s3.environment())
         s3.make_bucket(BUCKET)
@@ -217,14 +217,6 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     if _stop_requested:
         raise KeyboardInterrupt  # the SDK's own cleaning up may have swallowed it
-
-
-def reachable_host() -> str:
-    """Where the S3 server listens so that both this process and a container reach it."""
-    try:
-        return container_host()
-    except RuntimeError as problem:
-        raise LocalRunError(f"{problem}: use --no-docker.") from problem
 
 
 def failure_reason(run: Run, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The GRU in its possible forms, CTC and copies: what to choose between on a GPU.
+"""The GRU in its possible forms: what to choose between on a GPU.
 
     python tests/benchmarks/bench_gru.py --device cuda        # full size: 5 x 1024, 48 trials
     python tests/benchmarks/bench_gru.py --units 32 ...       # any size; on a CPU what it has
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from brain_to_text.model import gpu_ctc, packed_gru
-from brain_to_text.model.device import allow_tf32, send
+from brain_to_text.model import packed_gru
+from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.rnn_model import Packing
 
 Work = Callable[[], object]
@@ -146,39 +146,6 @@ def gru_rows(row: Table, args: argparse.Namespace, device: torch.device) -> None
         row("a dropout state", lambda: lambda: packed_gru.dropout_state(0.5, device))
 
 
-def ctc_rows(row: Table, args: argparse.Namespace, device: torch.device) -> None:
-    B, T, V = args.batch_size, args.frames, args.classes
-    scores = torch.randn(B, T, V, device=device).requires_grad_()
-    frames = torch.linspace(T // 4, T, B).long()
-    lengths = (frames // 4).clamp_min(1)
-    labels = torch.randint(1, V, (B, int(lengths.max())), device=device)
-    print(f"\nCTC: {B} trials, {T} frames, {V} classes, up to {int(lengths.max())} labels")
-
-    def torchs() -> None:
-        log_probs = scores.log_softmax(-1).transpose(0, 1)
-        F.ctc_loss(log_probs, labels, frames, lengths, reduction="none").sum().backward()
-
-    def ours() -> None:
-        on_device = send(frames, device), send(lengths, device)
-        gpu_ctc.ctc_nll_without_waiting(scores.log_softmax(-1), labels, *on_device).sum().backward()
-
-    row("torch's", lambda: torchs)
-    if device.type == "cuda":
-        print("ours:", gpu_ctc.reason_against(device) or "agrees with torch's on this GPU")
-        row("ours", lambda: ours)
-
-
-def copy_rows(row: Table, args: argparse.Namespace, device: torch.device) -> None:
-    bins = 4 * args.frames
-    print(f"\nCopies: {args.batch_size} trials of {bins} bins, {args.inputs // 14} features")
-    features = torch.zeros(args.batch_size, bins, max(args.inputs // 14, 1))
-    keep = torch.ones(args.batch_size, bins, dtype=torch.bool)
-    if device.type == "cuda":
-        features = features.pin_memory()
-        row("the batch", lambda: lambda: features.to(device, non_blocking=True))
-    row("a mask of bins, pinned and sent", lambda: lambda: send(keep, device))
-
-
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -187,15 +154,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--inputs", type=int, default=7168)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--frames", type=int, default=416, help="of the longest trial")
-    parser.add_argument("--classes", type=int, default=1681)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args(words)
     device = torch.device(args.device)
     torch.manual_seed(0)
     allow_tf32(True)
     row = Table(device, args.rounds)
-    for rows in (gru_rows, ctc_rows, copy_rows):
-        rows(row, args, device)
+    gru_rows(row, args, device)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def container_host() -> str:
             )
             if address:
                 return str(address)
-    raise RuntimeError("the engine's bridge network has no address that containers could reach")
+    raise RuntimeError(
+        "the engine's bridge network has no address that containers could reach: use --no-docker."
+    )
 
 
 def image_exists(name: str) -> bool:

@@ -333,9 +333,6 @@ class FaultProxy:
             answer = asdict(self.counts)
         elif target == CONTROL + "reset":
             self.reset_counts()
-        elif target == CONTROL + "faults":
-            body = await reader.readexactly(int(_header(head, b"content-length") or 0))
-            self.faults = Faults(**json.loads(body))
         text = json.dumps(answer).encode()
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(text))
         writer.write(b"Content-Type: application/json\r\n\r\n" + text)

@@ -39,7 +39,6 @@ class Answer:
 
     Attributes:
         body: sent as it is.
-        length: what Content-Length says; the body's own by default.
         pace: seconds before each single byte, then nothing is sent at once.
         silent: seconds before anything is sent.
         drop: close the connection after so many bytes of the body, by default never.
@@ -48,7 +47,6 @@ class Answer:
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    length: int | None = None
     pace: float = 0.0
     silent: float = 0.0
     drop: int | None = None
@@ -164,8 +162,7 @@ def _send(
     """False when the connection is to be closed."""
     if answer.silent and over.wait(answer.silent):
         return False
-    length = len(answer.body) if answer.length is None else answer.length
-    headers = {"Content-Length": str(length), **answer.headers}
+    headers = {"Content-Length": str(len(answer.body)), **answer.headers}
     head = f"HTTP/1.1 {answer.status} S\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     start = head.encode("latin-1") + b"\r\n"
@@ -182,4 +179,4 @@ def _send(
             connection.sendall(bytes([byte]))
     else:
         connection.sendall(start + body)  # at once: two small pieces would wait for each other
-    return answer.drop is None and length == len(answer.body)
+    return answer.drop is None
