@@ -286,7 +286,7 @@ def test_image_that_is_not_there(registry):
     elsewhere = uri.replace("us-east-1", "eu-west-1")
     assert names(image_findings(registry, elsewhere)) == ["image-region"]
     other = uri.replace(REPOSITORY, "something-else")
-    assert names(image_findings(registry, other)) == ["repository-unknown"]
+    assert names(image_findings(registry, other)) == ["image-unknown"]
     unknown = uri.split("@")[0] + "@sha256:" + "0" * 64
     assert names(image_findings(registry, unknown)) == ["image-unknown"]
 

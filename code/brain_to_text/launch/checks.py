@@ -120,24 +120,14 @@ def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             f"{_PUSH} --region {account.region}.",
         )
         return
-    from botocore.exceptions import ClientError
-
     try:
         image = look_at(job.image_uri, account)
     except LookupError as missing:
         yield error(
             "image-unknown",
-            f"Repository {place['repository']} has no image {missing.args[0]}: run {_PUSH}, or "
-            f"choose one of `aws ecr list-images --repository-name {place['repository']}`.",
-        )
-        return
-    except ClientError as problem:
-        if error_code(problem) != "RepositoryNotFoundException":
-            raise
-        yield error(
-            "repository-unknown",
-            f"ECR has no repository {place['repository']} in {account.region} of account "
-            f"{place['account']}: run {_PUSH}.",
+            f"ECR in {account.region} of account {place['account']} has no image {missing} in a "
+            f"repository {place['repository']}: run {_PUSH}, or choose one of "
+            f"`aws ecr list-images --repository-name {place['repository']}`.",
         )
         return
     if image.architectures and "amd64" not in image.architectures:

@@ -104,22 +104,25 @@ def look_at(uri: str, account: AwsAccount) -> Image:
     """Ask ECR for an image's manifest and configuration.
 
     Raises:
-        ClientError: ECR refused, or has no such repository.
-        LookupError: the repository has no such image.
+        ClientError: ECR refused.
+        LookupError: there is no such repository, or no such image in it.
     """
     place = ECR_URI.fullmatch(uri)
     if place is None:
         return Image()
     ecr = account.client("ecr", place["region"])
     digest, tag = place["digest"], place["tag"] or "latest"
-    answer = ecr.batch_get_image(
-        registryId=place["account"],
-        repositoryName=place["repository"],
-        imageIds=[{"imageDigest": digest} if digest else {"imageTag": tag}],
-    )
-    if not answer["images"]:
+    try:
+        images = ecr.batch_get_image(
+            registryId=place["account"],
+            repositoryName=place["repository"],
+            imageIds=[{"imageDigest": digest} if digest else {"imageTag": tag}],
+        )["images"]
+    except ecr.exceptions.RepositoryNotFoundException:
+        images = []
+    if not images:
         raise LookupError(digest or tag)
-    manifest = json.loads(answer["images"][0]["imageManifest"])
+    manifest = json.loads(images[0]["imageManifest"])
     if "manifests" in manifest:  # an index: what it lists is not opened
         platforms = (entry.get("platform", {}) for entry in manifest["manifests"])
         found = {platform.get("architecture", "") for platform in platforms}

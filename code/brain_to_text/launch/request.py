@@ -179,17 +179,10 @@ def training_request(
         ConfigError: the training configuration is wrong.
         JobError: role, image or name is missing, or a value breaks a limit of the API.
     """
-    for name, hint in (
-        ("role", "give --role, or set SAGEMAKER_ROLE_ARN"),
-        ("image_uri", "give --image-uri, or run ./build_and_push.sh first"),
-        ("job_name", "give --job-name"),
-    ):
-        if getattr(settings, name) is None:
-            raise JobError(f"The job has no {name.replace('_', ' ')}: {hint}.")
     job_name = str(settings.job_name)
     output_uri = settings.output_uri(job_name)
     request: dict[str, Any] = {
-        "TrainingJobName": job_name,
+        "TrainingJobName": settings.job_name,
         "RoleArn": settings.role,
         "AlgorithmSpecification": {
             "TrainingImage": settings.image_uri,

@@ -111,6 +111,9 @@ def _model() -> Any:
 
 
 def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breach]:
+    if value is None:
+        yield Breach(path, value, "given")
+        return
     kind = _TYPES.get(shape.type_name)
     if kind is not None and (
         not isinstance(value, kind) or (kind is int and isinstance(value, bool))
@@ -120,10 +123,7 @@ def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breac
     for rule in _own_rules(shape, value):
         yield Breach(path, value, rule)
     if shape.type_name == "structure":
-        for name in shape.required_members:
-            if name not in value:
-                yield Breach((*path, name), None, "given")
-        for name, inner in value.items():
+        for name, inner in (dict.fromkeys(shape.required_members) | value).items():
             if name not in shape.members:
                 yield Breach((*path, name), inner, f"one of {', '.join(shape.members)}")
             else:
