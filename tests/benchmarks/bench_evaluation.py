@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 import numpy as np
 import torch
 from brain_to_text.config import TrainingConfig
-from brain_to_text.config_reader import config_from_dict
+from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
 from brain_to_text.model.rnn_model import GRUDecoder
@@ -42,22 +42,9 @@ SIZES = {  # units, layers, features, mean bins and their deviation
 
 def configured(size: str) -> TrainingConfig:
     units, layers, features, _, _ = SIZES[size]
-    return config_from_dict(
-        {
-            "model": {
-                "n_units": units,
-                "n_layers": layers,
-                "n_input_features": features,
-                "input_network": {"input_layer_sizes": [features]},
-            },
-            "dataset": {
-                "neural_dim": features,
-                "n_classes": 1681,
-                "days_per_batch": 1,
-                "sessions": list(SESSIONS),
-            },
-        }
-    )
+    settings = {"n_units": units, "n_layers": layers, "n_input_features": features}
+    settings |= {"n_classes": 1681, "days_per_batch": 1, "sessions": list(SESSIONS)}
+    return load_config(None, settings)
 
 
 class Trials:

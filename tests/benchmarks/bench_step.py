@@ -546,8 +546,6 @@ def configured(args: argparse.Namespace, extra: list[str]) -> TrainingConfig:
         "model.n_layers": args.layers,
         "model.bidirectional": args.bidirectional,
         "model.n_input_features": args.features,
-        "dataset.neural_dim": args.features,
-        "model.input_network.input_layer_sizes": args.features and [args.features],
     }
     if args.batch_size and args.batch_size < N_SESSIONS:
         options["dataset.days_per_batch"] = args.batch_size

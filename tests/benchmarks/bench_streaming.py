@@ -473,9 +473,6 @@ def run_trainer(
     log_every = 10
     n_steps = log_every * (1 + max(4, int(20 / step_seconds) // log_every))
     settings = {
-        "model.n_input_features": 512,
-        "model.input_network.input_layer_sizes": [512],
-        "dataset.neural_dim": 512,
         "dataset.batch_size": BATCH_SIZE,
         "dataset.cache_gb": 2 if warm else 0,
         "dataset.prefetch_mb": 2048,

@@ -22,11 +22,8 @@ SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")
 TINY_JOB = {
     "s3-bucket": BUCKET,
     "config-file": "rnn_args_diphone_sagemaker.yaml",
-    "model.n_input_features": 32,
-    "model.input_network.input_layer_sizes": "[32]",
     "model.n_units": 16,
     "model.n_layers": 1,
-    "dataset.neural_dim": 32,
     "dataset.batch_size": 4,
     "dataset.days_per_batch": 2,
     "num_training_batches": 6,

@@ -81,11 +81,13 @@ class Breach:
         if option in ("--env", "configuration value") and len(self.path) > 1:
             option = f"{option} {self.path[1]}"
         value, rule = self.value, self.rule
+        if value is None:
+            return f"{option} is not given and SageMaker needs it."
         if isinstance(value, (str, int)):
             text = " ".join(str(value).split())
             shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
         else:
-            shown = "not given" if value is None else f"{len(value)} entries long"
+            shown = f"{len(value)} entries long"
         if place.endswith("InSeconds"):
             shown, rule = f"{value:,} seconds", f"{rule} seconds"
         if rule.startswith("one of ") and len(rule) > 200:
