@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,24 +25,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from bench_step import profiled, timed
 from brain_to_text.model import packed_gru
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.rnn_model import Packing
 
 Work = Callable[[], object]
-
-
-def busy(work: Work, device: torch.device) -> str:
-    """Kernels of one run and how long they took together."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        work()
-        torch.cuda.synchronize(device)
-    on_device = torch.autograd.DeviceType.CUDA
-    kernels = [event for event in seen.events() if event.device_type == on_device]
-    total = sum(event.self_device_time_total for event in kernels)
-    return f"{len(kernels):6d} kernels, {total / 1e3:8.2f} ms busy"
 
 
 class Table:
@@ -54,26 +41,16 @@ class Table:
 
     def __call__(self, name: str, make: Callable[[], Work]) -> None:
         try:
-            work = make()
-            for _ in range(3):
-                self.timed(work)
-            milliseconds = statistics.median(self.timed(work) for _ in range(self.rounds))
-            counted = busy(work, self.device) if self.device.type == "cuda" else ""
-            print(f"{name:52} {milliseconds:9.2f} ms  {counted}", flush=True)
+            work, counted = make(), ""
+            times = [timed(work, self.device) for _ in range(3 + self.rounds)][3:]
+            if self.device.type == "cuda":
+                _, kernels = profiled(work, self.device)
+                busy = sum(event.self_device_time_total for event in kernels) / 1e3
+                counted = f"{len(kernels):6d} kernels, {busy:8.2f} ms busy"
+            print(f"{name:52} {1e3 * statistics.median(times):9.2f} ms  {counted}", flush=True)
         except Exception as error:  # noqa: BLE001 - the other rows count too
             said = (str(error).splitlines() or [""])[0]
             print(f"{name:52} failed: {type(error).__name__}: {said[:120]}", flush=True)
-
-    def timed(self, work: Work) -> float:
-        self.finish()
-        started = time.perf_counter()
-        work()
-        self.finish()
-        return 1e3 * (time.perf_counter() - started)
-
-    def finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def gru_rows(row: Table, args: argparse.Namespace, device: torch.device) -> None:

@@ -487,9 +487,17 @@ def count_step(config: TrainingConfig, args: argparse.Namespace, device: torch.d
     table("One step", ["of", "count"], rows)
 
 
-def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
+def profiled(work: Callable[[], object], device: torch.device) -> tuple[Any, list[Any]]:
+    """The profiler after `work`, and its events on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        work()
+        finish(device)
+    return seen, [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch.device) -> None:
     ours = Ours(config, device)
     batches = [synthetic_batch(config, args.bins, args.lengths, seed, device) for seed in range(3)]
     for k in range(8):
@@ -506,10 +514,7 @@ def count_on_gpu(config: TrainingConfig, args: argparse.Namespace, device: torch
         warnings.simplefilter("always")
         ours.whole(batches[0], 98)
     torch.cuda.set_sync_debug_mode("default")
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        ours.whole(batches[0], 99)
-        finish(device)
-    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    seen, events = profiled(lambda: ours.whole(batches[0], 99), device)
     copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
     if not events:
         raise SystemExit("The profiler saw nothing on the GPU: is CUPTI usable there?")

@@ -514,6 +514,12 @@ def archived(**files):
     return buffer.getvalue()
 
 
+def left(aws, name, content, job="b2t-1"):
+    """Put what a job left below its outputs."""
+    key = f"sagemaker-outputs/{job}/{name}"
+    aws.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
 LOG = b"""\
 15 10:40:12: Val batch 1500: DER (avg): 0.7654 CTC Loss (avg): 4.32 time: 12.3
 15 10:50:12: Val batch 3000: DER (avg): 0.7001 CTC Loss (avg): 4.11 time: 12.3
@@ -522,11 +528,9 @@ LOG = b"""\
 
 def test_fetching_unpacks_model_and_outputs_and_shows_the_results(aws, tmp_path, capsys):
     launched(aws)
-    s3, root = aws.client("s3"), "sagemaker-outputs/b2t-1"
     model = archived(checkpoint__best_checkpoint=b"w", training_log=LOG)
-    s3.put_object(Bucket=BUCKET, Key=f"{root}/output/model.tar.gz", Body=model)
-    outputs = archived(**{"metrics.jsonl": b"{}"})
-    s3.put_object(Bucket=BUCKET, Key=f"{root}/output/output.tar.gz", Body=outputs)
+    left(aws, "output/model.tar.gz", model)
+    left(aws, "output/output.tar.gz", archived(**{"metrics.jsonl": b"{}"}))
     assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/model/checkpoint/best_checkpoint").read_bytes() == b"w"
     assert (tmp_path / "job/output/metrics.jsonl").read_bytes() == b"{}"
@@ -539,20 +543,14 @@ def test_fetching_unpacks_model_and_outputs_and_shows_the_results(aws, tmp_path,
 
 def test_fetching_a_running_job_brings_its_log(aws, tmp_path, capsys):
     launched(aws)
-    aws.client("s3").put_object(
-        Bucket=BUCKET, Key="sagemaker-outputs/b2t-1/logs/training_log", Body=LOG
-    )
+    left(aws, "logs/training_log", LOG)
     assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/logs/training_log").read_bytes() == LOG
     assert "There is no model yet" in capsys.readouterr().out
 
 
 def test_fetching_a_job_that_sagemaker_does_not_know_needs_only_its_bucket(aws, tmp_path):
-    aws.client("s3").put_object(
-        Bucket=BUCKET,
-        Key="sagemaker-outputs/local-1/output/model.tar.gz",
-        Body=archived(training_log=LOG),
-    )
+    left(aws, "output/model.tar.gz", archived(training_log=LOG), job="local-1")
     assert run("--fetch", "local-1", "--s3-bucket", BUCKET, "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/model/training_log").read_bytes() == LOG
 
@@ -565,11 +563,7 @@ def test_fetching_a_job_that_left_nothing(aws, tmp_path, capsys):
 
 def test_an_unsafe_archive_is_refused(aws, tmp_path, capsys):
     launched(aws)
-    aws.client("s3").put_object(
-        Bucket=BUCKET,
-        Key="sagemaker-outputs/b2t-1/output/model.tar.gz",
-        Body=archived(**{"../../escaped": b"x"}),
-    )
+    left(aws, "output/model.tar.gz", archived(**{"../../escaped": b"x"}))
     assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 1
     assert "is not unpacked" in capsys.readouterr().err
     assert not (tmp_path / "escaped").exists()

@@ -163,36 +163,35 @@ def fake_client(desk, client, server, plugin):
     )
 
 
-def test_without_docker_it_says_what_to_install(bare):
-    assert bare.says("--no-push", code=3).endswith("no docker command was found: install Docker.")
+OLD, NEW = "20.10.24", "28.2.2"
 
 
-def test_without_an_engine_it_says_so(bare):
-    client = fake_client(bare, "28.2.2", "", plugin=True)
-    path = f"{client.parent}:{bare.tools}"
-    assert "does not reach a Docker engine" in bare.says("--no-push", code=3, PATH=path)
+@pytest.mark.parametrize(
+    ("clients", "said"),
+    [
+        ([], "no docker command was found: install Docker."),
+        ([(NEW, "", True)], "does not reach a Docker engine"),
+        ([(NEW, OLD, False)], f"bin-{NEW}/docker {NEW} has no buildx plugin"),
+    ],
+)
+def test_without_an_engine_that_can_build_it_says_what_to_do(bare, clients, said):
+    folders = [fake_client(bare, *client).parent for client in clients]
+    path = ":".join(map(str, [*folders, bare.tools]))
+    assert said in bare.says("--no-push", code=3, PATH=path)
 
 
-def test_a_new_client_without_buildx_is_passed_over_for_the_engines_own(bare):
-    new = fake_client(bare, "28.2.2", "20.10.24", plugin=False)
-    own = fake_client(bare, "20.10.24", "20.10.24", plugin=False)
-    path = f"{new.parent}:{own.parent}:{bare.tools}"
-    done = bare.run("--no-push", PATH=path)
+@pytest.mark.parametrize(
+    ("clients", "taken"),
+    [
+        ([(NEW, OLD, False), (OLD, OLD, False)], OLD),  # the engine's own
+        ([(NEW, NEW, True), (OLD, NEW, False)], NEW),
+    ],
+)
+def test_the_first_client_that_can_build_is_taken(bare, clients, taken):
+    folders = [fake_client(bare, *client).parent for client in clients]
+    done = bare.run("--no-push", PATH=":".join(map(str, [*folders, bare.tools])))
     assert done.returncode == 0, done.stderr
-    assert bare.noted("docker").startswith(f"{own} build")
-
-
-def test_a_new_client_without_buildx_alone_is_named(bare):
-    new = fake_client(bare, "28.2.2", "20.10.24", plugin=False)
-    said = bare.says("--no-push", code=3, PATH=f"{new.parent}:{bare.tools}")
-    assert str(new) in said and "install docker-buildx" in said
-
-
-def test_a_new_client_with_buildx_is_taken(bare):
-    first = fake_client(bare, "28.2.2", "28.2.2", plugin=True)
-    second = fake_client(bare, "20.10.24", "28.2.2", plugin=False)
-    bare.run("--no-push", PATH=f"{first.parent}:{second.parent}:{bare.tools}")
-    assert bare.noted("docker").startswith(f"{first} build")
+    assert f"/bin-{taken}/docker build" in bare.noted("docker").splitlines()[0]
 
 
 # --- the build
