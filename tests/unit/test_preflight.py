@@ -325,14 +325,6 @@ def test_what_only_the_desk_uses_may_differ(registry):
     assert image_findings(registry, put_image(registry, {LABEL: json.dumps(files)})) == []
 
 
-def test_an_edited_configuration_travels_and_the_summary_says_so(registry):
-    files = fingerprints()
-    files[f"code/{DEFAULT_CONFIG}"] = "0" * 16
-    findings = image_findings(registry, put_image(registry, {LABEL: json.dumps(files)}))
-    assert names(findings) == names(findings, "warning") == []
-    assert f"{DEFAULT_CONFIG} was edited after" in text_of(findings, "config-travels")
-
-
 def test_image_whose_code_is_unknown(registry, monkeypatch):
     uri = put_image(registry, {})
     assert names(image_findings(registry, uri), "warning") == ["image-code-unknown"]

@@ -11,7 +11,6 @@ import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
 from brain_to_text.launch import service_model
-from brain_to_text.launch.image import fingerprints
 from brain_to_text.launch.request import (
     CODE_FOLDER,
     DEFAULT_CONFIG,
@@ -26,7 +25,6 @@ from brain_to_text.launch.service_model import Breach, breaches
 from hypothesis import given
 from hypothesis import strategies as st
 
-NOT_KEYS = ("s3-bucket", "s3-data-prefix", "output-s3-uri")
 KNOWN = {
     "s3_bucket": "my-bucket",
     "role": "arn:aws:iam::123456789012:role/brain-to-text-training",
@@ -305,17 +303,6 @@ def exotic_number(text):
     return any(
         unicodedata.category(c) not in ("Lu", "Ll", "Nd", "Zs") and not c.isascii() for c in text
     )
-
-
-def test_a_configuration_edited_after_the_image_was_made_travels():
-    files = fingerprints()
-    files[f"code/{DEFAULT_CONFIG}"] = "another file's"
-    made = training_request(JobSettings(**KNOWN), files)["HyperParameters"]
-    base = made.pop("config-file")
-    assert base != DEFAULT_CONFIG
-    received = {name: through_toolkit(text) for name, text in made.items() if name not in NOT_KEYS}
-    again = load_config(CODE_FOLDER / base, received)
-    assert again == load_config(CODE_FOLDER / DEFAULT_CONFIG)
 
 
 def test_an_image_without_any_of_our_configurations_is_refused():

@@ -13,8 +13,6 @@ from typing import Any
 
 from ..errors import JobError
 
-DEFAULT_REGION_HELP = "set --region, AWS_REGION or run `aws configure`"
-
 # What the most frequent refusals mean to somebody who did not write the code.
 _REMEDIES = {
     "ExpiredToken": "the session has expired: log in again (`aws sso login`)",
@@ -54,7 +52,9 @@ class AwsAccount:
             raise JobError(f"{error}: choose one of `aws configure list-profiles`.") from error
         if self.session.region_name is None:
             lacking = "" if self.session.get_credentials() else " and no credentials were found"
-            raise JobError(f"No AWS region is set{lacking}: {DEFAULT_REGION_HELP}.")
+            raise JobError(
+                f"No AWS region is set{lacking}: set --region, AWS_REGION or run `aws configure`."
+            )
         self.region: str = self.session.region_name
         self._clients: dict[tuple[str, str], Any] = {}
 
@@ -94,8 +94,6 @@ def sentence(error: Exception, doing: str) -> str:
         return (
             f"No AWS credentials were found while {doing}: run `aws configure`, or set AWS_PROFILE."
         )
-    if name == "NoRegionError":
-        return f"No AWS region is set: {DEFAULT_REGION_HELP}."
     said = " ".join(str(error).split()).rstrip(".")
     return f"AWS could not be reached while {doing} ({name}: {said}): check network and endpoint."
 

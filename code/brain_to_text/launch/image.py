@@ -12,7 +12,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Image:
     """
 
     architectures: frozenset[str] = frozenset()
-    labels: Mapping[str, str] | None = field(default=None)
+    labels: Mapping[str, str] | None = None
 
     @property
     def code(self) -> dict[str, str] | None:

@@ -78,19 +78,15 @@ def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
     Raises:
         ConfigError, JobError: as `launch_training_job`.
     """
-    request = training_request(job, code_in_image(job, account))
+    try:
+        code = look_at(str(job.image_uri), account).code
+    except no_answer() + (LookupError,):  # ECR does not let us look
+        code = None
+    request = training_request(job, code)
     name = str(request["TrainingJobName"])
     with explained(f"creating training job {name}"):
         account.client("sagemaker").create_training_job(**request)
     return LaunchedJob(name, job.output_uri(name), request)
-
-
-def code_in_image(job: JobSettings, account: AwsAccount) -> dict[str, str] | None:
-    """Fingerprints of the files in the job's image; None where ECR does not let us look."""
-    try:
-        return look_at(str(job.image_uri), account).code
-    except no_answer() + (LookupError,):
-        return None
 
 
 @dataclass(frozen=True)
