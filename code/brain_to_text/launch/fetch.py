@@ -93,7 +93,7 @@ def unpack(archive: Path, folder: Path) -> None:
     size = 0
     try:
         partial.mkdir(parents=True)
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for number, member in enumerate(tar):
                 size += member.size
                 target = partial / member.name
