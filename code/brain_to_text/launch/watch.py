@@ -87,7 +87,7 @@ def watch(
             # after the state: what was logged before the end is read before leaving
             lines = list(new_lines(name, account, tokens))
             failures = 0
-        except (JobError, *no_answer()) as error:  # the job may be perfectly well
+        except no_answer() + (JobError,) as error:  # the job may be perfectly well
             failures = _missed(failures, error, name, bar)
         _redraw(bar, "")
         for started, phase, message in state.transitions[shown:]:
