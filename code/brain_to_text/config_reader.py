@@ -39,7 +39,7 @@ LEGACY_KEYS = {
     "gpu_number": "SageMaker decides which GPU a process gets",
     "mode": "this program only trains; evaluate_model.py evaluates",
     "output_dir": "use --output-data-dir",
-    "checkpoint_dir": "use --checkpoint-dir",
+    "checkpoint_dir": "the trainer has --checkpoint-dir; a job keeps its states beside its outputs",
     "save_val_data": "the validation data is the dataset itself",
     "dataset.dataset_dir": "use --s3-bucket and --s3-data-prefix, or --data-dir",
     "dataset.loader_shuffle": "batches are drawn at random by (seed, step)",
