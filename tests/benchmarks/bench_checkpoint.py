@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = load_config(REPOSITORY / "code" / "rnn_args_diphone_sagemaker.yaml")
-    model = GRUDecoder.from_config(config, options.sessions)
+    model = GRUDecoder(config, options.sessions)
     optimizer = build_optimizer(model, config, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -196,7 +196,7 @@ def main() -> None:
     dtype = None if options.dtype == "float32" else torch.bfloat16
     config = configured(options.size)
     torch.manual_seed(0)
-    model = GRUDecoder.from_config(config, n_days=len(SESSIONS)).eval()
+    model = GRUDecoder(config, n_days=len(SESSIONS)).eval()
     artefact = ModelArtefact("benchmark", config, SESSIONS, model.state_dict(), None, {})
     trials = Trials(config.width, *SIZES[options.size][3:], options.trials)
     compare(config, model, trials, device, dtype, options.batch_size, options.rounds)

@@ -146,7 +146,7 @@ class Ours:
         with self.step.autocast():
             frames, packing = model.input_frames(x, batch.day_indices, n)
             mark("day layer, patches")
-            hidden = model.recurrent_frames(frames, packing)
+            hidden, _ = model.recurrent_frames(frames, packing)
             mark("GRU")
             logits = model.out(hidden)
         mark("classifier")

@@ -49,7 +49,7 @@ def write_model(
     """
     torch.manual_seed(seed)
     config = tiny_config(sessions, n_features, n_classes, **model)
-    decoder = GRUDecoder.from_config(config, n_days=len(sessions))
+    decoder = GRUDecoder(config, n_days=len(sessions))
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
             if name.startswith("day_"):

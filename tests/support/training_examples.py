@@ -99,7 +99,7 @@ def build(
     config: TrainingConfig, n_days: int = 3, device: torch.device = CPU, **options: Any
 ) -> TrainStep:
     torch.manual_seed(config.seed)
-    model = GRUDecoder.from_config(config, n_days, for_training=True).to(device)
+    model = GRUDecoder(config, n_days, for_training=True).to(device)
     optimizer = build_optimizer(model, config, device)
     return TrainStep(
         model,

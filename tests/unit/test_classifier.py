@@ -28,7 +28,7 @@ def random_classifier(dtype: torch.dtype = torch.float32, seed: int = 0) -> Fact
 
 
 def decoder(for_training: bool = True, **changes: object) -> GRUDecoder:
-    return GRUDecoder.from_config(small_config(**SETTINGS | changes), 3, for_training=for_training)
+    return GRUDecoder(small_config(**SETTINGS | changes), 3, for_training=for_training)
 
 
 # --- mathematics ----------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ DAYS = [0, 1, 1, 0, 2, 2, 1]
 def decoder(**changes):
     config = small_config(model__patch_size=14, model__patch_stride=4, **changes)
     torch.manual_seed(0)
-    model = GRUDecoder.from_config(config, n_days=3).eval()
+    model = GRUDecoder(config, n_days=3).eval()
     with torch.no_grad():
         for weight in model.day_weights:
             weight.add_(0.1 * torch.randn_like(weight))

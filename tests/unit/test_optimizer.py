@@ -20,7 +20,7 @@ def model_and_optimizer(**changes):
         **({"weight_decay": 0.002, "lr_max": 0.004, "lr_max_day": 0.003} | changes)
     )
     torch.manual_seed(0)
-    model = GRUDecoder.from_config(config, 3)
+    model = GRUDecoder(config, 3)
     return model, build_optimizer(model, config, CPU), config
 
 
@@ -40,7 +40,7 @@ def test_groups_are_the_recipes() -> None:
 
 def test_frozen_parts_are_left_out() -> None:
     config = small_config()
-    model = GRUDecoder.from_config(config, 3)
+    model = GRUDecoder(config, 3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("day_"))
     groups = build_optimizer(model, config, CPU).param_groups

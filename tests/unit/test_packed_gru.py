@@ -266,7 +266,7 @@ def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
         features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
         with step.autocast(), torch.set_grad_enabled(training):
             frames, packing = step.model.input_frames(features, batch.day_indices, n)
-            hidden = step.model.recurrent_frames(frames, packing)
+            hidden, _ = step.model.recurrent_frames(frames, packing)
             logits = step.model.out(hidden)
         assert hidden.dtype == (step.amp_dtype or torch.float32)
         if not training:

@@ -10,19 +10,15 @@ from brain_to_text.model.rnn_model import GRUDecoder, Packing, activate, load_pu
 from support.training_examples import CPU, build, example_batch, small_config
 
 
+def fresh(n_days: int = 3, n_classes: int = 41, **model) -> GRUDecoder:
+    settings = {"n_units": 10, "n_layers": 3, "patch_size": 5, "patch_stride": 2} | model
+    changes = {f"model__{name}": value for name, value in settings.items()}
+    return GRUDecoder(small_config(dataset__n_classes=n_classes, **changes), n_days)
+
+
 def decoder(bidirectional: bool = False, **changes) -> GRUDecoder:
     torch.manual_seed(1)
-    options = {
-        "neural_dim": 6,
-        "n_units": 10,
-        "n_days": 3,
-        "n_classes": 41,
-        "n_layers": 3,
-        "patch_size": 5,
-        "patch_stride": 2,
-        "bidirectional": bidirectional,
-    } | changes
-    model = GRUDecoder(**options).eval()
+    model = fresh(bidirectional=bidirectional, **changes).eval()
     for weight in model.day_weights:
         torch.nn.init.normal_(weight, std=0.4)
     return model
@@ -190,7 +186,7 @@ def test_names_and_shapes_are_the_public_baselines() -> None:
 
 
 def test_initialisation_is_the_recipes() -> None:
-    model = GRUDecoder(6, 10, 2, 41, patch_size=5, patch_stride=2)
+    model = fresh(2)
     assert all(torch.equal(w, torch.eye(6)) for w in model.day_weights)
     assert all(not b.any() for b in model.day_biases)
     for block in model.gru.weight_hh_l1.detach().split(30):
@@ -202,7 +198,7 @@ def test_initialisation_is_the_recipes() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_public_weights_load_whatever_wrapped_them(prefix: str) -> None:
-    source, target = decoder(), GRUDecoder(6, 10, 3, 41, n_layers=3, patch_size=5, patch_stride=2)
+    source, target = decoder(), fresh()
     given = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
     assert load_public_state_dict(target, given) == []
     for name, value in target.state_dict().items():
@@ -211,19 +207,16 @@ def test_public_weights_load_whatever_wrapped_them(prefix: str) -> None:
 
 def test_a_classifier_of_another_size_starts_fresh_and_is_reported() -> None:
     source, target = decoder(), decoder(n_classes=1681)
-    fresh = target.out.weight.detach().clone()
+    untrained = target.out.weight.detach().clone()
     (said,) = load_public_state_dict(target, source.state_dict())
     assert "41 classes" in said and "1681" in said
-    assert torch.equal(target.out.weight, fresh)
+    assert torch.equal(target.out.weight, untrained)
     assert torch.equal(target.gru.weight_hh_l2, source.gru.weight_hh_l2)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(2, 3), (4, 3)])
 def test_other_numbers_of_sessions_load_in_order_and_are_reported(theirs: int, ours: int) -> None:
-    source, target = (
-        decoder(n_days=theirs),
-        GRUDecoder(6, 10, ours, 41, n_layers=3, patch_size=5, patch_stride=2),
-    )
+    source, target = decoder(n_days=theirs), fresh(ours)
     (said,) = load_public_state_dict(target, source.state_dict())
     assert f"{theirs} sessions" in said
     assert torch.equal(target.day_weights[1], source.day_weights[1])

@@ -30,42 +30,23 @@ class GRUDecoder(nn.Module):
     """Logits of CTC classes per output frame from smoothed neural features.
 
     Args:
-        neural_dim: features per bin, C.
-        n_units: units per GRU layer (and direction), H.
+        config: whose model to build; its classes and features per bin are in the dataset section.
         n_days: sessions, each with its own day layer.
-        n_classes: CTC classes, blank included.
-        rnn_dropout: dropout between GRU layers.
-        input_dropout: dropout after the day layer.
-        n_layers: GRU layers.
-        patch_size: bins concatenated into one GRU input.
-        patch_stride: bins between two GRU inputs.
-        bidirectional: read each trial both ways; h0 is shared by layers and directions.
+        for_training: with the classifier's own factors, where it has some.
     """
 
-    def __init__(
-        self,
-        neural_dim: int,
-        n_units: int,
-        n_days: int,
-        n_classes: int,
-        rnn_dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        n_layers: int = 5,
-        patch_size: int = 1,
-        patch_stride: int = 1,
-        bidirectional: bool = False,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, n_days: int, *, for_training: bool = False) -> None:
         super().__init__()
-        self.neural_dim = neural_dim
-        self.n_units = n_units
+        settings = config.model
+        self.neural_dim = neural_dim = config.width
+        self.n_units = n_units = settings.n_units
         self.n_days = n_days
-        self.n_classes = n_classes
-        self.n_layers = n_layers
-        self.rnn_dropout = rnn_dropout
-        self.input_dropout = input_dropout
-        self.patch_size = patch_size
-        self.patch_stride = patch_stride
-        self.bidirectional = bidirectional
+        self.n_classes = n_classes = config.dataset.n_classes
+        self.n_layers = settings.n_layers
+        self.n_directions = 2 if settings.bidirectional else 1
+        self.input_dropout = settings.input_network.input_layer_dropout
+        self.patch_size = settings.patch_size
+        self.patch_stride = settings.patch_stride
 
         self.day_weights = nn.ParameterList(
             nn.Parameter(torch.eye(neural_dim)) for _ in range(n_days)
@@ -74,12 +55,12 @@ class GRUDecoder(nn.Module):
             nn.Parameter(torch.zeros(1, neural_dim)) for _ in range(n_days)
         )
         self.gru = nn.GRU(
-            input_size=neural_dim * patch_size,
+            input_size=neural_dim * self.patch_size,
             hidden_size=n_units,
-            num_layers=n_layers,
-            dropout=rnn_dropout if n_layers > 1 else 0.0,
+            num_layers=self.n_layers,
+            dropout=settings.rnn_dropout if self.n_layers > 1 else 0.0,
             batch_first=True,
-            bidirectional=bidirectional,
+            bidirectional=settings.bidirectional,
         )
         for name, parameter in self.gru.named_parameters():
             if "weight_hh" in name:
@@ -91,37 +72,13 @@ class GRUDecoder(nn.Module):
         self.out = nn.Linear(n_units * self.n_directions, n_classes)
         nn.init.xavier_uniform_(self.out.weight)
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
+        if for_training and settings.classifier == "factored" and n_classes == N_DIPHONES:
+            self.out = FactoredClassifier(n_units * self.n_directions)
         self._activate = activate
 
     def compile_with(self, compiler: Callable[..., Any]) -> None:
         """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
         self._activate = compiler(activate)
-
-    @classmethod
-    def from_config(
-        cls, config: TrainingConfig, n_days: int, *, for_training: bool = False
-    ) -> GRUDecoder:
-        """The decoder that `config` describes; in training, with its classifier's own factors."""
-        model = config.model
-        decoder = cls(
-            neural_dim=config.width,
-            n_units=model.n_units,
-            n_days=n_days,
-            n_classes=config.dataset.n_classes,
-            rnn_dropout=model.rnn_dropout,
-            input_dropout=model.input_network.input_layer_dropout,
-            n_layers=model.n_layers,
-            patch_size=model.patch_size,
-            patch_stride=model.patch_stride,
-            bidirectional=model.bidirectional,
-        )
-        if for_training and model.classifier == "factored" and decoder.n_classes == N_DIPHONES:
-            decoder.out = FactoredClassifier(decoder.n_units * decoder.n_directions)
-        return decoder
-
-    @property
-    def n_directions(self) -> int:
-        return 2 if self.bidirectional else 1
 
     def frame_lengths(self, n_time_steps: torch.Tensor) -> torch.Tensor:
         """Output frames per trial: ⌊(T − patch_size) / patch_stride⌋ + 1, at least 0."""
@@ -149,16 +106,15 @@ class GRUDecoder(nn.Module):
                 trial's own hold the classifier's bias. None: every bin counts.
         """
         frames, packing = self.input_frames(x, day_idx, n_time_steps)
-        if not return_state:
-            return self.out(self.recurrent_frames(frames, packing, states))
-        hidden, states = self.recurrent_frames(frames, packing, states, return_state=True)
-        return self.out(hidden), states
+        hidden, states = self.recurrent_frames(frames, packing, states)
+        logits = self.out(hidden)
+        return (logits, states.index_select(1, packing.inverse)) if return_state else logits
 
     def input_frames(
         self, x: torch.Tensor, day_idx: torch.Tensor, n_time_steps: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Packing]:
         """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
-        B, T = x.shape[0], x.shape[1]
+        B, T = x.shape[:2]
         dropout = self.input_dropout if self.training else 0.0
         x = self._activate(self._day_layer(x, day_idx.tolist()), dropout)
         if n_time_steps is None:
@@ -172,9 +128,11 @@ class GRUDecoder(nn.Module):
         frames: torch.Tensor,
         packing: Packing,
         states: torch.Tensor | None = None,
-        return_state: bool = False,
-    ) -> Any:
-        """Hidden states [B, T', H * directions], zero where a trial has no frame."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, T', H * directions], zero where a trial has no frame.
+
+        With the last states [layers * directions, B, H], in packed order.
+        """
         B = len(packing.order)
         if states is None:
             states = self.h0.expand(self.n_layers * self.n_directions, B, self.n_units)
@@ -182,8 +140,7 @@ class GRUDecoder(nn.Module):
         else:
             states = states.index_select(1, packing.order)
         hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
-        padded = packing.padded(hidden)
-        return (padded, states.index_select(1, packing.inverse)) if return_state else padded
+        return packing.padded(hidden), states
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
         """x W + b with each trial's session's weights: one product per run of trials."""

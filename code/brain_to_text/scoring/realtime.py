@@ -37,7 +37,7 @@ class StreamingDecoder(nn.Module):
 
     def __init__(self, model: GRUDecoder, taps: list[float]) -> None:
         super().__init__()
-        if model.bidirectional:
+        if model.gru.bidirectional:
             raise CheckpointError(
                 "A bidirectional model reads the future and cannot decode while a person speaks: "
                 "train with model.bidirectional false."
@@ -50,8 +50,8 @@ class StreamingDecoder(nn.Module):
         self.out = model.out
         self.look_back = (len(taps) - 1) // 2 if taps else 0
         self.look_ahead = len(taps) - 1 - self.look_back if taps else 0
-        self.patch_size = max(model.patch_size, 1)
-        self.patch_stride = max(model.patch_stride, 1) if model.patch_size else 1
+        self.patch_size = model.patch_size
+        self.patch_stride = model.patch_stride
         self.n_layers = model.n_layers
 
     @torch.jit.export

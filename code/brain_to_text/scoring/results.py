@@ -197,7 +197,7 @@ def write_results(
         **numbers,
         **({"comparison": comparison} if comparison else {}),
     }
-    seconds_per_frame = max(artefact.config.model.patch_stride, 1) * BIN_SECONDS
+    seconds_per_frame = artefact.config.model.patch_stride * BIN_SECONDS
     page = {
         **numbers,
         "title": f"{model} on {evaluation.split}",

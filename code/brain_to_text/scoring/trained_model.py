@@ -68,7 +68,7 @@ class ModelArtefact:
         Raises:
             CheckpointError: the weights do not fit the configuration.
         """
-        model = GRUDecoder.from_config(self.config, n_days=len(self.sessions))
+        model = GRUDecoder(self.config, n_days=len(self.sessions))
         complaints = load_public_state_dict(model, self.weights)
         if complaints:
             raise CheckpointError(
@@ -247,7 +247,7 @@ def _check_size(
     C = model.n_input_features = model.n_input_features or width or 0
     H, directions = model.n_units, 2 if model.bidirectional else 1
     described = n_days * (C * C + C) + H * directions * dataset.n_classes
-    inputs = C * max(model.patch_size, 1) + (model.n_layers - 1) * H * directions
+    inputs = C * model.patch_size + (model.n_layers - 1) * H * directions
     described += 3 * H * directions * (inputs + model.n_layers * H)
     there = sum(weight.numel() for weight in weights.values())
     if described > 2 * there + 1_000_000:

@@ -197,7 +197,7 @@ def _build_model(
     config: TrainingConfig, n_days: int, device: torch.device, log: RunLog
 ) -> GRUDecoder:
     torch.manual_seed(config.seed)
-    model = GRUDecoder.from_config(config, n_days, for_training=True).to(device)
+    model = GRUDecoder(config, n_days, for_training=True).to(device)
     for name, parameter in model.named_parameters():
         frozen = (name.startswith("gru.") and not config.model.rnn_trainable) or (
             name.startswith("day_") and not config.model.input_network.input_trainable
