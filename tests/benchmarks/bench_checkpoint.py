@@ -34,7 +34,7 @@ def main() -> None:
 
     config = load_config(REPOSITORY / "code" / "rnn_args_diphone_sagemaker.yaml")
     model = GRUDecoder(config, options.sessions)
-    optimizer = build_optimizer(model, config, torch.device("cpu"))
+    optimizer = build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -48,6 +48,7 @@ from brain_to_text.streaming.batch import pad_features
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
 from brain_to_text.streaming.prefetch import PrefetchLimits
+from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.local_s3 import make_certificate, serve_s3
 from support.processes import stop
@@ -165,9 +166,8 @@ def obstore_by_index(manifest: TrialManifest) -> Load:
 
 def ours(manifest: TrialManifest, cache_bytes: int = 0) -> Load:
     """TrialStream without a cache: verified, retried, counted."""
-    stream = TrialStream(
-        open_store(BUCKET_URL), manifest, concurrency=READS_AT_ONCE, cache_bytes=cache_bytes
-    )
+    cache = TrialCache(cache_bytes)
+    stream = TrialStream(open_store(BUCKET_URL), manifest, concurrency=READS_AT_ONCE, cache=cache)
     return lambda indices: pad_features(stream.fetch(indices))
 
 
@@ -617,7 +617,7 @@ def run_memory() -> dict[str, float]:
     """Resident memory against the budgets, over 60 batches with a partial cache."""
     manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
     cache_bytes, prefetch_bytes = 600_000_000, 600_000_000
-    stream = TrialStream(open_store(BUCKET_URL), manifest, cache_bytes=cache_bytes, concurrency=16)
+    stream = TrialStream(open_store(BUCKET_URL), manifest, cache=TrialCache(cache_bytes))
     trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
     dataset = BrainToTextDatasetS3(
         stream,

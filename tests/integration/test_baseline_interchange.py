@@ -73,7 +73,7 @@ def test_our_model_runs_in_the_baselines_evaluation(tmp_path, n_classes):
 
     x, lengths = torch.randn(2, 50, C), torch.tensor([50, 50])
     artefact = open_model(tmp_path / "model")
-    x, _ = Augmentation(artefact.config.dataset.data_transforms)(x, lengths, training=False)
+    x, _ = Augmentation(artefact.config.dataset.data_transforms)(x, lengths)
     days = torch.tensor([2, 0])
     with torch.no_grad():
         ours = artefact.build()
@@ -161,7 +161,7 @@ def test_the_public_checkpoint_evaluates_here(public_checkpoint, tiny_dataset, t
     artefact = open_model(folder)
     features = torch.from_numpy(tiny_dataset.features[rows[4]["file"]].copy())[None].float()
     lengths = torch.tensor([features.shape[1]])
-    x, _ = Augmentation(artefact.config.dataset.data_transforms)(features, lengths, training=False)
+    x, _ = Augmentation(artefact.config.dataset.data_transforms)(features, lengths)
     day = SESSIONS.index(rows[4]["session"])
     with torch.no_grad():
         best = theirs(x, torch.tensor([day]))[0].argmax(-1)

@@ -14,6 +14,7 @@ from brain_to_text.errors import StorageError
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
+from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
@@ -57,7 +58,7 @@ def test_one_get_per_distinct_trial_and_nothing_else(
 def test_a_cached_trial_is_never_asked_for_again(
     tiny_dataset_s3: str, manifest: TrialManifest, fault_proxy: FaultProxy
 ) -> None:
-    dataset = open_training(tiny_dataset_s3, manifest, cache_bytes=10**8)
+    dataset = open_training(tiny_dataset_s3, manifest, cache=TrialCache(10**8))
     first = list(dataset.batches())
     seen = {i for batch in first for i in batch.trial_indices.tolist()}
     fault_proxy.reset_counts()

@@ -176,7 +176,7 @@ def test_rates_are_of_the_whole_interval_and_of_finished_work(data, train, monke
     def late(self, *args):
         result = real(self, *args)
         frames.append(result.n_frames)
-        result.nats_per_frame = Late(result.nats_per_frame)
+        result.terms.nats_per_frame = Late(result.terms.nats_per_frame)
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", late)

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from brain_to_text.config import TrainingConfig
 from brain_to_text.labels.diphones import encode_diphones
-from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.model.losses import JointObjective
-from brain_to_text.model.optimizer import build_optimizer
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
 
@@ -100,13 +97,4 @@ def build(
 ) -> TrainStep:
     torch.manual_seed(config.seed)
     model = GRUDecoder(config, n_days, for_training=True).to(device)
-    optimizer = build_optimizer(model, config, device)
-    return TrainStep(
-        model,
-        Augmentation(config.dataset.data_transforms),
-        JointObjective.from_config(config),
-        optimizer,
-        config,
-        device,
-        **options,
-    )
+    return TrainStep(model, config, device, **options)

@@ -24,7 +24,7 @@ def augment(step: int = 0, seed: int = 1, rank: int = 0, **changes):
     augmentation = Augmentation(DataTransformsConfig(**(ZERO | changes)))
     generator = step_generator("cpu", seed, step, rank)
     before = batch.features.clone()
-    out = augmentation(batch.features, batch.n_time_steps, training=True, generator=generator)
+    out = augmentation(batch.features, batch.n_time_steps, generator)
     assert torch.equal(batch.features, before), "the cached batch must not change"
     return batch, *out
 
@@ -48,9 +48,7 @@ def test_any_kernel_sums_to_one_and_is_symmetric(std: float, size: int) -> None:
 
 def test_smoothing_is_the_same_in_training_and_evaluation() -> None:
     batch, trained, n = augment(smooth_data=True)
-    evaluated, m = Augmentation(DataTransformsConfig())(
-        batch.features, batch.n_time_steps, training=False
-    )
+    evaluated, m = Augmentation(DataTransformsConfig())(batch.features, batch.n_time_steps)
     assert torch.equal(n, m) and torch.equal(trained, evaluated)
     kernel = gaussian_kernel(2.0, 100).numpy()
     expected = np.apply_along_axis(
@@ -62,8 +60,9 @@ def test_smoothing_is_the_same_in_training_and_evaluation() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_padding_stays_exactly_zero(training: bool) -> None:
     batch = example_batch(LENGTHS, [0, 0, 1])
+    generator = step_generator("cpu", 0, 0) if training else None
     features, n = Augmentation(DataTransformsConfig(time_mask_share=0.1))(
-        batch.features, batch.n_time_steps, training=training, generator=step_generator("cpu", 0, 0)
+        batch.features, batch.n_time_steps, generator
     )
     for trial, length in enumerate(n.tolist()):
         assert torch.count_nonzero(features[trial, length:]) == 0
@@ -72,14 +71,10 @@ def test_padding_stays_exactly_zero(training: bool) -> None:
 
 def test_noise_in_padding_does_not_reach_the_trial() -> None:
     """The same noise with and without bins after the end: what is inside is equal."""
-    config = DataTransformsConfig(random_cut=0, constant_offset_std=0)
-    features = torch.zeros(1, 30, 4)
-    whole = Augmentation(config)(
-        features, torch.tensor([20]), training=True, generator=step_generator("cpu", 0, 0)
-    )[0]
-    short = Augmentation(config)(
-        features[:, :20], torch.tensor([20]), training=True, generator=step_generator("cpu", 0, 0)
-    )[0]
+    augmentation = Augmentation(DataTransformsConfig(random_cut=0, constant_offset_std=0))
+    features, n = torch.zeros(1, 30, 4), torch.tensor([20])
+    whole, _ = augmentation(features, n, step_generator("cpu", 0, 0))
+    short, _ = augmentation(features[:, :20], n, step_generator("cpu", 0, 0))
     assert torch.equal(whole[:, :20], short)
 
 
@@ -87,14 +82,10 @@ def test_noise_and_offset_have_their_standard_deviations() -> None:
     features = torch.zeros(40, 200, 16)
     n = torch.full((40,), 200)
     config = DataTransformsConfig(**(ZERO | {"white_noise_std": 1.5}))
-    noise, _ = Augmentation(config)(
-        features, n, training=True, generator=step_generator("cpu", 0, 0)
-    )
+    noise, _ = Augmentation(config)(features, n, step_generator("cpu", 0, 0))
     assert float(noise.std()) == pytest.approx(1.5, rel=0.02)
     config = DataTransformsConfig(**(ZERO | {"constant_offset_std": 0.2}))
-    offset, _ = Augmentation(config)(
-        features, n, training=True, generator=step_generator("cpu", 0, 0)
-    )
+    offset, _ = Augmentation(config)(features, n, step_generator("cpu", 0, 0))
     assert torch.equal(offset[:, 0], offset[:, -1])
     assert float(offset[:, 0].std()) == pytest.approx(0.2, rel=0.1)
 
@@ -129,9 +120,7 @@ def test_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
 
 def test_half_precision_features_become_float32() -> None:
     batch = example_batch(LENGTHS, [0, 0, 1])
-    features, _ = Augmentation(DataTransformsConfig())(
-        batch.features.half(), batch.n_time_steps, training=False
-    )
+    features, _ = Augmentation(DataTransformsConfig())(batch.features.half(), batch.n_time_steps)
     assert features.dtype == torch.float32
 
 
@@ -183,12 +172,7 @@ def test_compiled_augmentation_is_the_same_and_does_not_recompile_for_new_length
     for step, longest in enumerate((40, 57, 91, 64)):
         batch = example_batch([longest, longest - 7, 30], [0, 0, 1])
         a, b = (
-            one(
-                batch.features,
-                batch.n_time_steps,
-                training=True,
-                generator=step_generator("cpu", 0, step),
-            )[0]
+            one(batch.features, batch.n_time_steps, step_generator("cpu", 0, step))[0]
             for one in (eager, fast)
         )
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -167,7 +167,7 @@ def test_only_a_diphone_model_in_training_has_factors() -> None:
 
 def test_biases_of_all_factors_are_not_decayed() -> None:
     config, model = small_config(**SETTINGS), decoder()
-    optimizer = build_optimizer(model, config, torch.device("cpu"))
+    optimizer = build_optimizer(model, config)
     group = {id(p): g["group_type"] for g in optimizer.param_groups for p in g["params"]}
     groups = {n: group[id(p)] for n, p in model.named_parameters() if n.startswith("out.")}
     assert groups == {

@@ -24,6 +24,7 @@ from brain_to_text.streaming.dataset_s3 import (
     StreamedBatches,
 )
 from brain_to_text.streaming.prefetch import PrefetchLimits
+from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.tiny_data import LAYOUTS, append_in_turns, write_dataset
 
@@ -49,7 +50,7 @@ def open_dataset(tiny_dataset, manifest: TrialManifest) -> Iterator[Open]:
         stream = TrialStream(
             open_store(tiny_dataset.folder),
             manifest,
-            cache_bytes=cache_bytes,
+            cache=TrialCache(cache_bytes),
             threads=threads,
             concurrency=threads,
         )
@@ -232,7 +233,7 @@ def test_batches_that_want_the_same_trial_share_its_read(
     tiny_dataset, manifest: TrialManifest
 ) -> None:
     store = open_store(tiny_dataset.folder)
-    with TrialStream(store, manifest, concurrency=1, cache_bytes=10**8) as stream:
+    with TrialStream(store, manifest, concurrency=1, cache=TrialCache(10**8)) as stream:
         under_way = [stream.submit(range(10)) for _ in range(5)]
         results = [future.result() for future in under_way]
         assert stream.stats.snapshot().requests == 10

@@ -12,7 +12,7 @@ from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.selection import ctc_problem
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll
-from support.training_examples import example_batch
+from support.training_examples import example_batch, small_config
 
 
 def case(seed: int = 0):
@@ -22,8 +22,10 @@ def case(seed: int = 0):
 
 
 def objective(*points: tuple[float, float], n_classes: int = 1681) -> JointObjective:
-    """Of a weight by step; of one number, the same at every step."""
-    return JointObjective(points or [(0, 0.0)], n_classes, "torch")
+    """Of weights by step."""
+    config = small_config(dataset__n_classes=n_classes)
+    config.objective.schedule = [list(point) for point in points] or None
+    return JointObjective(config)
 
 
 def fixed(weight: float) -> JointObjective:
@@ -104,10 +106,10 @@ def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
     changes = {"dataset.n_classes": 1681, "num_training_batches": 1000}
     for schedule in ("[[0.3, 1], [0.7, 0.4]]", "[[300, 1], [700, 0.4]]", "[[0.3, 1], [700, 0.4]]"):
         config = load_config(None, {**changes, "objective.schedule": schedule})
-        scheduled = JointObjective.from_config(config)
+        scheduled = JointObjective(config)
         assert [scheduled.alpha(s) for s in (0, 500, 999)] == pytest.approx([1.0, 0.7, 0.4])
     config = load_config(None, {**changes, "objective.phoneme_weight": 0.2})
-    assert JointObjective.from_config(config).alpha(500) == 0.2
+    assert JointObjective(config).alpha(500) == 0.2
 
 
 def test_the_older_form_of_a_schedule_is_read_as_a_list(caplog: pytest.LogCaptureFixture) -> None:

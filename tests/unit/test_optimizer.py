@@ -12,7 +12,7 @@ from brain_to_text.model.optimizer import (
     set_learning_rates,
 )
 from brain_to_text.model.rnn_model import GRUDecoder
-from support.training_examples import CPU, small_config
+from support.training_examples import small_config
 
 
 def model_and_optimizer(**changes):
@@ -21,7 +21,7 @@ def model_and_optimizer(**changes):
     )
     torch.manual_seed(0)
     model = GRUDecoder(config, 3)
-    return model, build_optimizer(model, config, CPU), config
+    return model, build_optimizer(model, config), config
 
 
 def test_groups_are_the_recipes() -> None:
@@ -43,7 +43,7 @@ def test_frozen_parts_are_left_out() -> None:
     model = GRUDecoder(config, 3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("day_"))
-    groups = build_optimizer(model, config, CPU).param_groups
+    groups = build_optimizer(model, config).param_groups
     assert [g["group_type"] for g in groups] == ["bias", "other"]
 
 

@@ -263,7 +263,7 @@ def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
 
     def gradients(step, training: bool) -> list[torch.Tensor]:
         step.model.train(training)
-        features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
+        features, n = step.augmentation(batch.features, batch.n_time_steps)
         with step.autocast(), torch.set_grad_enabled(training):
             frames, packing = step.model.input_frames(features, batch.day_indices, n)
             hidden, _ = step.model.recurrent_frames(frames, packing)

@@ -42,7 +42,7 @@ def expected(artefact, trial):
     smooth = Augmentation(artefact.config.dataset.data_transforms)
     lengths = torch.tensor([T])
     with torch.no_grad():
-        x, _ = smooth(trial, lengths, training=False)
+        x, _ = smooth(trial, lengths)
         return [model(x, torch.tensor([day]), n_time_steps=lengths) for day in (0, 1)]
 
 

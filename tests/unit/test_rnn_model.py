@@ -29,11 +29,11 @@ def test_a_trial_alone_and_padded_in_a_batch_has_equal_logits(bidirectional: boo
     step = build(small_config(model__bidirectional=bidirectional))
     model = step.model.eval()
     batch = example_batch([37, 24, 50, 11], [2, 0, 2, 1])
-    features, n = step.augmentation(batch.features, batch.n_time_steps, training=False)
+    features, n = step.augmentation(batch.features, batch.n_time_steps)
     together = model(features, batch.day_indices, n_time_steps=n)
     for trial in range(4):
         alone = batch.take([trial])
-        features, n = step.augmentation(alone.features, alone.n_time_steps, training=False)
+        features, n = step.augmentation(alone.features, alone.n_time_steps)
         logits = model(features, alone.day_indices)[0]
         frames = len(logits)
         assert frames == int(model.frame_lengths(n)[0])

@@ -6,8 +6,6 @@ import itertools
 
 import jiwer
 import numpy as np
-import pytest
-from brain_to_text.errors import DataError
 from brain_to_text.scoring.statistics import (
     ErrorCounts,
     Interval,
@@ -102,13 +100,6 @@ def test_equal_models_differ_by_nothing():
     comparison = compare_paired([1, 2, 3], [1, 2, 3], [10, 10, 10])
     assert comparison.p_value == 1.0
     assert comparison.difference == Interval(0.0, 0.0, 0.0)
-
-
-def test_different_trials_are_refused():
-    with pytest.raises(DataError, match="same trials"):
-        compare_paired([1, 2], [1, 2, 3], [10, 10, 10])
-    with pytest.raises(DataError, match="no reference tokens"):
-        bootstrap_interval([0], [0])
 
 
 def test_confusion_matrix_keeps_insertions_and_deletions_apart():

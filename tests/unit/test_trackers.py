@@ -9,8 +9,7 @@ import pytest
 from brain_to_text.errors import TrainingError
 from brain_to_text.training import trackers
 from brain_to_text.training.run import RunPaths
-from brain_to_text.training.tensorboard import EventFile
-from brain_to_text.training.trackers import MlflowRun
+from brain_to_text.training.trackers import EventFile, MlflowRun
 
 
 class MlflowException(Exception):  # noqa: N818 -- MLflow's name

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.config import DatasetConfig
-from brain_to_text.dataset.manifest import TrialManifest
-from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.streaming.trial_cache import (
-    CachePlan,
     TrialCache,
     available_bytes,
     cache_budget_bytes,
-    plan_cache,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +35,7 @@ def test_what_came_first_stays() -> None:
     cache = TrialCache(1000)
     first = cache.put(0, np.ones((50, 4), np.float32))
     cache.put(1, np.ones((50, 4), np.float32))
-    assert cache.get(1) is None and len(cache) == 1
+    assert cache.get(1) is None
     assert cache.get(0) is first
 
 
@@ -54,36 +49,13 @@ def test_training_trials_find_their_room_whatever_was_read_before(
     """Trials 0 to 7 are first, 8 to 10 the rest; 11 is not to be kept."""
     trial = np.ones((16, 4), np.float32)
     size = trial.nbytes
-    plan = CachePlan(dict.fromkeys(range(8), size), dict.fromkeys(range(8, 11), size))
-    cache = TrialCache(room * size, plan)
+    cache = TrialCache(room * size, dict.fromkeys(range(8), size), range(8, 11))
     for index in order:
         cache.put(index, trial)
     kept = {i for i in range(12) if cache.get(i) is not None}
     assert len(kept & set(range(8))) == min(room, 8)
     assert len(kept & {8, 9, 10}) == min(max(room - 8, 0), 3)
     assert 11 not in kept
-
-
-def test_the_plan_is_for_the_runs_own_trials_training_apart_from_validation() -> None:
-    trials = tuple(
-        TrialRecord(
-            session=f"t15.2023.08.{10 + day}",
-            split=split,
-            key=f"t15.2023.08.{10 + day}/data_{split}.hdf5",
-            trial="trial_0000",
-            n_time_steps=100,
-            n_features=4,
-            dtype="<f4",
-            offset=0,
-            length=1600,
-        )
-        for day in (0, 1)
-        for split in ("train", "val", "test")
-    )
-    manifest = TrialManifest(trials, {}, 4, 1681, "self_loop")
-    plan = plan_cache(manifest, DatasetConfig(sessions=["t15.2023.08.11"]))
-    assert (plan.first, plan.rest, plan.n_bytes) == ({3: 1600}, {4: 1600}, 3200)
-    assert list(plan_cache(manifest, DatasetConfig()).first) == [0, 3]
 
 
 def test_a_budget_of_zero_keeps_nothing() -> None:

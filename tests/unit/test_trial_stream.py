@@ -12,8 +12,7 @@ from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import StorageError
 from brain_to_text.storage.attempts import ReadError, RetryPolicy
 from brain_to_text.storage.store import open_store
-from brain_to_text.streaming.ranged_reads import LocalRangedReader
-from brain_to_text.streaming.trial_stream import TrialStream
+from brain_to_text.streaming.trial_stream import LocalRangedReader, TrialStream
 
 
 class Reader(LocalRangedReader):

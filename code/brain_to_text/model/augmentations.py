@@ -73,8 +73,6 @@ class Augmentation:
         self,
         features: torch.Tensor,
         n_time_steps: torch.Tensor,
-        *,
-        training: bool,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise, offset, cut and masks (training only), smoothing (always).
@@ -82,16 +80,14 @@ class Augmentation:
         Args:
             features: [B, T, C] float32 or float16, zero beyond n_time_steps; not modified.
             n_time_steps: [B] int64 on the CPU, in 20 ms bins.
-            training: False applies the smoothing alone.
-            generator: on the features' device, from `step_generator`; needed for training.
+            generator: for training, on the features' device, from `step_generator`; without one
+                the smoothing alone is applied.
 
         Returns:
             (features [B, T, C] float32, zero beyond the new lengths; the new lengths [B], CPU).
         """
-        if not training:
-            return self._smoothed(features.float(), n_time_steps), n_time_steps
         if generator is None:
-            raise ValueError("training augmentation needs a generator")
+            return self._smoothed(features.float(), n_time_steps), n_time_steps
         config, device = self.config, features.device
         host = np.random.default_rng(generator.initial_seed())
         B, T, C = features.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,24 +59,13 @@ class JointObjective:
     is the diphone distribution marginalised over the previous phoneme (arXiv 2411.10657). The class
     loss is known at every weight; at 1 it has no gradient. The phoneme loss is not computed at 0.
 
-    Args:
-        phoneme_weights: (step, weight) points by ascending step, linear in between.
-        n_classes: 41 or 1681.
-        ctc_kernel: as `ctc_nll`'s.
     """
 
-    def __init__(
-        self, phoneme_weights: Sequence[tuple[float, float]], n_classes: int, ctc_kernel: str
-    ) -> None:
-        self.steps, self.weights = (list(column) for column in zip(*phoneme_weights, strict=True))
-        self.marginalises = n_classes == N_DIPHONES
-        self.ctc_kernel = ctc_kernel
-
-    @classmethod
-    def from_config(cls, config: TrainingConfig) -> JointObjective:
-        objective = config.objective
-        points = objective.phoneme_weights(config.num_training_batches)
-        return cls(points, config.dataset.n_classes, objective.ctc_kernel)
+    def __init__(self, config: TrainingConfig) -> None:
+        points = config.objective.phoneme_weights(config.num_training_batches)
+        self.steps, self.weights = (list(column) for column in zip(*points, strict=True))
+        self.marginalises = config.dataset.n_classes == N_DIPHONES
+        self.ctc_kernel = config.objective.ctc_kernel
 
     @property
     def is_joint(self) -> bool:

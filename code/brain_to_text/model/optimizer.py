@@ -14,8 +14,8 @@ from ..config import TrainingConfig
 CLIP_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> AdamW:
-    """Fused AdamW over a model that is already on `device`.
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
+    """Fused AdamW over a model that is already on its device.
 
     Groups, in this order: GRU and classifier biases (no decay), day layers (own rate and decay),
     everything else. A parameter without a gradient, such as the day layer of a session that is not
@@ -31,9 +31,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devi
             groups["bias"].append(parameter)
         else:
             groups["other"].append(parameter)
-    stray = {p.device.type for p in model.parameters()} - {torch.device(device).type}
-    if stray:
-        raise ValueError(f"move the model to {device} before building its optimizer")
     settings = {
         "bias": {"lr": config.lr_max, "weight_decay": 0.0},
         "day_layer": {"lr": config.lr_max_day, "weight_decay": config.weight_decay_day},

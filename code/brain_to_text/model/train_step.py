@@ -13,14 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.optim import AdamW
 
 from ..config import TrainingConfig
 from ..streaming.batch import Batch
 from .augmentations import Augmentation, step_generator
 from .device import autocast_dtype, compiler
-from .losses import JointObjective
-from .optimizer import apply_update, clip_and_check, set_learning_rates
+from .losses import JointObjective, LossTerms
+from .optimizer import apply_update, build_optimizer, clip_and_check, set_learning_rates
 from .rnn_model import GRUDecoder
 
 # Dynamic loss scaling for float16, torch.amp.GradScaler's rule and constants.
@@ -32,12 +31,9 @@ GROWTH_INTERVAL = 2000
 class StepResult:
     """One step in numbers; tensors are scalars on the device: reading one waits for it."""
 
-    loss: torch.Tensor  # nats per trial, what was differentiated
-    nats_per_frame: torch.Tensor  # of the class labels, per output frame
-    phoneme: torch.Tensor | None  # nats per output frame of the phoneme labels
+    terms: LossTerms  # detached
     grad_norm: torch.Tensor  # before clipping
     finite: torch.Tensor  # False: the update was refused
-    alpha: float
     n_frames: int  # output frames in the batch
     learning_rate: float  # of this update; day layers have their own
 
@@ -56,8 +52,7 @@ class TrainStep:
 
     Args:
         model: on `device`.
-        augmentation, objective, optimizer: as built from `config`.
-        config: seeds, precision, rates, clipping, averaging.
+        config: augmentation, objective, seeds, precision, rates, clipping, averaging.
         device: where the model is.
         rank: this process among those that share a batch; decides its noise and dropout.
         after_backward: called with the batch between backward and clipping, e.g. to sum
@@ -69,9 +64,6 @@ class TrainStep:
     def __init__(
         self,
         model: GRUDecoder,
-        augmentation: Augmentation,
-        objective: JointObjective,
-        optimizer: AdamW,
         config: TrainingConfig,
         device: torch.device,
         *,
@@ -80,18 +72,18 @@ class TrainStep:
         on_every_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag,
     ) -> None:
         self.model = model
-        self.augmentation = augmentation
-        self.objective = objective
-        self.optimizer = optimizer
+        self.augmentation = Augmentation(config.dataset.data_transforms)
+        self.objective = JointObjective(config)
+        self.optimizer = build_optimizer(model, config)
         self.config = config
-        self.device = torch.device(device)
+        self.device = device
         self.rank = rank
         self.after_backward = after_backward
         self.on_every_rank = on_every_rank
         self.amp_dtype = autocast_dtype(config, self.device)
         compile_part = compiler(config, self.device)
         if compile_part is not None:
-            augmentation.compile_with(compile_part)
+            self.augmentation.compile_with(compile_part)
             model.compile_with(compile_part)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._state: dict[str, torch.Tensor] = {
@@ -119,9 +111,7 @@ class TrainStep:
         self.model.train()
         generator = step_generator(self.device, self.config.seed, step, self.rank)
         torch.manual_seed(generator.initial_seed())  # dropout
-        features, n_time_steps = self.augmentation(
-            batch.features, batch.n_time_steps, training=True, generator=generator
-        )
+        features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps, generator)
         frame_lengths = self.model.frame_lengths(n_time_steps)
         with self.autocast():
             logits = self.model(features, batch.day_indices, n_time_steps=n_time_steps)
@@ -141,15 +131,13 @@ class TrainStep:
         )
         set_learning_rates(self.optimizer, self.config, step)
         apply_update(self.optimizer, divisor, ~finite)
-        self._count_refusals(finite, terms.total.detach(), step)
+        terms.total = terms.total.detach()  # lets go of the graph
+        self._count_refusals(finite, terms.total, step)
         self._update_average(step)
         return StepResult(
-            loss=terms.total.detach(),
-            nats_per_frame=terms.nats_per_frame,
-            phoneme=terms.phoneme,
+            terms=terms,
             grad_norm=norm,
             finite=finite,
-            alpha=terms.alpha,
             n_frames=int(frame_lengths.sum()),
             learning_rate=self.optimizer.param_groups[-1]["lr"],
         )
@@ -274,12 +262,8 @@ def _forward_and_backward(step: TrainStep, batch_size: int, n_bins: int, n_label
     held = [*_moments_to_come(step), torch.empty_like(features)]  # the next batch travels
     days = torch.arange(batch_size) * model.n_days // batch_size
     model.train()
-    features, n_time_steps = step.augmentation(
-        features,
-        n_time_steps,
-        training=True,
-        generator=step_generator(device, step.config.seed, 0, step.rank),
-    )
+    generator = step_generator(device, step.config.seed, 0, step.rank)
+    features, n_time_steps = step.augmentation(features, n_time_steps, generator)
     with step.autocast():
         logits = model(features, days, n_time_steps=n_time_steps)
     costliest = step.objective.costliest_step(step.config.num_training_batches)

@@ -15,7 +15,6 @@ import re
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,22 +38,6 @@ _NUMPY_SCALARS: list[Any] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
 ]
-# What torch and zipfile raise on bytes that are no checkpoint.
-_UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-)
 
 
 def state_to_cpu(tree: Any) -> Any:
@@ -150,7 +133,9 @@ def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
             f"Checkpoint {label} holds more than tensors and plain values and was not loaded: "
             "save it again with torch.save of a state_dict."
         ) from error
-    except _UNREADABLE as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(f"Checkpoint {label} cannot be read: {reason}.") from error
 

@@ -44,9 +44,8 @@ def line_chart(
         return None
     all_x, all_y = (np.concatenate(values) for values in zip(*lines.values(), strict=True))
     x_range = _padded(all_x.min(), all_x.max(), 0)
-    y_range = (
-        _log_range(all_y) if log_y else _padded(0 if from_zero else all_y.min(), all_y.max(), 0.05)
-    )
+    least, most = all_y.min(), all_y.max()
+    y_range = (least / 2, most * 2) if log_y else _padded(0 if from_zero else least, most, 0.05)
     scale = np.log10 if log_y else np.asarray
 
     def place_x(values: Any) -> Any:
@@ -105,11 +104,6 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
         spread = abs(low) * 0.1 or 1.0
         return low - (spread if share and low else 0), high + spread
     return low - (share * (high - low) if low else 0), high + share * (high - low)
-
-
-def _log_range(values: np.ndarray) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    return (low / 1.2, high * 1.2) if high > low * 1.01 else (low / 2, high * 2)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def batch_logits(
         autocast: the precision of the forward pass.
     """
     assert batch.features is not None  # on the device by now
-    features, n_time_steps = augmentation(batch.features, batch.n_time_steps, training=False)
+    features, n_time_steps = augmentation(batch.features, batch.n_time_steps)
     with autocast():
         logits: torch.Tensor = model(features, batch.day_indices, n_time_steps=n_time_steps)
     return logits
@@ -98,12 +98,13 @@ class SessionScore:
     def __add__(self, other: SessionScore) -> SessionScore:
         return SessionScore(*(getattr(self, n) + getattr(other, n) for n in vars(self)))
 
-    def rates(self, diphones: bool) -> dict[str, float | int]:
+    def rates(self, diphones: bool) -> dict[str, Any]:
         """DER and PER (PER alone for a phoneme model), loss, trials."""
+        parts = {"PER": self.classes}
+        if diphones:
+            parts = {"DER": self.classes, "PER": self.phonemes, "PER_path": self.path}
         return {
-            **({"DER": self.classes.rate} if diphones else {}),
-            "PER": self.phonemes.rate if diphones else self.classes.rate,
-            **({"PER_path": self.path.rate} if diphones else {}),
+            **{name: part.rate for name, part in parts.items()},
             "CTC_loss": math.fsum(self.nats) / max(self.n_frames, 1),
             "n_trials": self.n_trials,
         }
@@ -150,9 +151,7 @@ class ValidationMeter:
     ) -> None:
         self.sessions = list(sessions)
         self.diphones = n_classes == N_DIPHONES
-        self.label_form: LabelForm | None = None
-        if label_form in ("self_loop", "transition"):
-            self.label_form = cast(LabelForm, label_form)
+        self.label_form = cast(LabelForm | None, label_form)
         self.scores: dict[int, SessionScore] = {}
         self._pending: list[dict[str, Any]] = []
 
@@ -190,17 +189,14 @@ class ValidationMeter:
         days = sorted(scores)
         total = sum((scores[day] for day in days), SessionScore())
         rates = total.rates(self.diphones)
+        kinds = ("classes", "phonemes", "path") if self.diphones else ("classes",)
         return ValidationResult(
             der=total.classes.rate,
-            per=float(rates["PER"]),
-            per_path=total.path.rate if self.diphones else None,
-            ctc_loss=math.fsum(total.nats) / max(total.n_frames, 1),
+            per=rates["PER"],
+            per_path=rates.get("PER_path"),
+            ctc_loss=rates["CTC_loss"],
             per_session={self.sessions[d]: scores[d].rates(self.diphones) for d in days},
-            counts={
-                "classes": asdict(total.classes),
-                **({"phonemes": asdict(total.phonemes)} if self.diphones else {}),
-                **({"path": asdict(total.path)} if self.diphones else {}),
-            },
+            counts={name: asdict(getattr(total, name)) for name in kinds},
             n_trials=total.n_trials,
         )
 

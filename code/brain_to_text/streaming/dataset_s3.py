@@ -11,16 +11,21 @@ import abc
 import concurrent.futures
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import TrainingConfig
+from ..config import DatasetConfig, TrainingConfig
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
 from .trial_stream import TrialStream
+
+# Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
+# the longest of its batches do not fit two at a time (on data like the real one, the first 6 of 23
+# at 64 trials): one is then read while the one before is scored, which is all that overlap needs.
+VALIDATION_SHARE = 0.25
 
 Reads = concurrent.futures.Future[list[np.ndarray]]
 
@@ -36,12 +41,6 @@ class StreamedBatches(abc.ABC):
         feature_subset: feature columns to use, in order.
         rank, world_size: which share this process reads.
     """
-
-    # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the
-    # default the longest of its batches do not fit two at a time (on data like the real one, the
-    # first 6 of 23 at 64 trials): one is then read while the one before is scored, which is all
-    # that overlap needs.
-    PREFETCH_SHARE: float
 
     def __init__(
         self,
@@ -73,37 +72,6 @@ class StreamedBatches(abc.ABC):
         half = stream.dtype == np.float16
         self._dtype = torch.float16 if half and self._on_gpu else torch.float32
         self._open = weakref.WeakSet[DeviceFeeder]()
-
-    @classmethod
-    def from_config(
-        cls,
-        stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
-        config: TrainingConfig,
-        *,
-        device: torch.device | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Self:
-        """The dataset that a configuration describes."""
-        settings = cls._settings(config)
-        return cls(
-            stream, trials_by_session, device=device, rank=rank, world_size=world_size, **settings
-        )
-
-    @classmethod
-    def _settings(cls, config: TrainingConfig) -> dict[str, Any]:
-        dataset = config.dataset
-        limits = PrefetchLimits(
-            batches=dataset.prefetch_batches,
-            n_bytes=int(cls.PREFETCH_SHARE * dataset.prefetch_mb * 1e6),
-            threads=dataset.num_dataloader_workers,
-        )
-        return {
-            "batch_size": dataset.batch_size,
-            "limits": limits,
-            "feature_subset": dataset.feature_subset,
-        }
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -191,8 +159,6 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         options: see `StreamedBatches`.
     """
 
-    PREFETCH_SHARE = 0.75
-
     def __init__(
         self,
         stream: TrialStream,
@@ -212,13 +178,24 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         self._n_batches = n_batches
 
     @classmethod
-    def _settings(cls, config: TrainingConfig) -> dict[str, Any]:
-        return super()._settings(config) | {
-            "days_per_batch": config.dataset.days_per_batch,
-            "n_batches": config.num_training_batches,
-            "seed": config.dataset.seed,
-            "must_include_days": config.dataset.must_include_days or (),
-        }
+    def from_config(
+        cls,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        config: TrainingConfig,
+        **place: Any,
+    ) -> BrainToTextDatasetS3:
+        """The batches that a configuration describes; `place`: device, rank, world size."""
+        return cls(
+            stream,
+            trials_by_session,
+            days_per_batch=config.dataset.days_per_batch,
+            n_batches=config.num_training_batches,
+            seed=config.dataset.seed,
+            must_include_days=config.dataset.must_include_days or (),
+            **_shared_settings(config.dataset, 1 - VALIDATION_SHARE),
+            **place,
+        )
 
     def __len__(self) -> int:
         return self._n_batches
@@ -238,8 +215,6 @@ class EvaluationDatasetS3(StreamedBatches):
         options: see `StreamedBatches`. The batches themselves do not depend on the number of ranks.
     """
 
-    PREFETCH_SHARE = 0.25
-
     def __init__(
         self,
         stream: TrialStream,
@@ -253,11 +228,35 @@ class EvaluationDatasetS3(StreamedBatches):
         everything = evaluation_batches(trials, self._n_time_steps[trials], batch_size)
         self._batches = everything[self._rank :: self._world_size]
 
+    @classmethod
+    def from_config(
+        cls,
+        stream: TrialStream,
+        trials_by_session: Sequence[np.ndarray],
+        config: TrainingConfig,
+        **place: Any,
+    ) -> EvaluationDatasetS3:
+        """Validation as a configuration describes it; `place`: device, rank, world size."""
+        settings = _shared_settings(config.dataset, VALIDATION_SHARE)
+        return cls(stream, trials_by_session, **settings, **place)
+
     def __len__(self) -> int:
         return len(self._batches)
 
     def trial_indices(self, step: int) -> np.ndarray:
         return self._batches[step]
+
+
+def _shared_settings(dataset: DatasetConfig, share: float) -> dict[str, Any]:
+    return {
+        "batch_size": dataset.batch_size,
+        "feature_subset": dataset.feature_subset,
+        "limits": PrefetchLimits(
+            batches=dataset.prefetch_batches,
+            n_bytes=int(share * dataset.prefetch_mb * 1e6),
+            threads=dataset.num_dataloader_workers,
+        ),
+    }
 
 
 class DeviceFeeder(Iterator[Batch]):

@@ -3,21 +3,17 @@
 What comes first stays: nothing is ever evicted. Simulated on the plan's draws this hits a little
 more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory and hands
 out arrays that stay valid. A training trial comes up again and again, a validation trial once per
-validation: a plan keeps the former's room free of the latter.
+validation: the former's room is kept free of the latter.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-
-from ..config import DatasetConfig
-from ..dataset.manifest import TrialManifest
 
 # Left to everything that is not cache when the budget is chosen automatically.
 _HEADROOM_BYTES = 2 << 30
@@ -25,55 +21,28 @@ _SHARE_OF_REST = 0.75
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 
-@dataclass(frozen=True)
-class CachePlan:
-    """Decoded bytes of a run's trials, by index into `TrialManifest.trials`.
-
-    Attributes:
-        first: training trials; their bytes of the budget are theirs alone.
-        rest: validation trials, kept in what the first leave.
-    """
-
-    first: Mapping[int, int]
-    rest: Mapping[int, int]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of everything worth keeping."""
-        return sum(self.first.values()) + sum(self.rest.values())
-
-
-def plan_cache(manifest: TrialManifest, dataset: DatasetConfig) -> CachePlan:
-    """What the RAM of a process is for."""
-    first, rest = (
-        {
-            index: manifest.trials[index].feature_bytes
-            for index in manifest.select(split, dataset.sessions)
-        }
-        for split in ("train", "val")
-    )
-    return CachePlan(first, rest)
-
-
 class TrialCache:
     """A map from trial index to its features, filled until the budget is reached.
 
     Args:
         budget_bytes: of all features together; 0 keeps nothing.
-        plan: which trials to keep; by default any. Its first ones have their bytes of the budget
-            for themselves.
+        first: bytes of training trials by index; that much of the budget is theirs alone. None:
+            any trial is kept.
+        rest: validation trials, kept in what the first leave.
     """
 
-    def __init__(self, budget_bytes: int, plan: CachePlan | None = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        first: Mapping[int, int] | None = None,
+        rest: Collection[int] = (),
+    ) -> None:
         self.budget_bytes = budget_bytes
-        self._plan = plan
+        self._first, self._rest = first, rest
         self._left = budget_bytes
-        self._left_for_rest = 0 if plan is None else budget_bytes - sum(plan.first.values())
+        self._left_for_rest = budget_bytes - sum((first or {}).values())
         self._trials: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._trials)
 
     def get(self, index: int) -> np.ndarray | None:
         """The trial's features [T, C], read-only, or None."""
@@ -92,16 +61,14 @@ class TrialCache:
         return self._trials.setdefault(index, features) if kept else features
 
     def _reserve(self, index: int, n_bytes: int) -> bool:
-        plan = self._plan
         with self._lock:
-            rest = None if plan is None or index in plan.first else plan.rest
-            if rest is not None and (index not in rest or n_bytes > self._left_for_rest):
+            late = self._first is not None and index not in self._first
+            if late and (index not in self._rest or n_bytes > self._left_for_rest):
                 return False
             if n_bytes > self._left:
                 return False
             self._left -= n_bytes
-            if rest is not None:
-                self._left_for_rest -= n_bytes
+            self._left_for_rest -= n_bytes if late else 0
             return True
 
 

@@ -2,7 +2,8 @@
 
 Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight.
 Bytes that are too few, too many or different from the manifest's CRC are read again; nobody sees
-them.
+them. A reader makes exactly one attempt per call; it lives on fsspec's event loop, which runs in a
+thread of this process: nothing here survives a fork.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
+import fsspec.asyn
 import numpy as np
 
 from ..config import DatasetConfig
@@ -30,9 +33,10 @@ from ..storage.attempts import (
 )
 from ..storage.locations import is_s3
 from ..storage.store import ObjectStore
-from .ranged_reads import Bytes, LocalRangedReader, RangedReader
 from .stream_stats import StreamStats
-from .trial_cache import TrialCache, cache_budget_bytes, plan_cache
+from .trial_cache import TrialCache, cache_budget_bytes
+
+Bytes = bytes | bytearray | memoryview
 
 
 class TrialStream:
@@ -45,8 +49,7 @@ class TrialStream:
         manifest: where each trial's bytes lie, and their CRC-32.
         concurrency: trials read and decoded at once, over all batches being prepared; each has at
             most one ranged GET in flight.
-        cache_bytes: budget of the RAM cache of decoded trials; 0 turns it off.
-        cache: a cache of decoded trials that exists already, instead.
+        cache: of decoded trials, in RAM; by default none is kept.
         retry: time limits of one read.
         threads: verify and inflate this many trials at once.
         reader: for tests and benchmarks, instead of the one for the store's URL.
@@ -58,7 +61,6 @@ class TrialStream:
         manifest: TrialManifest,
         *,
         concurrency: int = 16,
-        cache_bytes: int = 0,
         cache: TrialCache | None = None,
         retry: RetryPolicy | None = None,
         threads: int = 4,
@@ -66,7 +68,7 @@ class TrialStream:
     ) -> None:
         self.url = url = store.url
         self.manifest = manifest
-        self.cache = TrialCache(cache_bytes) if cache is None else cache
+        self.cache = TrialCache(0) if cache is None else cache
         # that holds any trial's features: files of both precisions are possible
         half = {trial.dtype for trial in manifest.trials} == {"<f2"}
         self.dtype = np.dtype("<f2" if half else "<f4")
@@ -92,14 +94,18 @@ class TrialStream:
         Args:
             processes: training processes on this host; an automatic cache is its share of the RAM.
         """
-        plan = plan_cache(manifest, dataset)
+        train, val = (
+            {i: manifest.trials[i].feature_bytes for i in manifest.select(split, dataset.sessions)}
+            for split in ("train", "val")
+        )
+        everything = sum(train.values()) + sum(val.values())
         prefetch_bytes = int(dataset.prefetch_mb * 1e6)
-        budget = cache_budget_bytes(dataset.cache_gb, plan.n_bytes, prefetch_bytes, processes)
+        budget = cache_budget_bytes(dataset.cache_gb, everything, prefetch_bytes, processes)
         return cls(
             store,
             manifest,
             concurrency=dataset.max_concurrent_reads,
-            cache=TrialCache(budget, plan=plan),
+            cache=TrialCache(budget, train, val),
             retry=RetryPolicy(
                 budget_seconds=dataset.retry_budget_seconds,
                 read_timeout_seconds=dataset.read_timeout_seconds,
@@ -287,6 +293,69 @@ def _open_reader(url: str, concurrency: int, read_timeout_seconds: float) -> Ran
 
         return S3RangedReader(url, concurrency, read_timeout_seconds)
     return LocalRangedReader(Path(url), concurrency)
+
+
+class RangedReader(Protocol):
+    """One attempt at one byte range; implementations share no state between attempts."""
+
+    loop: asyncio.AbstractEventLoop
+
+    async def read(self, key: str, offset: int, length: int, etag: str) -> Bytes:
+        """Whatever arrived, at most length + 1 bytes.
+
+        Args:
+            key: object, relative to the store's root.
+            offset, length: the range in bytes.
+            etag: of the file in the manifest. Where it is of another kind (the data was indexed in
+                a folder, then uploaded, or the reverse) the first ETag seen here takes its place.
+
+        Raises:
+            ReadError: this attempt failed.
+            ObjectReplacedError: the object's ETag is another one.
+        """
+
+    async def renew_credentials(self) -> bool:
+        """Ask the credential provider again, at most once in a few seconds; True for others.
+
+        Raises:
+            CredentialsRejectedError: it has no credentials to give.
+        """
+
+    async def close(self) -> None:
+        """Close connections."""
+
+
+class LocalRangedReader:
+    """Ranged reads of files in a folder, on threads: the same path as S3 without a network.
+
+    Whether a file is the one in the manifest is for the CRC-32 of its trials to say.
+    """
+
+    def __init__(self, folder: Path, concurrency: int) -> None:
+        self._folder = folder
+        self.loop = fsspec.asyn.get_loop()
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            max_workers=min(concurrency, 8), thread_name_prefix="local-read"
+        )
+
+    async def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
+        return await self.loop.run_in_executor(self._threads, self._read, key, offset, length)
+
+    def _read(self, key: str, offset: int, length: int) -> bytes:
+        try:
+            with (self._folder / key).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except FileNotFoundError as error:
+            raise PersistentError("no such file", "check that the folder is still there") from error
+        except OSError as error:
+            raise ReadError(f"{type(error).__name__}: {error.strerror}") from error
+
+    async def renew_credentials(self) -> bool:
+        return False
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _SharedRead:

@@ -14,10 +14,7 @@ from ..dataset.indexing import load_or_build_manifest
 from ..dataset.selection import TrialSelection, select_trials
 from ..errors import TrainingError
 from ..log_lines import total_line
-from ..model.augmentations import Augmentation
 from ..model.device import allow_tf32, notes
-from ..model.losses import JointObjective
-from ..model.optimizer import build_optimizer
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep, largest_batch
 from ..storage.store import open_store
@@ -94,9 +91,6 @@ def build_run(
     model = _build_model(config, len(selection.sessions), device, log)
     train_step = TrainStep(
         model,
-        Augmentation(config.dataset.data_transforms),
-        JointObjective.from_config(config),
-        build_optimizer(model, config, device),
         config,
         device,
         rank=world.rank,

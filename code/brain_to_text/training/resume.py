@@ -94,8 +94,8 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
 
 def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:
     state, config = run.state, run.config
-    for entry in dataclasses.fields(state):
-        setattr(state, entry.name, saved.get(entry.name, getattr(state, entry.name)))
+    for name, value in saved.items():
+        setattr(state, name, value)
     # accepted changes may ask for more steps, or for more patience
     patient = state.validations_without_improvement < config.early_stopping_val_steps
     state.stopped_early = state.stopped_early and config.early_stopping and not patient
@@ -191,11 +191,10 @@ def check_identity(
                 f"{name} was {before['versions'].get(name)} and is {version}: results may differ "
                 "in the last digits"
             )
-    processes = before.get("processes", own["processes"])
-    if processes != own["processes"]:
+    if before["processes"] != own["processes"]:
         log.warning(
-            f"The run had {processes} processes and has {own['processes']}: its batches stay the "
-            "same, noise and dropout do not (each process draws its own)"
+            f"The run had {before['processes']} processes and has {own['processes']}: its batches "
+            "stay the same, noise and dropout do not (each process draws its own)"
         )
     if binding and not accept:
         raise CheckpointError(

@@ -291,9 +291,9 @@ class BrainToTextDecoder_Trainer_S3:
     def _log_step(self, run: Run, result: StepResult) -> None:
         """Say how the last step and the interval up to it went; reading results waits for them."""
         step, interval = run.state.step, run.interval
-        terms: dict[str, torch.Tensor | None] = {"loss": result.nats_per_frame}
+        terms: dict[str, torch.Tensor | None] = {"loss": result.terms.nats_per_frame}
         if run.train_step.objective.is_joint:
-            terms["phoneme_loss"] = result.phoneme
+            terms["phoneme_loss"] = result.terms.phoneme
         # reading them first makes the time that of the work, not of handing it to the device
         own_terms = {name: float(value) for name, value in terms.items() if value is not None}
         elapsed = time.perf_counter() - interval.started
@@ -318,7 +318,7 @@ class BrainToTextDecoder_Trainer_S3:
             **dataclasses.asdict(traffic),
         }
         if run.train_step.objective.is_joint:
-            numbers["phoneme_weight"] = result.alpha
+            numbers["phoneme_weight"] = result.terms.alpha
         if run.device.type == "cuda":
             numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
         peak = peak_flops(run.device, run.config)

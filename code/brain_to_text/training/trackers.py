@@ -1,5 +1,7 @@
 """Who follows a run beside its log: a TensorBoard event file always, an MLflow run if asked for.
 
+TensorBoard's records are written by tensorboardX, without which a run trains as well.
+
 MLflow is spoken to in one thread, from the import on: a server that is slow, absent or broken costs
 a run one warning and no step. (MLflow's own asynchronous logging loses what it could not send, and
 keeps the process from ending while a server does not answer.) mlflow is imported here only; images
@@ -15,15 +17,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import leaves
 from ..log_lines import scrub
 from .run import RunPaths
 from .run_log import Follower, RunLog, scalars
-from .tensorboard import open_event_file
 
 LOGGER = logging.getLogger("brain_to_text")
+FLUSH_SECONDS = 10.0
 SEND_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 # How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
@@ -63,12 +66,70 @@ def open_trackers(
             f"MLFLOW_TRACKING_URI is set but this image has no module {missing[0]}, so nothing is "
             "logged there: push an image with ./build_and_push.sh --mlflow."
         )
-    events = open_event_file(paths.event_file)
-    mlflow = MlflowRun(uri, paths, params, tags) if uri and not missing else None
-    trackers: list[Follower] = [tracker for tracker in (events, mlflow) if tracker is not None]
+    trackers: list[Follower] = []
+    try:
+        trackers.append(EventFile(paths.event_file))
+    except ImportError as error:
+        log.info(f"No TensorBoard events are written: no module {error.name}")
+    if uri and not missing:
+        trackers.append(MlflowRun(uri, paths, params, tags))
     for tracker in trackers:
         log.follow(tracker)
     return trackers
+
+
+class EventFile:
+    """Writes each entry's numbers as one event at its step and time.
+
+    Trouble with the file (a full disk) is one warning and the end of the file, not of the run.
+
+    Args:
+        path: made with the first entry.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self.path = path
+        self._Event, self._Summary, self._RecordWriter = Event, Summary, RecordWriter
+        self._writer: Any = None
+        self._broken = False
+        self._flushed_at = 0.0
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Append one entry of metrics.jsonl."""
+        if self._broken:
+            return
+        try:
+            if self._writer is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._writer = self._RecordWriter(str(self.path))
+                self._write(wall_time=entry["time"], file_version="brain.Event:2")
+            values = [self._Summary.Value(tag=tag, simple_value=v) for tag, v in scalars(entry)]
+            summary = self._Summary(value=values)
+            self._write(wall_time=entry["time"], step=entry["step"], summary=summary)
+            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed_at = time.monotonic()
+        except OSError as error:
+            self._broken = True
+            LOGGER.warning("No more TensorBoard events are written to %s: %s", self.path, error)
+
+    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
+        """Write what is left, however the run ended."""
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as trouble:
+            LOGGER.warning("The end of %s is missing: %s", self.path, trouble)
+
+    def _write(self, **event: Any) -> None:
+        self._writer.write(self._Event(**event).SerializeToString())
 
 
 class MlflowRun:
