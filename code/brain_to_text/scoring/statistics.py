@@ -42,12 +42,7 @@ class ErrorCounts:
         return cls(counts["replace"], counts["delete"], counts["insert"], len(reference))
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
-        return ErrorCounts(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.reference_labels + other.reference_labels,
-        )
+        return ErrorCounts(*(getattr(self, n) + getattr(other, n) for n in vars(self)))
 
     @property
     def edits(self) -> int:
@@ -226,11 +221,7 @@ def _sign_flip_p_value(difference: np.ndarray, resamples: int, seed: int) -> flo
 
 
 def rates_by(
-    keys: Sequence[str],
-    errors: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    resamples: int = 2000,
+    keys: Sequence[str], errors: Sequence[int], tokens: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Per group of trials: its rate with interval, trials, tokens and errors; groups sorted."""
     groups: dict[str, list[int]] = {}
@@ -240,9 +231,7 @@ def rates_by(
     table = {}
     for name in sorted(groups):
         members = groups[name]
-        interval = bootstrap_interval(
-            error_counts[members], token_counts[members], resamples=resamples
-        )
+        interval = bootstrap_interval(error_counts[members], token_counts[members], resamples=2000)
         table[name] = {
             **asdict(interval),
             "n_trials": len(members),

@@ -20,6 +20,7 @@ from ..config import DatasetConfig, TrainingConfig
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
+from .stream_stats import StreamStats
 from .trial_stream import TrialStream
 
 # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
@@ -100,14 +101,10 @@ class StreamedBatches(abc.ABC):
 
         Close the iterator (or use it in `with`) when leaving early.
         """
-        prefetcher = Prefetcher(
-            self._begin,
-            self._batch_bytes,
-            start,
-            len(self) if stop is None else min(stop, len(self)),
-            self._limits,
+        stop = len(self) if stop is None else min(stop, len(self))
+        feeder = DeviceFeeder(
+            *(self.device, self.stats, self._begin, self._batch_bytes, start, stop, self._limits)
         )
-        feeder = DeviceFeeder(prefetcher, self.device, self.stats)
         self._open.add(feeder)
         return feeder
 
@@ -259,42 +256,32 @@ def _shared_settings(dataset: DatasetConfig, share: float) -> dict[str, Any]:
     }
 
 
-class DeviceFeeder(Iterator[Batch]):
-    """Batches on their device; on a GPU the next one is copied while the current one computes.
+class DeviceFeeder(Prefetcher[Batch]):
+    """Batches on their device; on a GPU the next one is copied while the current one computes."""
 
-    Attributes:
-        last_wait_seconds: how long the last `next` waited for data.
-    """
-
-    def __init__(self, batches: Prefetcher[Batch], device: torch.device | None, stats: Any) -> None:
-        self._batches = batches
+    def __init__(self, device: torch.device | None, stats: StreamStats, *prefetching: Any) -> None:
+        super().__init__(*prefetching)
         self._device = device
         self._stats = stats
         on_gpu = device is not None and device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self._ahead: Batch | None = None
-        self.last_wait_seconds = 0.0
-
-    @property
-    def first_ready(self) -> float:
-        """When the first batch was read (`time.perf_counter`), inf before."""
-        return self._batches.first_ready
 
     def __next__(self) -> Batch:
-        self.last_wait_seconds = 0.0
+        waited = 0.0
         batch, self._ahead = self._ahead, None
         if batch is None:
-            batch = self._moved(next(self._batches))
-            self.last_wait_seconds = self._batches.last_wait_seconds
-        self._stats.add(batches=1, wait_seconds=self.last_wait_seconds)
+            batch = self._moved(super().__next__())
+            waited = self.last_wait_seconds
+        self._stats.add(batches=1, wait_seconds=waited)
         if self._copy_stream is not None:
             consumer = torch.cuda.current_stream(self._device)
             consumer.wait_stream(self._copy_stream)
             for tensor in (batch.features, batch.labels, batch.phoneme_labels):
                 if tensor is not None:
                     tensor.record_stream(consumer)
-            if self._batches.ready():
-                self._ahead = self._moved(next(self._batches))
+            if self.ready():
+                self._ahead = self._moved(super().__next__())
         return batch
 
     def _moved(self, batch: Batch) -> Batch:
@@ -306,7 +293,7 @@ class DeviceFeeder(Iterator[Batch]):
     def close(self) -> None:
         """Give up batches under way."""
         self._ahead = None
-        self._batches.close()
+        super().close()
 
     def __enter__(self) -> DeviceFeeder:
         return self

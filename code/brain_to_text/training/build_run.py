@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,18 +16,18 @@ from ..dataset.selection import TrialSelection, select_trials
 from ..errors import TrainingError
 from ..log_lines import total_line
 from ..model.device import allow_tf32, notes
-from ..model.rnn_model import GRUDecoder
+from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..model.train_step import TrainStep, largest_batch
+from ..scoring.trained_model import initial_weights
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
 from .distributed import World, sum_gradients
-from .resume import check_identity, identity, restore_run
+from .resume import check_identity, identity, name_there, restore_run
 from .run import Interval, Run, RunPaths
 from .run_log import RunLog
-from .start_weights import start_from
 
 
 def build_run(
@@ -122,7 +123,7 @@ def build_run(
         restore_run(run, saved)
         return run
     if config.init_from_checkpoint:
-        start_from(str(config.init_checkpoint_path), model, selection.sessions, log)
+        _start_from(str(config.init_checkpoint_path), model, selection.sessions, log)
     log.begin()
     return run
 
@@ -203,6 +204,36 @@ def _build_model(
     log.info(f"Model has {n_parameters:,} parameters")
     log.info(f"Model has {n_day:,} day-specific parameters ({100 * n_day / n_parameters:.1f}%)")
     return model
+
+
+def _start_from(path: str, model: GRUDecoder, sessions: Sequence[str], log: RunLog) -> None:
+    """Load `init_checkpoint_path` into a new model.
+
+    Args:
+        path: file, folder, model.tar.gz or s3:// URL.
+        sessions: of the model's day layers, in order.
+
+    Raises:
+        CheckpointError, StorageError: it cannot be read, or does not fit.
+    """
+    weights, theirs = initial_weights(path)
+    if theirs is None:
+        log.warning(
+            f"{path} does not say whose its day layers are: they are taken in the order of "
+            "dataset.sessions."
+        )
+    else:
+        if fresh := [session for session in sessions if session not in theirs]:
+            log.info(
+                f"{path} has no day layer for {', '.join(fresh)}: these start as the identity."
+            )
+        own = model.state_dict()
+        days = {name: name_there(name, theirs, sessions) for name in own if name.startswith("day_")}
+        rest = {name: value for name, value in weights.items() if not name.startswith("day_")}
+        weights = rest | {n: weights[there] if there else own[n] for n, there in days.items()}
+    for sentence in load_public_state_dict(model, weights):
+        log.info(sentence)
+    log.info(f"Initialized weights from {path}")
 
 
 def _sum_over_ranks(

@@ -119,16 +119,15 @@ class World:
         if self.size == 1:
             return make()
         message: list[Any] = [None, None]
-        failure: Exception | None = None
         if self.is_main:
             try:
                 message[0] = make()
             except Exception as error:  # noqa: BLE001 - raised on every rank, below
-                message[1] = failure = error
+                message[1] = error
         with self.in_contact():
             dist.broadcast_object_list(message, src=0, group=self.setup)
-        if failure is not None or message[1] is not None:
-            raise failure or message[1]
+        if message[1] is not None:
+            raise message[1]
         return message[0]
 
     def any(self, flag: bool) -> bool:

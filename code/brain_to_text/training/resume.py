@@ -20,7 +20,6 @@ from ..config import TrainingConfig, changed, free_on_resume, leaves
 from ..errors import CheckpointError
 from .run import Run
 from .run_log import RunLog
-from .start_weights import name_there
 
 # Settings below `dataset` that decide which trials are validated, and how they are scored.
 VALIDATION_KEYS = (
@@ -90,6 +89,15 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
     _restore_progress(run, saved["run"])
     _forget_best_of_other_trials(run, saved["identity"])
     run.log.begin(saved["log"])
+
+
+def name_there(name: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """A parameter's name in a model whose day layers are those of `theirs`; None if it has none."""
+    layer, _, day = name.partition(".")
+    if not layer.startswith("day_"):
+        return name
+    session = ours[int(day)]
+    return f"{layer}.{theirs.index(session)}" if session in theirs else None
 
 
 def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:

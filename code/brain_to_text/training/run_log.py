@@ -54,12 +54,8 @@ def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             for session, rates in value.items():
                 for rate, number in rates.items():
                     yield f"sessions/{session}/{rate}", float(number)
-        elif name not in ("kind", "time", "step") and _is_number(value):
+        elif name not in ("kind", "time", "step") and type(value) in (int, float):
             yield f"{entry['kind']}/{name}", float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class _ScrubbingFormatter(logging.Formatter):
