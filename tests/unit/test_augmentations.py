@@ -154,27 +154,3 @@ def test_channel_masking_zeroes_other_channels_in_each_trial_and_is_off_by_defau
     kept = ~lost.unsqueeze(1).expand_as(masked)
     torch.testing.assert_close(masked[kept], plain[kept])  # other channels are as without
     assert DataTransformsConfig().channel_mask_share == 0
-
-
-def test_compiled_augmentation_is_the_same_and_does_not_recompile_for_new_lengths() -> None:
-    compiled: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]):
-        compiled.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    config = DataTransformsConfig()
-    eager = Augmentation(config)
-    fast = Augmentation(config)
-    fast.compile_with(lambda f: torch.compile(f, backend=backend, dynamic=True))
-    counts = []
-    for step, longest in enumerate((40, 57, 91, 64)):
-        batch = example_batch([longest, longest - 7, 30], [0, 0, 1])
-        a, b = (
-            one(batch.features, batch.n_time_steps, step_generator("cpu", 0, step))[0]
-            for one in (eager, fast)
-        )
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-        counts.append(len(compiled))
-    assert counts[-1] == counts[0], "a new length must not compile again"

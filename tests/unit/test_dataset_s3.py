@@ -141,20 +141,8 @@ def test_the_union_over_ranks_is_the_same_batch_and_each_trial_is_read_once(
 ) -> None:
     ranks = [open_dataset(rank=r, world_size=world_size) for r in range(world_size)]
     for step in range(N_BATCHES):
-        parts = [dataset[step] for dataset in ranks]
-        rows = [
-            (int(index), part.features[row, : part.n_time_steps[row]].numpy().tobytes())
-            for part in parts
-            for row, index in enumerate(part.trial_indices)
-        ]
-        whole = [
-            (
-                int(i),
-                expected[step].features[row, : expected[step].n_time_steps[row]].numpy().tobytes(),
-            )  # type: ignore[index]
-            for row, i in enumerate(expected[step].trial_indices)
-        ]
-        assert sorted(rows) == sorted(whole)
+        parts = [trial for dataset in ranks for trial in trials_of(dataset[step])]
+        assert sorted(parts) == sorted(trials_of(expected[step]))
     read = sum(dataset.stats.snapshot().trials_read for dataset in ranks)
     assert read == sum(len(np.unique(batch.trial_indices)) for batch in expected)
 

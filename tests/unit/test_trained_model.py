@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from brain_to_text.errors import BrainToTextError, CheckpointError
-from brain_to_text.log_lines import rows_of_log
 from brain_to_text.scoring.trained_model import initial_weights, open_model
 from support.tiny_models import write_model
 
@@ -46,25 +45,6 @@ def test_folder_archive_and_s3_give_the_same_model(tmp_path, s3_bucket, upload):
         rebuilt = artefact.build().state_dict()
         assert all(torch.equal(rebuilt[k], v) for k, v in model.state_dict().items())
         assert [row["step"] for row in artefact.metrics["train"]] == [0, 200]
-
-
-def test_log_lines_become_curves():
-    rows = rows_of_log(
-        "x: Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538 lr: 8.00e-04 data wait: 0.3%\n"
-        "x: Val batch 2000: PER (avg): 0.2251 CTC Loss (avg): 21.3 time: 9.1\n"
-        "x:   t15.2023.08.11 DER: 0.5 PER: 0.4\n"
-    )
-    assert rows["train"] == [
-        {
-            "step": 200,
-            "loss": 5.21,
-            "grad_norm": 8.43,
-            "seconds_per_step": 0.538,
-            "learning_rate": 8e-4,
-            "data_wait_share": pytest.approx(0.003),
-        }
-    ]
-    assert rows["validation"] == [{"step": 2000, "per": 0.2251, "ctc_loss": 21.3, "seconds": 9.1}]
 
 
 def test_what_is_not_a_model_is_named(tmp_path):

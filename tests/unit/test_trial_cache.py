@@ -58,12 +58,6 @@ def test_training_trials_find_their_room_whatever_was_read_before(
     assert 11 not in kept
 
 
-def test_a_budget_of_zero_keeps_nothing() -> None:
-    cache = TrialCache(0)
-    cache.put(0, np.ones((1, 1), np.float16))
-    assert cache.get(0) is None
-
-
 def test_threads_may_fill_it_together() -> None:
     cache = TrialCache(10**6)
     trials = [np.full((20, 4), i, np.float32) for i in range(400)]
