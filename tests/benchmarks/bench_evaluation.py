@@ -26,7 +26,7 @@ from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
 from brain_to_text.model.rnn_model import GRUDecoder
-from brain_to_text.scoring.decoding import batch_logits, greedy_decode
+from brain_to_text.scoring.decoding import Inference, greedy_decode
 from brain_to_text.scoring.realtime import export_streaming
 from brain_to_text.scoring.trained_model import ModelArtefact
 from brain_to_text.streaming.batch import collate, pad_features
@@ -107,7 +107,7 @@ def in_batches(
         records = [TrialRecord("s", "test", "k", "t", len(x), x.shape[1], "<f4", 0, 0) for x in own]
         features = pad_features(own, pin=device.type == "cuda")
         batch = collate(0, chosen, records, trials.days[chosen], features).to(device)
-        logits = batch_logits(model, smooth, batch, cast)
+        logits = Inference(model, smooth, cast).logits(batch)
         merged = greedy_decode(logits, model.frame_lengths(batch.n_time_steps))
         for place, labels in zip(chosen, merged, strict=True):
             found[place] = labels

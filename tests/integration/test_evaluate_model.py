@@ -20,7 +20,7 @@ from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.scoring.decoding import evaluate
+from brain_to_text.scoring.decoding import Inference, evaluate
 from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.storage.store import open_store
@@ -60,7 +60,8 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     chosen, _ = select_for_evaluation(manifest, artefact.config, SESSIONS, "val")
     dataset = EvaluationDatasetS3(stream, chosen, batch_size=2, device=torch.device("cpu"))
     transforms = artefact.config.dataset.data_transforms
-    result = evaluate(artefact.build(), Augmentation(transforms), dataset, SESSIONS)
+    inference = Inference(artefact.build(), Augmentation(transforms))
+    result = evaluate(inference, dataset, SESSIONS)
     dataset.close()
     assert result is not None
     assert summary["rates"]["DER"]["value"] == result.der

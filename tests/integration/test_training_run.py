@@ -410,9 +410,11 @@ def assert_averaged(run: Run, model: dict[str, torch.Tensor]) -> None:
 def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
     validated = []
 
-    def spy(model, *args, **options):
-        validated.append({name: value.clone() for name, value in model.state_dict().items()})
-        result = evaluate(model, *args, **options)
+    def spy(inference, *args, **options):
+        validated.append(
+            {name: value.clone() for name, value in inference.model.state_dict().items()}
+        )
+        result = evaluate(inference, *args, **options)
         return dataclasses.replace(result, der=1 / len(validated))  # the last is the best
 
     monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from brain_to_text.labels.diphones import collapse_to_phonemes, marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
-from brain_to_text.scoring.decoding import ValidationMeter, batch_logits, greedy_decode
+from brain_to_text.scoring.decoding import Inference, ValidationMeter, greedy_decode
 from brain_to_text.scoring.statistics import ErrorCounts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,5 +145,5 @@ def test_autocast_is_obeyed():
     batch = example_batch([60, 40], [0, 1])
     step = build(small_config())
     cast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    logits = batch_logits(step.model, step.augmentation, batch, cast)
+    logits = Inference(step.model, step.augmentation, cast).logits(batch)
     assert logits.dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from brain_to_text.model.device import send
-from brain_to_text.scoring.decoding import evaluate
+from brain_to_text.scoring.decoding import Inference, evaluate
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 
@@ -138,7 +138,7 @@ def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGp
             manifest=SimpleNamespace(label_form="self_loop"),
             batches=lambda: nullcontext(one_by_one()),
         )
-        return evaluate(step.model, step.augmentation, dataset, ["a", "b", "c"])
+        return evaluate(Inference(step.model, step.augmentation), dataset, ["a", "b", "c"])
 
     found, expected = scores(GPU), scores(CPU)
     assert (found.der, found.per, found.counts) == (expected.der, expected.per, expected.counts)

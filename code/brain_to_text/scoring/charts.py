@@ -45,7 +45,9 @@ def line_chart(
     all_x, all_y = (np.concatenate(values) for values in zip(*lines.values(), strict=True))
     x_range = _padded(all_x.min(), all_x.max(), 0)
     least, most = all_y.min(), all_y.max()
-    y_range = (least / 2, most * 2) if log_y else _padded(0 if from_zero else least, most, 0.05)
+    y_range: tuple[float, float] = (
+        (least / 2, most * 2) if log_y else _padded(0 if from_zero else least, most, 0.05)
+    )
     scale = np.log10 if log_y else np.asarray
 
     def place_x(values: Any) -> Any:

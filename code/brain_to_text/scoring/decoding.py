@@ -22,43 +22,45 @@ from ..streaming.batch import Batch
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from .statistics import ErrorCounts
 
-Autocast = Callable[[], AbstractContextManager[object]]
 
+@dataclass(frozen=True)
+class Inference:
+    """A model outside its training steps: on its data's device, the features only smoothed.
 
-@torch.no_grad()
-def batch_logits(
-    model: GRUDecoder, augmentation: Augmentation, batch: Batch, autocast: Autocast = nullcontext
-) -> torch.Tensor:
-    """Logits [B, T', classes] of a batch on the model's device; T' is at least 1.
-
-    Args:
-        model: in evaluation mode.
-        augmentation: only its smoothing is used.
+    Attributes:
         autocast: the precision of the forward pass.
     """
-    assert batch.features is not None  # on the device by now
-    features, n_time_steps = augmentation(batch.features, batch.n_time_steps)
-    with autocast():
-        logits: torch.Tensor = model(features, batch.day_indices, n_time_steps=n_time_steps)
-    return logits
 
+    model: GRUDecoder
+    augmentation: Augmentation
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-def _pass_over(
-    model: GRUDecoder,
-    augmentation: Augmentation,
-    dataset: EvaluationDatasetS3,
-    autocast: Autocast,
-) -> Generator[tuple[Batch, torch.Tensor, torch.Tensor], None, None]:
-    """(batch, its logits [B, T', classes], its frame lengths [B] on the CPU), batch by batch."""
-    was_training = model.training
-    model.eval()
-    try:
-        with dataset.batches() as batches:
-            for batch in batches:
-                logits = batch_logits(model, augmentation, batch, autocast)
-                yield batch, logits, model.frame_lengths(batch.n_time_steps)
-    finally:
-        model.train(was_training)
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, T', classes] of a batch by a model in evaluation mode; T' is at least 1."""
+        features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps)
+        with self.autocast():
+            logits: torch.Tensor = self.model(
+                features, batch.day_indices, n_time_steps=n_time_steps
+            )
+        return logits
+
+    def over(
+        self, dataset: EvaluationDatasetS3
+    ) -> Generator[tuple[Batch, torch.Tensor, torch.Tensor], None, None]:
+        """(batch, its logits, its frame lengths [B] on the CPU), batch by batch.
+
+        The model's training mode is restored afterwards.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with dataset.batches() as batches:
+                for batch in batches:
+                    frames = self.model.frame_lengths(batch.n_time_steps)
+                    yield batch, self.logits(batch), frames
+        finally:
+            self.model.train(was_training)
 
 
 def greedy_decode(scores: torch.Tensor, frame_lengths: torch.Tensor) -> list[list[int]]:
@@ -227,12 +229,10 @@ def _unpad(labels: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
 
 
 def evaluate(
-    model: GRUDecoder,
-    augmentation: Augmentation,
+    inference: Inference,
     dataset: EvaluationDatasetS3,
     sessions: Sequence[str],
     *,
-    autocast: Autocast = nullcontext,
     keep_logits: bool = False,
     stop: Callable[[], bool] | None = None,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -240,10 +240,7 @@ def evaluate(
     """Score every trial of `dataset`, as validation during training does.
 
     Args:
-        model: on the dataset's device; its training mode is restored afterwards.
-        augmentation: only its smoothing is used.
         sessions: names in day-layer order.
-        autocast: the precision of the forward pass.
         keep_logits: also return every trial's logits, [T', C] float16 on the CPU by manifest index.
         stop: asked between batches; when it says True the pass is given up.
         gather: every process's part from this one's, when processes share the pass.
@@ -252,9 +249,9 @@ def evaluate(
         The scores, or None when the pass was given up.
     """
     started = time.perf_counter()
-    meter = ValidationMeter(sessions, model.n_classes, dataset.manifest.label_form)
+    meter = ValidationMeter(sessions, inference.model.n_classes, dataset.manifest.label_form)
     kept: dict[int, torch.Tensor] = {}
-    with closing(_pass_over(model, augmentation, dataset, autocast)) as batches:
+    with closing(inference.over(dataset)) as batches:
         for batch, logits, frames in batches:
             if stop is not None and stop():
                 return None
@@ -315,11 +312,9 @@ class DecodedTrial:
 
 
 def decode_trials(
-    model: GRUDecoder,
-    augmentation: Augmentation,
+    inference: Inference,
     dataset: EvaluationDatasetS3,
     *,
-    autocast: Autocast = nullcontext,
     keep_classes: Collection[int] = (),
     label_form: LabelForm | None = None,
     progress: Callable[[int], object] = lambda count: None,
@@ -327,10 +322,7 @@ def decode_trials(
     """Decode every trial of `dataset` greedily.
 
     Args:
-        model: on the dataset's device; its training mode is restored afterwards.
-        augmentation: only its smoothing is used.
         dataset: with or without labels.
-        autocast: the precision of the forward pass.
         keep_classes: trials, by index, whose class log-probabilities are kept too.
         label_form: of the model's diphones; None: that of the data.
         progress: told after each batch how many trials it had.
@@ -340,12 +332,13 @@ def decode_trials(
     """
     manifest = dataset.manifest
     form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
-    comparable = manifest.n_classes == model.n_classes and manifest.label_form == form
+    n_classes = inference.model.n_classes
+    comparable = manifest.n_classes == n_classes and manifest.label_form == form
     decoded: list[DecodedTrial] = []
-    with closing(_pass_over(model, augmentation, dataset, autocast)) as batches:
+    with closing(inference.over(dataset)) as batches:
         for batch, logits, frames in batches:
             log_probs, lengths = logits.float().log_softmax(-1), frames.tolist()
-            diphones = model.n_classes == N_DIPHONES
+            diphones = n_classes == N_DIPHONES
             phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
             classes = greedy_decode(log_probs, frames) if diphones else []
             for row, index in enumerate(batch.trial_indices.tolist()):

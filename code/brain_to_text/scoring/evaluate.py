@@ -24,7 +24,7 @@ from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .csv_tables import rescored_sentences, submission_remark
-from .decoding import DecodedTrial, decode_trials
+from .decoding import DecodedTrial, Inference, decode_trials
 from .results import Evaluation, check_place, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark
 from .trained_model import CHECKPOINTS, ModelArtefact, open_model
@@ -243,13 +243,12 @@ def run_model(
     indices = np.concatenate(chosen)
     examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
     dtype = autocast_dtype(config, device)
+    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     started = time.perf_counter()
     with tqdm(total=len(indices), unit="trial", disable=None, desc="Decoding") as bar:
         trials = decode_trials(
-            model,
-            Augmentation(config.dataset.data_transforms),
+            Inference(model, Augmentation(config.dataset.data_transforms), cast),
             dataset,
-            autocast=partial(torch.autocast, device.type, dtype, enabled=dtype is not None),
             keep_classes=examples,
             label_form=artefact.label_form,
             progress=bar.update,

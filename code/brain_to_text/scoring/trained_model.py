@@ -35,7 +35,6 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "args.yaml": ("checkpoint/args.yaml", "args.yaml"),
     "training_log": ("training_log",),
 }
-_GZIP = b"\x1f\x8b"
 _MOST_SWELLING = 100  # times a packed archive's size; weights hardly shrink, logs to a twentieth
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
 
@@ -182,7 +181,7 @@ def _files(location: str) -> dict[str, bytes]:
             "--model is empty: give a model folder, a model.tar.gz, or an s3:// URL."
         )
     folder, _, name = location.rpartition("/")
-    if location.endswith((".tar.gz", ".tgz", ".tar")):
+    if location.endswith(".tar.gz"):
         return _untar(open_store(folder or ".").read(name), location)
     names = _NAMES
     if name == "best_checkpoint" if is_s3(location) else Path(location).is_file():
@@ -312,12 +311,11 @@ def _untar(data: bytes, location: str) -> dict[str, bytes]:
     """
     members: dict[str, bytes] = {}
     try:
-        if data.startswith(_GZIP):  # whole, so that its checksum decides before anything is parsed
-            most = _MOST_SWELLING * len(data) + (1 << 24)
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(most + 1)
-            if len(data) > most:
-                raise tarfile.TarError(f"it swells to more than {most / 1e6:,.0f} MB")
+        most = _MOST_SWELLING * len(data) + (1 << 24)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            data = file.read(most + 1)  # whole, so that its checksum decides before it is parsed
+        if len(data) > most:
+            raise tarfile.TarError(f"it swells to more than {most / 1e6:,.0f} MB")
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")

@@ -22,12 +22,8 @@ import botocore.credentials
 import botocore.exceptions
 import botocore.session
 import fsspec.asyn
-
-try:
-    import obstore
-    from obstore.store import S3Store
-except ImportError:
-    obstore = None  # type: ignore[assignment]
+import obstore
+from obstore.store import S3Store
 
 from ..errors import StorageError
 from ..storage.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
@@ -155,7 +151,7 @@ class _Renewal:
 
 def _obstore_will_do(bucket: str) -> bool:
     """obstore knows plain buckets at plain endpoints; what else a profile can ask is botocore's."""
-    if obstore is None or bucket.startswith("arn:") or bucket.endswith("--x-s3"):
+    if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
         return False
     profile = botocore.session.Session().get_scoped_config()
     switches = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in _SWITCHES}

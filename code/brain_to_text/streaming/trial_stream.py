@@ -53,6 +53,9 @@ class TrialStream:
         retry: time limits of one read.
         threads: verify and inflate this many trials at once.
         reader: for tests and benchmarks, instead of the one for the store's URL.
+
+    Raises:
+        StorageError: see `s3_reads.S3RangedReader`.
     """
 
     def __init__(
@@ -74,7 +77,11 @@ class TrialStream:
         self.dtype = np.dtype("<f2" if half else "<f4")
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
-        self._reader = reader or _open_reader(url, concurrency, self._retry.read_timeout_seconds)
+        if reader is None and is_s3(url):
+            from .s3_reads import S3RangedReader  # local folders need no S3 client
+
+            reader = S3RangedReader(url, concurrency, self._retry.read_timeout_seconds)
+        self._reader = reader or LocalRangedReader(Path(url), concurrency)
         self._slots = asyncio.Semaphore(concurrency)
         self._reads: dict[int, _SharedRead] = {}
         self._decoders = concurrent.futures.ThreadPoolExecutor(threads, "trial-decode")
@@ -280,19 +287,6 @@ class TrialStream:
             f"{attempts.elapsed_seconds:.1f} s of the {self._retry.budget_seconds:g} s budget, "
             f"last cause: {attempts.last_cause}; {advice}."
         )
-
-
-def _open_reader(url: str, concurrency: int, read_timeout_seconds: float) -> RangedReader:
-    """The reader for a store's URL: `s3://bucket/prefix`, or a local folder.
-
-    Raises:
-        StorageError: see `s3_reads.S3RangedReader`.
-    """
-    if is_s3(url):
-        from .s3_reads import S3RangedReader  # local folders need no S3 client
-
-        return S3RangedReader(url, concurrency, read_timeout_seconds)
-    return LocalRangedReader(Path(url), concurrency)
 
 
 class RangedReader(Protocol):

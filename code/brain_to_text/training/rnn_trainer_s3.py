@@ -17,7 +17,7 @@ from ..log_lines import best_line, train_line, validation_line
 from ..model.device import peak_flops
 from ..model.train_step import Health, StepResult
 from ..model.weights_file import save_atomically, writing
-from ..scoring.decoding import ValidationResult, evaluate
+from ..scoring.decoding import Inference, ValidationResult, evaluate
 from ..streaming.stream_stats import StreamCounts
 from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
@@ -163,11 +163,9 @@ class BrainToTextDecoder_Trainer_S3:
         run.log.info(f"Running test after training batch: {step}")
         with run.train_step.averaged_weights():
             result = evaluate(
-                run.model,
-                run.train_step.augmentation,
+                Inference(run.model, run.train_step.augmentation, run.train_step.autocast),
                 run.val_set,
                 run.selection.sessions,
-                autocast=run.train_step.autocast,
                 keep_logits=config.save_val_logits,
                 stop=lambda: run.world.size == 1 and self.interruption.requested is not None,
                 gather=run.world.gather,
