@@ -6,7 +6,6 @@
     python tests/benchmarks/bench_step.py --with-data              # trials streamed, cache warm
     python tests/benchmarks/bench_step.py --sweep                  # batch sizes x lengths
     python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
-    python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
     python tests/benchmarks/bench_step.py --compile                # eager against torch.compile
     python tests/benchmarks/bench_step.py --counts                 # launches, waits, copies, memory
     python tests/benchmarks/bench_step.py --project                # hours and cost per instance
@@ -594,7 +593,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ours-only", action="store_true", help="leave the plain one out of --sweep"
     )
-    parser.add_argument("--validation", type=int, metavar="TRIALS")
     parser.add_argument("--counts", action="store_true", help="launches, waits, copies, memory")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
