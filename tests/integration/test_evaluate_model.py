@@ -455,4 +455,4 @@ def test_a_finished_run_leaves_its_report(model_folder, tiny_dataset, tmp_path):
     ):
         assert shown in text.split(f'<section id="{section}">')[1].split("</section>")[0]
     drawn = text.split('<section id="examples">')[1].split("</section>")[0]
-    assert drawn.count('class="alignment"') == 3, "one trial of each session"
+    assert drawn.count('class="alignment"') == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from ..dataset.indexing import load_or_build_manifest
-from ..dataset.manifest import TrialManifest
 from ..dataset.selection import select_for_evaluation
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
@@ -51,7 +50,6 @@ def evaluate_model(
     export_logits: bool = False,
     words: WordOptions | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Decode a split, score it, write tables and the report.
 
@@ -69,7 +67,6 @@ def evaluate_model(
         export_logits: also write phoneme logits for the public language-model server.
         words: decode or score sentences too, or None.
         overwrite: replace results of another model, dataset or split in output_dir.
-        say: takes each line for the terminal.
 
     Raises:
         BrainToTextError: model, data or output cannot be read, used or written.
@@ -77,7 +74,7 @@ def evaluate_model(
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: give at least 1 trial.")
     where = _device(device)
-    say(f"Using device: {where}")
+    print(f"Using device: {where}")
     if words is not None:
         check_words(words)
     place, source = (Path(os.path.realpath(p)) for p in (output_dir, data))
@@ -94,7 +91,7 @@ def evaluate_model(
     _check_ensemble(artefacts)
     rivals = [open_model(compare_with)] if compare_with else []
     store = open_store(data)
-    manifest = load_or_build_manifest(store, say)
+    manifest = load_or_build_manifest(store, print)
     chosen = [
         set(np.concatenate(select_for_evaluation(manifest, a.config, a.sessions, split)[0]))
         for a in (*artefacts, *rivals)
@@ -112,11 +109,11 @@ def evaluate_model(
         if words is not None and words.rescored is None:
             decoder, facts = make_decoder(words, manifest, folder, split)
             for name, fact in facts.items():
-                say(f"{name}: {fact}")
+                print(f"{name}: {fact}")
         run = partial(run_model, stream=stream, device=where, batch_size=batch_size)
         members = [run(artefact, split=split) for artefact in artefacts]
         seconds = sum(member.seconds for member in members)
-        say(
+        print(
             f"Decoded {len(members[0].trials)} trials in {seconds:.1f} s: "
             f"{sum(len(m.trials) for m in members) / max(seconds, 1e-9):.1f} trials/s"
         )
@@ -146,11 +143,11 @@ def evaluate_model(
                 members=evaluated,
             )
         for sentence in evaluation.remarks:
-            say(sentence)
+            print(sentence)
         for line in describe(evaluation.summary, comparison):
-            say(line)
+            print(line)
         write_results(evaluation, folder, comparison=comparison, logits=export_logits)
-    say(f"Tables and report.html are in {output_dir}")
+    print(f"Tables and report.html are in {output_dir}")
     return evaluation
 
 
@@ -190,7 +187,7 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
             "The models of this ensemble share no trial: give models that were trained on the "
             "same sessions."
         )
-    examples = example_trials(manifest, shared, N_EXAMPLES)
+    examples = example_trials(shared)
     trials = []
     for index in shared:
         mean = np.mean([trials_of[index].phoneme_log_probs for trials_of in by_index], axis=0)
@@ -241,7 +238,7 @@ def run_model(
         feature_subset=config.dataset.feature_subset,
     )
     indices = np.concatenate(chosen)
-    examples = example_trials(manifest, sorted(indices.tolist()), N_EXAMPLES)
+    examples = example_trials(sorted(indices.tolist()))
     dtype = autocast_dtype(config, device)
     cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     started = time.perf_counter()
@@ -266,14 +263,10 @@ def run_model(
     )
 
 
-def example_trials(manifest: TrialManifest, trials: Collection[int], most: int) -> list[int]:
-    """Up to `most` trials to look at: the middle ones of sessions spread over the recording."""
-    by_session: dict[str, list[int]] = {}
-    for index in trials:
-        by_session.setdefault(manifest.trials[index].session, []).append(index)
-    sessions = sorted(by_session)
-    places = np.unique(np.linspace(0, len(sessions) - 1, min(most, len(sessions))).round())
-    return [by_session[sessions[int(p)]][len(by_session[sessions[int(p)]]) // 2] for p in places]
+def example_trials(trials: Sequence[int]) -> list[int]:
+    """A few trials to look at, spread over the recording."""
+    places = np.linspace(0, len(trials) - 1, min(N_EXAMPLES, len(trials)))
+    return [trials[int(place)] for place in places]
 
 
 def write_run_report(

@@ -42,14 +42,15 @@ class StreamingDecoder(nn.Module):
                 "A bidirectional model reads the future and cannot decode while a person speaks: "
                 "train with model.bidirectional false."
             )
-        self.taps = nn.Buffer(torch.tensor(taps or [1.0]))
+        taps = taps or [1.0]
+        self.taps = nn.Buffer(torch.tensor(taps))
         self.day_weights = nn.Buffer(torch.stack([w.detach() for w in model.day_weights]))
         self.day_biases = nn.Buffer(torch.stack([b.detach() for b in model.day_biases]))
         self.h0 = nn.Buffer(model.h0.detach().clone())
         self.gru = model.gru
         self.out = model.out
-        self.look_back = (len(taps) - 1) // 2 if taps else 0
-        self.look_ahead = len(taps) - 1 - self.look_back if taps else 0
+        self.look_back = (len(taps) - 1) // 2
+        self.look_ahead = len(taps) - 1 - self.look_back
         self.patch_size = model.patch_size
         self.patch_stride = model.patch_stride
         self.n_layers = model.n_layers

@@ -26,7 +26,6 @@ from .run import RunPaths
 from .run_log import Follower, RunLog, scalars
 
 LOGGER = logging.getLogger("brain_to_text")
-FLUSH_SECONDS = 10.0
 SEND_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 # How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
@@ -99,7 +98,6 @@ class EventFile:
         self._Event, self._Summary, self._RecordWriter = Event, Summary, RecordWriter
         self._writer: Any = None
         self._broken = False
-        self._flushed_at = 0.0
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Append one entry of metrics.jsonl."""
@@ -113,9 +111,7 @@ class EventFile:
             values = [self._Summary.Value(tag=tag, simple_value=v) for tag, v in scalars(entry)]
             summary = self._Summary(value=values)
             self._write(wall_time=entry["time"], step=entry["step"], summary=summary)
-            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-                self._writer.flush()
-                self._flushed_at = time.monotonic()
+            self._writer.flush()
         except OSError as error:
             self._broken = True
             LOGGER.warning("No more TensorBoard events are written to %s: %s", self.path, error)
