@@ -441,6 +441,7 @@ def run_trainer(
     With `busy` the step computes in Python instead of sleeping, as one that launches kernels does.
     """
     from brain_to_text.config_reader import load_config
+    from brain_to_text.model.losses import LossTerms
     from brain_to_text.model.train_step import StepResult, TrainStep
     from brain_to_text.streaming import s3_reads
     from brain_to_text.training import build_run
@@ -456,7 +457,7 @@ def run_trainer(
             time.sleep(0 if busy else step_seconds)
             zero = torch.zeros(())
             fine = torch.ones((), dtype=torch.bool)
-            return StepResult(zero, zero, None, zero, fine, 0.0, 1, 0.0)
+            return StepResult(LossTerms(zero, zero, None, 0.0), zero, fine, 1, 0.0)
 
     def opened(*how: Any) -> TrialStream:
         stream = real(*how)
