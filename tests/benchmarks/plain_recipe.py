@@ -80,13 +80,12 @@ class PlainStep:
             fused=True,
         )
 
-    def augment(self, x: torch.Tensor, n_time_steps: torch.Tensor, training: bool = True):
-        if training:
-            x = x + torch.randn(x.shape, device=self.device) * self.transforms.white_noise_std
-            offset = torch.randn((len(x), 1, x.shape[2]), device=self.device)
-            x = x + offset * self.transforms.constant_offset_std
-            cut = int(torch.randint(0, max(self.transforms.random_cut, 1), ()))
-            x, n_time_steps = x[:, cut:], n_time_steps - cut
+    def augment(self, x: torch.Tensor, n_time_steps: torch.Tensor):
+        x = x + torch.randn(x.shape, device=self.device) * self.transforms.white_noise_std
+        offset = torch.randn((len(x), 1, x.shape[2]), device=self.device)
+        x = x + offset * self.transforms.constant_offset_std
+        cut = int(torch.randint(0, max(self.transforms.random_cut, 1), ()))
+        x, n_time_steps = x[:, cut:], n_time_steps - cut
         C = x.shape[2]
         kernel = self.kernel.view(1, 1, -1).repeat(C, 1, 1)
         x = F.conv1d(x.permute(0, 2, 1), kernel, padding="same", groups=C).permute(0, 2, 1)

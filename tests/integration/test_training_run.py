@@ -76,7 +76,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capfd):
+def train(data, tmp_path, monkeypatch, capfd):
     """train(folder name, options…, key=value…) -> Run; data-dir and small settings are given."""
 
     def run(name: str, *options: str, **settings: object) -> Run:
@@ -86,14 +86,15 @@ def train(tmp_path, monkeypatch, capfd):
         merged = {**SETTINGS, **settings}
         words = [w for key, value in merged.items() for w in (f"--{key}", str(value))]
         capfd.readouterr()
-        code = train_model_sagemaker.main([*options, *words])
+        where = () if "--s3-bucket" in options else ("--data-dir", str(data))
+        code = train_model_sagemaker.main([*where, *options, *words])
         return Run(folder, code, "".join(capfd.readouterr()))
 
     return run
 
 
-def test_a_run_leaves_exactly_what_is_promised(data, train):
-    run = train("job", "--data-dir", str(data))
+def test_a_run_leaves_exactly_what_is_promised(train):
+    run = train("job")
     assert run.code == 0, run.said
     assert {name for name in run.files if name.startswith("model/")} == {
         "model/checkpoint/best_checkpoint",
@@ -145,7 +146,7 @@ def finished_log(data, tmp_path_factory) -> str:
 
 
 def test_every_field_of_a_training_line_is_said_and_kept(data, train):
-    run = train("job", "--data-dir", str(data), phoneme_weight=0.4)
+    run = train("job", phoneme_weight=0.4)
     for line, numbers in zip(run.train_lines(), run.metrics(), strict=True):
         number = r"\d+(\.\d+)?"
         assert re.search(
@@ -159,7 +160,7 @@ def test_every_field_of_a_training_line_is_said_and_kept(data, train):
         assert numbers["trials_per_second"] * numbers["seconds_per_step"] == pytest.approx(4)
 
 
-def test_rates_are_of_the_whole_interval_and_of_finished_work(data, train, monkeypatch):
+def test_rates_are_of_the_whole_interval_and_of_finished_work(train, monkeypatch):
     """The device lags behind the host: a result takes 0.3 s until it can be read."""
 
     class Late:
@@ -180,7 +181,7 @@ def test_rates_are_of_the_whole_interval_and_of_finished_work(data, train, monke
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", late)
-    run = train("job", "--data-dir", str(data), num_training_batches=4, batches_per_train_log=3)
+    run = train("job", num_training_batches=4, batches_per_train_log=3)
     first, second = run.metrics()
     assert len(set(frames)) > 1
     for numbers, steps in ((first, frames[:1]), (second, frames[1:])):
@@ -206,8 +207,8 @@ def test_rates_are_of_the_whole_interval_and_of_finished_work(data, train, monke
     ],
     ids=["diphone", "phoneme", "schedule"],
 )
-def test_a_joint_loss_says_the_terms_it_has_and_their_weight(data, train, objective, said):
-    run = train("job", "--data-dir", str(data), **objective)
+def test_a_joint_loss_says_the_terms_it_has_and_their_weight(train, objective, said):
+    run = train("job", **objective)
     terms = [re.search(r"time: \S+ (.*)lr:", line)[1].strip() for line in run.train_lines()]
     assert [re.sub(r"phoneme: \d+\.\d+", "phoneme: #", t) or None for t in terms] == said
     for text, numbers in zip(said, run.metrics(), strict=True):
@@ -222,8 +223,8 @@ def streaming(run: Run) -> str:
     return line
 
 
-def test_what_was_streamed_is_said_when_everything_was_read(data, train):
-    run = train("job", "--data-dir", str(data), cache_gb=0)
+def test_what_was_streamed_is_said_when_everything_was_read(train):
+    run = train("job", cache_gb=0)
     line = streaming(run)
     assert run.said.index("Report: ") < run.said.index(line)
     in_steps = sum(numbers["requests"] for numbers in run.metrics())
@@ -232,7 +233,7 @@ def test_what_was_streamed_is_said_when_everything_was_read(data, train):
 
 
 @pytest.mark.parametrize("end", ["stop", "failure"])
-def test_what_was_streamed_is_said_however_a_run_ends(data, train, monkeypatch, end):
+def test_what_was_streamed_is_said_however_a_run_ends(train, monkeypatch, end):
     real = TrainStep.__call__
 
     def ending(self, batch, step, *rest):
@@ -243,7 +244,7 @@ def test_what_was_streamed_is_said_however_a_run_ends(data, train, monkeypatch, 
         return real(self, batch, step, *rest)
 
     monkeypatch.setattr(TrainStep, "__call__", ending)
-    run = train("job", "--data-dir", str(data))
+    run = train("job")
     assert run.code == (1 if end == "failure" else 0)
     assert re.search(r"Streaming: \d+ GETs, .* waited", streaming(run))
 
@@ -251,7 +252,7 @@ def test_what_was_streamed_is_said_however_a_run_ends(data, train, monkeypatch, 
 def test_faults_of_the_network_do_not_change_the_run(
     data, train, s3_prefix, upload, fault_proxy: FaultProxy
 ):
-    alone = train("folder", "--data-dir", str(data), num_training_batches=20, cache_gb=0)
+    alone = train("folder", num_training_batches=20, cache_gb=0)
     upload(data, s3_prefix)
     bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
     where = ("--s3-bucket", bucket, "--s3-data-prefix", prefix)
@@ -267,10 +268,9 @@ def test_faults_of_the_network_do_not_change_the_run(
     assert "retries" in run.said
 
 
-def test_a_run_that_diverges_says_where_and_keeps_the_batch(data, train):
+def test_a_run_that_diverges_says_where_and_keeps_the_batch(train):
     run = train(
         "job",
-        *("--data-dir", str(data)),
         lr_max=1e30,
         lr_max_day=1e30,
         grad_norm_clip_value=0,
@@ -302,11 +302,10 @@ def refuse(monkeypatch):
     return wrap
 
 
-def test_refusals_between_two_log_lines_stop_the_run(data, train, refuse):
+def test_refusals_between_two_log_lines_stop_the_run(train, refuse):
     refuse({6, 7, 8})
     run = train(
         "job",
-        *("--data-dir", str(data)),
         num_training_batches=30,
         batches_per_train_log=5,
         batches_per_val_step=100,
@@ -318,11 +317,10 @@ def test_refusals_between_two_log_lines_stop_the_run(data, train, refuse):
 
 
 @pytest.mark.parametrize("patience", [2, 3])
-def test_refusals_after_the_last_log_line_are_said_or_stop_the_run(data, train, refuse, patience):
+def test_refusals_after_the_last_log_line_are_said_or_stop_the_run(train, refuse, patience):
     refuse({10, 11})
     run = train(
         "job",
-        *("--data-dir", str(data)),
         num_training_batches=12,
         batches_per_train_log=5,
         batches_per_val_step=100,
@@ -337,11 +335,10 @@ def test_refusals_after_the_last_log_line_are_said_or_stop_the_run(data, train, 
         assert last > run.said.index("Val batch 11"), "the last words say it"
 
 
-def test_a_run_of_refusals_leaves_no_state_to_resume_from(data, train, refuse):
+def test_a_run_of_refusals_leaves_no_state_to_resume_from(train, refuse):
     refuse({1, 2, 3})
     run = train(
         "job",
-        *("--data-dir", str(data)),
         num_training_batches=30,
         batches_per_train_log=100,
         batches_per_val_step=100,
@@ -355,20 +352,18 @@ def test_a_run_of_refusals_leaves_no_state_to_resume_from(data, train, refuse):
 @pytest.mark.parametrize(
     ("fits", "words"), [(2, "start again with --batch-size 2"), (0, "Not even one trial")]
 )
-def test_a_batch_that_does_not_fit_is_found_before_the_first_step(
-    data, train, monkeypatch, fits, words
-):
+def test_a_batch_that_does_not_fit_is_found_before_the_first_step(train, monkeypatch, fits, words):
     # memory cannot run out on purpose here: only the answer of the probe is made up
     monkeypatch.setattr(build_run, "largest_batch", lambda step, *sizes: fits)
-    run = train("job", "--data-dir", str(data), try_largest_batches_first="true")
+    run = train("job", try_largest_batches_first="true")
     assert run.code == 1
     assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure
     assert "Train batch" not in run.said.replace("Train batches", "")
 
 
-def test_the_largest_batch_is_tried_and_changes_nothing(data, train):
-    plain = train("plain", "--data-dir", str(data))
-    tried = train("tried", "--data-dir", str(data), try_largest_batches_first="true")
+def test_the_largest_batch_is_tried_and_changes_nothing(train):
+    plain = train("plain")
+    tried = train("tried", try_largest_batches_first="true")
     assert "The largest batch fits: 4 trials of" in tried.said
     for name, value in plain.last()["model"].items():
         assert torch.equal(value, tried.last()["model"][name]), name
@@ -407,7 +402,7 @@ def assert_averaged(run: Run, model: dict[str, torch.Tensor]) -> None:
         assert torch.equal(model[name], value), name
 
 
-def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
+def test_averaged_weights_are_validated_and_kept(train, monkeypatch):
     validated = []
 
     def spy(inference, *args, **options):
@@ -418,7 +413,7 @@ def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
         return dataclasses.replace(result, der=1 / len(validated))  # the last is the best
 
     monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
-    run = train("job", "--data-dir", str(data), save_final_model=True, **AVERAGING)
+    run = train("job", save_final_model=True, **AVERAGING)
     assert run.code == 0, run.said
     assert_averaged(run, with_plain_classifier(validated[-1]))
     assert_averaged(run, run.best()["model_state_dict"])
@@ -426,7 +421,7 @@ def test_averaged_weights_are_validated_and_kept(data, train, monkeypatch):
     assert_averaged(run, torch.load(final, weights_only=True)["model_state_dict"])
 
 
-def test_a_stop_before_any_validation_leaves_the_averaged_model(data, train, monkeypatch):
+def test_a_stop_before_any_validation_leaves_the_averaged_model(train, monkeypatch):
     real = TrainStep.__call__
 
     def stopping(self, batch, step, *rest):
@@ -437,7 +432,7 @@ def test_a_stop_before_any_validation_leaves_the_averaged_model(data, train, mon
     monkeypatch.setattr(TrainStep, "__call__", stopping)
     trainer = rnn_trainer_s3.BrainToTextDecoder_Trainer_S3
     monkeypatch.setattr(trainer, "_validation_due", lambda self, run: False)
-    run = train("job", "--data-dir", str(data), **AVERAGING)
+    run = train("job", **AVERAGING)
     assert run.code == 0 and "Stopped by SIGTERM after 5 steps" in run.said
     assert_averaged(run, run.best()["model_state_dict"])
 
@@ -453,10 +448,9 @@ def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions,
     assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
 
 
-def test_early_stopping_ends_the_run(data, train):
+def test_early_stopping_ends_the_run(train):
     run = train(
         "job",
-        *("--data-dir", str(data)),
         early_stopping=True,
         early_stopping_val_steps=2,
         lr_max=1e-9,
@@ -470,11 +464,10 @@ def test_early_stopping_ends_the_run(data, train):
 
 
 @pytest.mark.parametrize("classifier", ["plain", "factored"])
-def test_a_new_run_starts_from_given_weights_by_session_name(data, train, classifier):
-    first = train("first", "--data-dir", str(data), classifier="factored")
+def test_a_new_run_starts_from_given_weights_by_session_name(train, classifier):
+    first = train("first", classifier="factored")
     second = train(
         "second",
-        *("--data-dir", str(data)),
         init_from_checkpoint=True,
         init_checkpoint_path=first.folder / "model",
         classifier=classifier,
@@ -494,7 +487,7 @@ def test_a_new_run_starts_from_given_weights_by_session_name(data, train, classi
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_logits_are_kept_on_request_only(data, train, monkeypatch, kept):
+def test_logits_are_kept_on_request_only(train, monkeypatch, kept):
     results = []
 
     def spy(*args, **options):
@@ -502,7 +495,7 @@ def test_logits_are_kept_on_request_only(data, train, monkeypatch, kept):
         return results[-1]
 
     monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
-    run = train("job", "--data-dir", str(data), **({"save_val_logits": True} if kept else {}))
+    run = train("job", **({"save_val_logits": True} if kept else {}))
     assert run.code == 0
     assert ("output/data/val_logits.pt" in run.files) == kept
     assert all((result.logits is not None) == kept for result in results)
@@ -514,9 +507,9 @@ def test_logits_are_kept_on_request_only(data, train, monkeypatch, kept):
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_scores_of_sessions_are_said_unless_switched_off(data, train, said):
+def test_scores_of_sessions_are_said_unless_switched_off(train, said):
     settings = {} if said else {"log_individual_day_val_PER": False}
-    run = train("job", "--data-dir", str(data), **settings)
+    run = train("job", **settings)
     rate = r"\d+\.\d{4}"
     for session in ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18"):
         line = rf"(?m):   {session} DER: {rate} PER: {rate} PER_path: {rate} CTC_loss: {rate}$"
@@ -526,17 +519,16 @@ def test_scores_of_sessions_are_said_unless_switched_off(data, train, said):
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_the_run_decides_about_tf32(data, train, monkeypatch, allowed):
+def test_the_run_decides_about_tf32(train, monkeypatch, allowed):
     decided = []
     monkeypatch.setattr(build_run, "allow_tf32", decided.append)
-    train("job", "--data-dir", str(data), allow_tf32=allowed, num_training_batches=1)
+    train("job", allow_tf32=allowed, num_training_batches=1)
     assert decided == [allowed]
 
 
-def test_sessions_switched_off_are_not_validated(data, train):
+def test_sessions_switched_off_are_not_validated(train):
     run = train(
         "job",
-        *("--data-dir", str(data)),
         sessions="[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]",
         dataset_probability_val="[1, 0, 1]",
         log_val_skip_logs=True,
@@ -546,9 +538,9 @@ def test_sessions_switched_off_are_not_validated(data, train):
     assert "  t15.2023.08.13 DER" not in run.said and "  t15.2023.08.18 DER" in run.said
 
 
-def test_bad_trials_are_left_out_by_name_and_counted(data, train):
+def test_bad_trials_are_left_out_by_name_and_counted(train):
     bad = "{t15.2023.08.11: {1: [0, 2]}}"
-    run = train("job", "--data-dir", str(data), bad_trials_dict=bad)
+    run = train("job", bad_trials_dict=bad)
     assert run.code == 0
     assert "Left out: t15.2023.08.11/data_train.hdf5:trial_0000" in run.said
     assert "4 trials are left out" in run.said  # two in train, two in val: same block and number
@@ -608,17 +600,17 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_bad_settings_are_one_sentence_before_anything_is_computed(name, data, train):
+def test_bad_settings_are_one_sentence_before_anything_is_computed(name, train):
     settings, words = BAD_SETTINGS[name]
-    run = train("job", "--data-dir", str(data), **settings)
+    run = train("job", **settings)
     assert run.code == 1
     assert words in run.failure, run.failure
     assert "\n" not in run.failure and "Traceback" not in run.said
     assert not [n for n in run.files if "best_checkpoint" in n or "state-" in n], run.files
 
 
-def test_the_last_word_of_a_failed_run_is_the_reason(data, train):
-    run = train("job", "--data-dir", str(data), batch_size=0)
+def test_the_last_word_of_a_failed_run_is_the_reason(train):
+    run = train("job", batch_size=0)
     assert run.said.strip().splitlines()[-1] == f"ERROR: {run.failure}"
 
 
@@ -634,28 +626,28 @@ def small_volume(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_volume_is_one_sentence(data, train, small_volume):
-    run = train("job", "--data-dir", str(data), "--checkpoint-dir", str(small_volume))
+def test_a_full_volume_is_one_sentence(train, small_volume):
+    run = train("job", "--checkpoint-dir", str(small_volume))
     assert run.code == 1
     assert "is full" in run.failure and "last good checkpoint is untouched" in run.failure
     assert not list(small_volume.glob("*.tmp"))
 
 
-def test_a_read_only_volume_is_one_sentence(data, train, small_volume):
+def test_a_read_only_volume_is_one_sentence(train, small_volume):
     subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
-    run = train("job", "--data-dir", str(data), "--checkpoint-dir", str(small_volume))
+    run = train("job", "--checkpoint-dir", str(small_volume))
     assert run.code == 1 and "read-only" in run.failure and "--checkpoint-dir" in run.failure
 
 
 def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
-    data, train, tmp_path, small_volume
+    train, tmp_path, small_volume
 ):
     """The report does not fit; nor would its reason, had no room been kept for it."""
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "output").symlink_to(small_volume)
     (small_volume / "others").write_bytes(bytes(40 * 1024))
     (small_volume / "failure-reserve").write_bytes(bytes(16 * 1024))  # as the toolkit's hook does
-    run = train("job", "--data-dir", str(data))
+    run = train("job")
     last = run.said.strip().splitlines()[-1]
     assert run.code == 1
     assert last.startswith("ERROR: ") and "full" in last, last
@@ -664,21 +656,21 @@ def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
 
 
 @pytest.mark.parametrize("option", ["--model-dir", "--output-data-dir"])
-def test_a_read_only_folder_is_one_sentence(data, train, small_volume, option):
+def test_a_read_only_folder_is_one_sentence(train, small_volume, option):
     subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
-    run = train("job", "--data-dir", str(data), option, str(small_volume))
+    run = train("job", option, str(small_volume))
     assert run.code == 1 and "read-only" in run.failure and option in run.failure
     assert "Traceback" not in run.said
 
 
-def test_a_full_model_volume_is_one_sentence(data, train, small_volume):
-    run = train("job", "--data-dir", str(data), "--model-dir", str(small_volume))
+def test_a_full_model_volume_is_one_sentence(train, small_volume):
+    run = train("job", "--model-dir", str(small_volume))
     assert run.code == 1 and "is full" in run.failure
     assert "Traceback" not in run.said and "Logging error" not in run.said
 
 
 @pytest.mark.parametrize("order", ["subset", "grown"])
-def test_a_resumed_run_knows_its_sessions_by_name(data, train, order):
+def test_a_resumed_run_knows_its_sessions_by_name(train, order):
     """Sessions 11, 13, 18 become 18, 13; or 13 becomes 11, 13: what was theirs stays theirs."""
     first, then = (
         ("[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]", "[t15.2023.08.18, t15.2023.08.13]")
@@ -686,12 +678,12 @@ def test_a_resumed_run_knows_its_sessions_by_name(data, train, order):
         else ("[t15.2023.08.13]", "[t15.2023.08.11, t15.2023.08.13]")
     )
     settings = {"days_per_batch": 1, "lr_warmup_steps_day": 0, "ema_decay": 0.5}
-    before = train("job", "--data-dir", str(data), sessions=first, **settings)
+    before = train("job", sessions=first, **settings)
     assert before.code == 0, before.said
     old = before.last()
     # nothing is left to do but to validate: what was loaded is what is saved
     after = train(
-        *("job", "--data-dir", str(data), "--accept-changes", "true", "--lr_max", "0.003"),
+        *("job", "--accept-changes", "true", "--lr_max", "0.003"),
         sessions=then,
         num_training_batches=7,
         lr_max_day=0,
@@ -725,45 +717,43 @@ def test_a_resumed_run_knows_its_sessions_by_name(data, train, order):
             assert f"no day layer for {session}" in after.said
 
 
-def test_another_model_size_is_one_sentence_before_the_first_step(data, train):
-    assert train("job", "--data-dir", str(data)).code == 0
-    run = train("job", "--data-dir", str(data), "--accept-changes", "true", n_units=24)
+def test_another_model_size_is_one_sentence_before_the_first_step(train):
+    assert train("job").code == 0
+    run = train("job", "--accept-changes", "true", n_units=24)
     assert run.code == 1 and "Traceback" not in run.said
     assert "does not fit this model: h0 is 1x1x16 there and 1x1x24 here" in run.failure
 
 
 @pytest.mark.parametrize("accepted", ["true", "false"])
-def test_fewer_steps_than_were_done_are_one_sentence(data, train, accepted):
-    assert train("job", "--data-dir", str(data)).code == 0
-    run = train(
-        "job", "--data-dir", str(data), "--accept-changes", accepted, num_training_batches=3
-    )
+def test_fewer_steps_than_were_done_are_one_sentence(train, accepted):
+    assert train("job").code == 0
+    run = train("job", "--accept-changes", accepted, num_training_batches=3)
     assert run.code == 1
     assert "has done 6 steps and num_training_batches is 3: ask for at least 6" in run.failure
 
 
-def test_the_advice_after_early_stopping_works(data, train):
+def test_the_advice_after_early_stopping_works(train):
     still = {"lr_max": 1e-9, "lr_min": 0, "lr_max_day": 1e-9, "lr_min_day": 0}
     stopping = {**still, "early_stopping": True, "early_stopping_val_steps": 2}
     settings = {**stopping, "num_training_batches": 20}
-    first = train("job", "--data-dir", str(data), **settings)
+    first = train("job", **settings)
     assert first.code == 0 and "Stopping early" in first.said
-    again = train("job", "--data-dir", str(data), **settings)
+    again = train("job", **settings)
     assert "set early_stopping to false, with --accept-changes true, to train on" in again.said
     settings["early_stopping"] = False
-    more = train("job", "--data-dir", str(data), "--accept-changes", "true", **settings)
+    more = train("job", "--accept-changes", "true", **settings)
     assert more.code == 0 and "Finished at step 20" in more.said, more.said
 
 
-def test_a_state_with_a_setting_that_went_is_resumed(data, train):
-    run = train("job", "--data-dir", str(data))
+def test_a_state_with_a_setting_that_went_is_resumed(train):
+    run = train("job")
     path = max((run.folder / "checkpoints").glob("state-*.pt"))
     state = run.last()
     state["identity"]["config"]["dataset"]["gpu_cache_gb"] = 4.0
     state["identity"]["config"]["no_longer_there"] = True
     state["run"]["finished"] = False
     save_atomically(state, path)
-    again = train("job", "--data-dir", str(data))
+    again = train("job")
     assert again.code == 0, again.said
     assert "The checkpoint's setting no_longer_there is none any more" in again.said
 

@@ -165,19 +165,6 @@ def test_all_layers_are_one_call_with_equal_results(cudnn: Cudnn, bidirectional:
     assert buffer.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
 
 
-def test_dropout_has_a_state_of_each_steps_seed(cudnn: Cudnn) -> None:
-    gru, *rest = case(False, dropout=0.4)
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        ours(gru, *rest)
-    ours(gru, *rest)
-    assert cudnn.seeds[0] == cudnn.seeds[1] and len(set(cudnn.seeds)) == 3
-    assert all(call[7] == 0.4 and call[-1] is not None for call in cudnn.calls)
-    gru.eval()
-    ours(gru, *rest)
-    assert len(cudnn.seeds) == 4 and cudnn.calls[-1][7] == 0 and cudnn.calls[-1][-1] is None
-
-
 def test_tensor_cores_stay_on_around_half_precision_whatever_float32_may_do(cudnn: Cudnn) -> None:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     given = case(False)

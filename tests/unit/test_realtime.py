@@ -8,7 +8,7 @@ import pytest
 import torch
 from brain_to_text.errors import CheckpointError, DataError, StorageError
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.scoring.realtime import METADATA, export_streaming, streaming_decoder
+from brain_to_text.scoring.realtime import METADATA, StreamingDecoder, export_streaming
 from brain_to_text.scoring.trained_model import open_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ def artefact(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(artefact):
-    return streaming_decoder(artefact)
+    return StreamingDecoder(artefact)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_exported_decoder_needs_nothing_of_ours(artefact, trial, expected, t
 
 
 def test_a_frame_appears_as_soon_as_its_bins_are_in(artefact, trial):
-    decoder = streaming_decoder(artefact)
+    decoder = StreamingDecoder(artefact)
     first = 6 + 4  # a patch and the smoothing's look-ahead
     state, counts = decoder.start(), []
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_frame_appears_as_soon_as_its_bins_are_in(artefact, trial):
 def test_a_model_that_reads_the_future_is_refused(tmp_path):
     write_model(tmp_path / "model", SESSIONS, bidirectional=True)
     with pytest.raises(CheckpointError, match="bidirectional"):
-        streaming_decoder(open_model(tmp_path / "model"))
+        StreamingDecoder(open_model(tmp_path / "model"))
 
 
 def test_an_unwritable_place_is_one_sentence(artefact, tmp_path):

@@ -136,7 +136,7 @@ def test_this_model_is_compared_against_the_other_and_not_the_reverse():
     assert (row["rate_a"], row["rate_b"]) == (8 / 20, 1 / 20)
     assert row["difference"]["value"] == pytest.approx(-7 / 20)
     assert (row["trials_better"], row["trials_worse"]) == (4, 1)
-    said = describe(summarise(better), comparison)
+    said = describe({**summarise(better), "comparison": comparison})
     assert said[-1].startswith("PER against last week: 0.0500 vs 0.4000, difference -0.3500 (")
     assert said[-2] == "Compared on the 5 trials that both models decoded"
 
@@ -152,7 +152,7 @@ def test_trials_that_only_one_model_decoded_are_named():
         "decoded by the other model only": [record(trial=3).name, record(trial=4).name],
         "without labels": [record(trial=5).name],
     }
-    said = "\n".join(describe(summarise(mine), comparison))
+    said = "\n".join(describe({**summarise(mine), "comparison": comparison}))
     assert "Compared on the 2 trials that both models decoded; 1 left out" in said
     assert record(trial=4).name in said
 
@@ -167,7 +167,7 @@ def test_nothing_in_common_is_an_error():
 
 def test_the_terminal_has_every_rate_with_its_interval_and_edits():
     summary = summarise(trials())
-    lines = describe(summary, None)
+    lines = describe(summary)
     per = summary["rates"]["PER"]
     assert lines[1] == (
         f"PER: 0.2105 (95 % interval {per['low']:.4f} to {per['high']:.4f}; 3 substitutions, "
@@ -176,10 +176,10 @@ def test_the_terminal_has_every_rate_with_its_interval_and_edits():
     assert [line.split(":")[0] for line in lines] == ["DER", "PER", "PER (diphone path)"]
     wer = {"value": 0.25, "low": 0.1, "high": 0.4}
     with_words = {**summary, "rates": {**summary["rates"], "WER": wer}}
-    assert describe(with_words, None)[3] == "WER: 0.2500 (95 % interval 0.1000 to 0.4000)"
+    assert describe(with_words)[3] == "WER: 0.2500 (95 % interval 0.1000 to 0.4000)"
     only_words = {"n_trials": 3, "rates": {"WER": wer}}  # sentences, but no labels
-    assert describe(only_words, None) == ["WER: 0.2500 (95 % interval 0.1000 to 0.4000)"]
-    assert describe({"n_trials": 3}, None) == ["3 trials without labels: no error rates"]
+    assert describe(only_words) == ["WER: 0.2500 (95 % interval 0.1000 to 0.4000)"]
+    assert describe({"n_trials": 3}) == ["3 trials without labels: no error rates"]
 
 
 # --- label forms ----------------------------------------------------------------------------------

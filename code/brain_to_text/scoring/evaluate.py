@@ -118,10 +118,10 @@ def evaluate_model(
             f"{sum(len(m.trials) for m in members) / max(seconds, 1e-9):.1f} trials/s"
         )
         evaluation = combine(members)
-        comparison = None
         for rival in rivals:
             others = run(rival, split=split).trials
             comparison = compare(evaluation.trials, others, rival.location)
+            evaluation = replace(evaluation, comparison=comparison)
         if words is not None:
             tuning = None
             if words.tune and split != "val":
@@ -144,9 +144,9 @@ def evaluate_model(
             )
         for sentence in evaluation.remarks:
             print(sentence)
-        for line in describe(evaluation.summary, comparison):
+        for line in describe(evaluation.summary):
             print(line)
-        write_results(evaluation, folder, comparison=comparison, logits=export_logits)
+        write_results(evaluation, folder, logits=export_logits)
     print(f"Tables and report.html are in {output_dir}")
     return evaluation
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..model.augmentations import Augmentation
-from ..model.rnn_model import GRUDecoder
 from ..storage.targets import replace_own
 from .trained_model import ModelArtefact
 
@@ -30,19 +29,21 @@ class StreamingDecoder(nn.Module):
     The state is three tensors: the last raw bins [1, up to 8, C], smoothed bins not yet in a frame
     [1, up to patch_size - 1, C], and the GRU's hidden states [layers, 1, H].
 
-    Args:
-        model: unidirectional, in evaluation mode; its weights are shared.
-        taps: of the smoothing filter; empty for none.
+    On the CPU; its weights are those of the artefact.
+
+    Raises:
+        CheckpointError: the model is bidirectional, or its weights do not fit.
     """
 
-    def __init__(self, model: GRUDecoder, taps: list[float]) -> None:
+    def __init__(self, artefact: ModelArtefact) -> None:
         super().__init__()
+        model = artefact.build("cpu")
         if model.gru.bidirectional:
             raise CheckpointError(
                 "A bidirectional model reads the future and cannot decode while a person speaks: "
                 "train with model.bidirectional false."
             )
-        taps = taps or [1.0]
+        taps = Augmentation(artefact.config.dataset.data_transforms).taps or [1.0]
         self.taps = nn.Buffer(torch.tensor(taps))
         self.day_weights = nn.Buffer(torch.stack([w.detach() for w in model.day_weights]))
         self.day_biases = nn.Buffer(torch.stack([b.detach() for b in model.day_biases]))
@@ -107,16 +108,6 @@ class StreamingDecoder(nn.Module):
         return logits
 
 
-def streaming_decoder(artefact: ModelArtefact) -> StreamingDecoder:
-    """The streaming form of a trained model, on the CPU.
-
-    Raises:
-        CheckpointError: the model is bidirectional, or its weights do not fit.
-    """
-    taps = Augmentation(artefact.config.dataset.data_transforms).taps
-    return StreamingDecoder(artefact.build("cpu"), taps).eval()
-
-
 def export_streaming(artefact: ModelArtefact, path: Path) -> None:
     """Write the streaming decoder as TorchScript; `torch.jit.load` needs nothing else.
 
@@ -126,7 +117,7 @@ def export_streaming(artefact: ModelArtefact, path: Path) -> None:
         CheckpointError: the model is bidirectional. DataError: the file is there and is something
             else. StorageError: it cannot be written.
     """
-    decoder = streaming_decoder(artefact)
+    decoder = StreamingDecoder(artefact)
     metadata = {
         "sessions": list(artefact.sessions),
         "n_classes": artefact.config.dataset.n_classes,

@@ -53,6 +53,7 @@ class Evaluation:
         sentences: the trials' text, when words were decoded.
         remarks: one sentence for everything left out, and for every doubt about the numbers.
         members: of an ensemble, each on the trials of the whole.
+        comparison: with another model, as `compare` gives it.
     """
 
     artefact: ModelArtefact
@@ -64,6 +65,7 @@ class Evaluation:
     sentences: DecodedSentences | None = None
     remarks: tuple[str, ...] = ()
     members: tuple[Evaluation, ...] = ()
+    comparison: Mapping[str, Any] | None = None
 
     @property
     def model(self) -> str:
@@ -80,6 +82,8 @@ class Evaluation:
             summary["words"] = sentences.summary(self.trials)
         if self.members:
             summary["members"] = [self._beside(member) for member in self.members]
+        if self.comparison is not None:
+            summary["comparison"] = self.comparison
         return summary
 
     def _beside(self, member: Evaluation) -> dict[str, Any]:
@@ -170,13 +174,7 @@ def _place(location: str) -> str:
     return " + ".join(p.rstrip("/") if "://" in p else os.path.realpath(p) for p in parts)
 
 
-def write_results(
-    evaluation: Evaluation,
-    folder: Path,
-    *,
-    comparison: Mapping[str, Any] | None = None,
-    logits: bool = False,
-) -> None:
+def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False) -> None:
     """trials.csv, summary.json, report.html; on request the logits.
 
     submission.csv, too, where words were decoded, and nbest.csv where there are N-best lists.
@@ -195,7 +193,6 @@ def write_results(
         "fingerprint": evaluation.manifest.fingerprint(),
         "remarks": evaluation.remarks,
         **numbers,
-        **({"comparison": comparison} if comparison else {}),
     }
     seconds_per_frame = artefact.config.model.patch_stride * BIN_SECONDS
     page = {
@@ -209,7 +206,6 @@ def write_results(
             for trial in evaluation.trials
             if trial.class_log_probs is not None
         ],
-        "comparison": comparison,
         "config": artefact.config.to_yaml(),
         "data": _data_facts(evaluation),
         "remarks": evaluation.remarks,

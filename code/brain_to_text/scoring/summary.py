@@ -147,7 +147,7 @@ def label_form_remark(known: LabelForm | None, data: str) -> str | None:
     )
 
 
-def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> list[str]:
+def describe(summary: Mapping[str, Any]) -> list[str]:
     """The lines a person reads on the terminal."""
     lines = []
     for name, rate in summary.get("rates", {}).items():
@@ -171,6 +171,7 @@ def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -
             lines.append(f"{name}: {'; '.join(parts)}")
     if not lines:
         lines.append(f"{summary['n_trials']} trials without labels: no error rates")
+    comparison = summary.get("comparison", {})
     if comparison:
         left_out = (
             f"; {len(names):,} left out, {reason} ({shortened(names)})"
@@ -180,10 +181,10 @@ def describe(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None) -
             f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
             + "".join(left_out)
         )
-    for name, c in (comparison or {}).get("metrics", {}).items():
+    for name, c in comparison.get("metrics", {}).items():
         d = c["difference"]
         lines.append(
-            f"{name} against {comparison['other']}: {c['rate_b']:.4f} vs {c['rate_a']:.4f}, "  # type: ignore[index]
+            f"{name} against {comparison['other']}: {c['rate_b']:.4f} vs {c['rate_a']:.4f}, "
             f"difference {d['value']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}), "
             f"p = {c['p_value']:.2g}"
         )

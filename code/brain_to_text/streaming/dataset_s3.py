@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,7 +71,6 @@ class StreamedBatches(abc.ABC):
         # Half precision crosses the bus as it is and becomes float32 on the device.
         half = stream.dtype == np.float16
         self._dtype = torch.float16 if half and self._on_gpu else torch.float32
-        self._open = weakref.WeakSet[DeviceFeeder]()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -102,16 +100,12 @@ class StreamedBatches(abc.ABC):
         Close the iterator (or use it in `with`) when leaving early.
         """
         stop = len(self) if stop is None else min(stop, len(self))
-        feeder = DeviceFeeder(
+        return DeviceFeeder(
             *(self.device, self.stats, self._begin, self._batch_bytes, start, stop, self._limits)
         )
-        self._open.add(feeder)
-        return feeder
 
     def close(self) -> None:
-        """Close the iterators of this dataset, then the stream that feeds it."""
-        for feeder in self._open:
-            feeder.close()
+        """Close the stream that feeds this dataset; batches under way are given up."""
         self.stream.close()
 
     def _batch_bytes(self, step: int) -> int:

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,10 @@ class S3RangedReader:
         self._seen: dict[str, str] = {}  # first ETag of files whose own one is not S3's
         self._proven = False
         self._first_read = asyncio.Lock()
-        self._renewal = _Renewal(lambda: self._client.renew_credentials())
+        self._one_renewal = asyncio.Lock()
+        self._asked = -_RENEWAL_INTERVAL_SECONDS
+        self._fault: CredentialsRejectedError | None = None
+        self._hope = False
         self._s3fs = _S3fsClient(url, concurrency, read_timeout_seconds)
         self._client: _S3fsClient | _ObstoreClient = self._s3fs
         try:
@@ -116,37 +118,21 @@ class S3RangedReader:
             raise ReadError(str(error)) from error
 
     async def renew_credentials(self) -> bool:
-        return await self._renewal.run()
-
-    async def close(self) -> None:
-        self._client = self._s3fs  # the other one's connections end with it
-        await self._s3fs.close()
-
-
-class _Renewal:
-    """Asks the credential provider for all reads together, at most once in a few seconds.
-
-    In between, its last answer stands, whether it gave credentials or failed.
-    """
-
-    def __init__(self, ask: Callable[[], Awaitable[bool]]) -> None:
-        self._ask = ask
-        self._one_at_a_time = asyncio.Lock()
-        self._asked = -_RENEWAL_INTERVAL_SECONDS
-        self._fault: CredentialsRejectedError | None = None
-        self._hope = False
-
-    async def run(self) -> bool:
-        async with self._one_at_a_time:
+        """Ask the provider for all reads together; in between its last answer stands, a no too."""
+        async with self._one_renewal:
             if time.monotonic() - self._asked > _RENEWAL_INTERVAL_SECONDS:
                 try:
-                    self._hope, self._fault = await self._ask(), None
+                    self._hope, self._fault = await self._client.renew_credentials(), None
                 except CredentialsRejectedError as fault:
                     self._fault = fault
                 self._asked = time.monotonic()
             if self._fault is not None:
                 raise CredentialsRejectedError(str(self._fault), self._fault.advice)
             return self._hope
+
+    async def close(self) -> None:
+        self._client = self._s3fs  # the other one's connections end with it
+        await self._s3fs.close()
 
 
 def _obstore_will_do(bucket: str) -> bool:

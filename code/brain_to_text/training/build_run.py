@@ -67,15 +67,13 @@ def build_run(
     selection = select_trials(manifest, config)
     _say_selection(selection, config, log)
     stream = TrialStream.from_config(store, manifest, config.dataset, world.local_size)
-    closing.callback(stream.close)
     traffic_of_others: list[StreamCounts] = []
     closing.callback(_say_traffic, stream, traffic_of_others, world, log)
+    closing.callback(stream.close)
     log.info(f"Cache: {stream.cache.budget_bytes / 1e9:.1f} GB for this process")
     share: dict[str, Any] = {"device": device, "rank": world.rank, "world_size": world.size}
     train_set = BrainToTextDatasetS3.from_config(stream, selection.train, config, **share)
-    closing.callback(train_set.close)
     val_set = EvaluationDatasetS3.from_config(stream, selection.val, config, **share)
-    closing.callback(val_set.close)
     log.info("Successfully initialized S3-backed datasets")
     log.info(total_line(config.num_training_batches))
     log.info(f"Val batches: {len(val_set)}")
@@ -88,6 +86,7 @@ def build_run(
     saved = world.from_main(lambda: _find_state(checkpoints, own, accept_changes, log))
     step = 0 if saved is None else saved["run"]["step"]
     batches = train_set.batches(start=step, stop=config.num_training_batches)  # while we build
+    closing.callback(batches.close)
 
     model = _build_model(config, len(selection.sessions), device, log)
     train_step = TrainStep(

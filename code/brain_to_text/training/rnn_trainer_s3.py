@@ -141,8 +141,6 @@ class BrainToTextDecoder_Trainer_S3:
                 state.step += 1
         except RunInterrupted:
             self._stop_on_signal(run)
-        finally:
-            run.batches.close()
 
     def _waiting(self, run: Run) -> AbstractContextManager[None]:
         """Waiting for data: a signal ends it at once, unless other ranks would wait for us."""
