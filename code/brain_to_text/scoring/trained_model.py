@@ -220,12 +220,11 @@ def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
     """
     if not listed:
         return None
-    names = tuple(listed) if isinstance(listed, (list, tuple)) else (listed,)
-    wrong = [n for n in names if not isinstance(n, str) or names.count(n) > 1]
-    if wrong or not isinstance(listed, (list, tuple)):
+    names = tuple(listed) if isinstance(listed, (list, tuple)) else ()
+    if len({name for name in names if isinstance(name, str)}) < max(len(names), 1):
         raise CheckpointError(
             f"The sessions of {location} must be a list of different names, and "
-            f"{shown(wrong or listed)} is not: give the checkpoint and args.yaml of a training run."
+            f"{shown(listed)} is not: give the checkpoint and args.yaml of a training run."
         )
     return names
 
