@@ -6,6 +6,7 @@
     python tests/benchmarks/bench_step.py --with-data              # trials streamed, cache warm
     python tests/benchmarks/bench_step.py --sweep                  # batch sizes x lengths
     python tests/benchmarks/bench_step.py --classes 41,1681        # cost of 1681 classes
+    python tests/benchmarks/bench_step.py --validation 1426        # against the per-trial loop
     python tests/benchmarks/bench_step.py --compile                # eager against torch.compile
     python tests/benchmarks/bench_step.py --counts                 # launches, waits, copies, memory
     python tests/benchmarks/bench_step.py --project                # hours and cost per instance
@@ -54,10 +55,9 @@ from brain_to_text.gpus import (
 )
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.launch.pricing import instance_types, prices
-from brain_to_text.model.augmentations import Augmentation, step_generator
+from brain_to_text.model.augmentations import step_generator
 from brain_to_text.model.device import allow_tf32, autocast_dtype, peak_flops
-from brain_to_text.model.losses import JointObjective
-from brain_to_text.model.optimizer import apply_update, build_optimizer, clip_and_check
+from brain_to_text.model.optimizer import apply_update, clip_and_check
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.storage.store import open_store
@@ -123,13 +123,9 @@ class Ours:
 
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = GRUDecoder.from_config(config, N_SESSIONS, for_training=True).to(device)
-        augmentation = Augmentation(config.dataset.data_transforms)
-        self.objective = JointObjective.from_config(config)
-        self.optimizer = build_optimizer(self.model, config, device)
-        self.step = TrainStep(
-            self.model, augmentation, self.objective, self.optimizer, config, device
-        )
+        self.model = GRUDecoder(config, N_SESSIONS, for_training=True).to(device)
+        self.step = TrainStep(self.model, config, device)
+        self.objective, self.optimizer = self.step.objective, self.step.optimizer
 
     def whole(self, batch: Batch, k: int) -> None:
         self.step(batch, k)
@@ -138,9 +134,7 @@ class Ours:
         model = self.model.train()
         generator = step_generator(self.device, self.config.seed, k)
         mark("")
-        x, n = self.step.augmentation(
-            batch.features, batch.n_time_steps, training=True, generator=generator
-        )
+        x, n = self.step.augmentation(batch.features, batch.n_time_steps, generator)
         mark("augment")
         with self.step.autocast():
             frames, packing = model.input_frames(x, batch.day_indices, n)
@@ -427,7 +421,7 @@ def sweep(config: TrainingConfig, args: argparse.Namespace, device) -> None:
 
 def compare_validation(config: TrainingConfig, args: argparse.Namespace, device) -> None:
     """Decoding `--validation` trials: batched against one at a time, the same weights."""
-    model = GRUDecoder.from_config(config, N_SESSIONS)
+    model = GRUDecoder(config, N_SESSIONS)
     trials = Trials(config.width, args.bins, 0.3 * args.bins, args.validation)
     dtype = autocast_dtype(config, device)
     compare(config, model, trials, device, dtype, config.dataset.batch_size)
@@ -593,6 +587,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ours-only", action="store_true", help="leave the plain one out of --sweep"
     )
+    parser.add_argument("--validation", type=int, metavar="TRIALS")
     parser.add_argument("--counts", action="store_true", help="launches, waits, copies, memory")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(

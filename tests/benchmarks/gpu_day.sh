@@ -53,7 +53,7 @@ if [[ $tiny ]]; then
     smoke=(--electrodes 8 --sessions 2 --trials 10)
     large=("${smoke[@]}") steps=12 stop_after=2 full_steps=3 full_config=code/rnn_args_smoke.yaml
     trainer=(--model.n_units 16 --dataset.batch_size 4 --dataset.days_per_batch 2 --batches_per_train_log 1)
-    full_trainer=("${trainer[@]}") evaluation=(--size smoke --trials 4 --rounds 1 --no-real-time)
+    full_trainer=("${trainer[@]}") validation=4
 else
     device=${DEVICE:-cuda:0} patience=1
     gru=(--rounds 10)
@@ -61,8 +61,7 @@ else
     smoke=()
     large=(--electrodes 256 --sessions 4 --trials 40)
     steps=400 stop_after=25 full_steps=150 full_config=$config
-    trainer=() full_trainer=(--batches_per_train_log 25)
-    evaluation=(--size full --trials 480 --dtype bfloat16)
+    trainer=() full_trainer=(--batches_per_train_log 25) validation=480
 fi
 
 # note RC SECONDS TITLE: one line of the summary
@@ -190,7 +189,7 @@ part_full() {
 }
 
 part_sweep() {
-    step bench 150 "evaluation" "$python" tests/benchmarks/bench_evaluation.py --device "$device" "${evaluation[@]}"
+    bench 150 "validation" --validation "$validation"
     if [[ $tiny ]]; then return; fi
     bench 100 "step, float16" --amp-dtype float16
     bench 120 "step, TF32" --amp-dtype off --tf32
