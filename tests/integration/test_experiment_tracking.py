@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from brain_to_text.scoring.trained_model import open_model
+from brain_to_text.training.log_files import scalars
 from brain_to_text.training.run import RunPaths
-from brain_to_text.training.run_log import scalars
 from integration.kill_harness import JOB_SECONDS, Job
 from support.altered_job import AlteredJob
 from support.mlflow_server import MlflowRest, provide_client, serve_mlflow

@@ -25,9 +25,9 @@ from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
 from .distributed import World, sum_gradients
+from .log_files import RunLog
 from .resume import check_identity, identity, name_there, restore_run
 from .run import Interval, Run, RunPaths
-from .run_log import RunLog
 
 
 def build_run(

@@ -18,8 +18,8 @@ import torch
 
 from ..config import TrainingConfig, changed, free_on_resume, leaves
 from ..errors import CheckpointError
+from .log_files import RunLog
 from .run import Run
-from .run_log import RunLog
 
 # Settings below `dataset` that decide which trials are validated, and how they are scored.
 VALIDATION_KEYS = (

@@ -23,10 +23,10 @@ from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
 from .distributed import World
 from .interruption import Interruption, RunInterrupted
+from .log_files import RunLog, process_seconds
 from .outputs import bring_back, write_best, write_model, write_validations
 from .resume import already_finished, snapshot
 from .run import Interval, Run, RunPaths, RunState
-from .run_log import RunLog, process_seconds
 from .trackers import open_trackers
 
 __all__ = ["BrainToTextDecoder_Trainer_S3", "RunPaths", "RunState"]

@@ -19,7 +19,7 @@ from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
 from .distributed import World
-from .run_log import RunLog
+from .log_files import RunLog
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any
 
 from ..config import leaves
 from ..log_lines import scrub
+from .log_files import Follower, RunLog, scalars
 from .run import RunPaths
-from .run_log import Follower, RunLog, scalars
 
 LOGGER = logging.getLogger("brain_to_text")
 SEND_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a log, a metrics file, copies of both on S3."""
+"""The files of a run's log: `training_log`, `metrics.jsonl`, copies of both on S3 (their lines: `log_lines`)."""
 
 from __future__ import annotations
 

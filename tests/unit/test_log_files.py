@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from brain_to_text.errors import CheckpointError, StorageError
 from brain_to_text.log_lines import scrub, train_line
-from brain_to_text.training.run_log import LogUploader, RunLog, scalars
+from brain_to_text.training.log_files import LogUploader, RunLog, scalars
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
     def refuse(url):
         raise StorageError("no such place")
 
-    monkeypatch.setattr("brain_to_text.training.run_log.open_store", refuse)
+    monkeypatch.setattr("brain_to_text.training.log_files.open_store", refuse)
     with run_log(tmp_path) as log:
         uploader = LogUploader({"training_log": log.log_file}, "s3://nowhere", 0.01)
         log.info("something to copy")
