@@ -1,4 +1,4 @@
-"""The files of a run's log: `training_log`, `metrics.jsonl`, copies of both on S3 (their lines: `log_lines`)."""
+"""The files of a run's log, and copies of them on S3; what stands in a line: `log_lines`."""
 
 from __future__ import annotations
 
