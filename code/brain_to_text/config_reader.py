@@ -127,7 +127,7 @@ def resolve_key(name: str) -> str:
 
 
 def split_overrides(words: Iterable[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` words as {key: value}; a value may begin with a minus.
+    """`--batch-size 32` and `--batch-size=32` as {key: value}; a value may begin with a minus.
 
     Raises:
         ConfigError: a word that is no option, an option without a value, or one given twice.
@@ -137,7 +137,7 @@ def split_overrides(words: Iterable[str]) -> dict[str, str]:
     for word in remaining:
         if not word.startswith("--") or len(word) < 3:
             raise ConfigError(
-                f"Argument {shown(word)} was not understood: options are --key value pairs."
+                f"Argument {shown(word)} was not understood: options are pairs like --batch-size 32."
             )
         name, equals, value = word[2:].partition("=")
         if not equals:
