@@ -137,7 +137,7 @@ def split_overrides(words: Iterable[str]) -> dict[str, str]:
     for word in remaining:
         if not word.startswith("--") or len(word) < 3:
             raise ConfigError(
-                f"Argument {shown(word)} was not understood: options are pairs like --batch-size 32."
+                f"Argument {shown(word)} was not understood: options are pairs, as --batch-size 32."
             )
         name, equals, value = word[2:].partition("=")
         if not equals:
