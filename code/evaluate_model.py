@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         evaluate(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _stoppable():
             code = int(options.run(options))
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr, flush=True)

@@ -294,6 +294,7 @@ def test_numbers_are_read_however_they_are_stored(kind, source) -> None:
         ("block_num", h5py.Empty("i4"), "attribute block_num is missing"),
         ("block_num", "two", "attribute block_num is 'two', not a whole number"),
         ("block_num", float("inf"), "not a whole number"),
+        ("block_num", 1e300, "not a whole number"),
         ("block_num", float("nan"), "not a whole number"),
         ("block_num", np.bool_(True), "not a whole number"),
         ("seq_len", "many", "not a whole number"),

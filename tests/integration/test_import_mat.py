@@ -155,6 +155,7 @@ ODD = {
     ),
     "no tx1": (without("tx1"), "has no variable tx1"),
     "no blocks": (without("blockIdx"), "has no variable blockIdx"),
+    "blocks that are no numbers": (altered(blockIdx=np.full((4, 1), np.nan)), "no whole numbers"),
     "blocks of other trials": (altered(blockIdx=np.ones((3, 1))), "3 block numbers"),
     "narrow": (altered(tx1=cell([np.ones((200, 64))] * 4)), "not numbers [T, 128 or more]"),
     "text for numbers": (altered(tx1=cell([np.array("x")] * 4)), "not numbers [T, 128 or more]"),

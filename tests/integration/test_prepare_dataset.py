@@ -168,6 +168,8 @@ def test_a_diphone_set_can_change_its_form(tmp_path: Path) -> None:
 
 
 def test_encode_repeats_nothing_that_is_done(phoneme_set: Path, tmp_path: Path, capsys) -> None:
+    with h5py.File(phoneme_set / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+        file["nowhere"] = h5py.SoftLink("/not/here")  # cannot be copied, and hurts no trial
     target = tmp_path / "new"
     assert run("encode", phoneme_set, target) == 0
     written = {p: p.stat().st_mtime_ns for p in target.rglob("*.hdf5")}
@@ -234,6 +236,13 @@ def test_other_options_or_another_source_are_refused(
     assert run("encode", phoneme_set, target) == 0
     assert run("encode", phoneme_set, target, "--form", "transition") == 1
     assert "other options (form was self_loop)" in capsys.readouterr().err
+    copy = shutil.copytree(phoneme_set, tmp_path / "copy")
+    with h5py.File(copy / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+        file["trial_0000/input_features"][0, 0] += 1
+    assert run("encode", copy, target) == 1
+    assert "is another than that of" in capsys.readouterr().err
+    assert run("encode", copy, target, "--overwrite") == 0
+    assert run("encode", phoneme_set, target, "--overwrite") == 0
     shutil.rmtree(phoneme_set / SESSIONS[1])
     assert run("encode", phoneme_set, target) == 1
     assert f"already holds {SESSIONS[1]}/data_test.hdf5" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def look_at(data: bytes) -> str:
             assert zlib.crc32(span) == record.crc32
         for exclude in (False, True):
             try:
-                encoded, _ = encode_file(KEY, data, EncodingOptions(exclude_damaged=exclude))
+                encoded, *_ = encode_file(KEY, data, EncodingOptions(exclude_damaged=exclude))
                 inspect_file(KEY, encoded)
             except DataError as error:
                 sentences.append(str(error))

@@ -84,8 +84,9 @@ def test_a_job_that_was_refused_leaves_the_log_of_the_run_before(tmp_path):
 def test_two_runs_never_write_one_log(tmp_path):
     with run_log(tmp_path) as log:
         log.info("the first")
-        with pytest.raises(CheckpointError, match=r"being written by another run.*--model-dir"):
-            RunLog(log.log_file, log.metrics_file)
+        for ours, option in ((log.log_file, "--model-dir"), (tmp_path / "b", "--output-data-dir")):
+            with pytest.raises(CheckpointError, match=f"being written by another run.*{option}"):
+                RunLog(ours, log.metrics_file)
         log.info("goes on")
     assert len(log.log_file.read_text().splitlines()) == 2
 

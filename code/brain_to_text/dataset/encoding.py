@@ -16,7 +16,12 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..labels.diphones import LabelForm, decode_diphones, encode_diphones
-from ..labels.pronunciation import Lexicon, read_lexicon, text_phonemes
+from ..labels.pronunciation import (
+    Lexicon,
+    dictionary_fingerprint,
+    read_lexicon,
+    text_phonemes,
+)
 from ..storage.locations import data_files, session_and_split
 from ..storage.store import ObjectStore, open_store
 from ..storage.targets import Target
@@ -67,6 +72,7 @@ class EncodingOptions:
         if self.from_text:
             words = repr(sorted((self.words() or {}).items())).encode()
             purpose["lexicon"] = f"{zlib.crc32(words):08x}" if self.lexicon else None
+            purpose["dictionary"] = dictionary_fingerprint()
         return purpose
 
     def words(self) -> Lexicon | None:
@@ -143,7 +149,7 @@ def encode_files(
         with closing(sound_answers(_encode_job, jobs, processes, progress)) as answers:
             for encoded in answers:
                 done.append(encoded)
-                for line in encoded.note["left_out"]:
+                for line in (*encoded.note["not_copied"], *encoded.note["damaged"]):
                     log(f"Left out: {line}")
                 claimed.notes[encoded.inspection.key] = encoded.note
                 claimed.save()
@@ -169,8 +175,8 @@ def encode_file(
     options: EncodingOptions,
     without: Collection[str] = (),
     name: str | None = None,
-) -> tuple[bytes, list[str]]:
-    """The encoded file of a file's bytes, and one line for everything left out.
+) -> tuple[bytes, list[str], list[str]]:
+    """The encoded file of a file's bytes.
 
     Attributes and datasets beside features and labels are copied as they are.
 
@@ -178,33 +184,42 @@ def encode_file(
         without: names of trials to leave out.
         name: what messages call the file, unless by its key.
 
+    Returns:
+        (the file, a line for each thing that could not be copied, a line for each trial left out).
+
     Raises:
         DataError: damage, unless options.exclude_damaged.
     """
     name = name or key
     lexicon = options.words()
-    left_out: list[str] = []
+    not_copied: list[str] = []
+    damaged: list[str] = []
+    first: dict[Any, str] = {}  # trial by the place of its features
     buffer = io.BytesIO()
     try:
         with h5py.File(io.BytesIO(data), "r") as old, h5py.File(buffer, "w") as new:
             trials = {trial for trial in old if TRIAL_NAME.fullmatch(printable(trial))}
-            left_out += [f"{name}: {what}" for what in _copy(old, new, {*old} - trials)]
+            not_copied += [f"{name}: {what}" for what in _copy(old, new, {*old} - trials)]
             for trial in sorted(trials.difference(without)):
                 try:
                     lost = _encode_trial(key, old[trial], new.create_group(trial), options, lexicon)
+                    stored = h5py.h5o.get_info(old[trial]["input_features"].id)
+                    other = first.setdefault((stored.fileno, stored.addr), trial)
+                    if other != trial:
+                        raise DataError(f"its features are a link to those of {other}")
                 except (DataError, *HDF5_ERRORS) as error:
                     reason = f"{name}:{trial}: {cause_of(error).rstrip('.')}"
                     if not options.exclude_damaged:
                         raise DataError(f"{reason}; {_REPAIR}") from error
-                    left_out.append(reason)
+                    damaged.append(reason)
                     del new[trial]
                 else:
-                    left_out += [f"{name}:{trial}: {what}" for what in lost]
+                    not_copied += [f"{name}:{trial}: {what}" for what in lost]
     except HDF5_ERRORS as error:
         raise DataError(
             f"{name}: cannot be read as HDF5 ({cause_of(error)}); copy it again."
         ) from error
-    return buffer.getvalue(), left_out
+    return buffer.getvalue(), not_copied, damaged
 
 
 def _encode_trial(
@@ -231,7 +246,7 @@ def _copy(old: Any, new: Any, names: set[str]) -> Iterator[str]:
             new.attrs[name] = old.attrs[name]
         except HDF5_ERRORS as error:
             yield f"attribute {printable(name)} cannot be copied ({cause_of(error)})"
-    for name in names:
+    for name in sorted(names, key=printable):
         try:
             old.copy(name, new)
         except HDF5_ERRORS as error:
@@ -277,22 +292,27 @@ def _encode_job(
             f"{target_url} was encoded from {note['place']}, whose {name} is another than that of "
             f"{place}: give an empty target, or say --overwrite."
         )
-    if note and note["source"] == crc32 and (options.exclude_damaged or not note["left_out"]):
+    if note and note["source"] == crc32 and (options.exclude_damaged or not note["damaged"]):
         encoded = target.read(key) if target.exists(key) else b""
         if zlib.crc32(encoded) == note["target"]:
             with limited(len(encoded)):
                 return _Encoded(inspect_file(key, encoded), note, again=True)
     with limited(len(original)):
-        encoded, left_out = encode_file(key, original, options, name=name)
+        encoded, not_copied, damaged = encode_file(key, original, options, name=name)
         inspection = inspect_file(key, encoded)
         broken = _broken(inspection)
         if broken and options.exclude_damaged and None not in broken:
-            encoded, left_out = encode_file(key, original, options, broken, name)
-            left_out += [f"{name}:{trial}: {reason}" for trial, reason in broken.items()]
+            encoded, not_copied, damaged = encode_file(key, original, options, broken, name)
+            damaged += [f"{name}:{trial}: {reason}" for trial, reason in broken.items()]
             inspection = inspect_file(key, encoded)
             broken = _broken(inspection)
         if broken:
             trial, reason = next(iter(broken.items()))
+            if damaged:
+                raise DataError(
+                    f"{name} has no sound trial ({damaged[0]}): repair it, or take it out of the "
+                    "source."
+                )
             raise DataError(
                 f"{name}:{trial}: {reason}; {_REPAIR}" if trial else f"{name}: {reason}."
             )
@@ -303,7 +323,8 @@ def _encode_job(
         "source": crc32,
         "target": zlib.crc32(encoded),
         "compared": compared,
-        "left_out": left_out,
+        "not_copied": not_copied,
+        "damaged": damaged,
     }
     return _Encoded(inspection, note)
 

@@ -36,9 +36,10 @@ def read_number(holder: h5py.Group, name: str) -> int | None:
         text = text_of(value, f"attribute {name}")
         if text and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
             return int(text)
-    if array.size != 1 or array.dtype.kind not in "iuf" or array.reshape(-1)[0] % 1:
+    number = array.reshape(-1)[0]
+    if array.size != 1 or array.dtype.kind not in "iuf" or number % 1 or abs(int(number)) >= 2**62:
         raise DataError(f"attribute {name} is {value!r}, not a whole number")
-    return int(array.reshape(-1)[0])
+    return int(number)
 
 
 def read_text(holder: h5py.Group, name: str) -> str | None:

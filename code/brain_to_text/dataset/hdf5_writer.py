@@ -22,7 +22,7 @@ class TrialContents:
     """One trial as the schema has it; label fields are None in the test split.
 
     features: [T, C], z-scored. class_ids: [L] int32. phoneme_ids: [Lp] int32 in a diphone set.
-    sentence: as typed; also stored as character codes.
+    sentence: as typed; also stored as character codes where the schema's array holds them.
     """
 
     name: str
@@ -52,8 +52,9 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
             group.attrs["trial_num"] = trial.trial_num
             write_labels(group, trial.class_ids, trial.phoneme_ids)
             if trial.sentence is not None:
-                codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
-                group["transcription"] = padded(codes)
+                if len(trial.sentence) <= MAX_SEQ_ELEMENTS:
+                    codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
+                    group["transcription"] = padded(codes)
                 group.attrs["sentence_label"] = trial.sentence
     return buffer.getvalue()
 

@@ -86,6 +86,8 @@ def _trials(path: Path, data: bytes, split: str) -> list[TrialContents]:
             f"{path} has {len(sentences)} sentences, {len(crossings)} trials of tx1, {len(power)} "
             f"of spikePow and {len(blocks)} block numbers: get it again from the archive."
         )
+    if blocks.dtype.kind not in "fiu" or (blocks % 1).any():
+        raise DataError(f"{path}: blockIdx holds no whole numbers: get it again from the archive.")
     features = [
         _features(f"{path} trial {number}", *both)
         for number, both in enumerate(zip(crossings, power, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -207,6 +208,11 @@ def read_lexicon(path: Path) -> Lexicon:
 
 def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+
+
+def dictionary_fingerprint() -> str:
+    """8 hex digits that change with the dictionary's content."""
+    return f"{zlib.crc32(_DICTIONARY.read_bytes()):08x}"
 
 
 @cache

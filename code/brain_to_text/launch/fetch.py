@@ -128,6 +128,8 @@ def _danger(member: tarfile.TarInfo, exists: bool, number: int, size: int) -> st
         return "would be written outside the folder"
     if not (member.isreg() or member.isdir()):
         return "is a link or a device"
+    if member.size < 0:
+        return "has a negative size"
     if number >= MAX_MEMBERS or size > MAX_BYTES:
         return f"is beyond the limit of {MAX_MEMBERS:,} files or {MAX_BYTES / 1e9:.0f} GB"
     return "occurs twice" if member.isreg() and exists else None

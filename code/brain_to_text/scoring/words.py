@@ -59,10 +59,11 @@ class WordOptions:
                 f"--nbest is {self.n_best}: give 1 to {self.settings.beam_size}, the hypotheses "
                 "that --beam-size keeps."
             )
-        if self.rescored is not None and (self.lexicon or self.tune or self.n_best > 1):
+        decoding = self.lexicon or self.tune or self.n_best > 1 or self.settings != WordSettings()
+        if self.rescored is not None and decoding:
             raise ConfigError(
-                "--rescored FILE holds the sentences: leave out --lexicon, --tune-words and "
-                "--nbest, which are about decoding them."
+                "--rescored FILE holds the sentences: leave out --lexicon, --tune-words, --nbest "
+                "and the search's weights, which are about decoding them."
             )
         if (self.language_model is None) == (self.rescored is None):
             raise ConfigError(

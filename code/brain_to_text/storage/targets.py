@@ -137,7 +137,7 @@ class Target:
         earlier = record.get("purpose", {})
         changed = [
             f"{name} was {earlier.get(name)}"
-            for name in {**earlier, **self._purpose}
+            for name in self._purpose
             if record and earlier.get(name) != self._purpose.get(name)
         ]
         own = set(record.get("keys", ()))
@@ -157,7 +157,7 @@ class Target:
                     f"{url} already holds {foreign[0]}{more}, which '{self._command}' did not "
                     f"write: {aloud}"
                 )
-        if record and not another and not changed:
+        if record and not overwrite:
             self.notes = record["notes"]
         self._keys = wanted | own & listing.keys()
         self._write()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from ..errors import CheckpointError, StorageError
 from ..log_lines import one_line
@@ -94,18 +94,17 @@ class RunLog:
         self.metrics_file = metrics_file
         self._uploader: LogUploader | None = None
         self._followers: list[Follower] = []
-        self._left: dict[Path, int] = {}  # bytes
-        for path in (log_file, metrics_file):
+        self._held: dict[Path, TextIO] = {}
+        for path, option in ((log_file, "--model-dir"), (metrics_file, "--output-data-dir")):
             if path is not None:
-                with writing(path):
-                    self._left[path] = path.stat().st_size if path.exists() else 0
+                self._held[path] = _hold(path, option)
+        self._left = {path: os.fstat(held.fileno()).st_size for path, held in self._held.items()}
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         self._file: _LogFile | None = None
         if log_file is not None:
             with writing(log_file):
                 self._file = _LogFile(log_file, encoding="utf-8")
-            _hold(self._file)
             self._handlers.append(self._file)
         for handler in self._handlers:
             handler.setFormatter(formatter)
@@ -162,10 +161,7 @@ class RunLog:
                 continue
             said = (earlier or {}).get(name, "").encode()
             with writing(path):
-                if path.exists():
-                    path.write_bytes(said + path.read_bytes()[self._left[path] :])
-                elif said:
-                    path.write_bytes(said)
+                path.write_bytes(said + path.read_bytes()[self._left[path] :])
 
     def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread of its own.
@@ -186,6 +182,8 @@ class RunLog:
         if self._file is not None:
             with suppress(OSError):  # what could not be written was said when it was logged
                 self._file.close()
+        for held in self._held.values():
+            held.close()
 
     def _raise_failure(self) -> None:
         if self._file is not None and self._file.failure is not None and self.log_file is not None:
@@ -237,19 +235,24 @@ class LogUploader:
                 return
 
 
-def _hold(file: _LogFile) -> None:
-    """Take a log for this process, before anything in it changes."""
-    assert file.stream is not None  # it was opened at once
+def _hold(path: Path, option: str) -> TextIO:
+    """Take a file for this process, before anything in it changes; until what comes back is closed.
+
+    Raises:
+        CheckpointError: it cannot be written, or another live process has it.
+    """
+    with writing(path):
+        held = path.open("a")
     try:
-        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        held.close()
         raise CheckpointError(
-            f"{file.baseFilename} is being written by another run: give this run its own "
-            "--model-dir."
+            f"{path} is being written by another run: give this run its own {option}."
         ) from None
     except OSError:  # a file system without locks
-        return
+        pass
+    return held
 
 
 def _text(path: Path | None) -> str:
