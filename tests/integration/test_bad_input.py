@@ -529,11 +529,11 @@ def test_encode_proves_every_trial_before_it_writes_a_file(
     real = encoding.encode_file
 
     def mistaken(*arguments, **more):
-        encoded, left_out = real(*arguments, **more)
+        encoded, *left_out = real(*arguments, **more)
         buffer = io.BytesIO(encoded)
         with h5py.File(buffer, "r+") as file:
             change(file[TRIAL])
-        return buffer.getvalue(), left_out
+        return buffer.getvalue(), *left_out
 
     monkeypatch.setattr(encoding, "encode_file", mistaken)
     read, target = (tmp_path / "old" / FILE).read_bytes, str(tmp_path / "new")
