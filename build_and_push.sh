@@ -198,7 +198,8 @@ build_problem() {
     local unreachable='failed to (do request|resolve|fetch|copy|authorize)|manifest unknown'
     unreachable+='|pull access denied|not found: manifest|error getting credentials'
     if grep -q 'load metadata' "$1" && grep -qE "$unreachable" "$1"; then
-        printf '%s' "the base image ${base_image:-that docker/Dockerfile names} cannot be pulled from here:" \
+        local wanted=${base_image:-$(sed -n 's/^ARG BASE_IMAGE=//p' docker/Dockerfile)}
+        printf '%s' "the base image $wanted cannot be pulled from here:" \
             ' give one that this engine has, any Debian or Ubuntu with Python >= 3.11,' \
             ' with --base-image IMAGE or BASE_IMAGE=IMAGE.'
         return

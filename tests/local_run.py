@@ -314,6 +314,9 @@ def show_results(run: Run) -> int:
     print(f"unpacked     {_short(model)}")
     print(f"in S3        s3://{BUCKET}/{OUTPUT_PREFIX}/{run.job}/  (.local/s3/{BUCKET}/...)")
     print(f"logs         {_short(run.folder)}")
+    data = f".local/s3/{BUCKET}/{DATA_PREFIX}"
+    print(f"evaluate     .venv/bin/python code/evaluate_model.py --model {_short(model)} \\")
+    print(f"                 --data-dir {data} --output-dir {_short(run.folder)}/evaluation")
 
     best = min(curve.values(), key=lambda row: row["der"], default=None)
     if run.steps is None and (best is None or max(best["der"], best["per"]) >= LEARNED):

@@ -296,13 +296,15 @@ def test_outside_git_the_image_wants_a_name(desk):
     assert "REVISION=unknown" in desk.noted("docker")
 
 
-def test_a_base_that_cannot_be_pulled_names_the_argument(desk):
+def test_a_base_that_cannot_be_pulled_names_it_and_the_argument(desk):
+    (desk.top / "docker" / "Dockerfile").write_text("ARG BASE_IMAGE=debian:13\n")
+    desk.commit()
     (desk.answers / "build").write_text(
         "#3 [internal] load metadata for docker.io/nvidia/cuda:13\n"
         '#3 ERROR: failed to do request: Head "...": no such host\n'
     )
     said = desk.says("--no-push")
-    assert "that docker/Dockerfile names" in said
+    assert "the base image debian:13 cannot be pulled" in said
     assert "--base-image" in said and "BASE_IMAGE" in said
 
 

@@ -51,10 +51,10 @@ class AwsAccount:
         except ProfileNotFound as error:
             raise JobError(f"{error}: choose one of `aws configure list-profiles`.") from error
         if self.session.region_name is None:
-            lacking = "" if self.session.get_credentials() else " and no credentials were found"
-            raise JobError(
-                f"No AWS region is set{lacking}: set --region, AWS_REGION or run `aws configure`."
-            )
+            lacking = "No AWS region is set"
+            if self.session.get_credentials() is None:
+                lacking = "No AWS credentials were found, and no AWS region is set"
+            raise JobError(f"{lacking}: set --region, AWS_REGION or run `aws configure`.")
         self.region: str = self.session.region_name
         self._clients: dict[tuple[str, str], Any] = {}
 
