@@ -156,8 +156,9 @@ def _word_options(options: argparse.Namespace) -> WordOptions | None:
     from brain_to_text.scoring.words import WordOptions
 
     if options.language_model is None and options.rescored is None:
+        parser = build_parser()
         for name in ("lexicon", "tune_words", "nbest", "lm_weight", "word_score", "beam_size"):
-            if getattr(options, name) != build_parser().get_default(name):
+            if getattr(options, name) != parser.get_default(name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
                     "too (an ARPA or KenLM file, 'training' or 'none')."

@@ -1,5 +1,6 @@
 """Archives from the network are unpacked without trusting them."""
 
+import gzip
 import io
 import tarfile
 
@@ -68,6 +69,16 @@ def test_a_dangerous_archive_writes_nothing_at_all(tmp_path, member):
     assert repr(member[0])[1:-1] in str(refused.value)
     assert list(inside.iterdir()) == []
     assert sorted(p.name for p in tmp_path.rglob("*outside*")) == []
+
+
+def test_a_member_of_negative_size_hides_nothing(tmp_path):
+    member = tarfile.TarInfo("back")
+    member.size = -512
+    path = tmp_path / "model.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(10240)))
+    with pytest.raises(JobError, match="'back' has a negative size"):
+        unpack(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
