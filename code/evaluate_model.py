@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from brain_to_text.command_line import discard_output
 from brain_to_text.errors import BrainToTextError, ConfigError
-from brain_to_text.log_lines import nobody_reads, one_line
+from brain_to_text.redaction import one_line
 from brain_to_text.storage.locations import s3_url
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        return nobody_reads()
+        return discard_output()
     except ModuleNotFoundError as error:
         print(
             f"ERROR: This program needs the Python package {error.name}, which is not here: run it "
@@ -114,8 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     """Turn options into one call of the library, after what needs no torch was checked."""
     if options.export_streaming is not None:
-        from brain_to_text.scoring.realtime import export_streaming
-        from brain_to_text.scoring.trained_model import open_model
+        from brain_to_text.model.realtime import export_streaming
+        from brain_to_text.model.trained_model import open_model
 
         if len(options.model) > 1:
             raise ConfigError("An ensemble has no real-time decoder: give one --model.")

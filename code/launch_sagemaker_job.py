@@ -15,21 +15,22 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from brain_to_text.command_line import discard_output
 from brain_to_text.config_reader import resolve_key, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch
 from brain_to_text.launch.jobs import EXIT_CODES, job_state, list_jobs, release_job, stop_job
-from brain_to_text.launch.launch import (
+from brain_to_text.launch.pricing import estimate
+from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
+from brain_to_text.launch.submit import (
     completed,
     launch_training_job,
     preflight,
     submit_training_job,
 )
-from brain_to_text.launch.pricing import estimate
-from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
 from brain_to_text.launch.watch import watch
-from brain_to_text.log_lines import nobody_reads, one_line
+from brain_to_text.redaction import one_line
 
 __all__ = ["launch_training_job", "main"]
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _launch(settings, options, account)
         return _existing_job(options, account)
     except BrokenPipeError:
-        return nobody_reads()
+        return discard_output()
     except BrainToTextError as error:
         print(f"{parser.prog}: {one_line(str(error))}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ if missing := [
     )
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from brain_to_text.command_line import discard_output
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import import_mat
@@ -34,11 +35,11 @@ from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
-from brain_to_text.log_lines import nobody_reads, one_line
+from brain_to_text.redaction import one_line
 from brain_to_text.scoring.report import dataset_page
 from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
+from brain_to_text.storage.ownership import check_own, replace_own
 from brain_to_text.storage.store import open_store
-from brain_to_text.storage.targets import check_own, replace_own
 
 _PLACE = "folder or s3://BUCKET/PREFIX"
 _BY_SIZE = "worker processes; default by size"
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:
-        return nobody_reads()
+        return discard_output()
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         with suppress(OSError):  # after a hang-up nobody reads it

@@ -26,8 +26,8 @@ from .config import (
     config_keys,
     hints_of,
 )
-from .errors import ConfigError
-from .strict_yaml import read_yaml, shown
+from .errors import ConfigError, short_repr
+from .strict_yaml import read_yaml
 
 log = logging.getLogger("brain_to_text")
 MOST_BYTES = 256_000  # of a configuration file; a real one has 3,000
@@ -137,7 +137,8 @@ def split_overrides(words: Iterable[str]) -> dict[str, str]:
     for word in remaining:
         if not word.startswith("--") or len(word) < 3:
             raise ConfigError(
-                f"Argument {shown(word)} was not understood: options are pairs, as --batch-size 32."
+                f"Argument {short_repr(word)} was not understood: options are pairs, as "
+                "--batch-size 32."
             )
         name, equals, value = word[2:].partition("=")
         if not equals:
@@ -160,7 +161,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Config file {shown(str(path))} cannot be read "
+            f"Config file {short_repr(str(path))} cannot be read "
             f"({getattr(error, 'strerror', None) or error}): "
             "give an existing YAML file with --config-file."
         ) from error
@@ -196,7 +197,7 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
     if not isinstance(document, Mapping):
         raise ConfigError(
             f"Setting '{prefix.rstrip('.')}'{source} must be a mapping of keys, "
-            f"not {shown(document)} ({_kind(document)})."
+            f"not {short_repr(document)} ({_kind(document)})."
         )
     hints = hints_of(cls)
     entries = {entry.name: entry for entry in dataclasses.fields(cls)}
@@ -223,7 +224,7 @@ def _check_legacy(path: str, value: Any, source: str) -> None:
     only = LEGACY_VALUES.get(path)
     if only is not None and _text_as_yaml(value) not in (only, None):
         raise ConfigError(
-            f"Setting '{path}'{source} is {shown(value)} but only {only} is supported: "
+            f"Setting '{path}'{source} is {short_repr(value)} but only {only} is supported: "
             f"{LEGACY_KEYS[path]}."
         )
 
@@ -239,13 +240,13 @@ def _schedule_as_list(value: Any) -> Any:
         changes = math.ceil(round((end - start) / size, 9))
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(
-            f"objective.schedule is {shown(value)} but must list pairs of a step (or a share of "
-            "the run, up to 1) and a weight: write it like [[0.3, 1.0], [0.7, 0.4]]."
+            f"objective.schedule is {short_repr(value)} but must list pairs of a step (or a share "
+            "of the run, up to 1) and a weight: write it like [[0.3, 1.0], [0.7, 0.4]]."
         ) from error
     points = [[0.0, start], [changes * interval, end]] if changes > 0 else [[0.0, start]]
     log.warning(
         "objective.schedule is a list of [step, weight] now, linear in between: %s is read as %s",
-        shown(value),
+        short_repr(value),
         points,
     )
     return points
@@ -262,7 +263,7 @@ def _typed(value: Any, hint: Any, limits: Mapping[str, Any], path: str, source: 
             _check_limits(converted, limits, path, source)
             return converted
     raise ConfigError(
-        f"Setting '{path}'{source} is {shown(value)} ({_kind(value)}) but must be "
+        f"Setting '{path}'{source} is {short_repr(value)} ({_kind(value)}) but must be "
         f"{_describe(hint)}."
     )
 
@@ -326,7 +327,7 @@ def _check_limits(value: Any, limits: Mapping[str, Any], path: str, source: str)
     if (low is not None and value < low) or (high is not None and value > high):
         ends = (f"at least {low:g}" if low is not None else "", f"at most {high}")
         allowed = ends[low is None] if None in (low, high) else f"from {low:g} to {high:.10g}"
-        raise ConfigError(f"Setting '{path}'{source} is {shown(value)} but must be {allowed}.")
+        raise ConfigError(f"Setting '{path}'{source} is {short_repr(value)} but must be {allowed}.")
 
 
 def _set_path(document: dict[str, Any], path: str, value: Any) -> None:
@@ -351,7 +352,7 @@ def _options_of(hint: Any) -> tuple[Any, ...]:
 
 
 def _unknown(name: str, source: str) -> ConfigError:
-    said = f"Unknown setting {shown(name)}{source}."
+    said = f"Unknown setting {short_repr(name)}{source}."
     if _JOINT_LOSS.search(name):
         return ConfigError(
             f"{said} The joint loss is set by objective.phoneme_weight, or by objective.schedule: "

@@ -5,7 +5,9 @@ An error ends what was asked for; findings are collected by checks that look at 
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 
 class BrainToTextError(Exception):
@@ -71,3 +73,13 @@ def warning(kind: str, reason: str) -> Finding:
 def note(kind: str, reason: str) -> Finding:
     """A finding that is good to know."""
     return Finding(None, None, reason, kind, "note")
+
+
+def short_repr(value: Any) -> str:
+    """A value for an error message: never long, never over several lines."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # Python refuses to write a whole number of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"

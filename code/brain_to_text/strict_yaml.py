@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
 import yaml
+
+from .errors import short_repr
 
 DEEPEST = 12  # lists and mappings inside each other; a real configuration has 5
 
@@ -36,8 +37,8 @@ class _StrictLoader(yaml.SafeLoader):
             line = name.start_mark.line + 1
             if name.value in lines:
                 raise yaml.YAMLError(
-                    f"{shown(name.value)} stands on line {lines[name.value]} and again on line "
-                    f"{line}: keep one"
+                    f"{short_repr(name.value)} stands on line {lines[name.value]} and again on "
+                    f"line {line}: keep one"
                 )
             lines[name.value] = line
         return super().construct_mapping(node, deep)
@@ -47,7 +48,7 @@ class _StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise yaml.YAMLError(
-                f"{shown(node.value)} on line {node.start_mark.line + 1} cannot be read"
+                f"{short_repr(node.value)} on line {node.start_mark.line + 1} cannot be read"
             ) from error
 
 
@@ -62,13 +63,3 @@ def read_yaml(text: str | bytes) -> Any:
         return yaml.load(text, _StrictLoader)
     except UnicodeDecodeError as error:
         raise yaml.YAMLError(f"it is not UTF-8: {error}") from error
-
-
-def shown(value: Any) -> str:
-    """A value for an error message: never long, never over several lines."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
-    try:
-        return short.repr(value)
-    except ValueError:  # Python refuses to write a whole number of thousands of digits
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"

@@ -25,10 +25,10 @@ from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.model.augmentations import Augmentation, gaussian_kernel
+from brain_to_text.model.realtime import export_streaming
 from brain_to_text.model.rnn_model import GRUDecoder
+from brain_to_text.model.trained_model import ModelArtefact
 from brain_to_text.scoring.decoding import Inference, greedy_decode
-from brain_to_text.scoring.realtime import export_streaming
-from brain_to_text.scoring.trained_model import ModelArtefact
 from brain_to_text.streaming.batch import collate, pad_features
 from brain_to_text.streaming.batch_plan import evaluation_batches
 

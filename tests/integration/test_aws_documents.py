@@ -11,8 +11,8 @@ import boto3
 import pytest
 import yaml
 from botocore.exceptions import ClientError
-from brain_to_text.launch.launch import STACK_ROLE
 from brain_to_text.launch.request import CODE_FOLDER, OUTPUT_PREFIX
+from brain_to_text.launch.submit import STACK_ROLE
 from support.aws_emulation import (
     ACCOUNT,
     BUCKET,

@@ -16,7 +16,7 @@ import torch
 import train_model_sagemaker
 import yaml
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.scoring.trained_model import open_model
+from brain_to_text.model.trained_model import open_model
 from support.tiny_models import write_model
 from torch import nn
 

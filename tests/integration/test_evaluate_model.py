@@ -20,9 +20,9 @@ from brain_to_text.errors import StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
+from brain_to_text.model.trained_model import open_model
 from brain_to_text.scoring.decoding import Inference, evaluate
 from brain_to_text.scoring.evaluate import run_model, write_run_report
-from brain_to_text.scoring.trained_model import open_model
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from brain_to_text.scoring.trained_model import open_model
+from brain_to_text.model.trained_model import open_model
 from brain_to_text.training.log_files import scalars
 from brain_to_text.training.run import RunPaths
 from integration.kill_harness import JOB_SECONDS, Job

@@ -19,8 +19,8 @@ from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.storage.locations import MANIFEST_NAME
+from brain_to_text.storage.ownership import RECORD_NAME
 from brain_to_text.storage.store import open_store
-from brain_to_text.storage.targets import RECORD_NAME
 from support.commands import run, tree
 from support.small_data import SESSIONS, write_small_dataset
 

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.dataset.workers import Lost, in_workers
+from brain_to_text.dataset.isolation import Lost, in_workers
 from support.commands import run
 from support.fuzzing import rounds
 from support.hdf5_fuzz import KEY, look_at, mutations

@@ -13,8 +13,8 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
-from brain_to_text.launch.launch import launch_training_job
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
+from brain_to_text.launch.submit import launch_training_job
 from brain_to_text.launch.watch import LOG_GROUP, watch
 from support.aws_emulation import (
     BUCKET,
@@ -185,7 +185,7 @@ def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
 ):
     pushed = tmp_path / "image_uri"
     pushed.write_text(f"{aws.image_uri}\n")
-    monkeypatch.setattr("brain_to_text.launch.launch.LAST_IMAGE", pushed)
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", pushed)
     assert run("--s3-bucket", BUCKET) == 0
     assert aws.sent[0]["RoleArn"] == ROLE
     assert aws.sent[0]["AlgorithmSpecification"]["TrainingImage"] == aws.image_uri
@@ -204,7 +204,7 @@ def test_a_role_may_be_given_by_name(aws):
 
 
 def test_dry_run_asks_aws_nothing_and_says_what_is_missing(aws, capsys, monkeypatch):
-    monkeypatch.setattr("brain_to_text.launch.launch.LAST_IMAGE", "/nowhere")
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
     monkeypatch.setattr(front_door, "AwsAccount", None)
     assert run("--s3-bucket", BUCKET, "--dry-run") == 0
     said = capsys.readouterr()

@@ -22,8 +22,8 @@ import prepare_dataset
 import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.launch.image import LABEL, fingerprints
-from brain_to_text.launch.launch import launch_training_job
 from brain_to_text.launch.request import CODE_FOLDER
+from brain_to_text.launch.submit import launch_training_job
 from support.aws_emulation import (
     ADMINISTRATOR,
     BUCKET,

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from brain_to_text.launch.launch import launch_training_job
 from brain_to_text.launch.request import CODE_FOLDER
+from brain_to_text.launch.submit import launch_training_job
 from brain_to_text.log_lines import METRIC_DEFINITIONS
 from support.aws_emulation import ACCOUNT, BUCKET, ROLE, emulated_aws, ready_to_train
 

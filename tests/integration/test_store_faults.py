@@ -17,8 +17,8 @@ from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import write_manifest
 from brain_to_text.errors import BrainToTextError, StorageError
 from brain_to_text.storage import s3_store
-from brain_to_text.storage.attempts import RetryPolicy
 from brain_to_text.storage.locations import MANIFEST_NAME, ObjectInfo
+from brain_to_text.storage.retry import RetryPolicy
 from brain_to_text.storage.s3_store import S3Store
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming import s3_reads
@@ -257,7 +257,7 @@ def test_a_large_object_is_written_in_parts_and_half_of_one_is_given_up(
 
 
 def test_vain_attempts_are_said_while_they_last(at, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("brain_to_text.storage.attempts._SILENT_SECONDS", 0.3)
+    monkeypatch.setattr("brain_to_text.storage.retry._SILENT_SECONDS", 0.3)
     store = at(lambda request, number: error(503, "SlowDown"))
     with caplog.at_level("WARNING", "brain_to_text"), pytest.raises(StorageError):
         store.list()

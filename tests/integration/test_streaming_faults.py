@@ -16,7 +16,7 @@ import torch
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import DataError, StorageError
-from brain_to_text.storage.attempts import RetryPolicy
+from brain_to_text.storage.retry import RetryPolicy
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming import s3_reads
 from brain_to_text.streaming.batch import Batch

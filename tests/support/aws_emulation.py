@@ -30,7 +30,7 @@ from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.image import LABEL, fingerprints
 from brain_to_text.launch.request import CODE_FOLDER
-from brain_to_text.launch.service_model import breaches
+from brain_to_text.launch.request_validation import breaches
 from brain_to_text.storage.locations import ObjectInfo
 from moto.iam.models import iam_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app

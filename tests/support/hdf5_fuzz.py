@@ -12,7 +12,7 @@ import numpy as np
 from brain_to_text.dataset.encoding import EncodingOptions, encode_file
 from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import padded
-from brain_to_text.dataset.workers import limited
+from brain_to_text.dataset.isolation import limited
 from brain_to_text.errors import DataError
 from brain_to_text.labels.diphones import encode_diphones
 

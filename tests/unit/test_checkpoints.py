@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from brain_to_text.errors import CheckpointError
+from brain_to_text.model.trained_model import initial_weights
 from brain_to_text.model.weights_file import load_verified, save_atomically
-from brain_to_text.scoring.trained_model import initial_weights
 from brain_to_text.training.checkpoints import CheckpointFolder
 
 

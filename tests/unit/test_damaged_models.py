@@ -18,12 +18,12 @@ import pytest
 import torch
 from brain_to_text.errors import BrainToTextError, CheckpointError, DataError
 from brain_to_text.labels.pronunciation import read_lexicon
+from brain_to_text.model.trained_model import initial_weights, open_model
 from brain_to_text.scoring.language_model import (
     check_language_model,
     estimate_ngrams,
     words_of_model,
 )
-from brain_to_text.scoring.trained_model import initial_weights, open_model
 from support.tiny_models import write_model
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")

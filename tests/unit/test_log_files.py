@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from brain_to_text.errors import CheckpointError, StorageError
-from brain_to_text.log_lines import scrub, train_line
+from brain_to_text.log_lines import train_line
+from brain_to_text.redaction import redact
 from brain_to_text.training.log_files import LogUploader, RunLog, scalars
 
 
@@ -35,7 +36,7 @@ def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
 def test_credentials_of_trackers_and_in_addresses_are_masked(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden-word")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden-token")
-    said = scrub("https://me:hidden@host/path refused hidden-word and hidden-token")
+    said = redact("https://me:hidden@host/path refused hidden-word and hidden-token")
     assert said == "https://***@host/path refused *** and ***"
 
 

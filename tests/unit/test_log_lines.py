@@ -13,7 +13,6 @@ from brain_to_text.log_lines import (
     best_line,
     best_validation,
     error_rate,
-    one_line,
     read_line,
     rows_of_log,
     total_line,
@@ -21,6 +20,7 @@ from brain_to_text.log_lines import (
     train_line,
     validation_line,
 )
+from brain_to_text.redaction import one_line
 
 FIELDS = {field.name: field for field in (*TRAIN_FIELDS, *VALIDATION_FIELDS)}
 IN_CLOUDWATCH = {

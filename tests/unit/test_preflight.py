@@ -9,8 +9,8 @@ from brain_to_text.errors import JobError
 from brain_to_text.launch.account_checks import check_quota, check_role
 from brain_to_text.launch.checks import check_data, check_image, check_machine
 from brain_to_text.launch.image import LABEL, fingerprints
-from brain_to_text.launch.launch import preflight
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings, resolve_config
+from brain_to_text.launch.submit import preflight
 from support.aws_emulation import (
     ACCOUNT,
     BUCKET,

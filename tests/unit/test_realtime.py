@@ -8,8 +8,8 @@ import pytest
 import torch
 from brain_to_text.errors import CheckpointError, DataError, StorageError
 from brain_to_text.model.augmentations import Augmentation
-from brain_to_text.scoring.realtime import METADATA, StreamingDecoder, export_streaming
-from brain_to_text.scoring.trained_model import open_model
+from brain_to_text.model.realtime import METADATA, StreamingDecoder, export_streaming
+from brain_to_text.model.trained_model import open_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import write_model

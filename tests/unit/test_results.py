@@ -11,7 +11,7 @@ import pytest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
-from brain_to_text.scoring.csv_tables import (
+from brain_to_text.scoring.exports import (
     read_table,
     rescored_sentences,
     submission_remark,

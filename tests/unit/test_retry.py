@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from brain_to_text.storage import attempts as retry
-from brain_to_text.storage.attempts import Attempts, RetryPolicy
+from brain_to_text.storage import retry as retry
+from brain_to_text.storage.retry import Attempts, RetryPolicy
 
 
 class Clock:

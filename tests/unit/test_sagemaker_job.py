@@ -10,7 +10,7 @@ import launch_sagemaker_job
 import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
-from brain_to_text.launch import service_model
+from brain_to_text.launch import request_validation
 from brain_to_text.launch.request import (
     CODE_FOLDER,
     DEFAULT_CONFIG,
@@ -21,7 +21,7 @@ from brain_to_text.launch.request import (
     resolve_config,
     training_request,
 )
-from brain_to_text.launch.service_model import Breach, breaches
+from brain_to_text.launch.request_validation import Breach, breaches
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -330,7 +330,7 @@ def test_made_names_are_valid_and_differ(config):
 
 
 def test_a_request_without_boto3_is_one_sentence(monkeypatch):
-    service_model._model.cache_clear()
+    request_validation._model.cache_clear()
     monkeypatch.setitem(sys.modules, "botocore.loaders", None)
     with pytest.raises(JobError, match="needs boto3: run `pip install boto3 pyyaml`"):
         request()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from brain_to_text.errors import BrainToTextError, CheckpointError
-from brain_to_text.scoring.trained_model import initial_weights, open_model
+from brain_to_text.model.trained_model import initial_weights, open_model
 from support.tiny_models import write_model
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13")

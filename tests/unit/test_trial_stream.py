@@ -10,7 +10,7 @@ import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import StorageError
-from brain_to_text.storage.attempts import ReadError, RetryPolicy
+from brain_to_text.storage.retry import ReadError, RetryPolicy
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.trial_stream import LocalRangedReader, TrialStream
 

@@ -23,8 +23,8 @@ from ..labels.pronunciation import (
     text_phonemes,
 )
 from ..storage.locations import data_files, session_and_split
+from ..storage.ownership import Target
 from ..storage.store import ObjectStore, open_store
-from ..storage.targets import Target
 from .hdf5_reader import (
     TRIAL_NAME,
     FileInspection,
@@ -36,8 +36,8 @@ from .hdf5_reader import (
 from .hdf5_values import HDF5_ERRORS, cause_of, check_stored, printable, read_dataset
 from .hdf5_writer import FeatureType, write_features, write_labels
 from .indexing import keep_index
+from .isolation import Progress, limited, sound_answers
 from .manifest import TrialManifest
-from .workers import Progress, limited, sound_answers
 
 _REPAIR = "repair it, or leave such trials out with --exclude-damaged."
 _LABELS = ("seq_class_ids", "seq_class_ids_phoneme")

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from ..errors import DataError
-from ..log_lines import one_line
+from ..redaction import one_line
 from .trial_record import HDF5_FILTERS, MOST_INFLATED
 
 # What h5py raises on damaged bytes, depending on where the damage is.

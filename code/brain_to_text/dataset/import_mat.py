@@ -23,8 +23,8 @@ from ..storage.store import ObjectStore, open_store
 from .encoding import EncodingOptions, encode_files
 from .hdf5_values import cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
+from .isolation import limited
 from .manifest import TrialManifest
-from .workers import limited
 
 SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
 _SESSION = re.compile(r"[A-Za-z0-9]+(\.\d+)+")

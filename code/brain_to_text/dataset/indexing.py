@@ -14,10 +14,10 @@ from ..errors import DataError, Finding, StorageError
 from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
 from ..storage.store import ObjectStore, open_store
 from .hdf5_reader import FileInspection, inspect_file
+from .isolation import Lost, Progress, in_workers, limited
 from .manifest import TrialManifest, load_manifest, write_manifest
 from .manifest_format import N_CLASSES, overlapping, trial_order
 from .trial_record import TrialRecord
-from .workers import Lost, Progress, in_workers, limited
 
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _PROGRESS_SECONDS = 10.0

@@ -21,13 +21,13 @@ from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
+from ..storage.ownership import Target
 from ..storage.store import ObjectStore
-from ..storage.targets import Target
 from .hdf5_reader import FileInspection, inspect_file
 from .hdf5_writer import TrialContents, data_file_bytes
 from .indexing import keep_index
+from .isolation import Progress
 from .manifest import TrialManifest
-from .workers import Progress
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
 _ARTICULATORS = 16  # dimensions of the articulatory space

@@ -15,16 +15,16 @@ import numpy as np
 from ..errors import DataError, Finding
 from ..labels.phonemes import SILENCE
 from ..labels.pronunciation import normalise_text, pronunciations_of
-from ..log_lines import one_line
+from ..redaction import one_line
 from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
 from ..storage.store import ObjectInfo, ObjectStore
 from .hdf5_reader import FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
+from .isolation import Progress
 from .manifest import TrialManifest, load_manifest
 from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .trial_record import TrialRecord
-from .workers import Progress
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below

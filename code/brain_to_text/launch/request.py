@@ -18,10 +18,11 @@ from typing import Any, Literal
 from ..config import TrainingConfig, changed
 from ..config_reader import load_config
 from ..errors import JobError
-from ..log_lines import METRIC_DEFINITIONS, scrub
+from ..log_lines import METRIC_DEFINITIONS
+from ..redaction import redact
 from ..storage.locations import s3_url
 from .image import unchanged_in_image
-from .service_model import breaches
+from .request_validation import breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
@@ -328,13 +329,13 @@ def _check(settings: JobSettings) -> None:
         refuse(f"The tag '{taken.pop()}' is how --list finds our jobs: give yours another name.")
     for kind, values in (("variable", settings.environment), ("setting", settings.overrides)):
         for name, value in values.items():
-            if _SECRET_NAME.search(name) or scrub(str(value)) != str(value):
+            if _SECRET_NAME.search(name) or redact(str(value)) != str(value):
                 refuse(
                     f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
                     "everybody who may describe it: give the role access instead."
                 )
     if server := settings.mlflow_tracking_uri:
-        if scrub(server) != server:
+        if redact(server) != server:
             refuse("--mlflow-tracking-uri contains a password: use a server that trusts the role.")
         if not _MLFLOW_SERVER.fullmatch(server):
             refuse(

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from ..errors import JobError
-from ..log_lines import best_validation, error_rate, one_line, read_line, total_steps
+from ..log_lines import best_validation, error_rate, read_line, total_steps
+from ..redaction import one_line
 from .account import AwsAccount, error_code, no_answer
 from .account_checks import LOG_GROUP
 from .jobs import JobState, duration, job_state

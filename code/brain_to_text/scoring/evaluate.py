@@ -19,14 +19,14 @@ from ..dataset.selection import select_for_evaluation
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
 from ..model.device import autocast_dtype
+from ..model.trained_model import CHECKPOINTS, ModelArtefact, open_model
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
-from .csv_tables import rescored_sentences, submission_remark
 from .decoding import DecodedTrial, Inference, decode_trials
+from .exports import rescored_sentences, submission_remark
 from .results import Evaluation, check_place, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark
-from .trained_model import CHECKPOINTS, ModelArtefact, open_model
 from .words import (
     DecodedSentences,
     WordOptions,

@@ -22,13 +22,13 @@ from ..dataset.manifest import TrialManifest
 from ..errors import StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import BLANK, PHONEMES
+from ..model.trained_model import ModelArtefact
 from ..storage.locations import shortened
-from .csv_tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .decoding import DecodedTrial
+from .exports import n_best_rows, trial_row, write_logits, write_submission, write_table
 from .report import model_report
 from .statistics import align
 from .summary import compare, diphone_name, summarise
-from .trained_model import ModelArtefact
 from .words import DecodedSentences, training_sentences
 
 BIN_SECONDS = 0.02

@@ -18,8 +18,8 @@ import botocore.parsers
 import fsspec.asyn
 import s3fs
 
-from .attempts import CredentialsRejectedError, PersistentError
 from .locations import split_s3_url
+from .retry import CredentialsRejectedError, PersistentError
 from .s3_errors import AWS_LOGIN, CALL_ERRORS, PROVIDER_ERRORS, SETTINGS, fault_of, named_cause
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import botocore.exceptions
 import botocore.parsers
 from fsspec.exceptions import FSTimeoutError
 
-from .attempts import (
+from .retry import (
     CredentialsRejectedError,
     MissingError,
     ObjectReplacedError,

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import fsspec.asyn
 
 from ..errors import StorageError
-from .attempts import (
+from .locations import ObjectInfo, s3_url, split_s3_url
+from .retry import (
     Attempts,
     MissingError,
     ObjectReplacedError,
@@ -21,7 +22,6 @@ from .attempts import (
     ReadError,
     RetryPolicy,
 )
-from .locations import ObjectInfo, s3_url, split_s3_url
 from .s3_client import S3Client, read_at_most
 from .s3_errors import is_web_page, web_page_fault
 

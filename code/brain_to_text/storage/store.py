@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import DataError, StorageError
-from ..log_lines import one_line
+from ..redaction import one_line
 from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed

@@ -25,8 +25,8 @@ import obstore
 from obstore.store import S3Store
 
 from ..errors import StorageError
-from ..storage.attempts import CredentialsRejectedError, ObjectReplacedError, ReadError
 from ..storage.locations import S3_ETAG, split_s3_url
+from ..storage.retry import CredentialsRejectedError, ObjectReplacedError, ReadError
 from ..storage.s3_client import S3Client, read_at_most
 from ..storage.s3_errors import (
     PROVIDER_ERRORS,

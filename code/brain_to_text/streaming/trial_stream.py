@@ -24,14 +24,14 @@ from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..errors import BrainToTextError, DataError, StorageError
-from ..storage.attempts import (
+from ..storage.locations import is_s3
+from ..storage.retry import (
     Attempts,
     ObjectReplacedError,
     PersistentError,
     ReadError,
     RetryPolicy,
 )
-from ..storage.locations import is_s3
 from ..storage.store import ObjectStore
 from .stream_stats import StreamStats
 from .trial_cache import TrialCache, cache_budget_bytes

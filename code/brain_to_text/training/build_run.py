@@ -18,7 +18,7 @@ from ..log_lines import total_line
 from ..model.device import allow_tf32, notes
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..model.train_step import TrainStep, largest_batch
-from ..scoring.trained_model import initial_weights
+from ..model.trained_model import initial_weights
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts

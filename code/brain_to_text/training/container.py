@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BrainToTextError
-from ..log_lines import one_line
+from ..redaction import one_line
 
 
 @dataclass(frozen=True)

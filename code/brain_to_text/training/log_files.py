@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..errors import CheckpointError, StorageError
-from ..log_lines import one_line
 from ..model.weights_file import explain_write_error, writing
+from ..redaction import one_line
 from ..storage.store import ObjectStore, open_store
 
 LOGGER = logging.getLogger("brain_to_text")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import leaves
-from ..log_lines import scrub
+from ..redaction import redact
 from .log_files import Follower, RunLog, scalars
 from .run import RunPaths
 
@@ -169,7 +169,7 @@ class MlflowRun:
         that is not finished without an error was stopped.
         """
         if error is not None:
-            self._reason = scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
             self._outcome = "FAILED"
         elif finished:
             self._outcome = "FINISHED"
@@ -215,7 +215,7 @@ class MlflowRun:
             # OSError is requests' exceptions, too
             except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
                 if not troubled:
-                    said = " ".join(scrub(str(error)).split())[:300]
+                    said = " ".join(redact(str(error)).split())[:300]
                     LOGGER.warning(
                         "MLflow does not answer as it should, training goes on: %s", said
                     )

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from brain_to_text.dataset.workers import Lost, in_workers
+from brain_to_text.dataset.isolation import Lost, in_workers
 from brain_to_text.errors import DataError, StorageError
 
 CODE = Path(__file__).parents[2] / "code"
@@ -59,7 +59,7 @@ def test_workers_see_the_environment_of_the_call(monkeypatch):
 def test_no_worker_outlives_its_parent(tmp_path, number):
     script = (
         f"import sys, time; sys.path.insert(0, {str(CODE)!r})\n"
-        "from brain_to_text.dataset.workers import in_workers\n"
+        "from brain_to_text.dataset.isolation import in_workers\n"
         "list(in_workers(time.sleep, {'a': (600,), 'b': (600,)}, 2))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])

@@ -29,7 +29,7 @@ _DAMAGE = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 _PR_SET_PDEATHSIG = 1
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from brain_to_text.dataset.workers import _serve; _serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from brain_to_text.dataset.isolation import _serve; _serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 Progress = Callable[[int, int], object]  # told how many are done, and how many there are
 _in_worker = False

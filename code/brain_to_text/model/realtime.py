@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..model.augmentations import Augmentation
-from ..storage.targets import replace_own
+from ..storage.ownership import replace_own
+from .augmentations import Augmentation
 from .trained_model import ModelArtefact
 
 METADATA = "decoder.json"  # extra file inside an exported decoder

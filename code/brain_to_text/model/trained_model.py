@@ -19,14 +19,14 @@ import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import config_from_dict
-from ..errors import CheckpointError, StorageError
+from ..errors import CheckpointError, StorageError, short_repr
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
-from ..model.rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
-from ..model.weights_file import load_verified
 from ..storage.locations import is_s3
 from ..storage.store import open_store
-from ..strict_yaml import read_yaml, shown
+from ..strict_yaml import read_yaml
+from .rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
+from .weights_file import load_verified
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
 # last name → where it may lie, in a folder or an archive
@@ -224,7 +224,7 @@ def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
     if len({name for name in names if isinstance(name, str)}) < max(len(names), 1):
         raise CheckpointError(
             f"The sessions of {location} must be a list of different names, and "
-            f"{shown(listed)} is not: give the checkpoint and args.yaml of a training run."
+            f"{short_repr(listed)} is not: give the checkpoint and args.yaml of a training run."
         )
     return names
 
@@ -261,13 +261,14 @@ def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.T
         raise _no_weights(location, "no model_state_dict")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise _no_weights(location, f"{shown(name)} as {type(value).__name__}")
+            raise _no_weights(location, f"{short_repr(name)} as {type(value).__name__}")
         if not value.is_floating_point() or value.layout != torch.strided:
-            raise _no_weights(location, f"{shown(name)} as {value.dtype}, {value.layout}")
+            raise _no_weights(location, f"{short_repr(name)} as {value.dtype}, {value.layout}")
         if not value.isfinite().all():
             raise CheckpointError(
-                f"The checkpoint of {location} holds values in {shown(name)} that are no finite "
-                "numbers, so it decodes nothing: the run diverged; give an earlier checkpoint."
+                f"The checkpoint of {location} holds values in {short_repr(name)} that are no "
+                "finite numbers, so it decodes nothing: the run diverged; give an earlier "
+                "checkpoint."
             )
     return weights
 

@@ -2,8 +2,8 @@
 
 import pytest
 from brain_to_text.errors import DataError
+from brain_to_text.storage.ownership import RECORD_NAME, Target, check_apart, replace_own
 from brain_to_text.storage.store import open_store
-from brain_to_text.storage.targets import RECORD_NAME, Target, check_apart, replace_own
 
 KEYS = ("s1/data_train.hdf5", "s2/data_train.hdf5")
 
