@@ -173,7 +173,7 @@ build() { # build NAME [PLATFORM]
     # The host's network, so that a package proxy on this machine's loopback serves the build too.
     settings=(--file docker/Dockerfile --network host --progress plain --tag "$1"
         --build-arg "TORCH_VARIANT=$torch" --build-arg "MLFLOW=$mlflow"
-        --build-arg "REVISION=$revision" --build-arg "VERSION=${revision:0:12}"
+        --build-arg "REVISION=$revision"
         --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)"
         --label "brain-to-text.code-fingerprints=$label")
     [[ -z ${2:-} ]] || settings+=(--platform "$2")

@@ -37,6 +37,9 @@ def test_a_fork_checks_what_contributors_check_and_needs_no_secret():
     commands = [step["run"] for step in workflow["jobs"]["checks"]["steps"] if "run" in step]
     assert all(command.split()[0] == "./tests/run.sh" for command in commands)
     assert "--checks" in commands[0] and commands[1].endswith("tests/unit")
+    assert commands[2].endswith("tests/integration")
+    actions = re.findall(r"uses: \S+@(\S+)", text)
+    assert actions and all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in actions)
 
 
 def test_hooks_run_what_the_environment_holds():
@@ -56,3 +59,15 @@ def test_the_issue_form_asks_for_what_a_failed_job_leaves():
 def test_the_citation_can_be_read():
     citation = yaml.safe_load((HOME / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_the_release_has_one_number():
+    citation, changelog, image = (
+        re.search(pattern, path.read_text(), re.M)[1]
+        for path, pattern in (
+            (HOME / "CITATION.cff", r"^version: (\S+)"),
+            (HOME / "CHANGELOG.md", r"^## (\S+)"),
+            (TOP / "docker" / "Dockerfile", r'image\.version="(\S+)"'),
+        )
+    )
+    assert citation == changelog == image

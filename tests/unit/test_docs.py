@@ -70,14 +70,14 @@ KNOWN_TO_LAUNCH = {"", "labels", "storage", "dataset", "launch"}
 LIBRARY = CODE_FOLDER / "brain_to_text"
 
 
-def rooms_of_the_library():
-    """(folder, file) of every room; the folder of the top is ""."""
+def modules_of_the_library():
+    """(folder, file) of every module; the folder of the top is ""."""
     paths = [path for path in sorted(LIBRARY.rglob("*.py")) if path.stem != "__init__"]
     return [(path.relative_to(LIBRARY).parent.as_posix().strip("."), path) for path in paths]
 
 
 def folders_imported_by(folder, path):
-    """The folders of ours that a room imports from."""
+    """The folders of ours that a module imports from."""
     for dots, module in re.findall(r"^\s*from (\.+)([\w.]*) import", text_of(path), re.M):
         if folder and dots == ".":
             yield folder
@@ -86,15 +86,15 @@ def folders_imported_by(folder, path):
 
 
 def test_every_folder_of_the_library_has_its_place():
-    assert {folder for folder, _ in rooms_of_the_library()} == {*FOLDERS, "launch"}
-    table = text_of(TOP / ".github/CONTRIBUTING.md").split("## The house")[1]
+    assert {folder for folder, _ in modules_of_the_library()} == {*FOLDERS, "launch"}
+    table = text_of(TOP / ".github/CONTRIBUTING.md").split("## Where things are")[1]
     rows = re.findall(r"^\| `(?:brain_to_text/)?(\w*)`", table, re.M)
     assert rows == [*FOLDERS, "launch"]
 
 
 def test_no_import_runs_upward():
     wrong = []
-    for folder, path in rooms_of_the_library():
+    for folder, path in modules_of_the_library():
         own = KNOWN_TO_LAUNCH if folder == "launch" else FOLDERS[: FOLDERS.index(folder) + 1]
         wrong += [
             f"{folder}/{path.name} imports from {other or 'the top'}"
@@ -106,7 +106,7 @@ def test_no_import_runs_upward():
 
 def test_no_imports_run_in_a_circle():
     graph: dict[str, set[str]] = {}
-    for folder, path in rooms_of_the_library():
+    for folder, path in modules_of_the_library():
         known = graph[f"{folder}.{path.stem}"] = set()
         for dots, module in re.findall(r"^\s*from (\.+)([\w.]+) import", text_of(path), re.M):
             inside = folder if dots == "." else ""
