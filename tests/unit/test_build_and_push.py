@@ -221,7 +221,6 @@ def test_each_option_reaches_the_build(desk, tmp_path):
         "--build-arg BASE_IMAGE=debian:13",
         "--build-arg TORCH_CPU_INDEX=https://example.com/whl",
         f"--build-arg REVISION={revision}",
-        f"--build-arg VERSION={revision[:12]}",
         f"--secret id=ca_bundle,src={bundle}",
     ):
         assert words in desk.noted("docker"), words
