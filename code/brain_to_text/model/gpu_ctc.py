@@ -126,7 +126,9 @@ def alphas(emit: torch.Tensor, may_skip: torch.Tensor, frames: torch.Tensor) -> 
 if triton is not None:
 
     @triton.jit
-    def _forward_recursion(emit, may_skip, frames, out, T, S, BLOCK: tl.constexpr):
+    def _forward_recursion(  # type: ignore[no-untyped-def]  # Triton reads annotations as types
+        emit, may_skip, frames, out, T, S, BLOCK: tl.constexpr
+    ):
         problem = tl.program_id(0).to(tl.int64)
         n_frames = tl.load(frames + problem)
         state = tl.arange(0, BLOCK)
