@@ -144,7 +144,7 @@ def test_sessions_that_do_not_fit_the_day_layers_are_refused(tmp_path):
         ("best_checkpoint", {}, "no model_state_dict"),
         ("best_checkpoint", {"model_state_dict": {0: torch.zeros(3)}}, "holds 0 as Tensor"),
         ("best_checkpoint", {"model_state_dict": {"h0": torch.ones(3).int()}}, "'h0' as torch.int"),
-        ("best_checkpoint", {"model_state_dict": {"h0": torch.eye(3).to_sparse()}}, "sparse"),
+        ("best_checkpoint", {"model_state_dict": {"h0": torch.eye(3).to_sparse()}}, "dense"),
         (
             "best_checkpoint",
             {"model_state_dict": {"h0": torch.tensor([1, float("nan")])}},

@@ -1,19 +1,16 @@
-"""Files of weights: written whole or not at all, with a checksum that decides before they are read.
+"""Files of weights: written whole or not at all, and checked before they are read.
 
-A file is what `torch.save` writes (a zip that any torch reads) with the SHA-256 of all its bytes as
-the zip's comment.
+A file is what `torch.save` writes: a zip, which holds a CRC-32 of each member. torch itself does not
+look at these when it reads.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import io
+import math
 import os
 import pickle
-import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +23,7 @@ import torch
 from ..errors import CheckpointError
 
 _TEMPORARY_SUFFIX = ".tmp"
-_CHUNK = 2**20
-# The last record of a zip: a signature, twelve bytes of counts and places, the comment's length.
-_END = struct.Struct("<4s16sH")
-_COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
-_COMMENT_BYTES = len(b"sha256:") + 64
+_FOLDER = 0x10  # an attribute of a zip's member
 
 # The public baseline's checkpoints hold their error rate as a NumPy scalar: data, not code.
 _NUMPY_SCALARS: list[Any] = [
@@ -52,14 +45,13 @@ def state_to_cpu(tree: Any) -> Any:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to `path`, with its checksum; a crash leaves the old file or the new one.
+    """`torch.save` to `path`; a crash leaves the old file or the new one.
 
     Raises:
         CheckpointError: the volume is full, read-only or gone; the previous file is untouched.
     """
     with _replacing(path) as file:
         torch.save(content, file)
-        _add_checksum(file)
 
 
 def copy_atomically(source: Path, target: Path) -> None:
@@ -77,7 +69,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w+b") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -89,45 +81,32 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise CheckpointError(reason) from error
 
 
-def _add_checksum(file: IO[bytes]) -> None:
-    """Write the zip's comment, with the checksum of all that comes before it."""
-    size = file.seek(-2, io.SEEK_END)  # the last two bytes: the comment's length
-    if file.read() != b"\0\0":
-        raise RuntimeError("torch.save wrote a zip that ends in another way than expected")
-    comment = b"sha256:" + _checksum(file, size)
-    file.seek(size)
-    file.write(struct.pack("<H", len(comment)) + comment)
-
-
-def _checksum(file: IO[bytes], size: int) -> bytes:
-    """SHA-256 of the first `size` bytes, in hexadecimal digits."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while size > 0 and (part := file.read(min(_CHUNK, size))):
-        digest.update(part)
-        size -= len(part)
-    return digest.hexdigest().encode()
-
-
 def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
-    """Read a file of weights; whole bytes are checked first, and no pickled code is executed.
-
-    A file with our checksum is read only if that fits. Others (the public baseline's) are read if
-    every record's CRC fits.
+    """Read a file of weights; its bytes are checked first, and no pickled code is executed.
 
     Raises:
-        CheckpointError: damaged, truncated, not a zip, or more than tensors and values.
+        CheckpointError: damaged, truncated, not a zip, more than tensors and values, or tensors
+            that take more memory than the file has bytes.
     """
     label = name or str(path)
     try:
-        if isinstance(path, Path):
-            with path.open("rb") as file:
-                _check_bytes(file, label)
-        else:
-            _check_bytes(path, label)
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # torch would leave what the zip calls a folder uninitialised
+                if member.compress_type or member.external_attr & _FOLDER:
+                    raise CheckpointError(
+                        f"Checkpoint {label} is compressed, or damaged at {member.filename}: save "
+                        "it again with torch.save."
+                    )
+            stored = sum(member.file_size for member in archive.infolist())
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"Checkpoint {label} is damaged: {damaged} fails its checksum.")
+        if not isinstance(path, Path):
             path.seek(0)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        needed = _bytes_of(content, set())
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"Checkpoint {label} holds more than tensors and plain values and was not loaded: "
@@ -138,27 +117,28 @@ def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(f"Checkpoint {label} cannot be read: {reason}.") from error
+    if needed > stored:
+        raise CheckpointError(
+            f"Checkpoint {label} holds {stored:,} bytes for tensors of {needed:,.0f} bytes: save a "
+            "state_dict whose tensors are dense and share no memory."
+        )
+    return content
 
 
-def _check_bytes(file: IO[bytes], label: str) -> None:
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(size - _COMMENT_BYTES, 0))
-    tail = file.read()
-    comment = _COMMENT.fullmatch(tail)
-    if comment is None:
-        file.seek(max(size - _END.size, 0))
-        end = file.read()
-        if len(end) < _END.size or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
-            raise CheckpointError(f"Checkpoint {label} is damaged: its last bytes are not a zip's.")
-        file.seek(0)
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"Checkpoint {label} is damaged: record {damaged} fails its CRC.")
-        return
-    found = _checksum(file, size - _COMMENT_BYTES - 2)
-    if found != comment[1] or file.read(2) != struct.pack("<H", _COMMENT_BYTES):
-        raise CheckpointError(f"Checkpoint {label} is damaged: it fails its checksum.")
+def _bytes_of(tree: Any, seen: set[int]) -> float:
+    """What the tensors in nested dicts, lists and tuples take, each with memory of its own.
+
+    Infinite where one has none (on the meta device, sparse).
+    """
+    if isinstance(tree, torch.Tensor):
+        dense = tree.device.type == "cpu" and tree.layout == torch.strided
+        return tree.numel() * tree.element_size() if dense else math.inf
+    if id(tree) in seen:  # a list in itself, or many times
+        return 0
+    seen.add(id(tree))
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(_bytes_of(v, seen) for v in tree) if isinstance(tree, (list, tuple)) else 0
 
 
 @contextmanager
