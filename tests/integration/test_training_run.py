@@ -669,52 +669,21 @@ def test_a_full_model_volume_is_one_sentence(train, small_volume):
     assert "Traceback" not in run.said and "Logging error" not in run.said
 
 
-@pytest.mark.parametrize("order", ["subset", "grown"])
-def test_a_resumed_run_knows_its_sessions_by_name(train, order):
-    """Sessions 11, 13, 18 become 18, 13; or 13 becomes 11, 13: what was theirs stays theirs."""
-    first, then = (
-        ("[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]", "[t15.2023.08.18, t15.2023.08.13]")
-        if order == "subset"
-        else ("[t15.2023.08.13]", "[t15.2023.08.11, t15.2023.08.13]")
-    )
-    settings = {"days_per_batch": 1, "lr_warmup_steps_day": 0, "ema_decay": 0.5}
-    before = train("job", sessions=first, **settings)
-    assert before.code == 0, before.said
-    old = before.last()
-    # nothing is left to do but to validate: what was loaded is what is saved
-    after = train(
-        *("job", "--accept-changes", "true", "--lr_max", "0.003"),
-        sessions=then,
-        num_training_batches=7,
-        lr_max_day=0,
-        lr_min_day=0,
-        beta0=0,
-        **settings,
-    )
-    assert after.code == 0, after.said
-    assert "Resuming after step 6" in after.said
-    new = after.last()
-    theirs, ours = (yaml.safe_load(text) for text in (first, then))
-    assert "scored on other sessions or trials" in after.said
-    folder = after.folder / "model" / "checkpoint"
-    best = torch.load(folder / "best_checkpoint", weights_only=True)
-    assert best["sessions"] == ours and best["step"] == 7
-    assert yaml.safe_load((folder / "args.yaml").read_text())["dataset"]["sessions"] == ours
-    for day, session in enumerate(ours):
-        weights = new["model"][f"day_weights.{day}"]
-        if session in theirs:
-            there = f"day_weights.{theirs.index(session)}"
-            assert torch.equal(weights, old["model"][there]), session
-            place = old["parameters"].index(there)
-            here = new["parameters"].index(f"day_weights.{day}")
-            steps = [
-                state["optimizer"]["state"].get(i, {}).get("step")
-                for state, i in ((old, place), (new, here))
-            ]
-            assert steps[1] in (steps[0], 1 if steps[0] is None else steps[0] + 1), session
-        else:
-            assert torch.equal(weights, torch.eye(16))
-            assert f"no day layer for {session}" in after.said
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sessions": "[t15.2023.08.18, t15.2023.08.13]"}, "belongs to a run on other sessions"),
+        ({"rnn_trainable": False}, "trained other parts of the model"),
+    ],
+)
+def test_what_a_state_cannot_become_is_started_from_its_weights(train, change, sentence):
+    """Refused even with changes accepted; what the refusal advises works."""
+    assert train("job").code == 0
+    run = train("job", "--accept-changes", "true", num_training_batches=7, **change)
+    assert run.code == 1 and sentence in run.failure
+    advised = re.search(r"--init-from-checkpoint true --init-checkpoint-path [^\s,]+", run.failure)
+    other = train("other", *advised[0].rstrip(".").split(), **change)
+    assert other.code == 0 and "Initialized weights from" in other.said, other.said
 
 
 def test_another_model_size_is_one_sentence_before_the_first_step(train):

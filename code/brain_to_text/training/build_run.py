@@ -26,7 +26,7 @@ from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
 from .distributed import World, sum_gradients
 from .log_files import RunLog
-from .resume import check_identity, identity, name_there, restore_run
+from .resume import check_identity, identity, restore_run
 from .run import Interval, Run, RunPaths
 
 
@@ -82,8 +82,8 @@ def build_run(
         f"from {len(selection.sessions)} sessions"
     )
 
-    own = identity(config, manifest.fingerprint(), world.size)
-    saved = world.from_main(lambda: _find_state(checkpoints, own, accept_changes, log))
+    now = identity(config, manifest.fingerprint(), world.size)
+    saved = world.from_main(lambda: _find_state(checkpoints, now, accept_changes, log))
     step = 0 if saved is None else saved["run"]["step"]
     batches = train_set.batches(start=step, stop=config.num_training_batches)  # while we build
     closing.callback(batches.close)
@@ -111,7 +111,7 @@ def build_run(
         model=model,
         train_step=train_step,
         checkpoints=checkpoints,
-        identity=own,
+        identity=now,
         batches=batches,
         interval=Interval(step, stream.stats.snapshot()),
         resumed=saved is not None,
@@ -175,7 +175,7 @@ def _say_traffic(
 
 
 def _find_state(
-    checkpoints: CheckpointFolder | None, own: dict[str, Any], accept: bool, log: RunLog
+    checkpoints: CheckpointFolder | None, now: dict[str, Any], accept: bool, log: RunLog
 ) -> dict[str, Any] | None:
     """On the main rank: the newest valid state of this very run, if there is one."""
     assert checkpoints is not None
@@ -183,7 +183,7 @@ def _find_state(
     for sentence in passed_over:
         log.warning(f"{sentence} Going back to the checkpoint before it.")
     if state is not None:
-        check_identity(state, own, checkpoints.path, accept, log)
+        check_identity(state, now, checkpoints.path, accept, log)
     return state
 
 
@@ -226,10 +226,14 @@ def _start_from(path: str, model: GRUDecoder, sessions: Sequence[str], log: RunL
             log.info(
                 f"{path} has no day layer for {', '.join(fresh)}: these start as the identity."
             )
-        own = model.state_dict()
-        days = {name: name_there(name, theirs, sessions) for name in own if name.startswith("day_")}
-        rest = {name: value for name, value in weights.items() if not name.startswith("day_")}
-        weights = rest | {n: weights[there] if there else own[n] for n, there in days.items()}
+        start = model.state_dict()
+        layers = {name: value for name, value in start.items() if name.startswith("day_")}
+        for name in layers:
+            layer, _, day = name.partition(".")
+            if (session := sessions[int(day)]) in theirs:
+                layers[name] = weights[f"{layer}.{theirs.index(session)}"]
+        others = {name: value for name, value in weights.items() if not name.startswith("day_")}
+        weights = others | layers
     for sentence in load_public_state_dict(model, weights):
         log.info(sentence)
     log.info(f"Initialized weights from {path}")

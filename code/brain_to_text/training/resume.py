@@ -1,8 +1,4 @@
-"""Continuing a run: whether a saved state is this run's, and how it becomes this run again.
-
-What can be matched by name is: day layers, their moments and averages follow their sessions. The
-rest is one sentence before the first step.
-"""
+"""Continuing a run: whether a saved state is this run's, and how it becomes this run again."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from .run import Run
 
 # Settings below `dataset` that decide which trials are validated, and how they are scored.
 VALIDATION_KEYS = (
-    *("sessions", "bad_trials_dict", "dataset_probability_val", "n_classes", "feature_subset"),
+    *("bad_trials_dict", "dataset_probability_val", "n_classes", "feature_subset"),
     "on_damaged_trial",
 )
 # Folders whose code decides what a run computes: a change in one of their files changes the run.
@@ -40,7 +36,6 @@ def snapshot(run: Run) -> dict[str, Any]:
         "model": run.model.state_dict(),
         "optimizer": {"state": run.train_step.optimizer.state_dict()["state"]},
         "parameters": _optimized(run),
-        "trained": _trained(run),
         "train_step": run.train_step.state_dict(),
         "log": run.log.snapshot(),
         "identity": run.identity,
@@ -53,51 +48,25 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the saved weights do not fit this model.
     """
-    theirs = list(saved["identity"]["config"]["dataset"]["sessions"])
-    ours = list(run.selection.sessions)
-    if fresh := [session for session in ours if session not in theirs]:
-        run.log.info(f"The checkpoint has no day layer for {', '.join(fresh)}: these start anew")
-
-    own, weights = run.model.state_dict(), dict(saved["model"])
-    for name, value in own.items():
-        known = name_there(name, theirs, ours)
-        found = value if known is None else weights.pop(known, None)
-        if found is None or found.shape != value.shape:
-            raise _does_not_fit(run, name, found, value)
-        own[name] = found
-    if strange := [name for name in weights if not name.startswith("day_")]:
-        raise _does_not_fit(run, strange[0], weights[strange[0]], None)
-    run.model.load_state_dict(own)
-
-    place = {name: index for index, name in enumerate(saved["parameters"])}
-    moments = saved["optimizer"]["state"]
-    kept = {
-        index: moments[place[known]]
-        for index, name in enumerate(_optimized(run))
-        if (known := name_there(name, theirs, ours)) in place and place[known] in moments
-    }
+    expected, found = run.model.state_dict(), saved["model"]
+    for name in {**expected, **found}:
+        here, there = expected.get(name), found.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            raise _does_not_fit(run, name, there, here)
+    if saved["parameters"] != _optimized(run):
+        raise CheckpointError(
+            f"The checkpoint in {run.paths.checkpoint_dir} trained other parts of the model: set "
+            "model.rnn_trainable and model.input_network.input_trainable as they were, or "
+            f"{_start_from(run.paths.checkpoint_dir)}."
+        )
+    run.model.load_state_dict(found)
     groups = run.train_step.optimizer.state_dict()["param_groups"]  # decays as they are set now
-    run.train_step.optimizer.load_state_dict({"state": kept, "param_groups": groups})
-
-    step_state = dict(saved["train_step"])
-    if "average" in step_state:
-        averages = dict(zip(saved["trained"], step_state["average"], strict=True))
-        step_state["average"] = [
-            averages.get(name_there(name, theirs, ours), own[name]) for name in _trained(run)
-        ]
-    run.train_step.load_state_dict(step_state)
+    moments = saved["optimizer"]["state"]
+    run.train_step.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    run.train_step.load_state_dict(saved["train_step"])
     _restore_progress(run, saved["run"])
     _forget_best_of_other_trials(run, saved["identity"])
     run.log.begin(saved["log"])
-
-
-def name_there(name: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """A parameter's name in a model whose day layers are those of `theirs`; None if it has none."""
-    layer, _, day = name.partition(".")
-    if not layer.startswith("day_"):
-        return name
-    session = ours[int(day)]
-    return f"{layer}.{theirs.index(session)}" if session in theirs else None
 
 
 def _restore_progress(run: Run, saved: Mapping[str, Any]) -> None:
@@ -117,21 +86,20 @@ def _forget_best_of_other_trials(run: Run, before: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the run has finished, so that no model of the new settings would follow.
     """
-    state, own = run.state, run.identity
-    old, new = before["config"]["dataset"], own["config"]["dataset"]
+    state, now = run.state, run.identity
+    old, new = before["config"]["dataset"], now["config"]["dataset"]
     alike = all(old.get(name) == new.get(name) for name in VALIDATION_KEYS)
-    if before["dataset"] == own["dataset"] and alike:
+    if before["dataset"] == now["dataset"] and alike:
         return
     if state.finished:
         raise CheckpointError(
-            f"The run in {run.paths.checkpoint_dir} has finished on other sessions or trials: "
+            f"The run in {run.paths.checkpoint_dir} has finished on other trials: "
             "raise num_training_batches to train it on, or give this run its own checkpoint "
             "location."
         )
     if state.best_step >= 0:
         run.log.warning(
-            "The best model so far was scored on other sessions or trials: the next validation "
-            "chooses anew."
+            "The best model so far was scored on other trials: the next validation chooses anew."
         )
     state.best_value, state.best_step = float("inf"), -1
     state.validations_without_improvement = 0
@@ -170,38 +138,45 @@ def identity(config: TrainingConfig, dataset: str, world_size: int) -> dict[str,
 
 
 def check_identity(
-    saved: Mapping[str, Any], own: dict[str, Any], folder: Path, accept: bool, log: RunLog
+    saved: Mapping[str, Any], now: dict[str, Any], folder: Path, accept: bool, log: RunLog
 ) -> None:
     """Name every difference; refuse those that change what is computed, unless accepted.
 
     Args:
         saved: a whole state.
-        folder: where it lies.
+        now: the `identity` of this run.
+        folder: where the state lies.
 
     Raises:
-        CheckpointError: it has done more steps than are asked for, or config, dataset or code
-            differ and changes were not accepted.
+        CheckpointError: it has done more steps than are asked for, or has other sessions; or
+            config, dataset or code differ and changes were not accepted.
     """
     before, done = saved["identity"], saved["run"]["step"]
-    wanted = own["config"]["num_training_batches"]
+    wanted = now["config"]["num_training_batches"]
     if wanted < done:
         raise CheckpointError(
             f"The checkpoint in {folder} has done {done} steps and num_training_batches is "
             f"{wanted}: ask for at least {done}, or give this run its own checkpoint location."
         )
-    binding = _config_changes(before["config"], own["config"], log)
-    if before["dataset"] != own["dataset"]:
+    if before["config"]["dataset"]["sessions"] != now["config"]["dataset"]["sessions"]:
+        raise CheckpointError(
+            f"The checkpoint in {folder} belongs to a run on other sessions: list these as "
+            f"dataset.sessions, or {_start_from(folder)}; each session's day layer is found by its "
+            "name."
+        )
+    binding = _config_changes(before["config"], now["config"], log)
+    if before["dataset"] != now["dataset"]:
         binding.append("dataset: the trials or their bytes changed")
-    binding += [f"code: {name} changed" for name in changed(before["code"], own["code"])]
-    for name, version in own["versions"].items():
+    binding += [f"code: {name} changed" for name in changed(before["code"], now["code"])]
+    for name, version in now["versions"].items():
         if before["versions"].get(name) != version:
             log.warning(
                 f"{name} was {before['versions'].get(name)} and is {version}: results may differ "
                 "in the last digits"
             )
-    if before["processes"] != own["processes"]:
+    if before["processes"] != now["processes"]:
         log.warning(
-            f"The run had {before['processes']} processes and has {own['processes']}: its batches "
+            f"The run had {before['processes']} processes and has {now['processes']}: its batches "
             "stay the same, noise and dropout do not (each process draws its own)"
         )
     if binding and not accept:
@@ -212,6 +187,15 @@ def check_identity(
         )
     for line in binding:
         log.warning(f"Resuming although changed: {line}")
+
+
+def _start_from(folder: Path) -> str:
+    """The advice for a run that can take over weights alone."""
+    return (
+        "start a new run, with its own checkpoint location, from its weights with "
+        f"--init-from-checkpoint true --init-checkpoint-path {folder / 'best_checkpoint'} (for a "
+        "job: the s3:// URL of that file)"
+    )
 
 
 def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], log: RunLog) -> list[str]:
@@ -256,10 +240,6 @@ def _optimized(run: Run) -> list[str]:
     return [
         names[id(p)] for group in run.train_step.optimizer.param_groups for p in group["params"]
     ]
-
-
-def _trained(run: Run) -> list[str]:
-    return [name for name, p in run.model.named_parameters() if p.requires_grad]
 
 
 def _does_not_fit(run: Run, name: str, found: Any, expected: Any) -> CheckpointError:
