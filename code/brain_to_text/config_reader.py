@@ -47,16 +47,17 @@ LEGACY_KEYS = {
     "model.input_network.n_input_layers": "there is one day layer per session",
     "dataset.data_transforms.random_walk_std": "the public recipe does not use a random walk",
     "dataset.data_transforms.random_walk_axis": "there is no random walk",
-    "dataset.cache_dtype": "trials stay as stored; prepare_dataset.py encode --dtype float16",
-    "dataset.gpu_cache_gb": "trials are kept in RAM (dataset.cache_gb)",
-    "keep_checkpoints": "the last two resume states are kept",
-    "gradient_compression": "gradients travel as they are",
+    "use_wandb": "TensorBoard events are written always, MLflow with MLFLOW_TRACKING_URI",
+    "use_composite_loss": "set objective.phoneme_weight, or objective.schedule",
+    "model.type": "the model is a GRU",
 }
 # The one value under which that is true, where another would have changed the result.
 LEGACY_VALUES = {
     "model.input_network.n_input_layers": 1,
     "dataset.data_transforms.random_walk_std": 0,
-    "gradient_compression": "none",
+    "use_wandb": False,
+    "use_composite_loss": False,
+    "model.type": "gru",
 }
 # Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).
 _JOINT_LOSS = re.compile(r"(^|[._])(composite|alpha)(_|$)")
@@ -211,8 +212,6 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
         if name not in entries:
             raise _unknown(path, source)
         hint = hints[name]
-        if path == "objective.schedule":
-            value = _schedule_as_list(value)
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.", source, legacy)
         else:
@@ -221,35 +220,13 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
 
 
 def _check_legacy(path: str, value: Any, source: str) -> None:
-    only = LEGACY_VALUES.get(path)
-    if only is not None and _text_as_yaml(value) not in (only, None):
+    only, value = LEGACY_VALUES.get(path), _text_as_yaml(value)
+    same = value.lower() if isinstance(value, str) else value
+    if only is not None and same not in (only, None):
         raise ConfigError(
-            f"Setting '{path}'{source} is {short_repr(value)} but only {only} is supported: "
-            f"{LEGACY_KEYS[path]}."
+            f"Setting '{path}'{source} is {short_repr(value)} but only {str(only).lower()} is "
+            f"supported: {LEGACY_KEYS[path]}."
         )
-
-
-def _schedule_as_list(value: Any) -> Any:
-    """`objective.schedule` with the older {start, end, step_size, interval} as a list of points."""
-    value = _text_as_yaml(value)
-    if not isinstance(value, Mapping):
-        return value
-    old = {"start": 0.0, "end": 0.6, "step_size": 0.1, "interval": 10000} | dict(value)
-    try:
-        start, end, size, interval = (float(v) for v in old.values())
-        changes = math.ceil(round((end - start) / size, 9))
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(
-            f"objective.schedule is {short_repr(value)} but must list pairs of a step (or a share "
-            "of the run, up to 1) and a weight: write it like [[0.3, 1.0], [0.7, 0.4]]."
-        ) from error
-    points = [[0.0, start], [changes * interval, end]] if changes > 0 else [[0.0, start]]
-    log.warning(
-        "objective.schedule is a list of [step, weight] now, linear in between: %s is read as %s",
-        short_repr(value),
-        points,
-    )
-    return points
 
 
 def _typed(value: Any, hint: Any, limits: Mapping[str, Any], path: str, source: str) -> Any:

@@ -15,7 +15,6 @@ import h5py
 import pytest
 import torch
 import train_model_sagemaker
-import yaml
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
@@ -718,7 +717,6 @@ def test_a_state_with_a_setting_that_went_is_resumed(train):
     run = train("job")
     path = max((run.folder / "checkpoints").glob("state-*.pt"))
     state = run.last()
-    state["identity"]["config"]["dataset"]["gpu_cache_gb"] = 4.0
     state["identity"]["config"]["no_longer_there"] = True
     state["run"]["finished"] = False
     save_atomically(state, path)

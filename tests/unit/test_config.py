@@ -70,10 +70,10 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
     document |= {"gpu_number": "1", "mode": "train", "output_dir": "x", "checkpoint_dir": "x/c"}
     document |= {"save_val_data": False, "init_checkpoint_path": "None"}
     document["dataset"] |= {"dataset_dir": "d", "loader_shuffle": False, "test_percentage": 0.1}
-    document["dataset"] |= {"gpu_cache_gb": 4.0, "cache_dtype": "float16"}
     document["dataset"]["data_transforms"] |= {"random_walk_std": 0.0, "random_walk_axis": -1}
+    document["model"] |= {"type": "GRU"}
     document["model"]["input_network"] |= {"n_input_layers": 1}
-    document |= {"keep_checkpoints": 3, "gradient_compression": "none"}  # of this program, once
+    document |= {"use_wandb": False, "use_composite_loss": False}
     path = tmp_path / "rnn_args.yaml"
     path.write_text(yaml.safe_dump(document))
     with caplog.at_level("WARNING", logger="brain_to_text"):
@@ -164,7 +164,9 @@ def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path,
             {"schedule": "[[0, 1], [120001, 0]]", "n_classes": 1681},
             ["step 120001", "num_training_batches = 120000"],
         ),
-        ({"schedule": "{start: 0, end: x}", "n_classes": 1681}, ["must list pairs"]),
+        ({"schedule": "{start: 0, end: 1}", "n_classes": 1681}, ["objective.schedule", "a list"]),
+        ({"model.type": "transformer"}, ["model.type", "only gru", "the model is a GRU"]),
+        ({"use_wandb": True}, ["use_wandb", "only false", "TensorBoard"]),
         ({"classifier": "shared"}, ["model.classifier", "factored, plain"]),
         ({"init_from_checkpoint": True}, ["init_checkpoint_path"]),
         ({"model": 3}, ["Unknown setting 'model'"]),

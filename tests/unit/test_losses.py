@@ -112,15 +112,6 @@ def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
     assert JointObjective(config).alpha(500) == 0.2
 
 
-def test_the_older_form_of_a_schedule_is_read_as_a_list(caplog: pytest.LogCaptureFixture) -> None:
-    old = {"start": 0.1, "end": 0.6, "step_size": 0.25, "interval": 1000}
-    for given in (old, "{start: 0.1, end: 0.6, step_size: 0.25, interval: 1000}"):
-        config = load_config(None, {"dataset.n_classes": 1681, "objective.schedule": given})
-        assert config.objective.schedule == [[0.0, 0.1], [2000.0, 0.6]]
-        assert "is a list of [step, weight] now" in caplog.messages[-1]
-        assert "[[0.0, 0.1], [2000.0, 0.6]]" in caplog.messages[-1]
-
-
 @pytest.mark.parametrize(
     ("points", "both"),
     [([(0, 0.0)], False), ([(300, 1.0), (700, 0.0)], True), ([(0, 0.0), (600, 1.0)], True)],

@@ -205,10 +205,10 @@ def test_widths_that_args_leave_to_the_data_are_those_of_the_weights(tmp_path):
     assert open_model(tmp_path / "model").build().neural_dim == model.neural_dim
 
 
-def test_a_model_of_earlier_code_opens_with_a_setting_that_went(tmp_path):
+def test_a_model_with_a_setting_of_the_public_trainer_opens(tmp_path):
     model = write_model(tmp_path / "model", SESSIONS)
     path = tmp_path / "model" / "checkpoint" / "args.yaml"
     args = yaml.safe_load(path.read_text())
-    args["dataset"] |= {"n_classes": model.n_classes, "cache_dtype": "float16"}
+    args["dataset"] |= {"n_classes": model.n_classes, "loader_shuffle": False}
     path.write_text(yaml.safe_dump(args))
     assert open_model(tmp_path / "model").build().n_classes == model.n_classes

@@ -1,7 +1,7 @@
 """Files of weights: written whole or not at all, and checked before they are read.
 
-A file is what `torch.save` writes: a zip, which holds a CRC-32 of each member. torch itself does not
-look at these when it reads.
+A file is what `torch.save` writes: a zip with a CRC-32 of each member, which torch does not look at
+when it reads.
 """
 
 from __future__ import annotations
