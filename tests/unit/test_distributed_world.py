@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from brain_to_text.errors import DataError, TrainingError
 from brain_to_text.training import distributed
+from brain_to_text.training.container import RunInterrupted
 from brain_to_text.training.distributed import World
-from brain_to_text.training.interruption import RunInterrupted
 
 HOSTS = (("algo-1", "10.0.0.1"), ("algo-1", "10.0.0.1"), ("algo-2", "10.0.0.2"))
 CLOSED = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:41234"

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import BrainToTextError, TrainingError
-from .interruption import RunInterrupted
+from .container import RunInterrupted
 
 T = TypeVar("T")
 

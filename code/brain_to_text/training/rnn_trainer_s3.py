@@ -21,8 +21,8 @@ from ..scoring.decoding import Inference, ValidationResult, evaluate
 from ..streaming.stream_stats import StreamCounts
 from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
+from .container import Interruption, RunInterrupted
 from .distributed import World
-from .interruption import Interruption, RunInterrupted
 from .log_files import RunLog, process_seconds
 from .outputs import bring_back, write_best, write_model, write_validations
 from .resume import already_finished, snapshot
