@@ -1,12 +1,18 @@
 """Data against configuration: everything that a user lists and the data does not have is named."""
 
 import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import brain_to_text
 import numpy as np
 import pytest
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.selection import against_config, ctc_problem, select_trials
+from brain_to_text.dataset.trial_table import TrialTable
 from brain_to_text.errors import ConfigError
 from brain_to_text.storage.store import open_store
 
@@ -98,13 +104,36 @@ def test_a_weight_for_a_session_without_validation_is_a_warning(manifest):
 
 
 def test_a_label_needs_a_frame_and_two_equal_ones_a_blank_between(manifest):
-    trial = dataclasses.replace(
-        manifest.trials[0], n_time_steps=14, class_ids=np.array([5, 5, 7], np.int32)
-    )
-    assert ctc_problem(trial, 6, 2, 0) is None  # 5 frames for 3 labels and a blank
-    assert ctc_problem(dataclasses.replace(trial, n_time_steps=12), 6, 2, 0) is None
-    problem = ctc_problem(dataclasses.replace(trial, n_time_steps=12), 6, 2, 3)
-    assert problem == (
+    def problem(n_time_steps, phonemes, cut=0):
+        given = {"phoneme_ids": phonemes, "class_ids": phonemes, "n_time_steps": n_time_steps}
+        trial = dataclasses.replace(manifest.trials[0], **given)
+        return ctc_problem(TrialTable.of([trial], [], 32, "phoneme"), 0, 6, 2, cut)
+
+    labels = np.array([5, 5, 7], np.int32)
+    assert problem(14, labels) is None  # 5 frames for 3 labels and a blank
+    assert problem(12, labels) is None
+    assert problem(12, labels, 3) == (
         "12 bins give 3 frames at patches of 6 bins every 2, but CTC needs 4 for its 3 labels"
     )
-    assert ctc_problem(dataclasses.replace(trial, class_ids=None), 6, 2, 0) == "it has no labels"
+    assert problem(12, None) == "it has no labels"
+
+
+def test_what_only_the_trials_show_is_found_without_packages_of_others(manifest, tmp_path):
+    """The launcher has boto3 and pyyaml alone."""
+    (tmp_path / "manifest").write_bytes(manifest.to_bytes())
+    program = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(["numpy", "h5py", "torch", "s3fs", "fsspec", "obstore"]))
+from brain_to_text.config_reader import load_config
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.selection import against_config
+manifest = TrialManifest.from_bytes(Path(sys.argv[1]).read_bytes())
+settings = {"n_classes": 1681, "batch_size": 4, "days_per_batch": 2}
+for finding in against_config(manifest, load_config(None, settings)):
+    print(finding.kind, finding)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "manifest")]
+    path = {"PYTHONPATH": str(Path(brain_to_text.__file__).parents[1])}
+    said = subprocess.run(command, env=path, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"data-trials Trial .*:trial_.* bins give .* frames at .*\n", said), said

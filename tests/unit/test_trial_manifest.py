@@ -1,9 +1,7 @@
 """The manifest finds every trial's bytes and labels, survives storage, and notices changes."""
 
 import dataclasses
-import gzip
 import io
-import json
 import os
 import shutil
 import zlib
@@ -299,20 +297,3 @@ class TestLoadOrBuild:
             load_or_build_manifest(store, lambda _: None)
         kept = load_or_build_manifest(store, lambda _: None, on_damage="exclude")
         assert len(kept.trials) == 14
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"nonsense",
-        gzip.compress(b"{}", mtime=0),
-        gzip.compress(b"[]", mtime=0),
-        gzip.compress(b'{"version": 1}', mtime=0),
-        gzip.compress(json.dumps({"version": 99}).encode(), mtime=0),
-        gzip.compress(b"x" * 1000, mtime=0)[:30],
-    ],
-)
-def test_what_is_no_manifest_is_refused_with_the_command(data):
-    with pytest.raises(DataError, match=r"prepare_dataset\.py index"):
-        TrialManifest.from_bytes(data)

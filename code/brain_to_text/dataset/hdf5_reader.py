@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,12 @@ def inspect_file(
                 result.looks.append(looked)
             for reason in odd:
                 found(trial, reason, "warning")
+        for linked, other in _overlapping(result.records):
+            place = result.records.index(linked)
+            for column in (result.records, result.label_forms, result.looks):
+                column.pop(place)
+            reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
+            result.findings.append(Finding(key, linked.trial, reason, "shared bytes"))
     return result
 
 
@@ -308,6 +314,31 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
             "the file is cut off"
         )
     return offset, length, chunks
+
+
+def _overlapping(records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, TrialRecord]]:
+    """Each trial of one file that has bytes of another before it in the file, with that one."""
+    if not records:
+        return []
+    pieces = [_pieces(record) for record in records]
+    owner = np.repeat(np.arange(len(records)), [len(own) for own in pieces])
+    bounds = np.concatenate(pieces)
+    order = np.argsort(bounds[:, 0], kind="stable")
+    owner, (starts, ends) = owner[order], bounds[order].T
+    reach = np.maximum.accumulate(ends)
+    holder = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
+    found: dict[int, int] = {}
+    for place in np.flatnonzero(starts[1:] < reach[:-1]).tolist():
+        found.setdefault(int(owner[place + 1]), int(owner[holder[place]]))
+    return [(records[late], records[early]) for late, early in found.items()]
+
+
+def _pieces(record: TrialRecord) -> np.ndarray:
+    """[n, 2] int64: where each run of the features' bytes begins and ends in the file."""
+    if record.chunks is None:
+        return np.array([[record.offset, record.offset + record.length]], np.int64)
+    starts = record.chunks.table[:, 2] + record.offset
+    return np.stack([starts, starts + record.chunks.table[:, 3]], axis=1)
 
 
 def _filters(dataset: h5py.Dataset) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from ..storage.store import ObjectStore, open_store
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
 from .manifest import TrialManifest, load_manifest, write_manifest
-from .manifest_format import N_CLASSES, overlapping, trial_order
 from .trial_record import TrialRecord
+from .trial_table import N_CLASSES
 
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _PROGRESS_SECONDS = 10.0
@@ -145,7 +145,6 @@ def manifest_from_inspections(
     damaged = [f for i in inspections for f in i.findings if f.severity == "error"]
     trials: list[TrialRecord] = []
     for inspection in inspections:
-        sound: list[TrialRecord] = []
         for record, own in zip(inspection.records, inspection.label_forms, strict=True):
             if record.n_features != width:
                 reason = f"has {record.n_features} features where most trials have {width}"
@@ -154,14 +153,9 @@ def manifest_from_inspections(
                 reason = f"its labels are in the {own} form where most are in the {form} form"
                 damaged.append(Finding(record.key, record.trial, reason, "label form"))
             else:
-                sound.append(record)
-        for record, other in list(overlapping(sound)):
-            sound.remove(record)
-            reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
-            damaged.append(Finding(record.key, record.trial, reason, "shared bytes"))
-        trials += sound
+                trials.append(record)
     return TrialManifest(
-        tuple(sorted(trials, key=trial_order)),
+        trials,
         files,
         width,
         N_CLASSES[form],

@@ -7,18 +7,18 @@ walking through HDF5 headers over the network.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import DataError, Finding
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, ObjectInfo, shortened
 from ..storage.store import ObjectStore, gunzipped
-from .manifest_format import SPLITS, columns_of, parsed
 from .trial_record import TrialRecord
+from .trial_table import N_CLASSES, SPLITS, TrialTable
 
-VERSION = 1
+VERSION = 2
 _READS = 3  # of a manifest that arrives damaged
 
 
@@ -26,50 +26,64 @@ _READS = 3  # of a manifest that arrives damaged
 class TrialManifest:
     """The trials of a dataset, ordered by session, split (train, val, test) and trial number.
 
+    trials: given as any records, held as a table that makes a record when asked for one.
     n_features: columns of `input_features`. n_classes: 1681, or 41 in a phoneme set, or 0 if no
     trial has labels. label_form: "self_loop", "transition", "phoneme" or "unlabelled".
     damaged: what was left out when the index was made, none if it was made strictly.
     """
 
-    trials: tuple[TrialRecord, ...]
+    trials: Sequence[TrialRecord]
     files: Mapping[str, ObjectInfo]
     n_features: int
     n_classes: int
     label_form: str
     damaged: tuple[Finding, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.trials, TrialTable):
+            table = TrialTable.of(self.trials, self.files, self.n_features, self.label_form)
+            object.__setattr__(self, "trials", table)
+
+    @property
+    def table(self) -> TrialTable:
+        """`trials`, for whoever wants a number of all of them at once."""
+        assert isinstance(self.trials, TrialTable)
+        return self.trials
+
     @property
     def sessions(self) -> list[str]:
         """Every session with at least one trial, sorted (which for t15.YYYY.MM.DD is by date)."""
-        return sorted({trial.session for trial in self.trials})
+        return sorted({file.session for file in self.table.files if file.rows})
 
     def select(self, split: str, sessions: Iterable[str] | None = None) -> list[int]:
         """Indices into `trials` of one split, of the given sessions (default: all), in order."""
-        chosen = {t.session for t in self.trials} if sessions is None else set(sessions)
-        return [i for i, t in enumerate(self.trials) if t.split == split and t.session in chosen]
+        chosen = None if sessions is None else set(sessions)
+        return [
+            row
+            for file in self.table.files
+            if file.split == split and (chosen is None or file.session in chosen)
+            for row in file.rows
+        ]
 
     def summary(self, url: str) -> str:
         """One line about what is there."""
-        splits = {split: self.select(split) for split in SPLITS}
-        counts = ", ".join(f"{len(trials):,} {split}" for split, trials in splits.items() if trials)
+        counts = dict.fromkeys(SPLITS, 0)
+        for file in self.table.files:
+            counts[file.split] += len(file.rows)
+        trials = ", ".join(f"{n:,} {split}" for split, n in counts.items() if n)
         size = sum(record.size for record in self.files.values())
         return (
-            f"{url}: {len(self.sessions)} sessions, {len(self.trials):,} trials ({counts}), "
+            f"{url}: {len(self.sessions)} sessions, {len(self.trials):,} trials ({trials}), "
             f"{self.n_features} features, {self.n_classes} classes, {self.label_form} labels, "
             f"{size / 1e6:,.1f} MB, fingerprint {self.fingerprint()}"
         )
 
     def fingerprint(self) -> str:
-        """32 hex digits over every trial's place, features and labels: equal data, equal digits.
+        """32 hex digits over every trial's name, features and labels: equal data, equal digits.
 
         Independent of where the dataset lies and of when it was written.
         """
-        digest = hashlib.sha256(f"{self.n_classes} {self.label_form}".encode())
-        for t in self.trials:
-            digest.update(f"{t.name} {t.n_time_steps} {t.n_features} {t.dtype} {t.crc32}".encode())
-            if t.class_ids is not None:
-                digest.update(t.class_ids.astype("<i4").tobytes())
-        return digest.hexdigest()[:32]
+        return self.table.fingerprint()
 
     def check_fresh(self, listing: Mapping[str, ObjectInfo], url: str = "") -> None:
         """Compare with what lies there now.
@@ -102,27 +116,24 @@ class TrialManifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as gzipped JSON; equal manifests give equal bytes."""
-        by_file: dict[str, list[TrialRecord]] = {key: [] for key in sorted(self.files)}
-        for trial in self.trials:
-            by_file[trial.key].append(trial)
         document = {
             "version": VERSION,
             "n_features": self.n_features,
-            "n_classes": self.n_classes,
             "label_form": self.label_form,
             "files": [
                 {
-                    "key": key,
-                    "size": self.files[key].size,
-                    "etag": self.files[key].etag,
-                    **columns_of(trials),
+                    "key": file.key,
+                    "size": self.files[file.key].size,
+                    "etag": self.files[file.key].etag,
+                    "trials": len(file.rows),
                 }
-                for key, trials in by_file.items()
+                for file in self.table.files
             ],
+            "trials": self.table.to_plain(),
             "damaged": [[f.key, f.trial, f.reason, f.kind] for f in self.damaged],
         }
         text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
-        return gzip.compress(text.encode(), mtime=0)
+        return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 
     @staticmethod
     def from_bytes(data: bytes, url: str = "") -> TrialManifest:
@@ -134,8 +145,7 @@ class TrialManifest:
             url: of its dataset, for messages.
 
         Raises:
-            DataError: the bytes are not a manifest or damaged, say what cannot be, or are of
-                another version.
+            DataError: the bytes are damaged, no manifest, or one of another version.
         """
         name = f"{url}/{MANIFEST_NAME}" if url else MANIFEST_NAME
         again = (
@@ -146,14 +156,24 @@ class TrialManifest:
             document = json.loads(text)
             version = document["version"]
             if version == VERSION:
-                return TrialManifest(**parsed(document))
-        except (
-            *(ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
-            RecursionError,
-        ) as error:
-            reason = str(error) if type(error) is ValueError else repr(error)
-            raise DataError(f"{name} is damaged ({' '.join(reason.split())}): {again}.") from error
+                return _from_document(document)
+        except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"{name} is no trial manifest ({error!r}): {again}.") from error
         raise DataError(f"{name} has version {version!r}, not {VERSION}: {again}.")
+
+
+def _from_document(document: dict[str, Any]) -> TrialManifest:
+    """Raises whatever a document of another structure leads to."""
+    n_features, form, entries = document["n_features"], document["label_form"], document["files"]
+    counts = {entry["key"]: entry["trials"] for entry in entries}
+    return TrialManifest(
+        TrialTable.from_plain(document["trials"], counts, n_features, form),
+        {entry["key"]: ObjectInfo(entry["key"], entry["size"], entry["etag"]) for entry in entries},
+        n_features,
+        N_CLASSES[form],
+        form,
+        tuple(Finding(*finding) for finding in document["damaged"]),
+    )
 
 
 def load_manifest(

@@ -1,28 +1,33 @@
 """Data against configuration: what does not fit, and which trials a run or an evaluation uses.
 
-The trainer, the launcher's checks and evaluation all ask here, before anything is computed.
+The trainer, the launcher's checks and evaluation all ask here, before anything is computed. The
+launcher has Python's own library alone, so nothing here needs another package.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..config import TrainingConfig
-from ..errors import ConfigError, DataError, Finding, error, warning
+from ..errors import BrainToTextError, ConfigError, DataError, Finding, error, warning
 from .manifest import TrialManifest
-from .trial_record import TrialRecord
+from .trial_table import TrialTable
 
-_NONE = np.array([], dtype=np.int64)
+if TYPE_CHECKING:
+    import numpy as np
+
+Indices: TypeAlias = "array[int] | np.ndarray"  # of trials, 64 bits each; numpy takes both
 
 
 @dataclass(frozen=True)
 class TrialSelection:
-    """Trials by index into `TrialManifest.trials`.
+    """Trials by index into `TrialManifest.trials`, in arrays of 64-bit numbers.
 
     Attributes:
         sessions: day-layer order.
@@ -34,8 +39,8 @@ class TrialSelection:
     """
 
     sessions: tuple[str, ...]
-    train: tuple[np.ndarray, ...]
-    val: tuple[np.ndarray, ...]
+    train: tuple[Indices, ...]
+    val: tuple[Indices, ...]
     excluded: tuple[str, ...]
     val_skipped: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -52,7 +57,7 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
         DataError: a trial that CTC cannot align, or nothing left to train on.
     """
     dataset = config.dataset
-    found = list(against_config(manifest, config))
+    found = list(_disagreements(manifest, config))
     for finding in found:
         if finding.severity == "error":
             raise ConfigError(finding.reason)
@@ -61,19 +66,21 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
 
     excluded: list[str] = []
 
-    def usable(session: str, split: str) -> np.ndarray:
+    def usable(session: str, split: str) -> Indices:
         return _usable(manifest, config, session, split, _infeasible, excluded)
 
     train = tuple(usable(session, "train") for session in sessions)
     for session, trials in zip(sessions, train, strict=True):
-        if len(trials) == 0:
+        if not trials:
             raise DataError(
                 f"Session {session} has no training trials: leave it out of dataset.sessions, or "
                 f"check {session}/data_train.hdf5."
             )
     skipped = _switched_off(manifest, config, sessions)
-    val = tuple(_NONE if session in skipped else usable(session, "val") for session in sessions)
-    if not any(len(trials) for trials in val):
+    val = tuple(
+        array("q") if session in skipped else usable(session, "val") for session in sessions
+    )
+    if not any(val):
         raise DataError(
             "No session has validation trials: upload data_val.hdf5 files, or switch a session on "
             "in dataset.dataset_probability_val."
@@ -84,7 +91,7 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
 
 def select_for_evaluation(
     manifest: TrialManifest, config: TrainingConfig, sessions: Sequence[str], split: str
-) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+) -> tuple[tuple[Indices, ...], tuple[str, ...]]:
     """The trials of a split that a model with these day layers can decode.
 
     Returns:
@@ -101,7 +108,9 @@ def select_for_evaluation(
     off = _switched_off(manifest, config, sessions) if split == "val" else ()
     left_out = [f"{session}, 0 in dataset.dataset_probability_val" for session in off]
     chosen = tuple(
-        _NONE if session in off else _usable(manifest, config, session, split, _short, left_out)
+        array("q")
+        if session in off
+        else _usable(manifest, config, session, split, _short, left_out)
         for session in sessions
     )
     strangers = [s for s in manifest.sessions if s not in sessions]
@@ -111,7 +120,7 @@ def select_for_evaluation(
             f"{lost} trials of {len(strangers)} sessions that the model has no day layer for "
             f"({strangers[0]}{' …' if len(strangers) > 1 else ''})"
         )
-    if not any(len(trials) for trials in chosen):
+    if not any(chosen):
         raise DataError(
             f"The dataset has no {split} trials of the model's {len(sessions)} sessions "
             f"({sessions[0]} … {sessions[-1]}): choose another --split or dataset."
@@ -120,7 +129,18 @@ def select_for_evaluation(
 
 
 def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    """Everything in a configuration that this data does not have, errors first."""
+    """Everything that would stop a run of this configuration on this data, and what looks odd."""
+    found = list(_disagreements(manifest, config))
+    yield from found
+    if all(finding.severity != "error" for finding in found):
+        try:
+            select_trials(manifest, copy.deepcopy(config))
+        except BrainToTextError as problem:
+            yield error("data-trials", str(problem))
+
+
+def _disagreements(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
+    """Everything in a configuration that this data does not have."""
     yield from _classes_and_width(manifest, config)
     yield from _sessions(manifest, config)
     yield from _exclusions(manifest, config)
@@ -212,9 +232,9 @@ def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Fin
     """Each session, block or trial of dataset.bad_trials_dict that excludes nothing."""
     for session, blocks in (config.dataset.bad_trials_dict or {}).items():
         known: dict[int, set[int]] = defaultdict(set)
-        for record in manifest.trials:
-            if record.session == session:
-                known[record.block_num].add(record.trial_num)
+        for file in manifest.table.files:
+            for row in file.rows if file.session == session else ():
+                known[manifest.table.block_num[row]].add(manifest.table.trial_num[row])
         listed = {block: set(trials) for block, trials in blocks.items()}
         if not known:
             what = f"session {session}{_nearest(session, manifest.sessions)}"
@@ -239,24 +259,22 @@ def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Fin
 
 
 def ctc_problem(
-    trial: TrialRecord, patch_size: int, patch_stride: int, random_cut: int
+    table: TrialTable, row: int, patch_size: int, patch_stride: int, random_cut: int
 ) -> str | None:
-    """Why CTC has no path for a labelled trial, or None.
+    """Why CTC has no path for a trial, or None.
 
     Each label needs a frame of its own, and a blank between two equal ones; the random cut may take
     leading bins.
     """
-    labels = trial.class_ids
-    if labels is None:
+    bins, needed = table.n_time_steps[row], table.frames_needed[row]
+    if not needed:
         return "it has no labels"
-    needed = max(len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1])), 1)
-    bins = trial.n_time_steps - max(random_cut - 1, 0)
-    frames = max((bins - patch_size) // patch_stride + 1, 0)
+    frames = max((bins - max(random_cut - 1, 0) - patch_size) // patch_stride + 1, 0)
     if frames >= needed:
         return None
     return (
-        f"{trial.n_time_steps} bins give {frames} frames at patches of {patch_size} bins every "
-        f"{patch_stride}, but CTC needs {needed} for its {len(labels)} labels"
+        f"{bins} bins give {frames} frames at patches of {patch_size} bins every {patch_stride}, "
+        f"but CTC needs {needed} for its {table.n_labels[row]} labels"
     )
 
 
@@ -287,38 +305,44 @@ def _usable(
     config: TrainingConfig,
     session: str,
     split: str,
-    problem: Callable[[TrialRecord, TrainingConfig], str | None],
+    problem: Callable[[TrialTable, int, TrainingConfig], str | None],
     left_out: list[str],
-) -> np.ndarray:
+) -> Indices:
     """The trials without a problem that are not listed as bad; `left_out` gets the others."""
     bad = (config.dataset.bad_trials_dict or {}).get(session, {})
-    kept = []
-    for index in manifest.select(split, [session]):
-        trial = manifest.trials[index]
-        if trial.trial_num in bad.get(trial.block_num, ()):
-            left_out.append(f"{trial.name}, listed in dataset.bad_trials_dict")
-        elif reason := problem(trial, config):
-            left_out.append(f"{trial.name}{reason}")
+    table = manifest.table
+    usable = array("q")
+    for row in manifest.select(split, [session]):
+        if bad and table.trial_num[row] in bad.get(table.block_num[row], ()):
+            left_out.append(f"{table.name(row)}, listed in dataset.bad_trials_dict")
+        elif reason := problem(table, row, config):
+            left_out.append(f"{table.name(row)}{reason}")
         else:
-            kept.append(index)
-    return np.array(kept, dtype=np.int64)
+            usable.append(row)
+    return usable
 
 
-def _short(trial: TrialRecord, config: TrainingConfig) -> str | None:
+def _short(table: TrialTable, row: int, config: TrainingConfig) -> str | None:
+    """Why a model cannot decode a trial, or None."""
     size = config.model.patch_size
-    return f", shorter than one patch of {size} bins" if trial.n_time_steps < size else None
+    return f", shorter than one patch of {size} bins" if table.n_time_steps[row] < size else None
 
 
-def _infeasible(trial: TrialRecord, config: TrainingConfig) -> str | None:
-    limit = config.dataset.max_seq_elements
-    model, cut = config.model, config.dataset.data_transforms.random_cut
-    reason = ctc_problem(trial, model.patch_size, model.patch_stride, cut)
-    if trial.class_ids is not None and len(trial.class_ids) > limit:
-        reason = f"{len(trial.class_ids)} labels exceed dataset.max_seq_elements ({limit})"
+def _infeasible(table: TrialTable, row: int, config: TrainingConfig) -> str | None:
+    """Why a trial cannot be trained on, or None.
+
+    Raises:
+        DataError: where such trials are not to be left out.
+    """
+    limit, model = config.dataset.max_seq_elements, config.model
+    cut = config.dataset.data_transforms.random_cut
+    reason = ctc_problem(table, row, model.patch_size, model.patch_stride, cut)
+    if table.n_labels[row] > limit:
+        reason = f"{table.n_labels[row]} labels exceed dataset.max_seq_elements ({limit})"
     if reason and config.dataset.on_damaged_trial != "exclude":
         raise DataError(
-            f"Trial {trial.name} cannot be used: {reason}; list it in dataset.bad_trials_dict, or "
-            "set dataset.on_damaged_trial to exclude."
+            f"Trial {table.name(row)} cannot be used: {reason}; list it in "
+            "dataset.bad_trials_dict, or set dataset.on_damaged_trial to exclude."
         )
     return f": {reason}" if reason else None
 

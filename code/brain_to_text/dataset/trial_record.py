@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import numpy as np
-
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Filters of HDF5 that `TrialRecord.decode` undoes, by their registered number.
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
@@ -66,19 +68,20 @@ class TrialRecord:
     @property
     def feature_bytes(self) -> int:
         """Bytes of the decoded features."""
-        return self.n_time_steps * self.n_features * np.dtype(self.dtype).itemsize
+        return self.n_time_steps * self.n_features * (2 if self.dtype == "<f2" else 4)
+
+    @property
+    def frames_needed(self) -> int:
+        """Frames that CTC needs: one per label, and a blank between equal ones; 0 if unlabelled."""
+        labels = self.class_ids
+        if labels is None:
+            return 0
+        return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the features as stored: the span without what lies between its chunks."""
         return self.length if self.chunks is None else int(self.chunks.table[:, 3].sum())
-
-    def pieces(self) -> np.ndarray:
-        """[n, 2] int64: where each run of the features' bytes begins and ends in the file."""
-        if self.chunks is None:
-            return np.array([[self.offset, self.offset + self.length]], np.int64)
-        starts = self.chunks.table[:, 2] + self.offset
-        return np.stack([starts, starts + self.chunks.table[:, 3]], axis=1)
 
     def decode(self, span: bytes | memoryview) -> np.ndarray:
         """Features [T, C] in the stored dtype, read-only, from the bytes of the span.
@@ -86,6 +89,8 @@ class TrialRecord:
         Raises:
             DataError: the bytes are too few or cannot be decompressed.
         """
+        import numpy as np
+
         if len(span) != self.length:
             raise DataError(f"{self.name}: {len(span):,} bytes instead of {self.length:,}.")
         if self.chunks is None:
@@ -98,6 +103,8 @@ class TrialRecord:
         return features
 
     def _decode_chunks(self, span: memoryview, chunks: ChunkLayout) -> np.ndarray:
+        import numpy as np
+
         rows, columns = chunks.chunk_shape
         dtype = np.dtype(self.dtype)
         chunk_bytes = rows * columns * dtype.itemsize
@@ -141,6 +148,7 @@ class TrialRecord:
 def _inflate_lzf(raw: bytes, size: int) -> bytes:
     """Let HDF5 undo LZF: hand it the stored bytes in a file that exists only in memory."""
     import h5py
+    import numpy as np
 
     with h5py.File(f"{uuid4()}", "w", driver="core", backing_store=False) as file:
         dataset = file.create_dataset("raw", (size,), np.uint8, chunks=(size,), compression="lzf")

@@ -22,9 +22,9 @@ from .hdf5_reader import FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
 from .isolation import Progress
 from .manifest import TrialManifest, load_manifest
-from .manifest_format import SPLITS
 from .selection import ctc_problem
 from .trial_record import TrialRecord
+from .trial_table import SPLITS
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
@@ -162,7 +162,7 @@ def validate_dataset(
     rows = _summaries(manifest, inspections)
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
-    findings += _infeasible(manifest.trials)
+    findings += _infeasible(manifest)
     findings += _repeated_features(manifest.trials, inspections)
     findings += _repeated_numbers(manifest.trials)
     findings += _missing_files(files)
@@ -218,9 +218,10 @@ def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
     return found
 
 
-def _infeasible(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
-    for trial in trials:
-        if trial.class_ids is not None and (reason := ctc_problem(trial, *_PATCHING)):
+def _infeasible(manifest: TrialManifest) -> Iterator[Finding]:
+    for row, trial in enumerate(manifest.trials):
+        labelled = trial.class_ids is not None
+        if labelled and (reason := ctc_problem(manifest.table, row, *_PATCHING)):
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 

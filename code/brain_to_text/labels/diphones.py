@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from ..errors import DataError
 from .phonemes import BLANK, N_PHONEMES
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 N_DIPHONES = N_PHONEMES * N_PHONEMES
@@ -33,6 +32,8 @@ def encode_diphones(
     Raises:
         DataError: a phoneme id is outside 1 … 40 (a blank is no label), or the form is unknown.
     """
+    import numpy as np  # the launcher, which reads manifests, has none
+
     current = np.asarray(phonemes, dtype=np.int32).reshape(-1)
     if form not in LABEL_FORMS:
         raise DataError(f"Label form '{form}' is unknown: use one of {', '.join(LABEL_FORMS)}.")
@@ -61,6 +62,8 @@ def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np
     Raises:
         DataError: the ids are not a label sequence of that form.
     """
+    import numpy as np
+
     ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
     if not ids.size:
         return np.zeros(0, dtype=np.int32)
@@ -81,6 +84,8 @@ def detect_label_form(
     Raises:
         DataError: a phoneme id is outside 1 … 40.
     """
+    import numpy as np
+
     ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
     if not ids.size:
         return None

@@ -7,10 +7,12 @@ is the silence that follows every word.
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PHONEMES: tuple[str, ...] = (
     "BLANK",
@@ -32,6 +34,8 @@ def phoneme_ids(symbols: Iterable[str]) -> np.ndarray:
     Raises:
         DataError: a symbol is not in the alphabet.
     """
+    import numpy as np  # the launcher, which reads manifests, has none
+
     ids = []
     for symbol in symbols:
         bare = symbol.strip().rstrip("012")

@@ -16,8 +16,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from ..dataset.manifest_format import SPLITS
 from ..dataset.trial_record import TrialRecord
+from ..dataset.trial_table import SPLITS
 from ..dataset.validation import SplitSummary, ValidationReport
 from ..errors import Finding
 from ..labels.phonemes import BLANK, PHONEMES

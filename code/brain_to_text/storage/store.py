@@ -17,7 +17,6 @@ from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
 _BLOCK, _BLOCKS = 1 << 16, 16  # of a larger file, from its head to its tail, are looked at
-_GZIP_LIMIT = 1 << 28  # no manifest inflates to more; damage and malice do
 
 
 class ObjectStore(Protocol):
@@ -168,15 +167,14 @@ def gunzipped(data: bytes, name: str, advice: str) -> bytes:
         advice: what to do about a damaged one.
 
     Raises:
-        DataError: damaged, cut off, followed by something else, or too large when inflated.
+        DataError: damaged, cut off, or followed by something else.
     """
     inflater = zlib.decompressobj(wbits=31)
+    stated = int.from_bytes(data[-4:], "little")  # bytes that it inflates to; damage to any number
     try:
-        text = inflater.decompress(data, _GZIP_LIMIT + 1)
+        text = inflater.decompress(data, stated + 1)
     except zlib.error as error:
         raise DataError(f"{name} is damaged ({error}): {advice}.") from error
-    if len(text) > _GZIP_LIMIT:
-        raise DataError(f"{name} inflates to more than {_GZIP_LIMIT >> 20} MiB: {advice}.")
     if not inflater.eof or inflater.unused_data:
         raise DataError(f"{name} is damaged (it ends too early or too late): {advice}.")
     return text

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..dataset.selection import Indices
+
 _WORD = 2**64
 
 
@@ -29,7 +31,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         batch_size: int,
         sessions_per_batch: int,
         seed: int,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..config import DatasetConfig, TrainingConfig
+from ..dataset.selection import Indices
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
@@ -45,7 +46,7 @@ class StreamedBatches(abc.ABC):
     def __init__(
         self,
         stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         *,
         device: torch.device | None = None,
         limits: PrefetchLimits | None = None,
@@ -61,10 +62,10 @@ class StreamedBatches(abc.ABC):
         self._subset = None if feature_subset is None else np.array(feature_subset, dtype=np.int64)
         self._rank, self._world_size = rank, world_size
         self._on_gpu = device is not None and device.type == "cuda"
-        self._n_time_steps = np.array([t.n_time_steps for t in self.manifest.trials], np.int64)
+        table = self.manifest.table
+        self._n_time_steps = np.asarray(table.n_time_steps)
         # while a batch waits, each of its trials is there as it was read or as it was decoded
-        sizes = [max(t.length, t.feature_bytes) for t in self.manifest.trials]
-        self._trial_bytes = np.array(sizes, np.int64)
+        self._trial_bytes = np.maximum(np.asarray(table.length).astype(int), table.feature_bytes())
         self._day = np.full(len(self.manifest.trials), -1, np.int64)
         for day, trials in enumerate(trials_by_session):
             self._day[trials] = day
@@ -153,7 +154,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
     def __init__(
         self,
         stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         *,
         batch_size: int,
         days_per_batch: int,
@@ -172,7 +173,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
     def from_config(
         cls,
         stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         config: TrainingConfig,
         **place: Any,
     ) -> BrainToTextDatasetS3:
@@ -209,7 +210,7 @@ class EvaluationDatasetS3(StreamedBatches):
     def __init__(
         self,
         stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         *,
         batch_size: int,
         **options: Any,
@@ -223,7 +224,7 @@ class EvaluationDatasetS3(StreamedBatches):
     def from_config(
         cls,
         stream: TrialStream,
-        trials_by_session: Sequence[np.ndarray],
+        trials_by_session: Sequence[Indices],
         config: TrainingConfig,
         **place: Any,
     ) -> EvaluationDatasetS3:

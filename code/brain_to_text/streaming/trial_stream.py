@@ -73,7 +73,7 @@ class TrialStream:
         self.manifest = manifest
         self.cache = TrialCache(0) if cache is None else cache
         # that holds any trial's features: files of both precisions are possible
-        half = {trial.dtype for trial in manifest.trials} == {"<f2"}
+        half = len(manifest.trials) > 0 and all(manifest.table.half)
         self.dtype = np.dtype("<f2" if half else "<f4")
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
@@ -101,8 +101,9 @@ class TrialStream:
         Args:
             processes: training processes on this host; an automatic cache is its share of the RAM.
         """
+        n_bytes = manifest.table.feature_bytes()
         train, val = (
-            {i: manifest.trials[i].feature_bytes for i in manifest.select(split, dataset.sessions)}
+            {i: int(n_bytes[i]) for i in manifest.select(split, dataset.sessions)}
             for split in ("train", "val")
         )
         everything = sum(train.values()) + sum(val.values())

@@ -134,9 +134,9 @@ def try_largest_batches(run: Run) -> None:
     short = run.device.type != "cuda" or steps < 20_000  # about an hour on a T4 or A10G
     if choice == "false" or (choice == "auto" and short):
         return
-    trials = [run.manifest.trials[i] for i in np.concatenate(run.selection.train)]
-    n_bins = max(trial.n_time_steps for trial in trials)
-    n_labels = max(len(trial.class_ids) for trial in trials if trial.class_ids is not None)
+    trials, table = np.concatenate(run.selection.train), run.manifest.table
+    n_bins = int(np.asarray(table.n_time_steps)[trials].max())
+    n_labels = int(np.asarray(table.n_labels)[trials].max())
     wanted = run.config.dataset.batch_size
     share = -(-wanted // run.world.size)
     fits = run.world.size * min(

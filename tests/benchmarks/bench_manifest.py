@@ -1,0 +1,160 @@
+"""What a dataset of many trials costs before the first step: time and memory, by simulation.
+
+    python tests/benchmarks/bench_manifest.py [--trials 11162 100000 1000000]
+
+The manifest is made up (300 sessions, 45 for the size of the real recordings; labels, sentences and
+offsets as plausible as they need to be). Two processes then start as torchrun starts them: the
+first reads the manifest and shares it, both choose their trials and plan batches.
+"""
+
+# ruff: noqa: E402 (the path to the code comes first)
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
+
+import numpy as np
+from brain_to_text.config_reader import load_config
+from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.selection import select_trials
+from brain_to_text.dataset.trial_record import TrialRecord
+from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.storage.locations import ObjectInfo
+from brain_to_text.streaming.batch_plan import BatchPlan
+from brain_to_text.training.distributed import World
+
+SPLITS = ("train", "train", "train", "train", "train", "train", "train", "val", "test", "train")
+SETTINGS = {"n_classes": 1681, "batch_size": 64}
+
+
+def made_up_manifest(n_trials: int, n_sessions: int) -> TrialManifest:
+    """`n_trials` trials of 512 features, evenly over sessions; 8 in 10 are for training."""
+    rng = np.random.default_rng(0)
+    trials, ends = [], {}
+    for number in range(n_trials):
+        session = f"t15.{2000 + number % n_sessions:04d}.01.01"
+        within = number // n_sessions
+        split = SPLITS[within % len(SPLITS)]
+        key = f"{session}/data_{split}.hdf5"
+        phonemes = rng.integers(1, 41, int(rng.integers(15, 46))).astype(np.int32)
+        bins = 20 * len(phonemes) + 40
+        offset = ends.get(key, 4016)
+        ends[key] = offset + bins * 2048 + 6000
+        trials.append(
+            TrialRecord(
+                session=session,
+                split=split,
+                key=key,
+                trial=f"trial_{within:04d}",
+                n_time_steps=bins,
+                n_features=512,
+                dtype="<f4",
+                offset=offset,
+                length=bins * 2048,
+                crc32=int(rng.integers(2**32)),
+                class_ids=None if split == "test" else encode_diphones(phonemes),
+                phoneme_ids=None if split == "test" else phonemes,
+                sentence_label=f"sentence {number:08d} of about thirty letters",
+                block_num=within // 50,
+                trial_num=within,
+                corpus="Switchboard",
+            )
+        )
+    files = {key: ObjectInfo(key, end, f"{rng.bytes(16).hex()}-9") for key, end in ends.items()}
+    return TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
+
+
+def as_a_rank(path: Path) -> None:
+    """Prints what one process needed, as JSON."""
+    world = World.join()
+    before = resident_bytes()
+    seconds = [time.process_time()]
+    manifest = world.from_main(lambda: TrialManifest.from_bytes(path.read_bytes()))
+    seconds.append(time.process_time())
+    selection = select_trials(manifest, load_config(None, SETTINGS))
+    seconds.append(time.process_time())
+    plan = BatchPlan(selection.train, 64, 4, 0)
+    batches = [plan.trials(step) for step in range(100)]
+    seconds.append(time.process_time())
+    assert len(batches) == 100
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    world.meet()
+    print(
+        json.dumps(
+            {
+                "seconds": np.diff(seconds).tolist(),
+                "resident": resident_bytes() - before,
+                "peak": peak - before,
+            }
+        )
+    )
+    world.leave()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(path: Path) -> list[dict[str, object]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE), "--rank-of", str(path)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, nargs="*", default=[11_162, 100_000, 1_000_000])
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        as_a_rank(options.rank_of)
+        return
+    print("CPU seconds of the first rank; memory beyond what Python and torch take:\n")
+    columns = ["trials", "manifest", "write", "load", "select", "plan 100 batches"]
+    columns += ["first rank", "its peak", "further rank", "its peak"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for n_trials in options.trials:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = made_up_manifest(n_trials, 300 if n_trials > 50_000 else 45)
+            started = time.process_time()
+            data = manifest.to_bytes()
+            written = time.process_time() - started
+            del manifest
+            path = Path(folder, "manifest")
+            path.write_bytes(data)
+            first, further = measure(path)
+            cells = [f"{n_trials:,}", f"{len(data) / 1e6:.2f} MB", f"{written:.2f}"]
+            cells += [f"{seconds:.2f}" for seconds in first["seconds"]]
+            for rank in (first, further):
+                cells += [f"{rank[name] / 1e6:,.0f} MB" for name in ("resident", "peak")]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
