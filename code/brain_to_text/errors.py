@@ -30,6 +30,10 @@ class CheckpointError(BrainToTextError):
     """A checkpoint that cannot be written, read, or resumed from."""
 
 
+class InUseError(CheckpointError):
+    """A file or folder that another live run is writing."""
+
+
 class TrainingError(BrainToTextError):
     """A run that cannot go on: divergence, out of memory, no data to train on."""
 

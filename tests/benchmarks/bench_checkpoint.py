@@ -53,10 +53,10 @@ def main() -> None:
             checkpoints.wait()
             whole = time.perf_counter() - started
             started = time.perf_counter()
-            load_verified(checkpoints.state_path(number))
+            load_verified(checkpoints.newest())
             load = time.perf_counter() - started
             share = blocked / config.checkpoint_interval_seconds
-            size = checkpoints.state_path(number).stat().st_size / 1e6
+            size = checkpoints.newest().stat().st_size / 1e6
             print(f"{number:5} {blocked:10.2f} {whole:8.2f} {load:7.2f} {size:7.0f} {share:7.2%}")
         checkpoints.close()
 

@@ -27,6 +27,7 @@ from integration.kill_harness import SETTINGS  # noqa: E402
 from support.fault_proxy import Faults, run_proxy  # noqa: E402
 from support.local_s3 import serve_s3  # noqa: E402
 from support.tiny_data import write_dataset  # noqa: E402
+from support.training_examples import newest_state  # noqa: E402
 
 FAULTS = Faults(slow_down=0.1, reset=0.05, truncate=0.05, short_body=0.05, flip=0.03, stall=0.005)
 MEMORY_GROWTH = 1.10  # allowed last/first sample after the warm-up
@@ -82,8 +83,7 @@ def soak(environment: dict[str, str], ml: Path, seconds: float) -> tuple[list[tu
         samples.append((time.monotonic() - started, pages * 4096 / 1e6, descriptors))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    newest = max((ml / "checkpoints").glob("state-*.pt"))
-    return samples, int(newest.stem.split("-")[1])
+    return samples, newest_state(ml / "checkpoints")[1]["step"]
 
 
 def report(half: int, samples: list[tuple], steps: int) -> bool:

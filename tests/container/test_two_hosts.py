@@ -14,6 +14,7 @@ from brain_to_text.streaming.batch_plan import BatchPlan
 from support import local_mode
 from support.container_job import BUCKET, PREFIX, TINY_JOB, Cluster, Job
 from support.engine import REPOSITORY, docker
+from support.training_examples import newest_state
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -158,9 +159,5 @@ def test_a_lost_host_and_a_stop_leave_one_state_to_resume_from(
 
 def newest_states(base):
     """Completed steps of the newest resume state of each host that wrote one."""
-    found = []
-    for folder in sorted(base.glob("algo-*/checkpoints")):
-        states = sorted(folder.glob("state-*.pt"))
-        if states:
-            found.append(int(states[-1].stem.removeprefix("state-")))
-    return found
+    folders = sorted({state.parent for state in base.glob("algo-*/checkpoints/state-*.pt")})
+    return [newest_state(folder)[1]["step"] for folder in folders]

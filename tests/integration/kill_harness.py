@@ -31,6 +31,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "code")]
 
 import torch  # noqa: E402
 from support.tiny_data import TINY_DECODER, write_dataset  # noqa: E402
+from support.training_examples import newest_state  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     **TINY_DECODER,
@@ -197,8 +198,7 @@ def train(data: str, run: Path, settings: dict[str, Any], environment: dict[str,
 
 def outcome(run: Path) -> dict[str, Any]:
     """Everything a finished run leaves, without clock readings."""
-    last = max((run / "checkpoints").glob("state-*.pt"))
-    state = torch.load(last, weights_only=True)
+    _, state = newest_state(run / "checkpoints")
     best = torch.load(run / "model" / "checkpoint" / "best_checkpoint", weights_only=True)
     lines = (run / "model" / "training_log").read_text().splitlines()
     resumed = [int(step) for step in re.findall(r"Resuming after step (\d+)", "\n".join(lines))]

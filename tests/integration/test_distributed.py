@@ -18,6 +18,7 @@ from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.storage.store import open_store
 from integration.kill_harness import SETTINGS
 from support.tiny_data import write_dataset
+from support.training_examples import newest_state
 
 CODE = Path(__file__).parents[2] / "code"
 WITHOUT_NOISE = {
@@ -59,7 +60,7 @@ def start(data: Path, run: Path, processes: int, **settings: object) -> subproce
 def train(data: Path, run: Path, processes: int, **settings: object) -> dict:
     process = start(data, run, processes, **settings)
     assert process.wait(300) == 0, (run / "said").read_text()[-3000:]
-    return torch.load(max((run / "checkpoints").glob("state-*.pt")), weights_only=True)
+    return newest_state(run / "checkpoints")[1]
 
 
 def wait_for(run: Path, process: subprocess.Popen[str], text: str) -> None:

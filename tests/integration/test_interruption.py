@@ -9,6 +9,7 @@ import torch
 from integration.kill_harness import JOB_SECONDS, Job, run_harness, unequal
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
+from support.training_examples import newest_state
 
 ENDLESS = {"num_training_batches": 100_000, "batches_per_val_step": 50_000}
 SHORT = {"num_training_batches": 6}
@@ -68,8 +69,7 @@ def test_a_second_signal_does_not_spoil_the_checkpoint(data, tmp_path):
     job.wait_for("Train batch 10:")
     os.kill(job.process.pid, signal.SIGTERM)
     assert stop(job) == 0, job.said()
-    newest = max((tmp_path / "checkpoints").glob("state-*.pt"))
-    assert torch.load(newest, weights_only=True)["run"]["step"] > 10
+    assert newest_state(tmp_path / "checkpoints")[1]["step"] > 10
 
 
 def test_a_run_that_is_stopped_before_validation_still_leaves_a_usable_model(data, tmp_path):
@@ -132,11 +132,8 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(data, tmp_path, damage
     job.wait_for("Train batch 25:")
     stop(job, signal.SIGKILL)
     checkpoints = tmp_path / "checkpoints"
-    victim = (
-        max(checkpoints.glob("state-*.pt"))
-        if damage == "state"
-        else checkpoints / "best_checkpoint"
-    )
+    newest, _ = newest_state(checkpoints)
+    victim = newest if damage == "state" else checkpoints / "best_checkpoint"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)

@@ -24,6 +24,7 @@ from brain_to_text.scoring.decoding import ValidationResult, evaluate
 from brain_to_text.training import build_run, rnn_trainer_s3
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
+from support.training_examples import newest_state
 
 SETTINGS = {
     **TINY_DECODER,
@@ -64,7 +65,7 @@ class Run:
         return torch.load(self.folder / "model/checkpoint/best_checkpoint", weights_only=True)
 
     def last(self) -> dict:
-        return torch.load(max((self.folder / "checkpoints").glob("state-*.pt")), weights_only=True)
+        return newest_state(self.folder / "checkpoints")[1]
 
 
 @pytest.fixture(scope="module")
@@ -715,8 +716,7 @@ def test_the_advice_after_early_stopping_works(train):
 
 def test_a_state_with_a_setting_that_went_is_resumed(train):
     run = train("job")
-    path = max((run.folder / "checkpoints").glob("state-*.pt"))
-    state = run.last()
+    path, state = newest_state(run.folder / "checkpoints")
     state["identity"]["config"]["no_longer_there"] = True
     state["run"]["finished"] = False
     save_atomically(state, path)

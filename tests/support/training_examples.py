@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,9 @@ def build(
     torch.manual_seed(config.seed)
     model = GRUDecoder(config, n_days, for_training=True).to(device)
     return TrainStep(model, config, device, **options)
+
+
+def newest_state(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
+    """The resume state with most steps in a checkpoint folder, and its file."""
+    found = [(p, torch.load(p, weights_only=True)) for p in checkpoints.glob("state-*.pt")]
+    return max(found, key=lambda pair: pair[1]["step"])

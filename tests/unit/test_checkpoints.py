@@ -1,14 +1,17 @@
 """Resume states: whole or absent, checked before use, never more than asked for."""
 
+import errno
+import fcntl
 import io
 import os
+import shutil
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from brain_to_text.errors import CheckpointError
+from brain_to_text.errors import CheckpointError, InUseError
 from brain_to_text.model.trained_model import initial_weights
 from brain_to_text.model.weights_file import load_verified, save_atomically
 from brain_to_text.training.checkpoints import CheckpointFolder
@@ -25,19 +28,43 @@ def folder(tmp_path):
     folder.close()
 
 
+def reopened(folder):
+    folder.close()
+    return CheckpointFolder(folder.path)
+
+
 def flip_a_byte(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_the_newest_state_is_loaded_and_only_the_last_two_are_kept(folder):
-    for step in (10, 20, 30):
-        folder.save(state(step), step)
-    folder.wait()
-    loaded, passed_over = folder.load_latest()
-    assert loaded["step"] == 30 and passed_over == []
-    assert folder.steps() == [20, 30]
+def test_the_newest_of_two_files_replaced_in_turn_is_found_by_its_content(folder):
+    """Names stay the same: what SageMaker copied to S3 is replaced there, never left behind."""
+    seen = set()
+    for step in (10, 20, 100, 110):
+        folder.save(state(step), step, wait=True)
+        seen |= {path.name for path in folder.path.iterdir()}
+        assert folder.saved_step == step
+    assert seen == {"state-a.pt", "state-b.pt", ".lock"}
+    loaded, passed_over = reopened(folder).load_newest()
+    assert loaded["step"] == 110 and passed_over == []
+    steps = {torch.load(p, weights_only=True)["step"] for p in folder.path.glob("state-*.pt")}
+    assert steps == {100, 110}
+
+
+def test_a_resumed_run_replaces_the_older_or_damaged_state_first(folder):
+    for step in (1, 2):
+        folder.save(state(step), step, wait=True)
+    again = reopened(folder)
+    again.load_newest()
+    again.save(state(3), 3, wait=True)
+    assert load_verified(folder.path / "state-b.pt")["step"] == 2
+    flip_a_byte(folder.path / "state-a.pt")
+    again = reopened(again)
+    again.load_newest()
+    again.save(state(4), 4, wait=True)
+    assert again.load_newest()[1] == []
 
 
 def test_a_background_save_holds_the_values_of_the_moment_it_was_asked_for(folder):
@@ -45,25 +72,25 @@ def test_a_background_save_holds_the_values_of_the_moment_it_was_asked_for(folde
     folder.save(live, 1)
     live["weights"].fill_(99.0)
     folder.wait()
-    assert folder.load_latest()[0]["weights"].eq(1.0).all()
+    assert folder.load_newest()[0]["weights"].eq(1.0).all()
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, lambda p: os.truncate(p, 1000), os.truncate])
 def test_a_damaged_state_is_reported_and_the_one_before_it_is_used(folder, damage):
     for step in (1, 2):
         folder.save(state(step), step, wait=True)
-    path = folder.state_path(2)
+    path = folder.newest()
     damage(path) if damage is not os.truncate else os.truncate(path, 0)
-    loaded, passed_over = folder.load_latest()
+    loaded, passed_over = folder.load_newest()
     assert loaded["step"] == 1
-    assert len(passed_over) == 1 and "state-000000002.pt" in passed_over[0]
+    assert len(passed_over) == 1 and "state-b.pt" in passed_over[0]
 
 
 def test_when_every_state_is_damaged_the_run_does_not_silently_start_over(folder):
     folder.save(state(1), 1, wait=True)
-    flip_a_byte(folder.state_path(1))
+    flip_a_byte(folder.newest())
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* can be read"):
-        folder.load_latest()
+        folder.load_newest()
 
 
 def test_a_crash_in_the_middle_of_a_save_leaves_the_old_state(folder, monkeypatch):
@@ -76,7 +103,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_old_state(folder, monkeypatc
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(CheckpointError, match="full"):
         folder.save(state(2), 2, wait=True)
-    assert folder.load_latest()[0]["step"] == 1
+    assert folder.load_newest()[0]["step"] == 1
     assert not list(folder.path.glob("*.tmp"))
 
 
@@ -88,18 +115,36 @@ def test_a_failed_background_save_is_raised_at_the_next_occasion(folder, monkeyp
 
 
 def test_two_runs_cannot_share_a_folder(folder):
-    with pytest.raises(CheckpointError, match="in use by another run"):
+    with pytest.raises(InUseError, match=r"in use by another run.*--checkpoint-dir"):
         CheckpointFolder(folder.path)
 
 
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING", logger="brain_to_text"):
+        CheckpointFolder(tmp_path).close()
+    assert "has no locks (No locks available)" in caplog.text
+
+
+def test_a_folder_that_vanishes_is_one_sentence(folder):
+    folder.save(state(1), 1, wait=True)
+    shutil.rmtree(folder.path)
+    for write in (lambda: folder.save(state(2), 2, wait=True), lambda: folder.keep(folder.path)):
+        with pytest.raises(CheckpointError, match="has vanished while the run went on"):
+            write()
+    assert not folder.path.exists()
+
+
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    for name in ("state-000000007.pt.tmp", "best_checkpoint.tmp", "step_12.tmp", "thesis.tmp"):
+    for name in ("state-a.pt.tmp", "best_checkpoint.tmp", "step_12.tmp", "thesis.tmp"):
         (tmp_path / name).write_bytes(b"x")
     folder = CheckpointFolder(tmp_path)
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["thesis.tmp"], (
         "what is not ours stays"
     )
-    assert folder.steps() == []
     folder.close()
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from brain_to_text.errors import CheckpointError, StorageError
+from brain_to_text.errors import InUseError, StorageError
 from brain_to_text.log_lines import train_line
 from brain_to_text.redaction import redact
 from brain_to_text.training.log_files import LogUploader, RunLog, scalars
@@ -86,7 +86,7 @@ def test_two_runs_never_write_one_log(tmp_path):
     with run_log(tmp_path) as log:
         log.info("the first")
         for ours, option in ((log.log_file, "--model-dir"), (tmp_path / "b", "--output-data-dir")):
-            with pytest.raises(CheckpointError, match=f"being written by another run.*{option}"):
+            with pytest.raises(InUseError, match=f"in use by another run.*{option}"):
                 RunLog(ours, log.metrics_file)
         log.info("goes on")
     assert len(log.log_file.read_text().splitlines()) == 2

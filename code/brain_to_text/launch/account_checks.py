@@ -94,7 +94,7 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
         actions = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
         needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:aws:ecr:{place}"))
     states = job.checkpoints_of(job.resume_from or str(job.job_name))
-    states = f"{states.replace('s3://', 'arn:aws:s3:::', 1)}/state-00000001.pt"
+    states = f"{states.replace('s3://', 'arn:aws:s3:::', 1)}/state-a.pt"
     needs.append(Need(("s3:GetObject", "s3:PutObject"), states))
     if job.init_from_checkpoint:
         model = job.init_from_checkpoint.replace("s3://", "arn:aws:s3:::", 1)

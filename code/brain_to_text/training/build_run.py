@@ -179,9 +179,9 @@ def _find_state(
 ) -> dict[str, Any] | None:
     """On the main rank: the newest valid state of this very run, if there is one."""
     assert checkpoints is not None
-    state, passed_over = checkpoints.load_latest()
+    state, passed_over = checkpoints.load_newest()
     for sentence in passed_over:
-        log.warning(f"{sentence} Going back to the checkpoint before it.")
+        log.warning(f"{sentence} The other state in that folder is used.")
     if state is not None:
         check_identity(state, now, checkpoints.path, accept, log)
     return state

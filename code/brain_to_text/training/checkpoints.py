@@ -1,12 +1,12 @@
-"""The folder of resume states: the last few kept, checked before use, one run at a time.
+"""The folder of resume states: two files replaced in turn, checked before use, one run at a time.
 
-Beside the states lie the outputs that a later job could not make again: kept until the run is done,
-whichever way it goes.
+SageMaker copies the folder to S3 while a job runs, with a role that may delete nothing there: names
+stay the same, and every file is whole at every instant. Beside the states lie the outputs that a
+later job could not make again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,73 +15,64 @@ from typing import Any
 from ..errors import CheckpointError
 from ..model.weights_file import (
     copy_atomically,
-    explain_write_error,
     load_verified,
     remove_quietly,
     save_atomically,
     state_to_cpu,
 )
+from .log_files import lock_file
 
-KEPT_STATES = 2
-_STATE_NAME = re.compile(r"state-(\d{9})\.pt")
-_OWN_TEMPORARY = re.compile(r"(state-\d{9}\.pt|best_checkpoint|step_\d+|val_logits\.pt)\.tmp")
+STATE_NAMES = ("state-a.pt", "state-b.pt")
+_TEMPORARY = re.compile(r"(state-\w+\.pt|best_checkpoint|step_\d+|val_logits\.pt)\.tmp")
 
 
 class CheckpointFolder:
-    """The resume states of one run, newest last.
+    """The resume states of one run.
 
     Args:
         path: folder, created when absent; on SageMaker `/opt/ml/checkpoints`.
 
+    Attributes:
+        saved_step: of the last state that was saved, or loaded; -1 before the first.
+
     Raises:
-        CheckpointError: the folder cannot be written, or another live process holds it.
+        CheckpointError: the folder cannot be written.
+        InUseError: another live process holds it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.saved_step = -1
+        self._newest: Path | None = None
+        self._lock = lock_file(path / ".lock", "--checkpoint-dir")
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         self._write_under_way: Future[None] | None = None
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+")
-        except OSError as error:
-            raise CheckpointError(explain_write_error(path / ".lock", error)) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise CheckpointError(
-                f"Checkpoint folder {path} is in use by another run: "
-                "give this run its own with --checkpoint-dir."
-            ) from None
         for entry in path.iterdir():
-            if _OWN_TEMPORARY.fullmatch(entry.name):
+            if _TEMPORARY.fullmatch(entry.name):
                 remove_quietly(entry)
 
-    def steps(self) -> list[int]:
-        """Steps of the states present, ascending."""
-        matches = (_STATE_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match.group(1)) for match in matches if match)
+    def newest(self) -> Path | None:
+        """The state saved or loaded last, once the write under way is done; None before the first.
 
-    def last_good(self) -> Path | None:
-        """The newest state, once the write under way is done; None before the first."""
+        Raises:
+            CheckpointError: the write failed.
+        """
         self.wait()
-        steps = self.steps()
-        return self.state_path(steps[-1]) if steps else None
-
-    def state_path(self, step: int) -> Path:
-        """Where the state after `step` completed steps lies."""
-        return self.path / f"state-{step:09d}.pt"
+        return self._newest
 
     def save(self, state: dict[str, Any], step: int, *, wait: bool = False) -> None:
         """Write a state; by default the copy is taken now and the writing goes on behind.
+
+        Args:
+            step: completed steps, by which the newest state is found.
 
         Raises:
             CheckpointError: this write (with `wait`) or the one before it failed.
         """
         self.wait()
-        snapshot = state if wait else state_to_cpu(state)
-        self._write_under_way = self._writer.submit(self._write, snapshot, step)
+        content = {"step": step, **(state if wait else state_to_cpu(state))}
+        self._write_under_way = self._writer.submit(self._write, content)
+        self.saved_step = step
         if wait:
             self.wait()
 
@@ -95,24 +86,30 @@ class CheckpointFolder:
         if write is not None:
             write.result()
 
-    def load_latest(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest valid state, and one sentence for each damaged one passed over.
+    def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The valid state with most steps, and one sentence for each damaged one passed over.
 
         Raises:
             CheckpointError: states exist but none is valid; starting over silently would lose them.
         """
+        newest: dict[str, Any] | None = None
         passed_over: list[str] = []
-        for step in reversed(self.steps()):
+        for path in sorted(self.path.glob("state-*.pt")):
             try:
-                return load_verified(self.state_path(step)), passed_over
+                state = load_verified(path)
+                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                    raise CheckpointError(f"Checkpoint {path} is no state of this program.")
             except CheckpointError as error:
                 passed_over.append(str(error))
-        if passed_over:
+                continue
+            if newest is None or state["step"] > newest["step"]:
+                newest, self._newest, self.saved_step = state, path, state["step"]
+        if passed_over and newest is None:
             raise CheckpointError(
                 f"No checkpoint in {self.path} can be read ({passed_over[0]}): "
                 "remove the folder to start over, or restore it from a backup."
             )
-        return None, []
+        return newest, passed_over
 
     def keep(self, output: Path) -> None:
         """Keep a copy of an output beside the states.
@@ -120,6 +117,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: the volume refuses it.
         """
+        self._check_folder()
         copy_atomically(output, self.path / output.name)
 
     def bring_back(self, output: Path) -> None:
@@ -128,9 +126,9 @@ class CheckpointFolder:
         Raises:
             CheckpointError: it was not kept, is damaged, or cannot be written there.
         """
-        kept = self.path / output.name
-        load_verified(kept)
-        copy_atomically(kept, output)
+        copy = self.path / output.name
+        load_verified(copy)
+        copy_atomically(copy, output)
 
     def close(self) -> None:
         """Finish the write under way and let go of the folder."""
@@ -140,7 +138,17 @@ class CheckpointFolder:
             self._writer.shutdown()
             self._lock.close()
 
-    def _write(self, state: dict[str, Any], step: int) -> None:
-        save_atomically(state, self.state_path(step))
-        for old in self.steps()[:-KEPT_STATES]:
-            remove_quietly(self.state_path(old))
+    def _write(self, content: dict[str, Any]) -> None:
+        self._check_folder()
+        first, second = (self.path / name for name in STATE_NAMES)
+        path = second if self._newest == first else first
+        save_atomically(content, path)
+        self._newest = path
+
+    def _check_folder(self) -> None:
+        """Raise CheckpointError where the folder has vanished: a new one would hold one state."""
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"The checkpoint folder {self.path} has vanished while the run went on: mount or "
+                "restore it, then start again to resume from what it holds."
+            )

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from ..errors import CheckpointError, StorageError
+from ..errors import CheckpointError, InUseError, StorageError
 from ..model.weights_file import explain_write_error, writing
 from ..redaction import one_line
 from ..storage.store import ObjectStore, open_store
@@ -97,7 +97,7 @@ class RunLog:
         self._held: dict[Path, TextIO] = {}
         for path, option in ((log_file, "--model-dir"), (metrics_file, "--output-data-dir")):
             if path is not None:
-                self._held[path] = _hold(path, option)
+                self._held[path] = lock_file(path, option)
         self._left = {path: os.fstat(held.fileno()).st_size for path, held in self._held.items()}
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
@@ -235,24 +235,35 @@ class LogUploader:
                 return
 
 
-def _hold(path: Path, option: str) -> TextIO:
+def lock_file(path: Path, option: str) -> TextIO:
     """Take a file for this process, before anything in it changes; until what comes back is closed.
 
+    On a file system without locks, a warning says that nothing keeps two runs apart there.
+
+    Args:
+        option: that gives a run another folder.
+
     Raises:
-        CheckpointError: it cannot be written, or another live process has it.
+        CheckpointError: it cannot be written.
+        InUseError: another live process has it.
     """
     with writing(path):
-        held = path.open("a")
+        file = path.open("a")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        held.close()
-        raise CheckpointError(
-            f"{path} is being written by another run: give this run its own {option}."
+        file.close()
+        raise InUseError(
+            f"{path.parent} is in use by another run: give this run its own with {option}."
         ) from None
-    except OSError:  # a file system without locks
-        pass
-    return held
+    except OSError as error:
+        LOGGER.warning(
+            "The file system of %s has no locks (%s): start no second run there, which nothing "
+            "would stop",
+            path.parent,
+            error.strerror,
+        )
+    return file
 
 
 def _text(path: Path | None) -> str:

@@ -365,7 +365,7 @@ class BrainToTextDecoder_Trainer_S3:
         path = run.paths.output_data_dir / "offending_batch.pt"
         content = {"step": bad.step, "features": bad.features, "labels": bad.labels}
         save_atomically({**content, "trials": [trial.name for trial in trials]}, path)
-        good = None if run.checkpoints is None else run.checkpoints.last_good()
+        good = None if run.checkpoints is None else run.checkpoints.newest()
         names = [f"{t.session} block {t.block_num} trial {t.trial_num}" for t in trials]
         return TrainingError(
             f"Training diverged: loss or gradients were not finite in {health.refused_in_a_row} "
@@ -382,7 +382,7 @@ class BrainToTextDecoder_Trainer_S3:
             return False
         every, step = run.config.batches_per_save, run.state.step
         if every and step and step % every == 0:
-            return step not in run.checkpoints.steps()[-1:]
+            return step != run.checkpoints.saved_step
         return time.monotonic() >= run.next_save
 
     def _save_state(self, run: Run, *, wait: bool = False) -> None:
