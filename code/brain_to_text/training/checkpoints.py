@@ -44,6 +44,7 @@ class CheckpointFolder:
         self.path = path
         self.saved_step = -1
         self._newest: Path | None = None
+        self._newest_step = -1
         self._lock = lock_file(path / ".lock", "--checkpoint-dir")
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         self._write_under_way: Future[None] | None = None
@@ -103,7 +104,8 @@ class CheckpointFolder:
                 passed_over.append(str(error))
                 continue
             if newest is None or state["step"] > newest["step"]:
-                newest, self._newest, self.saved_step = state, path, state["step"]
+                newest, self._newest = state, path
+                self._newest_step = self.saved_step = state["step"]
         if passed_over and newest is None:
             raise CheckpointError(
                 f"No checkpoint in {self.path} can be read ({passed_over[0]}): "
@@ -140,10 +142,12 @@ class CheckpointFolder:
 
     def _write(self, content: dict[str, Any]) -> None:
         self._check_folder()
-        first, second = (self.path / name for name in STATE_NAMES)
-        path = second if self._newest == first else first
+        path = self._newest
+        if path is None or content["step"] != self._newest_step:  # else the step's state is renewed
+            first, second = (self.path / name for name in STATE_NAMES)
+            path = second if path == first else first
         save_atomically(content, path)
-        self._newest = path
+        self._newest, self._newest_step = path, content["step"]
 
     def _check_folder(self) -> None:
         """Raise CheckpointError where the folder has vanished: a new one would hold one state."""
