@@ -56,6 +56,7 @@ from brain_to_text.gpus import (
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.launch.pricing import instance_types, prices
 from brain_to_text.model.augmentations import step_generator
+from brain_to_text.model.classifier import frame_logits
 from brain_to_text.model.device import allow_tf32, autocast_dtype, peak_flops
 from brain_to_text.model.optimizer import apply_update, clip_and_check
 from brain_to_text.model.rnn_model import GRUDecoder
@@ -141,9 +142,9 @@ class Ours:
             mark("day layer, patches")
             hidden, _ = model.recurrent_frames(frames, packing)
             mark("GRU")
-            logits = model.out(hidden)
+            logits = frame_logits(model.out, hidden)
         mark("classifier")
-        terms = self.objective(logits, batch, model.frame_lengths(n), k)
+        terms = self.objective(logits, packing, batch, k)
         mark("loss")
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()

@@ -54,7 +54,8 @@ def ask(trials, classes, seed=0):
     def torchs(p):
         return F.ctc_loss(p.transpose(0, 1), labels, frames, lengths, reduction="none")
     def ours(p):
-        return gpu_ctc.ctc_nll_without_waiting(p, labels, frames, lengths)
+        scores = gpu_ctc.label_scores(p, labels)
+        return gpu_ctc.ctc_nll_without_waiting(scores, labels, frames, lengths)
     exact, exact_gradient, feasible = run(scores.double(), torchs)
     found, gradient, finite = run(scores, ours)
     _, torch_gradient, _ = run(scores, torchs)
@@ -100,10 +101,15 @@ def problem(dtype: torch.dtype):
     return scores, torch.tensor(labels), torch.tensor(frames), torch.tensor(lengths)
 
 
+def ours(log_probs, labels, frames, lengths) -> torch.Tensor:
+    scores = gpu_ctc.label_scores(log_probs, labels)
+    return gpu_ctc.ctc_nll_without_waiting(scores, labels, frames, lengths)
+
+
 def test_losses_and_gradients_agree_with_the_reference(plain: None) -> None:
     scores, labels, frames, lengths = problem(torch.float64)
     fast, slow = scores.clone().requires_grad_(True), scores.clone().requires_grad_(True)
-    found = gpu_ctc.ctc_nll_without_waiting(fast.log_softmax(-1), labels, frames, lengths)
+    found = ours(fast.log_softmax(-1), labels, frames, lengths)
     expected = torch.stack(
         [
             reference.ctc(slow[b, : frames[b]].log_softmax(1), labels[b, : lengths[b]].tolist())
@@ -122,7 +128,7 @@ def test_the_gradient_does_not_assume_normalised_input(plain: None) -> None:
     log_probs = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_(True)
     labels, frames, lengths = torch.tensor([[1, 1], [3, 0]]), torch.tensor([6, 4]), [2, 1]
     assert torch.autograd.gradcheck(
-        lambda p: gpu_ctc.ctc_nll_without_waiting(p, labels, frames, torch.tensor(lengths)),
+        lambda p: ours(p, labels, frames, torch.tensor(lengths)),
         (log_probs,),
     )
 
@@ -131,7 +137,7 @@ def test_an_infeasible_trial_is_infinite_and_spoils_its_own_gradient_alone(plain
     scores, labels, frames, lengths = problem(torch.float32)
     frames[2] = 8
     scores.requires_grad_(True)
-    found = gpu_ctc.ctc_nll_without_waiting(scores.log_softmax(-1), labels, frames, lengths)
+    found = ours(scores.log_softmax(-1), labels, frames, lengths)
     assert found.isinf().tolist() == [False, False, True, False, False]
     found.sum().backward()
     assert scores.grad.isnan().any((1, 2)).tolist() == [False, False, True, False, False]

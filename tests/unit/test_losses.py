@@ -12,13 +12,16 @@ from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.selection import ctc_problem
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll
-from support.training_examples import example_batch, small_config
+from brain_to_text.model.rnn_model import Packing
+from support.training_examples import CPU, example_batch, small_config
 
 
-def case(seed: int = 0):
+def case(seed: int = 0, frames: tuple[int, ...] = (14, 11, 12)):
+    """Logits [37, 1681] of the frames that exist, whose they are, and their batch."""
     batch = example_batch([30, 24, 27], [0, 0, 1], seed=seed)
-    logits = torch.randn(3, 14, 1681, generator=torch.Generator().manual_seed(seed))
-    return logits, batch, torch.tensor([14, 11, 12])
+    packing = Packing.of(torch.tensor(frames), 14, CPU)
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(frames), 1681, generator=random), packing, batch
 
 
 def objective(*points: tuple[float, float], n_classes: int = 1681) -> JointObjective:
@@ -45,9 +48,9 @@ def test_what_ctc_can_and_cannot_align_is_what_selection_says() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
-    logits, batch, frames = case()
-    terms = fixed(weight)(logits, batch, frames, step=0)
-    log_probs = logits.log_softmax(-1)
+    logits, packing, batch = case()
+    terms = fixed(weight)(logits, packing, batch, step=0)
+    log_probs, frames = packing.padded(logits.log_softmax(-1)), packing.frame_lengths
     diphone = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths)
     phoneme = ctc_nll(
         marginalise_log_probs(log_probs), batch.phoneme_labels, frames, batch.phoneme_lengths
@@ -60,9 +63,9 @@ def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
 
 
 def test_what_is_logged_as_loss_begins_at_the_logarithm_of_the_classes_at_every_weight() -> None:
-    logits, batch, frames = case()
+    logits, packing, batch = case()
     for weight in (0.0, 0.4, 1.0):
-        terms = fixed(weight)(logits * 1e-3, batch, frames, 0)
+        terms = fixed(weight)(logits * 1e-3, packing, batch, 0)
         alignments = 2 * 7 / 11 * math.log(14)  # generously
         assert math.log(1681) - alignments < float(terms.nats_per_frame) < math.log(1681) + 0.01
 
@@ -77,17 +80,16 @@ def test_a_term_of_weight_zero_has_no_gradient(monkeypatch: pytest.MonkeyPatch) 
         "ctc_nll",
         lambda p, *rest: (seen.append((p.shape[-1], p.requires_grad)), original(p, *rest))[1],
     )
-    logits, batch, frames = case()
+    logits, packing, batch = case()
     logits.requires_grad_()
-    assert fixed(0.0)(logits, batch, frames, 0).phoneme is None
-    fixed(1.0)(logits, batch, frames, 0).total.backward()
+    assert fixed(0.0)(logits, packing, batch, 0).phoneme is None
+    fixed(1.0)(logits, packing, batch, 0).total.backward()
     assert seen == [(1681, True), (1681, False), (41, True)]
 
 
 def test_a_diphone_sequence_that_cannot_fit_does_not_spoil_the_phoneme_term() -> None:
-    logits, batch, frames = case()
-    frames = torch.tensor([4, 4, 4])  # three phonemes fit, seven diphones do not
-    terms = fixed(1.0)(logits.requires_grad_(), batch, frames, 0)
+    logits, packing, batch = case(frames=(4, 4, 4))  # three phonemes fit, seven diphones do not
+    terms = fixed(1.0)(logits.requires_grad_(), packing, batch, 0)
     terms.total.backward()
     assert terms.nats_per_frame.isinf() and terms.total.isfinite()
     assert torch.isfinite(logits.grad).all()
@@ -127,23 +129,24 @@ def test_the_costliest_step_has_both_terms(points: list[tuple[float, float]], bo
 
 
 def test_a_phoneme_model_has_one_term() -> None:
-    logits, batch, frames = case()
+    logits, packing, batch = case()
     batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
-    terms = objective(n_classes=41)(logits[..., :41], batch, frames, 0)
+    terms = objective(n_classes=41)(logits[:, :41], packing, batch, 0)
     assert terms.alpha == 0 and terms.phoneme is None and math.isfinite(float(terms.total))
 
 
 def test_shares_of_a_global_batch_add_up_to_its_mean() -> None:
-    logits, batch, frames = case()
-    whole = fixed(0.4)(logits, batch, frames, 0).total
-    parts = [
-        fixed(0.4)(logits[rows], batch.take(rows), frames[rows], 0, global_batch_size=3).total
-        for rows in ([0, 2], [1])
-    ]
-    torch.testing.assert_close(sum(parts), whole)
+    logits, packing, batch = case()
+    whole = fixed(0.4)(logits, packing, batch, 0).total
+    parts = 0.0
+    for rows in ([0, 2], [1]):
+        share = Packing.of(packing.frame_lengths[rows], 14, CPU)
+        own = packing.padded(logits)[rows].flatten(0, 1)[share.rows]
+        parts += fixed(0.4)(own, share, batch.take(rows), 0, global_batch_size=3).total
+    torch.testing.assert_close(parts, whole)
 
 
 def test_the_loss_is_float32_whatever_the_logits() -> None:
-    logits, batch, frames = case()
-    terms = fixed(0.5)(logits.bfloat16(), batch, frames, 0)
+    logits, packing, batch = case()
+    terms = fixed(0.5)(logits.bfloat16(), packing, batch, 0)
     assert terms.total.dtype == torch.float32

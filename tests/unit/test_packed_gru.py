@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from brain_to_text.model import packed_gru as module
+from brain_to_text.model.classifier import frame_logits
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.packed_gru import in_one_buffer, packed_gru
 from support.training_examples import CPU, build, example_batch, small_config
@@ -254,11 +255,11 @@ def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
         with step.autocast(), torch.set_grad_enabled(training):
             frames, packing = step.model.input_frames(features, batch.day_indices, n)
             hidden, _ = step.model.recurrent_frames(frames, packing)
-            logits = step.model.out(hidden)
+            logits = frame_logits(step.model.out, hidden)
         assert hidden.dtype == (step.amp_dtype or torch.float32)
         if not training:
             return [logits]
-        terms = step.objective(logits, batch, step.model.frame_lengths(n), 0)
+        terms = step.objective(logits, packing, batch, 0)
         step.model.zero_grad()
         terms.total.backward()
         return [p.grad for p in step.model.parameters() if p.grad is not None]

@@ -117,6 +117,43 @@ def test_fifty_updates_follow_the_reference(objective: str) -> None:
     assert adam.moments["day_weights.1"][0] > adam.moments["day_weights.0"][0] > 0
 
 
+@pytest.mark.parametrize("classifier", ["plain", "factored"])
+@pytest.mark.parametrize("lengths", [[37, 24, 51, 15], [33]])
+def test_the_loss_of_packed_frames_is_that_of_each_trial_alone_in_float64(
+    classifier: str, lengths: list[int]
+) -> None:
+    """And so is every gradient, columns beyond the classes (as on a GPU) or not."""
+    config = small_config(model__classifier=classifier, objective__phoneme_weight=0.3)
+    step = build(config)
+    model, batch = step.model.double(), example_batch(lengths, [0, 2, 1, 1][: len(lengths)], 2)
+    for parameter in model.out.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = dict(model.named_parameters())
+    weights |= {"out.weight": model.out.weight, "out.bias": model.out.bias}
+    losses = []
+    for trial in range(len(lengths)):
+        log_probs = reference_logits(batch, trial, weights, config).log_softmax(1)
+        phoneme = reference.ctc(
+            reference.marginalise(log_probs, 41), batch.phoneme_labels[trial].tolist()
+        )
+        diphone = reference.ctc(log_probs, batch.labels[trial].tolist())
+        losses.append(0.3 * phoneme + 0.7 * diphone)
+    used = [p for n, p in model.named_parameters() if "day" not in n]
+    loss = torch.stack(losses).mean()
+    expected = torch.autograd.grad(loss, used)
+    features = batch.features.double()
+    for trial, length in enumerate(lengths):
+        features[trial, :length] = reference.smooth(features[trial, :length], 2.0)
+    for beyond in (0, 7):
+        rows, packing, _ = model.packed_logits(features, batch.day_indices, batch.n_time_steps)
+        assert rows.shape == (int(packing.frame_lengths.sum()), 1681)
+        rows = torch.nn.functional.pad(rows, (0, beyond), value=-math.inf)
+        terms = step.objective(rows, packing, batch, 0)
+        torch.testing.assert_close(terms.total, loss, rtol=1e-10, atol=0)
+        for found, wanted in zip(torch.autograd.grad(terms.total, used), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("T", "C", "labels"),
     [(4, 3, [1, 2]), (5, 3, [1, 1]), (5, 3, [2]), (6, 3, [1, 2, 1]), (4, 4, []), (3, 3, [2, 2])],

@@ -17,6 +17,7 @@ from torch import nn
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import N_PHONEMES
 
+LANES = 8  # half-precision products on GPUs want a multiple of it; 1681 is none
 PREFIX = "out."  # of the classifier's names in a model's state dict
 PLAIN_NAMES = (f"{PREFIX}weight", f"{PREFIX}bias")
 
@@ -54,6 +55,19 @@ class FactoredClassifier(nn.Module):
 def _fold(residual: torch.Tensor, previous: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
     by_pair = residual.unflatten(0, (N_PHONEMES, N_PHONEMES))
     return (by_pair + previous.unsqueeze(1) + current).flatten(0, 1)
+
+
+def frame_logits(classifier: nn.Linear | FactoredClassifier, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [N, >= C] of hidden states [N, n_inputs].
+
+    On a GPU there are columns beyond the classes, up to a multiple of 8, whose probability is 0.
+    """
+    weight, bias = classifier.weight, classifier.bias
+    beyond = -len(bias) % LANES if hidden.is_cuda else 0
+    if beyond:
+        weight = F.pad(weight, (0, 0, 0, beyond))
+        bias = F.pad(bias, (0, beyond), value=-torch.inf)
+    return F.linear(hidden, weight, bias)
 
 
 def folded(model: nn.Module) -> dict[str, torch.Tensor]:

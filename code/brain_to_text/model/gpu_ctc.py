@@ -31,7 +31,7 @@ CHECK_BOUND = 5e-3  # largest difference from torch's CTC that float32 rounding 
 
 
 def ctc_nll_without_waiting(
-    log_probs: torch.Tensor,
+    scores: torch.Tensor,
     labels: torch.Tensor,
     frame_lengths: torch.Tensor,
     label_lengths: torch.Tensor,
@@ -39,31 +39,36 @@ def ctc_nll_without_waiting(
     """[B] negative log-likelihoods in nats, with the gradient of the formula itself.
 
     Args:
-        log_probs: [B, T', C] float32.
+        scores: [B, T', 1 + L] float32 log-probabilities of the blank and of each label in turn.
         labels: [B, L] int64, zero-padded.
         frame_lengths, label_lengths: [B] int64; everything on one device.
     """
-    return _CTC.apply(log_probs, labels, frame_lengths, label_lengths)
+    return _CTC.apply(scores, labels, frame_lengths, label_lengths)
+
+
+def label_scores(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B, T', 1 + L] of [B, T', C]: what CTC reads, the blank and each label of the trial."""
+    spoken = F.pad(labels, (1, 0)).unsqueeze(1)
+    return log_probs.gather(2, spoken.expand(-1, log_probs.shape[1], -1))
 
 
 class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        log_probs: torch.Tensor,
+        scores: torch.Tensor,
         labels: torch.Tensor,
         frames: torch.Tensor,
         label_lengths: torch.Tensor,
     ) -> torch.Tensor:
-        B, T = log_probs.shape[:2]
+        B, T = scores.shape[:2]
         S = 2 * labels.shape[1] + 1
-        device = log_probs.device
+        device = scores.device
         state, time = torch.arange(S, device=device), torch.arange(T, device=device)
         last = (2 * label_lengths).unsqueeze(1)  # [B, 1] final blank
         inside = state <= last  # [B, S]
-        classes = labels.new_zeros(B, S)  # blanks between, before and after the labels
-        classes[:, 1::2] = labels
-        emit = log_probs.gather(2, classes.unsqueeze(1).expand(B, T, S))
+        emit = scores[:, :, :1].repeat(1, 1, S)  # blanks between, before and after the labels
+        emit[:, :, 1::2] = scores[:, :, 1:]
         emit = emit.masked_fill(~inside.unsqueeze(1), -torch.inf)
         # relative to each frame's likeliest state, sums over frames stay small and so exact
         likeliest = emit.amax(2, keepdim=True)
@@ -90,19 +95,14 @@ class _CTC(torch.autograd.Function):
         relative = final.logsumexp(1).masked_fill(frames == 0, -torch.inf)
         occupied = (forward + backward - emit - relative.view(B, 1, 1)).exp()
         real = inside.unsqueeze(1) & real_frame.unsqueeze(2)
-        ctx.save_for_backward(torch.where(real, occupied, 0.0), labels)
-        ctx.shape = log_probs.shape
+        ctx.save_for_backward(torch.where(real, occupied, 0.0))
         return -relative - likeliest.squeeze(2).masked_fill(~real_frame, 0).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        occupied, labels = ctx.saved_tensors
-        share = occupied * -grads[0].view(-1, 1, 1)
-        gradient = share.new_zeros(ctx.shape)
-        index = labels.unsqueeze(1).expand(-1, ctx.shape[1], -1)
-        gradient.scatter_add_(2, index, share[:, :, 1::2])
-        gradient[:, :, 0] += share[:, :, ::2].sum(2)
-        return gradient, None, None, None
+        share = ctx.saved_tensors[0] * -grads[0].view(-1, 1, 1)
+        blank = share[:, :, ::2].sum(2, keepdim=True)
+        return torch.cat([blank, share[:, :, 1::2]], 2), None, None, None
 
 
 def alphas(emit: torch.Tensor, may_skip: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
@@ -179,14 +179,12 @@ def reason_against(device: torch.device) -> str | None:
     labels = torch.randint(1, 30, (4, 150), generator=generator)
     labels[1, 3:6] = 7  # repeats need a blank between them
     frames, lengths = torch.tensor([220, 200, 120, 190]), torch.tensor([150, 140, 90, 0])
-    log_probs = scores.log_softmax(-1)
-    expected = F.ctc_loss(
-        log_probs.transpose(0, 1), labels.to(device), frames, lengths, reduction="none"
-    )
+    log_probs, labels = scores.log_softmax(-1), labels.to(device)
+    expected = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, lengths, reduction="none")
     (wanted,) = torch.autograd.grad(expected.sum(), scores, retain_graph=True)
     try:
         found = ctc_nll_without_waiting(
-            log_probs, labels.to(device), frames.to(device), lengths.to(device)
+            label_scores(log_probs, labels), labels, frames.to(device), lengths.to(device)
         )
         (gradient,) = torch.autograd.grad(found.sum(), scores)
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from ..config import TrainingConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from .device import send
-from .gpu_ctc import ctc_nll_without_waiting, usable
+from .gpu_ctc import ctc_nll_without_waiting, label_scores, usable
+from .rnn_model import Packing
 
 
 @dataclass
@@ -33,23 +34,52 @@ def ctc_nll(
     frame_lengths: torch.Tensor,
     label_lengths: torch.Tensor,
     kernel: str = "auto",
+    packing: Packing | None = None,
 ) -> torch.Tensor:
     """[B] negative log-likelihood of each label sequence, in nats; infinite if it cannot fit.
 
+    The gradient is that of the formula, whether `log_probs` are normalised or not.
+
     Args:
-        log_probs: [B, T', C] float32, normalised over C (the gradient assumes it), blank 0.
+        log_probs: [B, T', C] float32, blank 0; with `packing`, [N, C] of the frames that exist.
         labels: [B, L] int64, zero-padded.
         frame_lengths, label_lengths: [B] int64 on the CPU.
-        kernel: "auto" runs our own on GPUs where it agrees with torch's (see gpu_ctc).
+        kernel: `objective.ctc_kernel`; "auto" runs our own on GPUs where it agrees with torch's
+            (see gpu_ctc).
     """
     device = log_probs.device
+    if packing is None:
+        scores = label_scores(log_probs, labels)
+    else:
+        spoken = F.pad(labels, (1, 0)).index_select(0, packing.trial)
+        scores = packing.padded(log_probs.gather(1, spoken))
     if device.type == "cuda" and usable(kernel, device):
         return ctc_nll_without_waiting(
-            log_probs, labels, send(frame_lengths, device), send(label_lengths, device)
+            scores, labels, send(frame_lengths, device), send(label_lengths, device)
         )
-    return F.ctc_loss(
-        log_probs.transpose(0, 1), labels, frame_lengths, label_lengths, blank=0, reduction="none"
+    return _ctc_nll_by_torch(scores, labels, frame_lengths, label_lengths)
+
+
+def _ctc_nll_by_torch(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    frame_lengths: torch.Tensor,
+    label_lengths: torch.Tensor,
+) -> torch.Tensor:
+    """torch's CTC on [B, T', 1 + L] scores: each label has a column, repeats share their first."""
+    columns = torch.arange(1, labels.shape[1] + 1, device=labels.device).repeat(len(labels), 1)
+    columns[:, 1:].masked_fill_(labels[:, 1:] == labels[:, :-1], 0)
+    nll = F.ctc_loss(
+        scores.transpose(0, 1),
+        columns.cummax(1).values if columns.numel() else columns,
+        frame_lengths,
+        label_lengths,
+        reduction="none",
     )
+    # torch's gradient counts on a log-softmax that takes each frame's probabilities away again
+    real = send(torch.arange(scores.shape[1]) < frame_lengths.unsqueeze(1), scores.device)
+    probability = (scores.exp() * real.unsqueeze(2)).sum((1, 2))
+    return nll + (probability.detach() - probability)
 
 
 class JointObjective:
@@ -58,7 +88,6 @@ class JointObjective:
     With 41 classes the classes are phonemes and the weight is 0. With 1681 the phoneme distribution
     is the diphone distribution marginalised over the previous phoneme (arXiv 2411.10657). The class
     loss is known at every weight; at 1 it has no gradient. The phoneme loss is not computed at 0.
-
     """
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -85,40 +114,44 @@ class JointObjective:
     def __call__(
         self,
         logits: torch.Tensor,
+        packing: Packing,
         batch: Any,
-        frame_lengths: torch.Tensor,
         step: int,
         global_batch_size: int | None = None,
     ) -> LossTerms:
         """The loss of one batch (or of one rank's share of it).
 
         Args:
-            logits: [B, T', C], any float type; the loss is computed in float32.
+            logits: [N, >= C] of the frames that exist, any float type; the loss is float32 at
+                least. Columns beyond the classes have probability 0.
+            packing: whose frames they are.
             batch: a `Batch` with labels.
-            frame_lengths: [B] output frames per trial, CPU.
             step: global step, for the weight.
             global_batch_size: trials over all ranks; the sum over this rank's trials is divided
                 by it, so that summing gradients over ranks gives the mean over the batch.
         """
         alpha = self.alpha(step)
+        frame_lengths = packing.frame_lengths
         n_frames = max(int(frame_lengths.sum()), 1)
-        trials = global_batch_size or len(logits)
-        log_probs = logits.float().log_softmax(-1)
+        trials = global_batch_size or len(frame_lengths)
+        log_probs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
         nll = ctc_nll(
             log_probs if alpha < 1 else log_probs.detach(),
             batch.labels,
             frame_lengths,
             batch.label_lengths,
             self.ctc_kernel,
+            packing,
         ).sum()
         terms = LossTerms((1 - alpha) / trials * nll, nll.detach() / n_frames, None, alpha)
         if alpha > 0:
             nll = ctc_nll(
-                marginalise_log_probs(log_probs),
+                marginalise_log_probs(log_probs[:, :N_DIPHONES]),
                 batch.phoneme_labels,
                 frame_lengths,
                 batch.phoneme_lengths,
                 self.ctc_kernel,
+                packing,
             ).sum()
             phoneme_total = alpha / trials * nll
             terms.total = terms.total + phoneme_total if alpha < 1 else phoneme_total

@@ -19,7 +19,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..errors import CheckpointError
 from ..labels.diphones import N_DIPHONES
-from .classifier import PLAIN_NAMES, PREFIX, FactoredClassifier, unfolded
+from .classifier import PLAIN_NAMES, PREFIX, FactoredClassifier, frame_logits, unfolded
 from .device import one_thread, send
 from .packed_gru import packed_gru
 
@@ -103,12 +103,28 @@ class GRUDecoder(nn.Module):
             states: [layers * directions, B, H] to continue from; None starts at h0.
             return_state: also return the states after the last frame.
             n_time_steps: [B] on the CPU: only these bins are computed, and frames beyond a
-                trial's own hold the classifier's bias. None: every bin counts.
+                trial's last hold zeros. None: every bin counts.
+        """
+        rows, packing, states = self.packed_logits(x, day_idx, n_time_steps, states)
+        logits = packing.padded(rows)[:, :, : self.n_classes]
+        return (logits, states.index_select(1, packing.inverse)) if return_state else logits
+
+    def packed_logits(
+        self,
+        x: torch.Tensor,
+        day_idx: torch.Tensor,
+        n_time_steps: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Packing, torch.Tensor]:
+        """As `forward`, for the frames that exist alone: no padding is classified.
+
+        Returns:
+            (logits [N, >= n_classes] (see `frame_logits`), whose frames they are, the last states
+            [layers * directions, B, H] in packed order).
         """
         frames, packing = self.input_frames(x, day_idx, n_time_steps)
         hidden, states = self.recurrent_frames(frames, packing, states)
-        logits = self.out(hidden)
-        return (logits, states.index_select(1, packing.inverse)) if return_state else logits
+        return frame_logits(self.out, hidden), packing, states
 
     def input_frames(
         self, x: torch.Tensor, day_idx: torch.Tensor, n_time_steps: torch.Tensor | None = None
@@ -129,18 +145,14 @@ class GRUDecoder(nn.Module):
         packing: Packing,
         states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [B, T', H * directions], zero where a trial has no frame.
-
-        With the last states [layers * directions, B, H], in packed order.
-        """
+        """Packed hidden states [N, H * directions], last states [layers * directions, B, H]."""
         B = len(packing.order)
         if states is None:
             states = self.h0.expand(self.n_layers * self.n_directions, B, self.n_units)
             states = states.contiguous()
         else:
             states = states.index_select(1, packing.order)
-        hidden, states = packed_gru(frames, packing.batch_sizes, states, self.gru)
-        return packing.padded(hidden), states
+        return packed_gru(frames, packing.batch_sizes, states, self.gru)
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
         """x W + b with each trial's session's weights: one product per run of trials."""
@@ -196,6 +208,7 @@ class Packing:
     """
 
     n_frames: int  # T' of the padded batch
+    frame_lengths: torch.Tensor  # [B] CPU int64: frames per trial
     batch_sizes: torch.Tensor  # [T'] CPU int64: trials that have a frame at each time
     order: torch.Tensor  # [B] trial at each packed position, on the device
     inverse: torch.Tensor  # [B] packed position of each trial, on the device
@@ -220,7 +233,7 @@ class Packing:
         rows, trial_, time_ = send(where, device)
         order_, inverse = send(orders, device)
         batch_sizes = torch.from_numpy(present.sum(1))
-        return cls(n_frames, batch_sizes, order_, inverse, rows, trial_, time_)
+        return cls(n_frames, lengths, batch_sizes, order_, inverse, rows, trial_, time_)
 
     def padded(self, frames: torch.Tensor) -> torch.Tensor:
         """[B, T', values] from packed [N, values]; zero where a trial has no frame."""

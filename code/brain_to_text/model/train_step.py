@@ -112,10 +112,9 @@ class TrainStep:
         generator = step_generator(self.device, self.config.seed, step, self.rank)
         torch.manual_seed(generator.initial_seed())  # dropout
         features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps, generator)
-        frame_lengths = self.model.frame_lengths(n_time_steps)
         with self.autocast():
-            logits = self.model(features, batch.day_indices, n_time_steps=n_time_steps)
-        terms = self.objective(logits, batch, frame_lengths, step, global_batch_size)
+            logits, packing, _ = self.model.packed_logits(features, batch.day_indices, n_time_steps)
+        terms = self.objective(logits, packing, batch, step, global_batch_size)
         scale = self._state.get("scale")
         self.optimizer.zero_grad(set_to_none=True)
         (terms.total if scale is None else terms.total * scale).backward()
@@ -138,7 +137,7 @@ class TrainStep:
             terms=terms,
             grad_norm=norm,
             finite=finite,
-            n_frames=int(frame_lengths.sum()),
+            n_frames=int(packing.frame_lengths.sum()),
             learning_rate=self.optimizer.param_groups[-1]["lr"],
         )
 
@@ -265,9 +264,9 @@ def _forward_and_backward(step: TrainStep, batch_size: int, n_bins: int, n_label
     generator = step_generator(device, step.config.seed, 0, step.rank)
     features, n_time_steps = step.augmentation(features, n_time_steps, generator)
     with step.autocast():
-        logits = model(features, days, n_time_steps=n_time_steps)
+        logits, packing, _ = model.packed_logits(features, days, n_time_steps)
     costliest = step.objective.costliest_step(step.config.num_training_batches)
-    terms = step.objective(logits, batch, model.frame_lengths(n_time_steps), costliest)
+    terms = step.objective(logits, packing, batch, costliest)
     terms.total.backward()
     del held
 
