@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from werkzeug import Request
@@ -36,6 +36,7 @@ class Call:
     operation: str
     params: Mapping[str, Any]
     path: str
+    method: str
 
     @classmethod
     def of(cls, request: Request) -> Call | None:
@@ -53,23 +54,28 @@ class Call:
             params = json.loads(body or b"{}")
         elif service == "s3":
             operation = _s3_operation(request)
+            params = {
+                "prefix": request.args.get("prefix", ""),
+                "kms-key": request.headers.get("x-amz-server-side-encryption-aws-kms-key-id"),
+            }
         else:
             params = request.form.to_dict() or request.args.to_dict()
             operation = params.get("Action", "")
-        return cls(key, region, service, operation, params, request.path)
+        return cls(key, region, service, operation, params, request.path, request.method)
 
-    def asked(self, account: str) -> Iterator[Asked]:
+    def asked(self, account: str, partition: str = "aws") -> Iterator[Asked]:
         """Every action that must be allowed for this call."""
         prefix = PREFIXES.get(self.service, self.service)
-        make = {"s3": _s3, "sagemaker": _sagemaker, "ecr": _ecr, "logs": _logs, "iam": _iam}.get(
-            self.service
-        )
+        make = {"s3": _s3, "sagemaker": _sagemaker, "ecr": _ecr, "logs": _logs, "iam": _iam}
+        make["kms"] = _kms
         if (self.service, self.operation) == ("sts", "GetCallerIdentity"):
             return
-        if make is None:
+        if self.service not in make:
             yield Asked(f"{prefix}:{self.operation}", "*")
-        else:
-            yield from make(self, account)
+            return
+        for asked in make[self.service](self, account):
+            place = asked.resource.replace("arn:aws:", f"arn:{partition}:", 1)
+            yield replace(asked, resource=place)
 
 
 def _s3_operation(request: Request) -> str:
@@ -80,11 +86,25 @@ def _s3_operation(request: Request) -> str:
         )
     if request.method == "GET" and "location" in request.args:
         return "GetBucketLocation"
+    if request.method == "GET" and "encryption" in request.args:
+        return "GetEncryptionConfiguration"
     return {"PUT": "CreateBucket", "DELETE": "DeleteBucket"}.get(request.method, "ListBucket")
 
 
 def _s3(call: Call, account: str) -> Iterator[Asked]:
-    yield Asked(f"s3:{call.operation}", f"arn:aws:s3:::{call.path.strip('/')}")
+    prefix = {"s3:prefix": call.params["prefix"]} if call.operation == "ListBucket" else {}
+    yield Asked(f"s3:{call.operation}", f"arn:aws:s3:::{call.path.lstrip('/')}".rstrip("/"), prefix)
+
+
+def _kms(call: Call, account: str) -> Iterator[Asked]:
+    given = str(call.params.get("KeyId", "*"))
+    place = f"arn:aws:kms:{call.region}:{account}"
+    key = (
+        given
+        if given.startswith("arn:")
+        else f"{place}:{given if '/' in given else f'key/{given}'}"
+    )
+    yield Asked(f"kms:{call.operation}", key)
 
 
 def _sagemaker(call: Call, account: str) -> Iterator[Asked]:

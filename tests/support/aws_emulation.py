@@ -1,9 +1,10 @@
 """An AWS account for tests, over HTTP: moto, plus what it lacks, under the policies of who calls.
 
-Every call is held against the caller's policies (`policies`), as the account would do; what moto
-lacks is answered by evaluating the account's own state: policy simulation by the policies, prices
-by the filters asked for, image configurations by what was pushed. A request that breaks the
-service's model is refused. The command line, SDKs and other processes reach it by its endpoint.
+Every call is held against the caller's policies and those of buckets and keys (`policies`), as the
+account would do; what moto lacks is answered by evaluating the account's own state: policy
+simulation by the policies, prices by the filters asked for, image configurations by what was
+pushed. A request that breaks the service's model is refused. The command line, SDKs and other
+processes reach it by its endpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -33,12 +34,14 @@ from brain_to_text.launch.request import CODE_FOLDER
 from brain_to_text.launch.request_validation import breaches
 from brain_to_text.storage.locations import ObjectInfo
 from moto.iam.models import iam_backends
+from moto.kms.models import Key, kms_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import FakeBucket, s3_backends
 from werkzeug import Request, Response
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from .aws_calls import Call
-from .policies import Document, evaluate
+from .aws_calls import Asked, Call
+from .policies import Decision, Document, across_accounts, evaluate, within_account
 
 ACCOUNT = "123456789012"
 REGION = "us-east-1"
@@ -66,32 +69,49 @@ class EmulatedAccount:
         layers: content of pushed image configurations by digest.
         prices: dollars per hour of training by instance type.
         organisation: policies that hold for everybody in the account (their Deny statements).
+        foreign_buckets: names of buckets that belong to another account.
         sent: requests of CreateTrainingJob and tuning jobs, as they came over the wire.
     """
 
     endpoint: str
+    region: str = REGION
     account: AwsAccount = field(init=False)
     image_uri: str = ""
     quotas: dict[str, float] = field(default_factory=dict)
     layers: dict[str, bytes] = field(default_factory=dict)
     prices: dict[str, float] = field(default_factory=dict)
     organisation: list[Document] = field(default_factory=list)
+    foreign_buckets: set[str] = field(default_factory=set)
     warm_pools: dict[str, str] = field(default_factory=dict)
     sent: list[dict[str, Any]] = field(default_factory=list)
 
     def client(self, service: str) -> Any:
         """A client of the administrator's."""
         session = boto3.Session(
-            ADMINISTRATOR, CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=REGION
+            ADMINISTRATOR, CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=self.region
         )
         return session.client(service, endpoint_url=self.endpoint)
+
+    @property
+    def partition(self) -> str:
+        """aws, aws-us-gov or aws-cn."""
+        return str(boto3.Session().get_partition_for_region(self.region))
+
+    @property
+    def role(self) -> str:
+        """ARN of the stack's role."""
+        return ROLE.replace("arn:aws:", f"arn:{self.partition}:")
+
+    @property
+    def _iam(self) -> Any:
+        return iam_backends[ACCOUNT][self.partition]
 
     # --- who may what
 
     def policies_of(self, arn: str) -> list[Document]:
         """The documents attached to a user or role."""
         kind, _, name = arn.split(":", 5)[5].partition("/")
-        backend = iam_backends[ACCOUNT]["aws"]
+        backend = self._iam
         name = name.rpartition("/")[2]
         owner = backend.get_user(name) if kind == "user" else backend.get_role(name)
         texts: list[Any] = list(owner.policies.values())
@@ -99,22 +119,37 @@ class EmulatedAccount:
         documents = [yaml.safe_load(text) if isinstance(text, str) else text for text in texts]
         return [_without_gaps(document) for document in documents]
 
-    def decision(self, arn: str, action: str, resource: str, context: dict[str, str]) -> str:
+    def decision(self, arn: str, action: str, resource: str, context: dict[str, str]) -> Decision:
+        """What the caller's own policies and the organisation's say; IAM's simulator stops here."""
         keys = {name.lower(): value for name, value in context.items()}
         for document in self.organisation:
             if evaluate([document], action, resource, keys) == "explicitDeny":
                 return "explicitDeny"
         return evaluate(self.policies_of(arn), action, resource, keys)
 
+    def effective(self, arn: str, asked: Asked) -> Decision:
+        """What the account does: the caller's policies together with the bucket's or key's."""
+        key = self._key(asked.resource) if asked.action.startswith("kms:") else None
+        if key is not None:  # it may have been named by an alias
+            asked = replace(asked, resource=key.arn)
+        mine = self.decision(arn, asked.action, asked.resource, dict(asked.context))
+        if key is not None:
+            return across_accounts(mine, json.loads(key.policy), arn, asked)
+        bucket = self._bucket(asked.resource.split(":::")[-1].partition("/")[0])
+        if not asked.action.startswith("s3:") or bucket is None:
+            return mine
+        combine = across_accounts if bucket.name in self.foreign_buckets else within_account
+        return combine(mine, json.loads(bucket.policy or '{"Statement": []}'), arn, asked)
+
     def refusal(self, call: Call) -> str | None:
         """Why the caller may not do this; None if they may."""
         if call.key == ADMINISTRATOR:
             return None
-        user = iam_backends[ACCOUNT]["aws"].get_user_from_access_key_id(call.key)
+        user = self._iam.get_user_from_access_key_id(call.key)
         if user is None:
             return f"The access key {call.key} belongs to nobody."
-        for asked in call.asked(ACCOUNT):
-            found = self.decision(user.arn, asked.action, asked.resource, dict(asked.context))
+        for asked in (*call.asked(ACCOUNT, self.partition), *self._keys_of_objects(call)):
+            found = self.effective(user.arn, asked)
             if found != "allowed":
                 why = "with an explicit deny in a service control policy"
                 return (
@@ -122,6 +157,31 @@ class EmulatedAccount:
                     f"{asked.resource} {why if found == 'explicitDeny' else ''}".rstrip()
                 )
         return None
+
+    def _keys_of_objects(self, call: Call) -> Iterator[Asked]:
+        """What reading or writing an encrypted object asks of its key."""
+        name, _, key = call.path.strip("/").partition("/")
+        bucket = self._bucket(name) if call.service == "s3" and key else None
+        through = {"kms:viaservice": f"s3.{self.region}.amazonaws.com"}
+        if bucket is None:
+            return
+        if call.operation == "GetObject" and call.method == "GET" and key in bucket.keys:
+            if used := bucket.keys[key].kms_key_id:
+                yield Asked("kms:Decrypt", used, through)
+        elif call.operation == "PutObject":
+            rule = (bucket.encryption or {}).get("Rule", {})
+            default = rule.get("ApplyServerSideEncryptionByDefault", {}).get("KMSMasterKeyID")
+            if used := call.params.get("kms-key") or default:
+                yield Asked("kms:GenerateDataKey", used, through)
+
+    def _bucket(self, name: str) -> FakeBucket | None:
+        return s3_backends[ACCOUNT][self.partition].buckets.get(name)
+
+    def _key(self, arn: str) -> Key | None:
+        backend = kms_backends[ACCOUNT][self.region]
+        name = arn.split(":")[-1]
+        key = backend.get_key_id_from_alias(name) if name.startswith("alias/") else name
+        return backend.keys.get(str(key).rpartition("/")[2])
 
     # --- what moto has no service for
 
@@ -165,9 +225,7 @@ class EmulatedAccount:
     def _iam_SimulatePrincipalPolicy(self, call: Call, request: Request) -> Response:
         form = request.form
         arn = form["PolicySourceArn"]
-        if arn.rpartition("/")[2] not in {
-            role.name for role in iam_backends[ACCOUNT]["aws"].get_roles()
-        }:
+        if arn.rpartition("/")[2] not in {role.name for role in self._iam.get_roles()}:
             said = "<Code>NoSuchEntity</Code><Message>no such role</Message>"
             return _xml(f"<ErrorResponse><Error>{said}</Error></ErrorResponse>", 404)
         actions = [v for k, v in form.items() if k.startswith("ActionNames.member")]
@@ -305,14 +363,15 @@ def _front() -> tuple[_Front, str]:
 
 
 @contextmanager
-def emulated_aws(monkeypatch: Any) -> Iterator[EmulatedAccount]:
-    """An empty account in us-east-1, reachable by the standard provider chain."""
+def emulated_aws(monkeypatch: Any, region: str = REGION) -> Iterator[EmulatedAccount]:
+    """An empty account in a region, reachable by the standard provider chain."""
     front, endpoint = _front()
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("SAGEMAKER_ROLE", "SAGEMAKER_ROLE_ARN", "BRAIN_TO_TEXT_IMAGE_URI"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+    place = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": region}
+    for name, value in {**CREDENTIALS, **place}.items():
         monkeypatch.setenv(name, value)
     # reading the service models again for every test's session takes most of its time
     monkeypatch.setattr("botocore.session.create_loader", _shared_loader)
@@ -324,14 +383,14 @@ def emulated_aws(monkeypatch: Any) -> Iterator[EmulatedAccount]:
             break
     else:
         raise AssertionError(f"the emulation at {endpoint} does not answer")
-    emulated = front.emulated = EmulatedAccount(endpoint)
+    emulated = front.emulated = EmulatedAccount(endpoint, region)
     emulated.quotas = {
         f"{kind} for {use}": 2.0
         for kind in ("ml.g5.2xlarge", "ml.g4dn.xlarge", "ml.g5.12xlarge")
         for use in ("training job usage", "spot training job usage")
     }
     emulated.prices = {"ml.g5.2xlarge": 1.5}
-    emulated.account = AwsAccount(REGION)
+    emulated.account = AwsAccount(region)
     try:
         yield emulated
     finally:
@@ -367,11 +426,8 @@ def launcher_policy(without: str | None = None) -> dict[str, Any]:
 def policy_document(name: str, without: str | None = None) -> dict[str, Any]:
     """A document of code/aws for this account, perhaps without one action."""
     text = (DOCUMENTS / name).read_text()
-    for blank, value in (
-        ("YOUR-BUCKET", BUCKET),
-        ("YOUR-REGION", REGION),
-        ("YOUR-ACCOUNT", ACCOUNT),
-    ):
+    blanks = {"YOUR-BUCKET": BUCKET, "YOUR-REGION": REGION, "YOUR-ACCOUNT": ACCOUNT}
+    for blank, value in blanks.items():
         text = text.replace(blank, value)
     policy: dict[str, Any] = json.loads(text)
     for statement in policy["Statement"] if without else ():
@@ -390,8 +446,21 @@ def log_in(emulated: EmulatedAccount, monkeypatch: Any, policy: Document) -> Non
         key = iam.create_access_key(UserName=USER)["AccessKey"]
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        emulated.account = AwsAccount(REGION)
+        emulated.account = AwsAccount(emulated.region)
     iam.put_user_policy(UserName=USER, PolicyName="launcher", PolicyDocument=json.dumps(policy))
+
+
+def make_key(emulated: EmulatedAccount, policy: Document | None = None) -> str:
+    """Make a customer's key; its ARN. Without a policy IAM's policies decide, as in KMS."""
+    given = {} if policy is None else {"Policy": json.dumps(policy)}
+    return str(emulated.client("kms").create_key(**given)["KeyMetadata"]["Arn"])
+
+
+def archive(emulated: EmulatedAccount, key: str, storage_class: str = "GLACIER") -> None:
+    """Move an object to another storage class, as a lifecycle rule does."""
+    emulated.client("s3").copy_object(
+        Bucket=BUCKET, Key=key, CopySource=f"{BUCKET}/{key}", StorageClass=storage_class
+    )
 
 
 def allow_role(emulated: EmulatedAccount, policy: Document) -> None:

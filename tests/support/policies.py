@@ -1,4 +1,4 @@
-"""IAM's evaluation of identity policies, for emulated accounts: documents in, a decision out.
+"""IAM's evaluation of policies, for emulated accounts: documents in, a decision out.
 
 After the IAM user guide, "Policy evaluation logic" and "Condition operators": an explicit deny
 wins, then an allow, else it is denied implicitly. A condition whose key is missing from the request
@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
+
+from .aws_calls import Asked
 
 Decision = Literal["allowed", "explicitDeny", "implicitDeny"]
 Document = Mapping[str, Any]
@@ -31,6 +33,42 @@ def evaluate(
                 return "explicitDeny"
             decision = "allowed"
     return decision
+
+
+def within_account(mine: Decision, resources: Document, arn: str, asked: Asked) -> Decision:
+    """A bucket of the caller's account: either policy may allow, either may deny."""
+    theirs, _ = _of_resource(resources, arn, asked)
+    if "explicitDeny" in (mine, theirs):
+        return "explicitDeny"
+    return "allowed" if "allowed" in (mine, theirs) else "implicitDeny"
+
+
+def across_accounts(mine: Decision, resources: Document, arn: str, asked: Asked) -> Decision:
+    """A bucket of another account, or a key: its policy must allow, and the caller's own with it
+    unless a key's policy names the caller."""
+    theirs, by_name = _of_resource(resources, arn, asked)
+    if "explicitDeny" in (mine, theirs):
+        return "explicitDeny"
+    enough = mine == "allowed" or (by_name and asked.action.startswith("kms:"))
+    return "allowed" if theirs == "allowed" and enough else "implicitDeny"
+
+
+def _of_resource(document: Document, arn: str, asked: Asked) -> tuple[Decision, bool]:
+    """The decision of a resource's policy, and whether it names the caller and not an account."""
+    account = arn.split(":")[4]
+    spoken: list[tuple[Mapping[str, Any], bool]] = []
+    for statement in _listed(document["Statement"]):
+        principal = statement["Principal"]
+        names = _listed(principal if principal == "*" else principal.get("AWS", []))
+        if any(name in ("*", account, arn) or name.endswith(f"::{account}:root") for name in names):
+            # a key's policy has one resource, itself
+            spoken.append(({"Resource": "*", **statement}, arn in names))
+    decided = evaluate(
+        [{"Statement": [s for s, _ in spoken]}], asked.action, asked.resource, asked.context
+    )
+    named = [s for s, by_name in spoken if by_name]
+    alone = evaluate([{"Statement": named}], asked.action, asked.resource, asked.context)
+    return decided, alone == "allowed"
 
 
 def applies(
