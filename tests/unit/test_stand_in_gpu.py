@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from brain_to_text.model.device import send
+from brain_to_text.scoring import decoding
 from brain_to_text.scoring.decoding import Inference, evaluate
+from brain_to_text.streaming import dataset_s3
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 
@@ -143,6 +145,35 @@ def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGp
     found, expected = scores(GPU), scores(CPU)
     assert (found.der, found.per, found.counts) == (expected.der, expected.per, expected.counts)
     assert found.ctc_loss == pytest.approx(expected.ctc_loss, rel=1e-5)
+
+
+def test_validation_computes_its_loss_by_the_ctc_that_was_asked_for(
+    gpu: StandInGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    original = decoding.ctc_nll
+    monkeypatch.setattr(
+        decoding, "ctc_nll", lambda *given: (asked.append(given[-1]), original(*given))[1]
+    )
+    step = build(small_config(use_amp=False), device=CPU)
+    dataset = SimpleNamespace(
+        manifest=SimpleNamespace(label_form="self_loop"),
+        batches=lambda: nullcontext(batches(CPU, 1)),
+    )
+    evaluate(Inference(step.model, step.augmentation, ctc_kernel="torch"), dataset, ["a", "b"])
+    assert asked == ["torch"]
+
+
+def test_every_pass_over_data_copies_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stream for each validation torch's reserved memory grew by 0.39 GiB at each."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    dataset_s3._copy_stream.cache_clear()
+    feeders = [
+        dataset_s3.DeviceFeeder(GPU, None, None, None, 0, 0, dataset_s3.PrefetchLimits())
+        for _ in range(2)
+    ]
+    assert feeders[0]._copy_stream is feeders[1]._copy_stream is not None
+    dataset_s3._copy_stream.cache_clear()
 
 
 def test_the_watch_sees_what_waits_and_what_mixes_devices(gpu: StandInGpu) -> None:

@@ -29,11 +29,13 @@ class Inference:
 
     Attributes:
         autocast: the precision of the forward pass.
+        ctc_kernel: `objective.ctc_kernel`, for the loss.
     """
 
     model: GRUDecoder
     augmentation: Augmentation
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    ctc_kernel: str = "auto"
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -149,9 +151,14 @@ class ValidationMeter:
     """
 
     def __init__(
-        self, sessions: Sequence[str], n_classes: int, label_form: str | None = "self_loop"
+        self,
+        sessions: Sequence[str],
+        n_classes: int,
+        label_form: str | None = "self_loop",
+        ctc_kernel: str = "auto",
     ) -> None:
         self.sessions = list(sessions)
+        self.ctc_kernel = ctc_kernel
         self.diphones = n_classes == N_DIPHONES
         self.label_form = cast(LabelForm | None, label_form)
         self.scores: dict[int, SessionScore] = {}
@@ -162,7 +169,9 @@ class ValidationMeter:
         log_probs = logits.float().log_softmax(-1)
         pending: dict[str, Any] = {
             "frames": frame_lengths,
-            "nll": ctc_nll(log_probs, batch.labels, frame_lengths, batch.label_lengths),
+            "nll": ctc_nll(
+                log_probs, batch.labels, frame_lengths, batch.label_lengths, self.ctc_kernel
+            ),
             "classes": log_probs.argmax(-1).to(torch.int16),
             "labels": (batch.labels.to(torch.int16), batch.label_lengths),
             "days": batch.day_indices,
@@ -249,7 +258,9 @@ def evaluate(
         The scores, or None when the pass was given up.
     """
     started = time.perf_counter()
-    meter = ValidationMeter(sessions, inference.model.n_classes, dataset.manifest.label_form)
+    meter = ValidationMeter(
+        sessions, inference.model.n_classes, dataset.manifest.label_form, inference.ctc_kernel
+    )
     kept: dict[int, torch.Tensor] = {}
     with closing(inference.over(dataset)) as batches:
         for batch, logits, frames in batches:

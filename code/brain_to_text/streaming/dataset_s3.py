@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,12 @@ def _shared_settings(dataset: DatasetConfig, share: float) -> dict[str, Any]:
     }
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for every pass of a process: what torch reserves for a stream stays with it."""
+    return torch.cuda.Stream(device)
+
+
 class DeviceFeeder(Prefetcher[Batch]):
     """Batches on their device; on a GPU the next one is copied while the current one computes."""
 
@@ -259,7 +266,7 @@ class DeviceFeeder(Prefetcher[Batch]):
         self._device = device
         self._stats = stats
         on_gpu = device is not None and device.type == "cuda"
-        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self._copy_stream = _copy_stream(device) if on_gpu else None
         self._ahead: Batch | None = None
 
     def __next__(self) -> Batch:

@@ -161,7 +161,12 @@ class BrainToTextDecoder_Trainer_S3:
         run.log.info(f"Running test after training batch: {step}")
         with run.train_step.averaged_weights():
             result = evaluate(
-                Inference(run.model, run.train_step.augmentation, run.train_step.autocast),
+                Inference(
+                    run.model,
+                    run.train_step.augmentation,
+                    run.train_step.autocast,
+                    config.objective.ctc_kernel,
+                ),
                 run.val_set,
                 run.selection.sessions,
                 keep_logits=config.save_val_logits,
@@ -316,7 +321,7 @@ class BrainToTextDecoder_Trainer_S3:
         if run.train_step.objective.is_joint:
             numbers["phoneme_weight"] = result.terms.alpha
         if run.device.type == "cuda":
-            numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
+            numbers["gpu_memory_gb"] = torch.cuda.max_memory_reserved(run.device) / 1e9
         peak = peak_flops(run.device, run.config)
         if peak is not None:
             flops = training_flops(run.config, interval.n_bins, interval.n_frames)
