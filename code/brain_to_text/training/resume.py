@@ -22,8 +22,7 @@ VALIDATION_KEYS = (
     *("bad_trials_dict", "dataset_probability_val", "n_classes", "feature_subset"),
     "on_damaged_trial",
 )
-# Folders whose code decides what a run computes: a change in one of their files changes the run.
-COMPUTING_FOLDERS = ("labels", "storage", "dataset", "streaming", "model", "scoring", "training")
+LIBRARY = Path(__file__).parents[1]
 
 
 def snapshot(run: Run) -> dict[str, Any]:
@@ -210,27 +209,23 @@ def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], log: RunL
     return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if name not in free]
 
 
-def code_fingerprint(folders: Sequence[str] = COMPUTING_FOLDERS) -> dict[str, str]:
-    """SHA-256 (16 digits) of every file that decides what is computed, by its path in the library.
-
-    Args:
-        folders: below `brain_to_text`; every Python file in them counts.
+def code_fingerprint(library: Path = LIBRARY) -> dict[str, str]:
+    """SHA-256 (16 digits) of every file that a run may use, by its path in the library.
 
     Raises:
-        CheckpointError: a folder holds no Python file, so that no change in it could be seen.
+        CheckpointError: there is no Python file, so that no change could be seen.
     """
-    library = Path(__file__).parents[1]
-    fingerprint: dict[str, str] = {}
-    for folder in folders:
-        files = sorted((library / folder).rglob("*.py"))
-        if not files:
-            raise CheckpointError(
-                f"{library / folder} holds no Python file, so that a resumed run could not tell "
-                "whether its code changed: build the image again from a whole checkout."
-            )
-        for file in files:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-            fingerprint[file.relative_to(library).as_posix()] = digest
+    names = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
+    fingerprint = {
+        name.as_posix(): hashlib.sha256((library / name).read_bytes()).hexdigest()[:16]
+        for name in names
+        if name.parts[0] != "launch"
+    }
+    if not fingerprint:
+        raise CheckpointError(
+            f"{library} holds no Python file, so that a resumed run could not tell whether its "
+            "code changed: build the image again from a whole checkout."
+        )
     return fingerprint
 
 
