@@ -19,9 +19,9 @@ sys.path.insert(0, str(HERE))
 
 from brain_to_text.config import config_keys  # noqa: E402
 from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
-from brain_to_text.errors import BrainToTextError, ConfigError  # noqa: E402
+from brain_to_text.errors import BrainToTextError, ConfigError, InUseError  # noqa: E402
 from brain_to_text.storage.locations import s3_url  # noqa: E402
-from brain_to_text.training.container import SageMakerEnvironment  # noqa: E402
+from brain_to_text.training.container import SageMakerEnvironment, failure_text  # noqa: E402
 
 if TYPE_CHECKING:
     from brain_to_text.training.run import Run
@@ -82,8 +82,6 @@ def _keys_of_the_configuration() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Train; 0 when finished or stopped by a signal, 1 with one clear sentence otherwise."""
     environment = SageMakerEnvironment.from_variables()
-    if os.environ.get("RANK", "0") == "0":
-        environment.failure_file.unlink(missing_ok=True)  # an earlier run's, outside SageMaker
     try:
         options, overrides = parse_arguments(
             sys.argv[1:] if arguments is None else arguments, environment
@@ -92,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, BrainToTextError):
             traceback.print_exc()
-        print(f"ERROR: {environment.write_failure(error)}", file=sys.stderr, flush=True)
+        # a run that is refused leaves the failure file to the one that holds the folder
+        refused = isinstance(error, InUseError)
+        said = failure_text(error) if refused else environment.write_failure(error)
+        print(f"ERROR: {said}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -121,6 +122,7 @@ def train(
         ),
         log_url=_log_url(options, environment),
         accept_changes=accept_changes == "true",
+        started=environment.forget_failure,
         report=write_report,
     )
     trainer.train()

@@ -1,23 +1,19 @@
-"""The training configuration: typed dataclasses, and the combinations of values that cannot work.
+"""The training configuration as typed dataclasses.
 
 Key names are the mission's and the public baseline's, defaults the baseline's recipe;
-`config_reader` makes a configuration of YAML and of overrides.
+`config_reader` makes a configuration of YAML and of overrides, `config_checks` looks at the whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
-
-from .errors import ConfigError
 
 PUBLIC_WIDTH = 512  # 2 features of 256 electrodes
 INT_LIMIT = 2**31 - 1
@@ -84,7 +80,7 @@ class DataTransformsConfig:
     static_gain_std: float = key(0.0, "std of a random channel mixing per trial", 0)
     random_cut: int = key(3, "cut 0 … random_cut-1 leading bins per trial", 0)
     smooth_data: bool = key(True, "smooth over time with a Gaussian")
-    smooth_kernel_size: int = key(100, "bins the Gaussian is evaluated on", 1)
+    smooth_kernel_size: int = key(100, "bins the Gaussian is evaluated on", 1, 100_000)
     smooth_kernel_std: float = key(2.0, "std of the Gaussian in bins", 1e-3)
     time_mask_share: float = key(0.0, "share of each trial set to zero in contiguous spans", 0, 0.9)
     time_mask_max_bins: int = key(40, "longest masked span in bins", 1)
@@ -285,118 +281,3 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     }
-
-
-def check_combinations(config: TrainingConfig) -> None:
-    """Raise ConfigError for values that are fine alone and impossible together."""
-    _check_widths(config)
-    _check_sessions(config)
-    _check_objective(config)
-    for suffix in ("", "_day"):
-        low, high = getattr(config, f"lr_min{suffix}"), getattr(config, f"lr_max{suffix}")
-        if low > high:
-            raise ConfigError(f"lr_min{suffix} ({low}) exceeds lr_max{suffix} ({high}).")
-    if config.init_from_checkpoint and not config.init_checkpoint_path:
-        raise ConfigError("init_from_checkpoint is true but init_checkpoint_path is not given.")
-
-
-def _check_widths(config: TrainingConfig) -> None:
-    model, dataset = config.model, config.dataset
-    subset, dim = dataset.feature_subset, dataset.neural_dim
-    used = dim if subset is None else len(subset)
-    if subset is not None:
-        bad = [f for f in subset if f < 0 or (dim is not None and f >= dim)]
-        if bad or len(set(subset)) != len(subset) or not subset:
-            last = "the last feature" if dim is None else str(dim - 1)
-            raise ConfigError(
-                f"dataset.feature_subset must list distinct indices from 0 to {last}"
-                f"{f'; {bad[0]} is outside' if bad else ''}."
-            )
-    if None not in (model.n_input_features, used) and model.n_input_features != used:
-        raise ConfigError(
-            f"model.n_input_features is {model.n_input_features} but the dataset gives {used} "
-            "(dataset.neural_dim, or the length of dataset.feature_subset): make them equal, or "
-            "null to take the data's."
-        )
-    sizes = model.input_network.input_layer_sizes
-    width = used if model.n_input_features is None else model.n_input_features
-    if sizes is not None and (len(sizes) != 1 or (width is not None and sizes != [width])):
-        raise ConfigError(
-            f"model.input_network.input_layer_sizes is {sizes} but the day layer is square: write "
-            f"{'null' if width is None else [width]}."
-        )
-
-
-def _check_sessions(config: TrainingConfig) -> None:
-    dataset = config.dataset
-    if dataset.days_per_batch > dataset.batch_size:
-        raise ConfigError(
-            f"dataset.days_per_batch ({dataset.days_per_batch}) exceeds dataset.batch_size "
-            f"({dataset.batch_size}): every session drawn must give at least one trial."
-        )
-    if dataset.must_include_days and len(dataset.must_include_days) > dataset.days_per_batch:
-        raise ConfigError(
-            f"dataset.must_include_days lists {len(dataset.must_include_days)} sessions but a "
-            f"batch has dataset.days_per_batch = {dataset.days_per_batch}."
-        )
-    val = dataset.dataset_probability_val
-    if dataset.sessions is None:
-        if val is not None:
-            raise ConfigError("dataset.dataset_probability_val needs dataset.sessions listed too.")
-        return
-    repeated = sorted({s for s in dataset.sessions if dataset.sessions.count(s) > 1})
-    if repeated:
-        raise ConfigError(f"dataset.sessions lists {repeated[0]} more than once: list it once.")
-    if not dataset.sessions:
-        raise ConfigError("dataset.sessions is empty: list sessions, or null for all.")
-    if val is not None and len(val) != len(dataset.sessions):
-        raise ConfigError(
-            f"dataset.dataset_probability_val has {len(val)} entries for "
-            f"{len(dataset.sessions)} sessions: give one per session, or null."
-        )
-
-
-def _check_objective(config: TrainingConfig) -> None:
-    objective, schedule = config.objective, config.objective.schedule
-    weighted = objective.phoneme_weight > 0 or schedule is not None
-    if weighted and config.dataset.n_classes != 1681:
-        raise ConfigError(
-            "objective.phoneme_weight and objective.schedule need dataset.n_classes 1681: "
-            "with 41 classes the phoneme loss is the only one."
-        )
-    if objective.phoneme_weight > 0 and schedule is not None:
-        raise ConfigError(
-            "Give objective.phoneme_weight or objective.schedule, not both: set the weight to 0, "
-            "or the schedule to null."
-        )
-    _check_schedule(objective, config.num_training_batches)
-
-
-def _check_schedule(objective: ObjectiveConfig, n_steps: int) -> None:
-    if objective.schedule is None:
-        return
-    example = "write it like [[0.3, 1.0], [0.7, 0.4]]"
-    pairs = all(len(point) == 2 for point in objective.schedule)
-    if not objective.schedule or not pairs:
-        raise ConfigError(
-            f"objective.schedule is {objective.schedule} but must list pairs of a step (or a share "
-            f"of the run, up to 1) and a weight: {example}."
-        )
-    for at, weight in objective.schedule:
-        if not (math.isfinite(at) and at >= 0 and 0 <= weight <= 1):
-            raise ConfigError(
-                f"objective.schedule has [{at:g}, {weight:g}] but a step is at least 0 and a "
-                f"weight from 0 to 1: {example}."
-            )
-    steps = [step for step, _ in objective.phoneme_weights(n_steps)]
-    if max(steps) > n_steps:
-        raise ConfigError(
-            f"objective.schedule names step {max(steps):g} but the run has num_training_batches = "
-            f"{n_steps}: name steps up to that, or shares of the run, which fit any length."
-        )
-    for before, after in itertools.pairwise(steps):
-        if after <= before:
-            raise ConfigError(
-                f"objective.schedule goes from step {before:g} to step {after:g} (of "
-                f"num_training_batches = {n_steps}): list its steps in ascending order."
-            )

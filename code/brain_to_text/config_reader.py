@@ -22,10 +22,10 @@ import yaml
 from .config import (
     INT_LIMIT,
     TrainingConfig,
-    check_combinations,
     config_keys,
     hints_of,
 )
+from .config_checks import check_combinations
 from .errors import ConfigError, short_repr
 from .strict_yaml import read_yaml
 
@@ -283,8 +283,9 @@ def _convert(value: Any, option: Any) -> tuple[Any, bool]:
             _convert([item] if alone and isinstance(item, int) else item, value_kind)
             for item in value.values()
         ]
-        both = zip(names, held, strict=True)
-        return {n: v for (n, _), (v, _) in both}, all(ok for _, ok in [*names, *held])
+        pairs = {n: v for (n, _), (v, _) in zip(names, held, strict=True)}
+        once = len(pairs) == len(value)  # and not 1 and "1"
+        return pairs, once and all(ok for _, ok in [*names, *held])
     return None, False
 
 
@@ -361,9 +362,14 @@ def _describe(hint: Any) -> str:
         (item,) = typing.get_args(hint)
         if typing.get_origin(item) is list:
             return "a list of lists of numbers"
+        if item is str:
+            return "a list of names (in quotes where they look like numbers)"
         return f"a list of {_describe(item).removeprefix('a ')}s"
     if origin is dict:
-        return "a mapping of sessions to block numbers to lists of trial numbers"
+        return (
+            "a mapping of sessions (in quotes where they look like numbers) to block numbers to "
+            "lists of trial numbers, each once"
+        )
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
 
 

@@ -34,13 +34,13 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
-            line = name.start_mark.line + 1
-            if name.value in lines:
+            line, value = name.start_mark.line + 1, self.construct_object(name)
+            if value in lines:  # however it is spelt: 1 and 01
                 raise yaml.YAMLError(
-                    f"{short_repr(name.value)} stands on line {lines[name.value]} and again on "
-                    f"line {line}: keep one"
+                    f"{short_repr(value)} stands on line {lines[value]} and again on line {line}: "
+                    "keep one"
                 )
-            lines[name.value] = line
+            lines[value] = line
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:

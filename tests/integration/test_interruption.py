@@ -122,6 +122,7 @@ def test_a_second_job_in_the_same_place_is_refused_and_leaves_the_first_ones_log
     code, said = end(Job(data, tmp_path / "second", **SHORT))
     assert stop(first) == 0
     assert code == 1 and "in use by another run" in said and "Cause:" not in said
+    assert not (tmp_path / "second" / "output" / "failure").exists(), "it may be the first one's"
     log = (tmp_path / "first" / "model" / "training_log").read_text()
     assert "\0" not in log and "Train batch 0:" in log and "Stopped by SIGTERM" in log
 

@@ -448,6 +448,16 @@ def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions,
     assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
 
 
+def test_weights_that_are_not_finite_are_neither_saved_nor_called_best(train):
+    run = train("job", lr_max=1e38, lr_warmup_steps=0, batches_per_val_step=1, batches_per_save=1)
+    assert run.code == 1 and "weights are not finite after" in run.failure, run.said
+    for path in (run.folder / "checkpoints").glob("*"):
+        if path.name != ".lock":
+            state = torch.load(path, weights_only=True)
+            weights = state.get("model", state.get("model_state_dict"))
+            assert all(value.isfinite().all() for value in weights.values()), path
+
+
 def test_early_stopping_ends_the_run(train):
     run = train(
         "job",

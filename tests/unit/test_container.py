@@ -52,3 +52,13 @@ def test_room_that_was_kept_is_given_up_for_the_reason(environment, monkeypatch)
     environment.write_failure(DataError("The volume is full."))
     assert environment.failure_file.read_text() == "The volume is full.\n"
     assert not reserve.exists()
+
+
+def test_an_earlier_runs_failure_is_replaced_and_this_runs_stays(environment, tmp_path):
+    environment.write_failure(DataError("of the run before"))
+    now = SageMakerEnvironment.from_variables({"SAGEMAKER_BASE_DIR": str(tmp_path)})
+    now.write_failure(DataError("this one's"))
+    now.write_failure(DataError("a consequence"))
+    assert now.failure_file.read_text() == "this one's\n"
+    SageMakerEnvironment.from_variables({"SAGEMAKER_BASE_DIR": str(tmp_path)}).forget_failure()
+    assert not now.failure_file.exists()

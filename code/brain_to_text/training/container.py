@@ -33,6 +33,7 @@ class SageMakerEnvironment:
         failure_file: its first 1024 characters become the job's failure reason.
         data_dir: the `training` channel where the job has one, else None.
         job_name: None outside SageMaker.
+        old_failure: clock of a failure file that an earlier run left; None without one.
     """
 
     model_dir: Path
@@ -41,6 +42,7 @@ class SageMakerEnvironment:
     failure_file: Path
     data_dir: Path | None
     job_name: str | None
+    old_failure: int | None = None
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str] | None = None) -> SageMakerEnvironment:
@@ -48,19 +50,27 @@ class SageMakerEnvironment:
         env = os.environ if variables is None else variables
         base = Path(env.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
         channel = env.get("SM_CHANNEL_TRAINING")
+        failure = Path(env.get("SM_OUTPUT_DIR", base / "output")) / "failure"
         return cls(
             model_dir=Path(env.get("SM_MODEL_DIR", base / "model")),
             output_data_dir=Path(env.get("SM_OUTPUT_DATA_DIR", base / "output" / "data")),
             checkpoint_dir=Path(env.get("SM_CHECKPOINT_DIR", base / "checkpoints")),
-            failure_file=Path(env.get("SM_OUTPUT_DIR", base / "output")) / "failure",
+            failure_file=failure,
             data_dir=Path(channel) if channel else None,
             job_name=env.get("TRAINING_JOB_NAME") or _toolkit_job_name(env),
+            old_failure=_clock(failure),
         )
+
+    def forget_failure(self) -> None:
+        """Remove the failure file of an earlier run, if it is still there."""
+        if self.old_failure is not None and _clock(self.failure_file) == self.old_failure:
+            with contextlib.suppress(OSError):
+                self.failure_file.unlink(missing_ok=True)
 
     def write_failure(self, error: BaseException) -> str:
         """Say why the job failed, in one sentence plus the cause, where SageMaker looks for it.
 
-        What is there already stays: of several processes, the first to fail knows the reason. A
+        What this run's processes wrote stays: the first to fail knows the reason. A
         volume that refuses the text changes nothing about it; the toolkit's hook keeps some blocks
         of it, which are given up first.
 
@@ -68,6 +78,7 @@ class SageMakerEnvironment:
             The text written (and to be printed as the last line).
         """
         text = failure_text(error)
+        self.forget_failure()
         if not self.failure_file.parent.is_dir() or self._write(text):
             return text
         with contextlib.suppress(OSError):
@@ -109,6 +120,14 @@ def failure_text(error: BaseException) -> str:
             text += f" Cause: {type(cause).__name__}: {reason}"
     text = one_line(text)
     return text if len(text) <= 1024 else text[:1021] + "..."
+
+
+def _clock(path: Path) -> int | None:
+    """When a file was written, in ns; None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _toolkit_job_name(env: Mapping[str, str]) -> str | None:

@@ -43,6 +43,7 @@ class BrainToTextDecoder_Trainer_S3:
         paths: where results go.
         log_url: object-store folder that gets a live copy of the log; None for none.
         accept_changes: resume even when config, dataset or code differ from the checkpoint's.
+        started: called on the main rank once the run holds its folders. None for nothing.
         report: called with the run when its best model is final; writes the report. None for none.
     """
 
@@ -54,6 +55,7 @@ class BrainToTextDecoder_Trainer_S3:
         *,
         log_url: str | None = None,
         accept_changes: bool = False,
+        started: Callable[[], None] | None = None,
         report: Callable[[Run], None] | None = None,
     ) -> None:
         self.config = config
@@ -61,6 +63,7 @@ class BrainToTextDecoder_Trainer_S3:
         self.paths = paths
         self.log_url = log_url
         self.accept_changes = accept_changes
+        self.started = started
         self.report = report
         self.interruption = Interruption()
 
@@ -84,6 +87,8 @@ class BrainToTextDecoder_Trainer_S3:
                     checkpoints = self._hold_checkpoints(world, closing)
                     log.close()
                     log = self._open_log(world)
+                    if world.is_main and self.started is not None:
+                        self.started()
                     run = build_run(
                         self.config,
                         self.data_url,
@@ -158,6 +163,7 @@ class BrainToTextDecoder_Trainer_S3:
         state, config = run.state, run.config
         step = state.step - 1
         self._check_refusals(run)
+        self._check_finite(run)
         run.log.info(f"Running test after training batch: {step}")
         with run.train_step.averaged_weights():
             result = evaluate(
@@ -362,6 +368,21 @@ class BrainToTextDecoder_Trainer_S3:
         if health.refused_in_a_row >= run.config.non_finite_patience:
             raise self._diverged(run, health)
 
+    def _check_finite(self, run: Run) -> None:
+        """Raise TrainingError for weights or moments that no run can go on from."""
+        moments = run.train_step.optimizer.state.values()
+        values = [*run.model.parameters(), *(v for state in moments for v in state.values())]
+        if all(bool(value.isfinite().all()) for value in values):
+            return
+        raise TrainingError(
+            f"Training diverged: weights are not finite after {run.state.step} steps; "
+            f"{self._way_back(run)}."
+        )
+
+    def _way_back(self, run: Run) -> str:
+        good = None if run.checkpoints is None else run.checkpoints.newest()
+        return f"the last good checkpoint is {good or 'none yet'}; lower lr_max"
+
     def _diverged(self, run: Run, health: Health) -> TrainingError:
         """What happened, in which trials, with the batch saved and the way back."""
         step = health.last_refused_step
@@ -370,14 +391,12 @@ class BrainToTextDecoder_Trainer_S3:
         path = run.paths.output_data_dir / "offending_batch.pt"
         content = {"step": bad.step, "features": bad.features, "labels": bad.labels}
         save_atomically({**content, "trials": [trial.name for trial in trials]}, path)
-        good = None if run.checkpoints is None else run.checkpoints.newest()
         names = [f"{t.session} block {t.block_num} trial {t.trial_num}" for t in trials]
         return TrainingError(
             f"Training diverged: loss or gradients were not finite in {health.refused_in_a_row} "
             f"updates in a row, last at step {health.last_refused_step} with {len(names)} trials "
-            f"({', '.join(names[:3])}, …), saved in {path}; the last good checkpoint is "
-            f"{good or 'none yet'}; lower lr_max, or look for bad trials with prepare_dataset.py "
-            "validate."
+            f"({', '.join(names[:3])}, …), saved in {path}; {self._way_back(run)}, or look for bad "
+            "trials with prepare_dataset.py validate."
         )
 
     # --- keeping what happened --------------------------------------------------------------------
@@ -394,6 +413,7 @@ class BrainToTextDecoder_Trainer_S3:
         if run.checkpoints is None:
             return
         self._check_refusals(run)
+        self._check_finite(run)
         run.checkpoints.save(snapshot(run), run.state.step, wait=wait)
         run.next_save = time.monotonic() + run.config.checkpoint_interval_seconds
 
