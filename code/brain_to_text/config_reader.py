@@ -283,9 +283,9 @@ def _convert(value: Any, option: Any) -> tuple[Any, bool]:
             _convert([item] if alone and isinstance(item, int) else item, value_kind)
             for item in value.values()
         ]
-        pairs = {n: v for (n, _), (v, _) in zip(names, held, strict=True)}
-        once = len(pairs) == len(value)  # and not 1 and "1"
-        return pairs, once and all(ok for _, ok in [*names, *held])
+        both = {n: v for (n, _), (v, _) in zip(names, held, strict=True)}
+        once = len(both) == len(value)  # and not 1 and "1"
+        return both, once and all(ok for _, ok in [*names, *held])
     return None, False
 
 
