@@ -1,6 +1,7 @@
 """The manifest finds every trial's bytes and labels, survives storage, and notices changes."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from brain_to_text.dataset import indexing
+from brain_to_text.dataset.file_content import FileContent
 from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import data_file_bytes
 from brain_to_text.dataset.indexing import (
@@ -20,7 +22,8 @@ from brain_to_text.dataset.indexing import (
 from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
-from brain_to_text.storage.store import ObjectInfo, open_store
+from brain_to_text.storage.store import LocalStore, ObjectInfo, open_store
+from brain_to_text.streaming.trial_stream import TrialStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_data import LAYOUTS, SESSIONS, small_trial, span_of, write_small_dataset
@@ -152,44 +155,115 @@ def test_processes_give_the_same_manifest(tmp_path):
 
 
 class TestFreshness:
-    def listing(self, manifest, **changes):
-        return {
-            key: ObjectInfo(key, record.size, record.etag) for key, record in manifest.files.items()
-        } | changes
-
     @pytest.fixture
     def manifest(self, tmp_path):
         write_small_dataset(tmp_path)
         return index_dataset(open_store(tmp_path))
 
-    def test_unchanged_is_fresh(self, manifest):
-        manifest.check_fresh(self.listing(manifest))
+    def test_what_was_not_touched_is_not_read_again(self, manifest):
+        note = {"note": ObjectInfo("README.md", 3, "x")}
+        assert manifest.check_fresh(manifest.files | note) == []
 
-    def test_other_files_do_not_matter(self, manifest):
-        manifest.check_fresh(self.listing(manifest, note=ObjectInfo("README.md", 3, "x")))
-
-    def test_changed_file_is_named_with_the_command(self, manifest):
-        listing = self.listing(manifest) | {KEY: ObjectInfo(KEY, 5, "other")}
-        expected = rf"1 changed \({KEY}\).*prepare_dataset.py index s3://b/p"
-        with pytest.raises(DataError, match=expected):
+    def test_changed_added_and_removed_files_are_named_with_the_command(self, manifest):
+        first, second, new = *sorted(manifest.files)[:2], "t15.2023.08.18/data_train.hdf5"
+        listing = manifest.files | {key: ObjectInfo(key, 5, "x") for key in (first, new)}
+        del listing[second]
+        expected = rf"1 changed \({first}\), 1 removed \({second}\), 1 added \({new}\); re-index "
+        with pytest.raises(DataError, match=expected + "with .*prepare_dataset.py index s3://b/p"):
             manifest.check_fresh(listing, "s3://b/p")
 
-    def test_same_size_and_other_etag_is_a_change(self, manifest):
-        info = ObjectInfo(KEY, manifest.files[KEY].size, "crc32:01234567-89")
-        with pytest.raises(DataError, match="1 changed"):
-            manifest.check_fresh(self.listing(manifest) | {KEY: info})
+    @pytest.mark.parametrize("padding", [0, 9 << 20])
+    def test_s3_needs_no_look_after_an_upload_of_the_usual_kind(self, tmp_path, padding):
+        """One part, or parts of 8 MiB, as the AWS command line and boto3 make them."""
+        write_small_dataset(tmp_path)
+        with (tmp_path / KEY).open("ab") as file:
+            file.write(bytes(padding))
+        manifest = index_dataset(open_store(tmp_path))
+        data, digest = (tmp_path / KEY).read_bytes(), lambda part: hashlib.md5(part).digest()
+        parts = [digest(data[start : start + (8 << 20)]) for start in range(0, len(data), 8 << 20)]
+        uploaded = f"{digest(b''.join(parts)).hex()}-2" if padding else parts[0].hex()
+        for etag, doubtful in ((uploaded, []), ("0" * 32, [KEY]), ("", [KEY])):
+            listing = manifest.files | {KEY: ObjectInfo(KEY, len(data), etag)}
+            assert manifest.check_fresh(listing) == doubtful
 
-    def test_an_upload_to_s3_changes_the_kind_of_etag_and_nothing_else(self, manifest):
-        info = ObjectInfo(KEY, manifest.files[KEY].size, "0123456789abcdef" * 2 + "-7")
-        manifest.check_fresh(self.listing(manifest) | {KEY: info})
 
-    def test_added_and_removed_files_are_named(self, manifest):
-        listing = self.listing(manifest)
-        del listing[KEY]
-        new = "t15.2023.08.18/data_train.hdf5"
-        listing[new] = ObjectInfo(new, 5, "x")
-        with pytest.raises(DataError, match=rf"1 removed \({KEY}\), 1 added \({new}\)"):
-            manifest.check_fresh(listing)
+def corrected(path, dataset, place):
+    """One label becomes another, by HDF5 itself; nothing else in the file changes."""
+    with h5py.File(path, "r+") as file:
+        file[dataset][place] = file[dataset][place] % 39 + 1
+
+
+class TestCorrectedLabels:
+    """Whatever HDF5 holds beside features: old labels are never used in silence."""
+
+    @pytest.fixture(params=LAYOUTS)
+    def folder(self, request, tmp_path):
+        write_small_dataset(tmp_path / "data", layout=request.param)
+        write_manifest(open_store(tmp_path / "data"), index_dataset(open_store(tmp_path / "data")))
+        return tmp_path / "data"
+
+    def test_each_of_them_is_seen_in_the_folder_and_in_a_copy(self, folder, tmp_path):
+        for number in range(3):
+            for name in ("seq_class_ids", "seq_class_ids_phoneme", "transcription"):
+                copy = shutil.copytree(folder, tmp_path / f"{number}{name}")
+                load_or_build_manifest(open_store(copy), print)
+                for place in (folder, copy):
+                    before = (place / KEY).read_bytes()
+                    corrected(place / KEY, f"trial_{number:04d}/{name}", 1)
+                    with pytest.raises(DataError, match=rf"1 changed \({KEY}\); re-index with"):
+                        load_or_build_manifest(open_store(place), print)
+                    (place / KEY).write_bytes(before)
+
+    def test_changed_features_are_seen_when_they_are_read(self, folder):
+        corrected(folder / KEY, "trial_0001/input_features", (20, 3))
+        try:
+            manifest = load_or_build_manifest(open_store(folder), print)
+        except DataError as error:  # a compressed chunk has moved
+            assert "1 changed" in str(error)
+            return
+        with TrialStream(open_store(folder), manifest) as stream:
+            with pytest.raises(DataError, match="are not those in the manifest"):
+                stream.fetch([1])
+
+    def test_a_copy_is_compared_once(self, folder, tmp_path, monkeypatch):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        lines = []
+        load_or_build_manifest(open_store(copy), lines.append)
+        assert lines == [
+            "Labels of 5 files that were copied or written since they were indexed: unchanged"
+        ]
+        monkeypatch.setattr(LocalStore, "read_range", lambda *_: pytest.fail("read again"))
+        load_or_build_manifest(open_store(copy), lines.append)
+        assert len(lines) == 1
+
+    def test_after_an_upload_s3_tells_or_the_labels_are_read(
+        self, tmp_path, s3_prefix, s3_environment
+    ):
+        there = s3_environment.root / s3_prefix.removeprefix("s3://")
+        write_small_dataset(there)
+        manifest = index_dataset(open_store(there))
+        store, lines = open_store(s3_prefix), []
+        write_manifest(store, manifest)
+        assert store.list()[KEY].etag == manifest.contents[KEY].s3_etag
+        load_or_build_manifest(store, lines.append)
+        assert lines == []
+        unknown = {k: FileContent(c.labels_crc32) for k, c in manifest.contents.items()}
+        write_manifest(store, dataclasses.replace(manifest, contents=unknown))
+        load_or_build_manifest(store, lines.append)
+        assert "Labels of 5 files" in lines[0]
+        corrected(there / KEY, "trial_0001/seq_class_ids", 0)
+        with pytest.raises(DataError, match=rf"1 changed \({KEY}\).*index {s3_prefix}'"):
+            load_or_build_manifest(open_store(s3_prefix), lines.append)
+
+    def test_where_trials_were_left_out_a_copy_cannot_be_proven(self, tmp_path):
+        write_small_dataset(tmp_path / "data")
+        store = open_store(tmp_path / "data")
+        manifest = index_dataset(store)
+        contents = manifest.contents | {KEY: FileContent()}
+        write_manifest(store, dataclasses.replace(manifest, contents=contents))
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        with pytest.raises(DataError, match=rf"1 changed \({KEY}\)"):
+            load_or_build_manifest(open_store(tmp_path / "copy"), print)
 
 
 class TestLoadOrBuild:
@@ -211,17 +285,6 @@ class TestLoadOrBuild:
         lines = []
         assert len(load_or_build_manifest(store, lines.append).trials) == 15
         assert "serves this run only" in lines[-1]
-
-    def test_a_copy_of_the_folder_is_the_same_dataset(self, tmp_path):
-        """Encoded here, copied by `aws s3 sync` and a job's file channel, with other times."""
-        write_small_dataset(tmp_path / "here")
-        here = load_or_build_manifest(open_store(tmp_path / "here"), lambda _: None)
-        for path in (tmp_path / "here").rglob("*"):
-            os.utime(path, ns=(5, 5))
-        shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
-        lines = []
-        there = load_or_build_manifest(open_store(tmp_path / "there"), lines.append)
-        assert lines == [] and there.to_bytes() == here.to_bytes()
 
     def test_files_that_are_nearly_data_files_are_named(self, tmp_path):
         write_small_dataset(tmp_path)

@@ -18,6 +18,7 @@ from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
 from ..storage.locations import session_and_split
+from .file_content import FileContent, content_of
 from .hdf5_values import (
     HDF5_ERRORS,
     MOST_LABELS,
@@ -42,6 +43,7 @@ class FileInspection:
 
     label_forms: per record "self_loop", "transition", "phoneme", or None without labels.
     looks: per record what `look` of `inspect_file` said.
+    content: tells whether the file is still this one.
     """
 
     key: str
@@ -50,6 +52,7 @@ class FileInspection:
     label_forms: list[str | None] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     looks: list[Any] = field(default_factory=list)
+    content: FileContent = field(default_factory=FileContent)
 
 
 def inspect_file(
@@ -106,6 +109,7 @@ def inspect_file(
                 column.pop(place)
             reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
             result.findings.append(Finding(key, linked.trial, reason, "shared bytes"))
+    result.content = content_of(data, result.records)
     return result
 
 
@@ -318,27 +322,15 @@ def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayou
 
 def _overlapping(records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, TrialRecord]]:
     """Each trial of one file that has bytes of another before it in the file, with that one."""
-    if not records:
-        return []
-    pieces = [_pieces(record) for record in records]
-    owner = np.repeat(np.arange(len(records)), [len(own) for own in pieces])
-    bounds = np.concatenate(pieces)
-    order = np.argsort(bounds[:, 0], kind="stable")
-    owner, (starts, ends) = owner[order], bounds[order].T
-    reach = np.maximum.accumulate(ends)
-    holder = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
-    found: dict[int, int] = {}
-    for place in np.flatnonzero(starts[1:] < reach[:-1]).tolist():
-        found.setdefault(int(owner[place + 1]), int(owner[holder[place]]))
-    return [(records[late], records[early]) for late, early in found.items()]
-
-
-def _pieces(record: TrialRecord) -> np.ndarray:
-    """[n, 2] int64: where each run of the features' bytes begins and ends in the file."""
-    if record.chunks is None:
-        return np.array([[record.offset, record.offset + record.length]], np.int64)
-    starts = record.chunks.table[:, 2] + record.offset
-    return np.stack([starts, starts + record.chunks.table[:, 3]], axis=1)
+    found: dict[str, tuple[TrialRecord, TrialRecord]] = {}
+    runs = [(*run, row) for row, record in enumerate(records) for run in record.pieces()]
+    reach, holder = 0, -1
+    for start, end, row in sorted(runs):
+        if start < reach:
+            found.setdefault(records[row].trial, (records[row], records[holder]))
+        if end > reach:
+            reach, holder = end, row
+    return list(found.values())
 
 
 def _filters(dataset: h5py.Dataset) -> tuple[str, ...]:

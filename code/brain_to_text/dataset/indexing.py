@@ -6,6 +6,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from ..errors import DataError, Finding, StorageError
 from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
 from ..storage.store import ObjectStore, open_store
+from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
 from .manifest import TrialManifest, load_manifest, write_manifest
@@ -46,7 +49,7 @@ def load_or_build_manifest(
         log(overlooked)
     manifest = load_manifest(store, listing)
     if manifest is not None:
-        manifest.check_fresh(listing, store.url)
+        manifest = _current(manifest, store, listing, log)
     else:
         started = time.monotonic()
         files = data_files(listing, store.url)
@@ -71,6 +74,25 @@ def load_or_build_manifest(
             f"{store.url} has no sound trial: see why with "
             f"'python code/prepare_dataset.py validate {store.url}'."
         )
+    return manifest
+
+
+def _current(
+    manifest: TrialManifest,
+    store: ObjectStore,
+    listing: Mapping[str, ObjectInfo],
+    log: Callable[[str], None],
+) -> TrialManifest:
+    """The manifest with the files as they are listed now, whose labels are those it has."""
+    moved = manifest.check_fresh(listing, store.url)
+    if not moved:
+        return manifest
+    manifest.check_labels(store, moved)
+    manifest = replace(manifest, files={key: listing[key] for key in manifest.files})
+    whose = f"{len(moved)} files that were copied or written since they were indexed"
+    log(f"Labels of {whose}: unchanged")
+    with suppress(StorageError):  # the next run need not look again
+        write_manifest(store, manifest)
     return manifest
 
 
@@ -144,7 +166,9 @@ def manifest_from_inspections(
     width = widths.most_common(1)[0][0] if widths else 0
     damaged = [f for i in inspections for f in i.findings if f.severity == "error"]
     trials: list[TrialRecord] = []
+    contents: dict[str, FileContent] = {}
     for inspection in inspections:
+        n_before = len(trials)
         for record, own in zip(inspection.records, inspection.label_forms, strict=True):
             if record.n_features != width:
                 reason = f"has {record.n_features} features where most trials have {width}"
@@ -154,6 +178,8 @@ def manifest_from_inspections(
                 damaged.append(Finding(record.key, record.trial, reason, "label form"))
             else:
                 trials.append(record)
+        every = len(trials) - n_before == len(inspection.records)
+        contents[inspection.key] = inspection.content if every else FileContent()
     return TrialManifest(
         trials,
         files,
@@ -161,6 +187,7 @@ def manifest_from_inspections(
         N_CLASSES[form],
         form,
         tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
+        contents,
     )
 
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import DataError, Finding
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, ObjectInfo, shortened
 from ..storage.store import ObjectStore, gunzipped
+from .file_content import FileContent, labels_crc32
 from .trial_record import TrialRecord
 from .trial_table import N_CLASSES, SPLITS, TrialTable
 
 VERSION = 2
 _READS = 3  # of a manifest that arrives damaged
+_READS_AT_ONCE = 32
+_UNKNOWN = FileContent()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,9 @@ class TrialManifest:
     trials: given as any records, held as a table that makes a record when asked for one.
     n_features: columns of `input_features`. n_classes: 1681, or 41 in a phoneme set, or 0 if no
     trial has labels. label_form: "self_loop", "transition", "phoneme" or "unlabelled".
+    files: as they were listed when they were indexed, or when their labels were last compared.
     damaged: what was left out when the index was made, none if it was made strictly.
+    contents: what tells each file from others of its size.
     """
 
     trials: Sequence[TrialRecord]
@@ -38,6 +44,7 @@ class TrialManifest:
     n_classes: int
     label_form: str
     damaged: tuple[Finding, ...] = ()
+    contents: Mapping[str, FileContent] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.trials, TrialTable):
@@ -85,34 +92,44 @@ class TrialManifest:
         """
         return self.table.fingerprint()
 
-    def check_fresh(self, listing: Mapping[str, ObjectInfo], url: str = "") -> None:
+    def check_fresh(self, listing: Mapping[str, ObjectInfo], url: str = "") -> list[str]:
         """Compare with what lies there now.
 
-        ETags of different kinds (a folder's and S3's, after an upload) cannot be compared; then
-        the size decides, and the CRC-32 of each trial when it is read.
+        Returns:
+            Files of the right size whose ETag cannot be compared, as they were copied, uploaded or
+            written since: whether they have the same labels is for `check_labels` to say.
 
         Raises:
-            DataError: files were changed, added or removed since; names them and the command.
+            DataError: files have another size, or were added or removed since.
         """
         present = {key: info for key, info in listing.items() if DATA_FILE.fullmatch(key)}
-        changed = [
-            key
-            for key, record in self.files.items()
-            if key in present and not _same_file(record, present[key])
-        ]
+        both = [key for key in self.files if key in present]
+        changed = [key for key in both if self.files[key].size != present[key].size]
         removed = sorted(self.files.keys() - present.keys())
         added = sorted(present.keys() - self.files.keys())
-        parts = [
-            f"{len(keys)} {word} ({shortened(keys)})"
-            for word, keys in (("changed", changed), ("removed", removed), ("added", added))
-            if keys
-        ]
-        if parts:
-            where = url or "FOLDER-OR-S3-URL"
-            raise DataError(
-                f"The trial manifest{f' of {url}' if url else ''} no longer fits the data files: "
-                f"{', '.join(parts)}; re-index with 'python code/prepare_dataset.py index {where}'."
-            )
+        if changed or removed or added:
+            raise _stale(url, changed=changed, removed=removed, added=added)
+        known = {k: (self.files[k].etag, self.contents.get(k, _UNKNOWN).s3_etag) for k in both}
+        return [k for k in both if not present[k].etag or present[k].etag not in known[k]]
+
+    def check_labels(self, store: ObjectStore, keys: Iterable[str]) -> None:
+        """Read everything but the features of these files and compare it with what was indexed.
+
+        Raises:
+            DataError: a file has other labels, or it cannot be known.
+            StorageError: it cannot be read.
+        """
+        table, changed = self.table, []
+        rows = {file.key: file.rows for file in table.files}
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            for key in keys:
+                records = (table[row] for row in rows[key])
+                content, size = self.contents.get(key, _UNKNOWN), self.files[key].size
+                expected = content.labels_crc32
+                if expected is None or expected != labels_crc32(store, key, size, records, threads):
+                    changed.append(key)
+        if changed:
+            raise _stale(store.url, changed=changed)
 
     def to_bytes(self) -> bytes:
         """The manifest as gzipped JSON; equal manifests give equal bytes."""
@@ -125,6 +142,7 @@ class TrialManifest:
                     "key": file.key,
                     "size": self.files[file.key].size,
                     "etag": self.files[file.key].etag,
+                    **asdict(self.contents.get(file.key, _UNKNOWN)),
                     "trials": len(file.rows),
                 }
                 for file in self.table.files
@@ -173,6 +191,7 @@ def _from_document(document: dict[str, Any]) -> TrialManifest:
         N_CLASSES[form],
         form,
         tuple(Finding(*finding) for finding in document["damaged"]),
+        {e["key"]: FileContent(e["labels_crc32"], e["s3_etag"]) for e in entries},
     )
 
 
@@ -210,8 +229,10 @@ def write_manifest(store: ObjectStore, manifest: TrialManifest) -> None:
     store.write(MANIFEST_NAME, manifest.to_bytes())
 
 
-def _same_file(one: ObjectInfo, other: ObjectInfo) -> bool:
-    if one.size != other.size:
-        return False
-    in_a_folder = [info.etag.startswith("crc32:") for info in (one, other)]
-    return one.etag == other.etag or in_a_folder[0] != in_a_folder[1]
+def _stale(url: str, **files: Sequence[str]) -> DataError:
+    """An error that names files as changed, removed or added."""
+    parts = ", ".join(f"{len(k)} {word} ({shortened(k)})" for word, k in files.items() if k)
+    return DataError(
+        f"The trial manifest{f' of {url}' if url else ''} no longer fits the data files: {parts}; "
+        f"re-index with 'python code/prepare_dataset.py index {url or 'FOLDER-OR-S3-URL'}'."
+    )

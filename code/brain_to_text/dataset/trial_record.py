@@ -83,6 +83,14 @@ class TrialRecord:
         """Bytes of the features as stored: the span without what lies between its chunks."""
         return self.length if self.chunks is None else int(self.chunks.table[:, 3].sum())
 
+    def pieces(self) -> list[tuple[int, int]]:
+        """Where each run of the features' bytes begins and ends in the file."""
+        if self.chunks is None:
+            return [(self.offset, self.offset + self.length)]
+        starts = self.chunks.table[:, 2] + self.offset
+        ends = starts + self.chunks.table[:, 3]
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
     def decode(self, span: bytes | memoryview) -> np.ndarray:
         """Features [T, C] in the stored dtype, read-only, from the bytes of the span.
 

@@ -77,6 +77,9 @@ class S3Store:
         parts = [(start, min(PART_BYTES, size - start)) for start in range(0, size, PART_BYTES)]
         return self._run(self._all_parts(key, parts))
 
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        return self._run(self._all_parts(key, [(offset, length)]))
+
     def write(self, key: str, data: bytes) -> None:
         self._run(self._write(key, data))
 
