@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import TrainingConfig
+from ..dataset.manifest import TrialManifest
+from ..dataset.selection import against_config
 from ..errors import BrainToTextError, Finding, error, note, warning
 from ..gpus import OLDEST_CAPABILITY, frame_weights, n_frames
 from ..storage.locations import (
@@ -19,6 +21,7 @@ from ..storage.locations import (
     ObjectInfo,
     not_taken_sentence,
     s3_url,
+    shortened,
     split_s3_url,
 )
 from .account import AwsAccount, error_code
@@ -260,24 +263,21 @@ def _against_config(
     job: JobSettings, config: TrainingConfig, s3: Any, listing: dict[str, Any], url: str
 ) -> Iterator[Finding]:
     """What the trainer would say of manifest and configuration, said now."""
-    try:
-        from ..dataset.manifest import TrialManifest
-        from ..dataset.selection import against_config
-    except ImportError as problem:
-        yield warning(
-            "manifest-unchecked",
-            f"Data and configuration were not compared (no module {problem.name} here): "
-            "`pip install h5py numpy` to have it done before you pay.",
-        )
-        return
     key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST_NAME}"
     content = s3.get_object(Bucket=job.s3_bucket, Key=key)["Body"].read()
     try:
         manifest = TrialManifest.from_bytes(content, url)
-        manifest.check_fresh(listing, url)
+        doubtful = manifest.check_fresh(listing, url)
     except BrainToTextError as problem:
         yield error("manifest-stale", str(problem))
         return
+    if doubtful:
+        yield warning(
+            "manifest-doubtful",
+            f"S3 cannot tell whether {len(doubtful)} files ({shortened(doubtful)}) are those that "
+            "were indexed: the job reads their labels when it starts, and ends if they are others; "
+            f"if you changed them, run `python code/prepare_dataset.py index {url}` first.",
+        )
     yield from against_config(manifest, config)
 
 
