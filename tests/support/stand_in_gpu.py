@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -288,6 +289,7 @@ def stand_in_gpu() -> Iterator[StandInGpu]:
             patch.setattr(module, "_group_tensors_by_device_and_dtype", _grouped(real_grouping))
         patch.setattr(packed_gru, "cudnn_computes", lambda frames: frames.is_cuda)
         patch.setattr(packed_gru, "cudnn_offsets", matrices_first)
+        patch.setattr(packed_gru, "dropout_states", cache(packed_gru.dropout_states.__wrapped__))
         patch.setattr(gpu_ctc, "reason_against", lambda device: None)
         patch.setattr(gpu_ctc, "alphas", lambda *given: OnGpu(plain_alphas(*map(values_of, given))))
         yield gpu

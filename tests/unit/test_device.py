@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from brain_to_text.model import gpu_ctc
+from brain_to_text.model import gpu_ctc, packed_gru
 from brain_to_text.model.device import (
     allow_tf32,
     autocast_dtype,
@@ -25,10 +25,11 @@ def capability(monkeypatch: pytest.MonkeyPatch):
     """capability(7, 5): CUDA devices are there, and of that compute capability."""
 
     def fake(major: int, minor: int) -> None:
-        properties = SimpleNamespace(major=major, minor=minor)
+        properties = SimpleNamespace(major=major, minor=minor, name="a GPU")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(packed_gru, "reason_against", lambda *_: None)
 
     return fake
 
@@ -68,6 +69,31 @@ def test_what_was_asked_for_is_taken(settings, on_gpu, on_cpu, capability) -> No
     capability(9, 0)
     assert autocast_dtype(small_config(**settings), CUDA) == on_gpu
     assert autocast_dtype(small_config(**settings), CPU) == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("refused", "asked", "taken"),
+    [
+        (["bfloat16"], "auto", torch.float16),
+        (["bfloat16", "float16"], "auto", None),
+        (["float16"], "float16", None),
+    ],
+)
+def test_a_type_in_which_cudnn_fails_is_passed_over_with_its_reason(
+    refused: list[str], asked: str, taken: torch.dtype | None, capability, monkeypatch
+) -> None:
+    capability(9, 0)
+    monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: None)
+    monkeypatch.setattr(
+        packed_gru,
+        "reason_against",
+        lambda dtype, _: "CUDNN_STATUS_BAD_PARAM" if str(dtype)[6:] in refused else None,
+    )
+    config = small_config(amp_dtype=asked)
+    assert autocast_dtype(config, CUDA) == taken
+    *said, _ctc = notes(config, CUDA)
+    ending = f"(CUDNN_STATUS_BAD_PARAM): this run computes in {str(taken or torch.float32)[6:]}"
+    assert len(said) == len(refused) and all(sentence.endswith(ending) for sentence in said)
 
 
 def test_tf32_is_allowed_or_forbidden_in_products_and_in_cudnn() -> None:
@@ -141,7 +167,7 @@ def test_what_was_changed_or_chosen_for_a_gpu_is_said_with_its_reason(
     monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: "Triton is not installed")
     capability(7, 5)
     changed, ctc = notes(small_config(amp_dtype="bfloat16"), CUDA)
-    assert changed == "Tesla T4 has no bfloat16: mixed precision is float16"
+    assert changed == "Tesla T4 has no bfloat16: this run computes in float16"
     assert ctc.endswith("which waits for the GPU: Triton is not installed")
     monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: None)
     capability(8, 6)

@@ -107,6 +107,32 @@ def test_it_computes_in_autocasts_type_and_its_gradients_reach_float32(
         assert_near(found, expected)
 
 
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)])
+def test_each_precision_passes_its_check(device: torch.device) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        module.reason_against.cache_clear()
+        assert module.reason_against(dtype, device) is None
+
+
+def test_a_precision_that_fails_or_is_wrong_on_the_way_back_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def half_the_gradient(frames, sizes, states, gru):
+        hidden, last = packed_gru(frames, sizes, states, gru)
+        return (hidden + hidden.detach()) / 2 if hidden.dtype != torch.float32 else hidden, last
+
+    def refuses(frames, sizes, states, gru):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("cuDNN error:\n CUDNN_STATUS_NOT_SUPPORTED")
+        return packed_gru(frames, sizes, states, gru)
+
+    for broken, said in ((half_the_gradient, "by 50%"), (refuses, "CUDNN_STATUS_NOT_SUPPORTED")):
+        module.reason_against.cache_clear()
+        monkeypatch.setattr(module, "packed_gru", broken)
+        assert said in str(module.reason_against(torch.bfloat16, CPU))
+    module.reason_against.cache_clear()
+
+
 # --- cuDNN ----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from brain_to_text.model.device import send
+from brain_to_text.model.packed_gru import DROPOUT_STATES
 from brain_to_text.scoring import decoding
 from brain_to_text.scoring.decoding import Inference, evaluate
 from brain_to_text.streaming import dataset_s3
@@ -89,7 +90,8 @@ def test_the_gpus_dropout_is_the_seeds_and_the_steps(gpu: StandInGpu) -> None:
             step(batch, k)
         runs.append(weights(step)["gru.weight_hh_l1"])
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    assert gpu.operations["_cudnn_init_dropout_state"] == gpu.operations["_cudnn_rnn"]
+    assert gpu.operations["_cudnn_rnn"] == 6
+    assert gpu.operations["_cudnn_init_dropout_state"] == DROPOUT_STATES, "once a process"
 
 
 def test_a_resumed_run_is_bit_for_bit_the_one_that_went_on(gpu: StandInGpu) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from brain_to_text.errors import TrainingError
 from brain_to_text.gpus import training_flops
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
@@ -330,6 +331,19 @@ def test_a_loss_that_is_not_finite_on_another_rank_counts_on_this_one(
     step.after_backward = overflow(step)  # what summing the other rank's gradient does
     step(example_batch([30, 26], [0, 1]), 0)
     assert step.health().last_refused_step == 0
+
+
+def test_an_error_of_cudnn_names_the_settings_that_may_avoid_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = build(small_config())
+
+    def refuses(*_):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(step.model, "recurrent_frames", refuses)
+    with pytest.raises(TrainingError, match=r"EXECUTION_FAILED.*--amp_dtype float16"):
+        step(example_batch([30, 26], [0, 1]), 0)
 
 
 # --- averaging ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from .. import gpus
 from ..config import TrainingConfig
-from . import gpu_ctc
+from . import gpu_ctc, packed_gru
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -39,16 +39,34 @@ def autocast_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype 
     """The mixed-precision type for this run, or None for float32.
 
     On a GPU that has no bfloat16 (before compute capability 8.0: T4) it is float16 whatever the
-    configuration says: torch would emulate bfloat16, and compute the GRU one frame at a time. On a
-    CPU only an explicit `bfloat16` counts: few CPUs gain from it.
+    configuration says: torch would emulate bfloat16, and compute the GRU one frame at a time. A
+    type in which cuDNN's GRU fails a small check is passed over. On a CPU only an explicit
+    `bfloat16` counts: few CPUs gain from it.
     """
+    return _precision(config, device)[0]
+
+
+def _precision(
+    config: TrainingConfig, device: torch.device
+) -> tuple[torch.dtype | None, list[str]]:
+    """`autocast_dtype`, and why a type was passed over."""
     if not config.use_amp:
-        return None
+        return None, []
     if device.type != "cuda":
-        return torch.bfloat16 if config.amp_dtype == "bfloat16" else None
-    if config.amp_dtype != "float16" and has_bfloat16():
-        return torch.bfloat16
-    return torch.float16
+        return (torch.bfloat16 if config.amp_dtype == "bfloat16" else None), []
+    passed_over = []
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        if name == "bfloat16" and config.amp_dtype == "float16":
+            continue
+        if name == "bfloat16" and not has_bfloat16():
+            if config.amp_dtype == "bfloat16":
+                passed_over.append(f"{torch.cuda.get_device_name(device)} has no bfloat16")
+            continue
+        reason = packed_gru.reason_against(dtype, device)
+        if reason is None:
+            return dtype, passed_over
+        passed_over.append(f"cuDNN's GRU cannot be used in {name} here ({reason})")
+    return None, passed_over
 
 
 def has_bfloat16() -> bool:
@@ -98,11 +116,9 @@ def notes(config: TrainingConfig, device: torch.device) -> list[str]:
     """
     if device.type != "cuda":
         return [f"No GPU is used: {no_gpu()}"]
-    said = []
-    if config.use_amp and config.amp_dtype == "bfloat16" and not has_bfloat16():
-        said.append(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16: mixed precision is float16"
-        )
+    dtype, passed_over = _precision(config, device)
+    taken = str(dtype or torch.float32).removeprefix("torch.")
+    said = [f"{reason}: this run computes in {taken}" for reason in passed_over]
     if config.objective.ctc_kernel != "torch":
         reason = gpu_ctc.reason_against(device)
         said.append(

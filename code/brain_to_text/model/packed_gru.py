@@ -1,7 +1,7 @@
 """torch's GRU over packed frames: one call for all layers, whose dropout is a function of a seed.
 
 `torch.nn.GRU` with dropout on a GPU makes cuDNN's dropout state anew after every `manual_seed`, and
-waits for the device to do so. Here the state is made from a seed of ours, without a wait, and given
+waits for the device to do so. Here a few states are made once, and a copy of one of them is given
 to the same call (`torch._cudnn_rnn`), so that cuDNN has all layers at once and can overlap them
 (arXiv 1604.01946). Where cuDNN does not compute, torch's own GRU does, dropout included.
 """
@@ -9,12 +9,14 @@ to the same call (`torch._cudnn_rnn`), so that cuDNN has all layers at once and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import _VF, nn
 
 GRU_MODE, WEIGHTS_PER_LAYER = 3, 4  # cuDNN's number for it; matrices and biases of a layer
+DROPOUT_STATES = 32  # some 4 MB each on an H100; a step takes one of them
+CHECK_BOUND = 0.05  # of the norm; rounding to 8 bits of mantissa gives 0.01
 FIRST_CUDNN_WITH_BFLOAT16 = 91300  # aten/src/ATen/cuda/detail/CUDAHooks.cpp, from capability 8.0 on
 
 
@@ -94,13 +96,51 @@ def cudnn_computes(frames: torch.Tensor) -> bool:
     )
 
 
+@cache
+def reason_against(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the GRU is not computed in `dtype` on that GPU; None where it is right, there and back.
+
+    A small one is held against float32 on the CPU, once per device, which waits for it.
+    """
+    sizes = torch.tensor([6, 6, 5, 3, 1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gru = nn.GRU(24, 64, 2, batch_first=True)
+        frames, states = torch.randn(int(sizes.sum()), 24), torch.randn(2, 6, 64)
+
+    def results(on: torch.device, kind: torch.dtype) -> list[torch.Tensor]:
+        inputs = frames.to(on).requires_grad_()
+        with torch.autocast(on.type, dtype=kind, enabled=kind != torch.float32):
+            hidden, _ = packed_gru(inputs, sizes, states.to(on), gru.to(on))
+        gradients = torch.autograd.grad(hidden.float().square().sum(), [inputs, *gru.parameters()])
+        return [values.detach().float().cpu() for values in (hidden, *gradients)]
+
+    expected = results(torch.device("cpu"), torch.float32)
+    try:
+        found = results(device, dtype)
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:300]
+    difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    if not difference < CHECK_BOUND:
+        return f"its results differ from float32's by {difference:.0%}"
+    return None
+
+
 def dropout_state(dropout: float, device: torch.device) -> torch.Tensor:
-    """cuDNN's generators for one call, from a seed that torch's generator of the CPU gives.
+    """cuDNN's generators for one call; torch's generator of the CPU chooses which.
 
     After `torch.manual_seed` the call drops what it dropped after the same seed before.
     """
-    seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    return torch._cudnn_init_dropout_state(dropout, True, seed, dtype=torch.uint8, device=device)
+    number = int(torch.randint(DROPOUT_STATES, ()))
+    return dropout_states(dropout, device)[number].clone()  # cuDNN changes it as it draws
+
+
+@cache
+def dropout_states(dropout: float, device: torch.device) -> torch.Tensor:
+    """[32, bytes] of seeds 0 to 31; making one is slow (aten/src/ATen/cudnn/Descriptors.h)."""
+    make = partial(torch._cudnn_init_dropout_state, dropout, True)
+    states = [make(seed, dtype=torch.uint8, device=device) for seed in range(DROPOUT_STATES)]
+    return torch.stack(states)
 
 
 def in_one_buffer(

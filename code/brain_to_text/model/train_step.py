@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..config import TrainingConfig
+from ..errors import TrainingError
 from ..streaming.batch import Batch
 from .augmentations import Augmentation, step_generator
 from .device import autocast_dtype, compiler
@@ -112,12 +113,15 @@ class TrainStep:
         generator = step_generator(self.device, self.config.seed, step, self.rank)
         torch.manual_seed(generator.initial_seed())  # dropout
         features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps, generator)
-        with self.autocast():
-            logits, packing, _ = self.model.packed_logits(features, batch.day_indices, n_time_steps)
-        terms = self.objective(logits, packing, batch, step, global_batch_size)
         scale = self._state.get("scale")
         self.optimizer.zero_grad(set_to_none=True)
-        (terms.total if scale is None else terms.total * scale).backward()
+        with explained_cudnn_errors():
+            with self.autocast():
+                logits, packing, _ = self.model.packed_logits(
+                    features, batch.day_indices, n_time_steps
+                )
+            terms = self.objective(logits, packing, batch, step, global_batch_size)
+            (terms.total if scale is None else terms.total * scale).backward()
         # An infinite loss can have a finite gradient (a trial without frames): let it show there,
         # before gradients are summed over ranks, so that every rank refuses the same steps.
         *_, classifier_bias = self.model.out.parameters()
@@ -221,6 +225,25 @@ class TrainStep:
         # a young average follows faster, so that it does not remember the initial weights
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+
+@contextmanager
+def explained_cudnn_errors() -> Iterator[None]:
+    """Within it an error of cuDNN names the settings that may avoid it.
+
+    Raises:
+        TrainingError: cuDNN refused or failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        if "cudnn" not in text.lower():
+            raise
+        raise TrainingError(
+            f"cuDNN failed in a training step ({text}): start again with another precision, "
+            "--amp_dtype float16 or --use_amp false."
+        ) from error
 
 
 def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> int:
