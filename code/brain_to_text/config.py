@@ -214,6 +214,14 @@ class TrainingConfig:
     checkpoint_interval_seconds: float = key(
         600.0, "time between two checkpoints", 0, free_on_resume=True
     )
+    rank_timeout_seconds: float = key(
+        300.0,
+        "silence of one of several processes before the others end the run; at least twice "
+        "dataset.retry_budget_seconds",
+        1,
+        86400,
+        free_on_resume=True,
+    )
     non_finite_patience: int = key(
         10, "refused non-finite updates in a row before the run stops", 1
     )

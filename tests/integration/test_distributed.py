@@ -152,6 +152,25 @@ def test_a_killed_rank_ends_the_whole_job(data, tmp_path):
     )
 
 
+def test_a_rank_that_stands_still_ends_the_run_after_the_limit(data, tmp_path):
+    endless = {"num_training_batches": 100_000, "batches_per_val_step": 50_000}
+    limits = {"rank_timeout_seconds": 15, "retry_budget_seconds": 5}
+    process = start(data, tmp_path, 2, **endless, **limits)
+    wait_for(tmp_path, process, "Train batch 10:")
+    stopped = ranks_of(process.pid)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    failure = tmp_path / "output" / "failure"
+    deadline = time.monotonic() + 300
+    while not failure.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGCONT)
+    assert process.wait(120) != 0
+    assert failure.read_text().startswith("Rank 1 on ") and "did not answer for" in (
+        failure.read_text()
+    )
+
+
 def test_one_ranks_reason_is_what_the_others_fail_with(data, tmp_path):
     own = tmp_path / "data"
     shutil.copytree(data, own)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from brain_to_text.errors import DataError, TrainingError
 from brain_to_text.training import distributed
 from brain_to_text.training.container import RunInterrupted
-from brain_to_text.training.distributed import World
+from brain_to_text.training.distributed import RollCall, World
 
 HOSTS = (("algo-1", "10.0.0.1"), ("algo-1", "10.0.0.1"), ("algo-2", "10.0.0.2"))
 CLOSED = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:41234"
@@ -85,3 +85,27 @@ def test_a_board_that_is_gone_too_takes_no_time():
 def test_running_out_of_memory_is_no_lost_contact():
     with pytest.raises(torch.OutOfMemoryError), world().in_contact():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_whoever_waits_says_for_whom(board, monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "ROLL_SECONDS", 0.01)
+    monkeypatch.setattr(distributed, "SILENCE_SECONDS", 0.05)
+    names = [f"rank {rank} on {host}" for rank, (host, _) in enumerate(HOSTS)]
+    here, there = (RollCall(board, rank, names) for rank in (0, 1))
+    with there.waiting():
+        pass
+    until(lambda: board.check(["brain_to_text/came_to/1"]))
+    one = World(rank=0, size=3, local_size=2, hosts=HOSTS, board=board, roll_call=here)
+    with pytest.raises(TrainingError) as raised, one.in_contact():
+        until(lambda: "Waiting for rank 2 on algo-2 since" in caplog.text)
+        raise RuntimeError("[unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation")
+    assert str(raised.value).startswith("Rank 2 on algo-2 did not answer for 0 s: a GPU that hangs")
+    here.close()
+    there.close()

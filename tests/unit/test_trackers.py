@@ -88,8 +88,6 @@ def server(monkeypatch):
         setattr(modules["mlflow.entities"], kind, lambda *values: values)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(trackers, "SEND_SECONDS", 0.01)
-    monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.01)
     return made
 
 
@@ -130,7 +128,6 @@ def test_what_an_absent_server_missed_is_sent_when_it_answers(server, follow, ca
     until(lambda: "MLflow does not answer as it should" in caplog.text)
     run.record(entry(2))
     server.away.clear()
-    until(lambda: len(server.metrics.get("train/loss", [])) == 2)
     run.record(entry(4))
     end(run)
     assert server.metrics["train/loss"] == [(0, 7.0), (2, 5.0), (4, 3.0)]
@@ -225,5 +222,5 @@ def test_a_run_goes_on_where_no_event_can_be_written(tmp_path, caplog):
 def test_a_broken_client_costs_one_line_and_no_traceback(follow, monkeypatch, caplog, capfd):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
     end(follow())
-    assert "mlflow cannot be imported" in caplog.text
+    assert "mlflow cannot be used" in caplog.text
     assert "Traceback" not in capfd.readouterr().err

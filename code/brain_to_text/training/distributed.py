@@ -6,16 +6,20 @@ alone is a world of one, for which everything here is free. Gradients travel by 
 
 A rank that fails pins its reason to a board (torchrun's key-value store, on the first host) before
 it hangs up; the others, who only see a closed connection, read it there and fail with that reason.
+The board also holds how many meeting points each rank has come to: whoever waits for more than a
+minute says for whom.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,16 +31,80 @@ from torch import nn
 from ..errors import BrainToTextError, TrainingError
 from .container import RunInterrupted
 
+LOGGER = logging.getLogger("brain_to_text")
 T = TypeVar("T")
 
 # One rank works while the others wait: indexing a dataset without a manifest, the final report.
 PATIENCE = timedelta(hours=2)
-# Within a step nobody is later than the slowest read may be (dataset.retry_budget_seconds).
-STEP_TIMEOUT = timedelta(minutes=30)
+JOIN_TIMEOUT = timedelta(minutes=30)  # and what NCCL, which ends without a word, waits longer
 BOARD_TIMEOUT = timedelta(seconds=30)
 REASON_KEY = "brain_to_text/reason"
 REASON_SECONDS = 3.0  # for the failing rank's reason to arrive after its connection has closed
 STOPPED = "stopped"  # on the board: no failure, a stop signal
+SILENCE_SECONDS = 60.0  # before a rank says whom it waits for; then after twice as long, …
+ROLL_SECONDS = 5.0
+
+
+class RollCall:
+    """Which ranks have not come to the point where this one waits.
+
+    Each rank comes to the same points in the same order, and keeps on the board how many it has
+    come to.
+
+    Args:
+        names: of all ranks, for the log.
+    """
+
+    def __init__(self, board: dist.Store, rank: int, names: Sequence[str]) -> None:
+        self._board, self._rank, self._names = board, rank, names
+        self._came_to = 0
+        self._since: float | None = None
+        self._next = SILENCE_SECONDS
+        self._end = threading.Event()
+        threading.Thread(target=self._work, name="roll-call", daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around one meeting point."""
+        self._came_to += 1
+        self._next, self._since = SILENCE_SECONDS, time.monotonic()
+        yield
+        self._since = None  # not after an error, whose text asks for `missing` and `seconds`
+
+    @property
+    def seconds(self) -> float:
+        """How long this rank has waited."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    def missing(self) -> str:
+        """The ranks that are not where this one waits; empty where all came, or nobody knows."""
+        try:
+            keys = [self._key(rank) for rank in range(len(self._names))]
+            late = [
+                name
+                for key, name in zip(keys, self._names, strict=True)
+                if not self._board.check([key]) or int(self._board.get(key)) < self._came_to
+            ]
+        except RuntimeError:  # the first host is gone, and the board with it
+            return ""
+        return ", ".join(name for name in late if name != self._names[self._rank])
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _key(self, rank: int) -> str:
+        return f"brain_to_text/came_to/{rank}"
+
+    def _work(self) -> None:
+        while not self._end.wait(ROLL_SECONDS):
+            try:
+                self._board.set(self._key(self._rank), str(self._came_to))
+            except RuntimeError:
+                return
+            if self.seconds > self._next:
+                self._next *= 2
+                who = self.missing() or "an answer over the network"
+                LOGGER.warning("Waiting for %s since %.0f s", who, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -50,7 +118,9 @@ class World:
         local_size: processes on this host; their ranks follow each other.
         hosts: (name, address) of each rank's host, by rank.
         decisions, setup: gloo groups of everybody; the second waits as long as PATIENCE.
+        gradients: the group that sums them; None for the default one.
         board: where a failing rank leaves its reason.
+        roll_call: knows for whom this rank waits.
     """
 
     rank: int = 0
@@ -60,11 +130,16 @@ class World:
     hosts: Sequence[tuple[str, str]] = ()
     decisions: dist.ProcessGroup | None = None
     setup: dist.ProcessGroup | None = None
+    gradients: dist.ProcessGroup | None = None
     board: dist.Store | None = None
+    roll_call: RollCall | None = None
 
     @classmethod
-    def join(cls) -> World:
+    def join(cls, timeout_seconds: float = 300.0) -> World:
         """The world that torchrun's variables describe; one process without them.
+
+        Args:
+            timeout_seconds: how long ranks wait for one that stands still.
 
         Raises:
             TrainingError: the other processes cannot be reached.
@@ -73,15 +148,15 @@ class World:
         if size == 1:
             return cls()
         local_rank = int(os.environ["LOCAL_RANK"])
+        limit = timedelta(seconds=timeout_seconds)
         try:
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
-                dist.init_process_group(
-                    "nccl", timeout=STEP_TIMEOUT, device_id=torch.device("cuda", local_rank)
-                )
+                gpu = torch.device("cuda", local_rank)
+                dist.init_process_group("nccl", timeout=limit + JOIN_TIMEOUT, device_id=gpu)
             else:
-                dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
-            decisions = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+                dist.init_process_group("gloo", timeout=JOIN_TIMEOUT)
+            decisions = dist.new_group(backend="gloo", timeout=limit)
             setup = dist.new_group(backend="gloo", timeout=PATIENCE)
             board = dist.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=BOARD_TIMEOUT
@@ -93,15 +168,19 @@ class World:
                 f"Rank {os.environ.get('RANK')} of {size} could not join the other processes: "
                 "check that the hosts reach each other (security group, network interface)."
             ) from error
+        rank = dist.get_rank()
+        names = [f"rank {number} on {host}" for number, (host, _) in enumerate(hosts)]
         return cls(
-            rank=dist.get_rank(),
+            rank=rank,
             size=size,
             local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             hosts=hosts,
             decisions=decisions,
             setup=setup,
+            gradients=None if torch.cuda.is_available() else decisions,
             board=board,
+            roll_call=RollCall(board, rank, names),
         )
 
     @property
@@ -145,7 +224,7 @@ class World:
             return flag
         agreed = flag.int()
         with self.in_contact():
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.gradients)
         return agreed.bool()
 
     def gather(self, value: T) -> list[T]:
@@ -171,6 +250,8 @@ class World:
         """Let go of the other processes; with an `error`, after pinning it to the board."""
         if self.size == 1 or not dist.is_initialized():
             return
+        if self.roll_call is not None:
+            self.roll_call.close()
         if error is not None:
             self._pin(f"Rank {self.rank} on {self.hosts[self.rank][0]} failed: {_reason(error)}")
             if dist.get_backend() == "nccl":
@@ -186,7 +267,8 @@ class World:
             RunInterrupted: one of them is gone because it was told to stop.
         """
         try:
-            yield
+            with nullcontext() if self.roll_call is None else self.roll_call.waiting():
+                yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # all that torch says when a connection closes
@@ -216,6 +298,14 @@ class World:
 
     def _silence(self, said: str) -> str:
         """One sentence for a rank that went without a word; `said` is torch's message."""
+        if "timed out" in said.lower() and self.roll_call is not None:
+            who = self.roll_call.missing() or "Another process of this job"
+            return (
+                f"{who[0].upper()}{who[1:]} did not answer for {self.roll_call.seconds:.0f} s: a "
+                "GPU that hangs, a process that was stopped, or a host that swaps; look at that "
+                "host's log, and start the job again with the same checkpoint location to resume "
+                "(rank_timeout_seconds is how long the others wait)."
+            )
         address = re.search(r"\[([0-9a-f.:]+)\]:\d+", said)
         own = self.hosts[self.rank] if self.hosts else None
         gone = {host for host in self.hosts if address and host[1] == address[1] and host != own}
@@ -261,6 +351,6 @@ def sum_gradients(model: nn.Module, world: World, days: Collection[int]) -> None
             gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     with world.in_contact():
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=world.gradients)
     parts = flat.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])

@@ -81,7 +81,8 @@ class BrainToTextDecoder_Trainer_S3:
             closing.callback(lambda: log.close())
             try:
                 with self.interruption.immediate():
-                    world = World.join()
+                    slowest_read = 2 * self.config.dataset.retry_budget_seconds
+                    world = World.join(max(self.config.rank_timeout_seconds, slowest_read))
                     closing.push(lambda kind, error, trace: world.leave(error))
                     # held before the first byte is written: another run's log may lie here
                     checkpoints = self._hold_checkpoints(world, closing)

@@ -1,11 +1,10 @@
 """Who follows a run beside its log: a TensorBoard event file always, an MLflow run if asked for.
 
-TensorBoard's records are written by tensorboardX, without which a run trains as well.
-
-MLflow is spoken to in one thread, from the import on: a server that is slow, absent or broken costs
-a run one warning and no step. (MLflow's own asynchronous logging loses what it could not send, and
-keeps the process from ending while a server does not answer.) mlflow is imported here only; images
-without it train as well.
+Neither stops a run or makes it wait. TensorBoard's records are written by tensorboardX's
+`RecordWriter` (its `SummaryWriter` stands still for ever on a full volume). MLflow is spoken to in
+a thread, from the import on, with short time-outs; what did not arrive goes along with the next
+entry. (MLflow's own asynchronous logging opens a run synchronously, and loses what it could not
+send.) Images without either package train as well.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,17 @@ from .log_files import Follower, RunLog, scalars
 from .run import RunPaths
 
 LOGGER = logging.getLogger("brain_to_text")
-SEND_SECONDS = 5.0
-RETRY_SECONDS = 60.0
 # How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
 # other processes, a stopped one is killed after 120 s, in which its checkpoint is copied too.
 PATIENCE_SECONDS, HURRY_SECONDS = 600.0, 30.0
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST, PARAM_LENGTH = 1000, 100, 6000  # the tracking API's limits
 RESULT_FILES = ("report.html", "summary.json", "trials.csv", "metrics.jsonl")
-# Said before mlflow is imported; what the user sets himself stays.
+# Set before mlflow is imported; what the user sets himself stays.
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _JOB_TAGS = {
@@ -149,18 +146,17 @@ class MlflowRun:
         job = {tag: os.environ[name] for tag, name in _JOB_TAGS.items() if os.environ.get(name)}
         self._tags = {**job, **tags}
         self._id_file = paths.checkpoint_dir / "mlflow_run_id"
-        self._entries: deque[Mapping[str, Any]] = deque()
+        self._entries: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._run_id = ""
         self._known_step: dict[str, int] = {}
         self._outcome, self._reason = "KILLED", ""  # the first as MLflow names it
-        self._closing = threading.Event()
         self._complete = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Take one entry of metrics.jsonl; it is sent within seconds, by the thread."""
-        self._entries.append(entry)
+        """Take one entry of metrics.jsonl; the thread sends it."""
+        self._entries.put(entry)
 
     def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
         """Send what is left, the results of a finished run too, and end the MLflow run.
@@ -173,7 +169,7 @@ class MlflowRun:
             self._outcome = "FAILED"
         elif finished:
             self._outcome = "FINISHED"
-        self._closing.set()
+        self._entries.put(None)
         started, patient = time.monotonic(), self._outcome == "FINISHED"
         while self._thread.is_alive():
             patience = PATIENCE_SECONDS if patient and not hurry() else HURRY_SECONDS
@@ -190,58 +186,54 @@ class MlflowRun:
 
     def _work(self) -> None:
         try:
-            from boto3.exceptions import Boto3Error
-            from botocore.exceptions import BotoCoreError, ClientError
-            from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            LOGGER.warning("mlflow cannot be imported (%s): nothing is logged there", error)
-            return
 
-        # SageMaker's plugin warns of every request to a server that is not SageMaker's
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        client = MlflowClient(self._uri, self._uri)
-        closing = troubled = False
-        while not closing:
-            closing = self._closing.wait(RETRY_SECONDS if troubled else SEND_SECONDS)
+            # SageMaker's plugin warns of every request to a server that is not SageMaker's
+            logging.getLogger("mlflow").setLevel(logging.ERROR)
+            client = MlflowClient(self._uri, self._uri)
+        except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
+            LOGGER.warning("mlflow cannot be used (%s): nothing is logged there", _words(error))
+            return
+        waiting: list[Mapping[str, Any]] = []
+        troubled = ended = False
+        while not ended:
+            entry = self._entries.get()
+            if entry is None:
+                ended = True
+            else:
+                waiting.append(entry)
             try:
-                self._send(client)
-                if closing:
+                self._run_id = self._run_id or self._open_run(client)
+                if self._entries.empty():  # at the start, a resumed run's history comes at once
+                    self._send(client, waiting)
+                if ended:
                     self._end(client)
                     self._complete = True
                 if troubled:
                     LOGGER.info("MLflow answers again")
                 troubled = False
-            # OSError is requests' exceptions, too
-            except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
+            except Exception as error:  # noqa: BLE001 - the client's, and those of what it uses
                 if not troubled:
-                    said = " ".join(redact(str(error)).split())[:300]
                     LOGGER.warning(
-                        "MLflow does not answer as it should, training goes on: %s", said
+                        "MLflow does not answer as it should, training goes on: %s", _words(error)
                     )
                 troubled = True
 
-    def _send(self, client: Any) -> None:
-        """Open the run, send every waiting entry; an entry leaves the list once it has arrived.
-
-        Entries of steps that an earlier job already sent are dropped: a resumed job shows its
-        whole history again.
+    def _send(self, client: Any, waiting: list[Mapping[str, Any]]) -> None:
+        """Send entries and forget them, but for those of steps that an earlier job already sent: a
+        resumed job shows its whole history again.
         """
         from mlflow.entities import Metric
 
-        self._run_id = self._run_id or self._open_run(client)
-        while self._entries:
-            waiting = [self._entries[i] for i in range(min(len(self._entries), 100))]
-            metrics = [
-                Metric(name, value, int(1000 * entry["time"]), entry["step"])
-                for entry in waiting
-                if entry["step"] > self._known_step.get(entry["kind"], -1)
-                for name, value in scalars(entry)
-            ]
-            for part in _parts(metrics, METRICS_PER_REQUEST):
-                client.log_batch(self._run_id, metrics=part)
-            for _ in waiting:
-                self._entries.popleft()
+        metrics = [
+            Metric(name, value, int(1000 * entry["time"]), entry["step"])
+            for entry in waiting
+            if entry["step"] > self._known_step.get(entry["kind"], -1)
+            for name, value in scalars(entry)
+        ]
+        for part in _parts(metrics, METRICS_PER_REQUEST):
+            client.log_batch(self._run_id, metrics=part)
+        waiting.clear()
 
     def _open_run(self, client: Any) -> str:
         """The id of the run to log into: the one an earlier job began, else a new one."""
@@ -269,15 +261,12 @@ class MlflowRun:
         return run_id
 
     def _earlier_run(self, client: Any) -> Any:
-        from mlflow.exceptions import MlflowException
-
+        """The MLflow run that an earlier job began; None if there is none, or it was deleted."""
         known = self._id_file.read_text(encoding="utf-8").strip() if self._id_file.exists() else ""
         try:
             run = client.get_run(known) if known else None
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            return None  # deleted, or of another server
+        except Exception:  # noqa: BLE001 - of another server; one that is away refuses a new run too
+            return None
         return run if run is not None and run.info.lifecycle_stage == "active" else None
 
     def _end(self, client: Any) -> None:
@@ -294,6 +283,10 @@ class MlflowRun:
                     client.log_artifact(self._run_id, str(file))
         finally:
             client.set_terminated(self._run_id, self._outcome)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(redact(str(error)).split())[:300]
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
