@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import shutil
 import zlib
 
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.dataset import indexing
+from brain_to_text.dataset import hdf5_reader, indexing
 from brain_to_text.dataset.file_content import FileContent
 from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import data_file_bytes
@@ -127,6 +128,29 @@ def test_any_chunking_and_filters_decode(
     span = data[record.offset : record.offset + record.length]
     assert zlib.crc32(span) == record.crc32
     assert np.array_equal(record.decode(span), features)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_record_is_proven_against_what_hdf5_reads(tmp_path, layout, monkeypatch):
+    """HDF5 1.14.2 gave the addresses of chunks without the user block before them."""
+    with h5py.File(tmp_path / "x", "w", userblock_size=1024) as file:
+        source = h5py.File(io.BytesIO(data_file_bytes([small_trial(SESSIONS[0], 0, 1)])))
+        source.copy("trial_0000", file)
+        features = file["trial_0000/input_features"][()]
+        del file["trial_0000/input_features"]
+        options = LAYOUTS[layout] | ({} if layout == "contiguous" else {"chunks": (32, 6)})
+        file["trial_0000"].create_dataset("input_features", data=features, **options)
+    data = (tmp_path / "x").read_bytes()
+    (record,) = inspect_file(KEY, data).records
+    assert np.array_equal(record.decode(data[record.offset :][: record.length]), features)
+    place = hdf5_reader._layout
+    monkeypatch.setattr(
+        hdf5_reader, "_layout", lambda *given: (place(*given)[0] - 1024, *place(*given)[1:])
+    )
+    (finding,) = inspect_file(KEY, data).findings
+    assert finding.trial == "trial_0000"
+    if layout in ("contiguous", "chunked"):
+        assert re.search("not where h5py .* says: install the version", finding.reason)
 
 
 def test_gaps_in_the_numbering_and_order_by_number(tmp_path):

@@ -174,6 +174,11 @@ def _inspect_trial(
         corpus=read_text(group, "corpus") or corpus_of(session, block_num),
     )
     features = record.decode(span)
+    if not np.array_equal(features.view(np.uint8), dataset[()].view(np.uint8)):
+        raise DataError(
+            f"the bytes of input_features are not where h5py {h5py.__version__} says: install the "
+            "version that docker/requirements_sagemaker.txt names, and repeat the command"
+        )
     finite = np.isfinite(features)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
