@@ -105,7 +105,7 @@ def run_index(options: argparse.Namespace) -> int:
         print(one_line(overlooked))
     for finding in manifest.damaged:
         print(one_line(f"Left out as damaged: {finding}"))
-    for finding in scattered_chunks(manifest.trials):
+    for finding in (*scattered_chunks(manifest.trials), *manifest.lost):
         print(one_line(f"Warning: {finding}"))
     write_manifest(store, manifest)
     print(manifest.summary(store.url))

@@ -122,7 +122,7 @@ def test_any_chunking_and_filters_decode(
         group.attrs["n_time_steps"] = rows
     data = buffer.getvalue()
     inspection = inspect_file(KEY, data)
-    assert not inspection.findings
+    assert not [finding for finding in inspection.findings if finding.severity == "error"]
     manifest = manifest_from_inspections({KEY: ObjectInfo(KEY, len(data), "x")}, [inspection])
     record = TrialManifest.from_bytes(manifest.to_bytes()).trials[0]
     span = data[record.offset : record.offset + record.length]

@@ -31,6 +31,7 @@ from .hdf5_values import (
     read_text,
     text_of,
 )
+from .lost_data import LostData
 from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
 
 TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
@@ -85,6 +86,7 @@ def inspect_file(
         for name in names:
             if not TRIAL_NAME.fullmatch(name):
                 found(name, "is not named trial_NNNN and is not used", "warning")
+        lost = LostData(key)
         trials = sorted(filter(TRIAL_NAME.fullmatch, names), key=lambda name: (int(name[6:]), name))
         if not trials:
             found(None, "holds no trials")
@@ -101,8 +103,10 @@ def inspect_file(
                 result.records.append(record)
                 result.label_forms.append(form)
                 result.looks.append(looked)
+                result.findings += lost.in_trial(trial, features)
             for reason in odd:
                 found(trial, reason, "warning")
+        result.findings += lost.in_file()
         for linked, other in _overlapping(result.records):
             place = result.records.index(linked)
             for column in (result.records, result.label_forms, result.looks):

@@ -18,6 +18,7 @@ from ..storage.store import ObjectStore, open_store
 from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
+from .lost_data import LOST, lost_sentence
 from .manifest import TrialManifest, load_manifest, write_manifest
 from .trial_record import TrialRecord
 from .trial_table import N_CLASSES
@@ -69,6 +70,8 @@ def load_or_build_manifest(
         log(f"Excluded as damaged: {finding}")
     if manifest.damaged:
         log(f"Excluded {len(manifest.damaged)} damaged trials or files in all")
+    if manifest.lost:
+        log(lost_sentence(manifest.lost, store.url))
     if not manifest.trials:
         raise DataError(
             f"{store.url} has no sound trial: see why with "
@@ -188,6 +191,7 @@ def manifest_from_inspections(
         form,
         tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
         contents,
+        tuple(f for i in inspections for f in i.findings if f.kind == LOST),
     )
 
 

@@ -36,6 +36,7 @@ class TrialManifest:
     files: as they were listed when they were indexed, or when their labels were last compared.
     damaged: what was left out when the index was made, none if it was made strictly.
     contents: what tells each file from others of its size.
+    lost: warnings about trials and channels that look as no sound recording does.
     """
 
     trials: Sequence[TrialRecord]
@@ -45,6 +46,7 @@ class TrialManifest:
     label_form: str
     damaged: tuple[Finding, ...] = ()
     contents: Mapping[str, FileContent] = field(default_factory=dict)
+    lost: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.trials, TrialTable):
@@ -148,7 +150,8 @@ class TrialManifest:
                 for file in self.table.files
             ],
             "trials": self.table.to_plain(),
-            "damaged": [[f.key, f.trial, f.reason, f.kind] for f in self.damaged],
+            "damaged": [asdict(finding) for finding in self.damaged],
+            "lost": [asdict(finding) for finding in self.lost],
         }
         text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
         return gzip.compress(text.encode(), compresslevel=6, mtime=0)
@@ -190,8 +193,9 @@ def _from_document(document: dict[str, Any]) -> TrialManifest:
         n_features,
         N_CLASSES[form],
         form,
-        tuple(Finding(*finding) for finding in document["damaged"]),
+        tuple(Finding(**finding) for finding in document["damaged"]),
         {e["key"]: FileContent(e["labels_crc32"], e["s3_etag"]) for e in entries},
+        tuple(Finding(**finding) for finding in document["lost"]),
     )
 
 
