@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from brain_to_text.errors import DataError, StorageError
-from brain_to_text.storage.locations import s3_url, split_s3_url
+from brain_to_text.storage.locations import ObjectInfo, archived_sentence, s3_url, split_s3_url
 from brain_to_text.storage.s3_store import S3Store
 from brain_to_text.storage.store import LocalStore, gunzipped, open_store
 
@@ -187,3 +187,35 @@ def test_a_listing_goes_on_beyond_its_first_page(s3_prefix, s3_environment):
         (folder / f"{number:04d}").touch()
     listing = S3Store(s3_prefix).list()
     assert sorted(listing) == [f"{number:04d}" for number in range(1005)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SESSION_TOKEN", "FwoGZXIvYXdz\n"),
+        ("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI\r"),
+        ("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7 "),
+        ("AWS_SESSION_TOKEN", "FwoGZXIvYXdzé"),
+        ("AWS_REGION", "us-east-1\r"),
+    ],
+)
+def test_a_stray_character_is_named_by_its_variable_and_never_printed(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError) as raised:
+        open_store("s3://bucket/data")
+    assert f"variable {name} holds" in str(raised.value)
+    assert value.strip() not in str(raised.value)
+
+
+def test_archived_files_are_counted_and_named_with_the_command_that_restores_them():
+    listing = {
+        f"s{i}/data_train.hdf5": ObjectInfo(f"s{i}/data_train.hdf5", 1, "", storage_class)
+        for i, storage_class in enumerate(["GLACIER", "STANDARD", "DEEP_ARCHIVE", "GLACIER_IR", ""])
+    }
+    assert archived_sentence(listing, "s3://b/p") == (
+        "2 of 5 files are archived in s3://b/p (DEEP_ARCHIVE, GLACIER: s0/data_train.hdf5, "
+        "s2/data_train.hdf5) and cannot be read: restore it (hours) with 'aws s3api restore-object "
+        '--bucket b --key "p/s0/data_train.hdf5" --restore-request Days=30\', and so each of the '
+        "others."
+    )
+    assert archived_sentence({"x": ObjectInfo("x", 1, "", "STANDARD")}, "s3://b") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError, StorageError
@@ -14,6 +14,10 @@ MANIFEST_NAME = "trial_manifest.json.gz"
 DATA_FILE = re.compile(
     r"(?P<session>(?!\.{1,2}/)[^/\x00-\x1f\x7f\ufffd]+)/data_(?P<split>train|val|test)\.hdf5"
 )
+# names the KMS key that encrypts what is written to S3 (id or ARN), where no argument does
+KMS_KEY_VARIABLE = "S3_KMS_KEY_ID"
+# storage classes whose objects answer no GET until they are restored
+ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
 S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 # what somebody probably meant as a data file
 _NEARLY = re.compile(r"data[^/]*(train|val|test)[^/]*|.*\.(h5|hdf5?|he5|hdf)", re.IGNORECASE)
@@ -21,11 +25,52 @@ _NEARLY = re.compile(r"data[^/]*(train|val|test)[^/]*|.*\.(h5|hdf5?|he5|hdf)", r
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One entry of a listing. `key` is relative to the store; `etag` changes with the content."""
+    """One entry of a listing.
+
+    Attributes:
+        key: relative to the store.
+        size: in bytes.
+        etag: changes with the content.
+        storage_class: as S3 lists it ("GLACIER", …); "" where nobody said. An archived object with
+            a restored copy counts as "STANDARD". No part of what makes two entries equal.
+    """
 
     key: str
     size: int
     etag: str
+    storage_class: str = field(default="", compare=False)
+
+
+def archived_sentence(listing: Mapping[str, ObjectInfo], url: str) -> str | None:
+    """One sentence that counts and names what must be restored before anybody can read it.
+
+    Args:
+        listing: of what is going to be read; entries without a storage class are taken as readable.
+        url: s3://bucket/prefix that the listing's keys are relative to.
+    """
+    archived = [key for key in sorted(listing) if listing[key].storage_class in ARCHIVED]
+    if not archived:
+        return None
+    classes = ", ".join(sorted({listing[key].storage_class for key in archived}))
+    count = (
+        f"1 of {len(listing)} files is"
+        if len(archived) == 1
+        else (f"{len(archived)} of {len(listing)} files are")
+    )
+    return (
+        f"{count} archived in {url} ({classes}: {shortened(archived)}) and cannot be read: "
+        f"{restore_advice(s3_url(url, archived[0]))}"
+        f"{', and so each of the others' if len(archived) > 1 else ''}."
+    )
+
+
+def restore_advice(url: str) -> str:
+    """What makes an archived object readable again, as the end of a sentence."""
+    bucket, key = split_s3_url(url)
+    return (
+        f"restore it (hours) with 'aws s3api restore-object --bucket {bucket} "
+        f'--key "{key}" --restore-request Days=30\''
+    )
 
 
 def is_s3(location: str | Path) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import dataclasses
 import functools
+import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 import fsspec.asyn
 
 from ..errors import StorageError
-from .locations import ObjectInfo, s3_url, split_s3_url
+from .locations import KMS_KEY_VARIABLE, ObjectInfo, s3_url, split_s3_url
 from .retry import (
     Attempts,
     MissingError,
@@ -40,15 +42,21 @@ class S3Store:
         url: s3://bucket/prefix.
         retry: what one request, a part of an object, or a page of a listing may cost in time.
 
+        kms_key: see `open_store`.
+
     Raises:
         StorageError: see `split_s3_url`.
     """
 
-    def __init__(self, url: str, *, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, url: str, *, retry: RetryPolicy | None = None, kms_key: str | None = None
+    ) -> None:
         self.bucket, self.prefix = split_s3_url(url)
         self.url = s3_url(self.bucket, self.prefix)
         self._retry = retry or RetryPolicy()
         self._client: S3Client | None = None
+        key = kms_key or os.environ.get(KMS_KEY_VARIABLE)
+        self._encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
 
     def list(self) -> dict[str, ObjectInfo]:
         root = f"{self.prefix}/" if self.prefix else ""
@@ -57,10 +65,10 @@ class S3Store:
         while True:
             request = functools.partial(_page, {"Bucket": self.bucket, "Prefix": root}, token)
             entries, following = self._run(self._repeated("list", "", request, _PAGE_BYTES))
-            for key, size, etag in entries:
-                name = key.removeprefix(root)
+            for entry in entries:
+                name = entry.key.removeprefix(root)
                 if name and not name.endswith("/"):
-                    found[name] = ObjectInfo(name, size, etag)
+                    found[name] = dataclasses.replace(entry, key=name)
             if following is None:
                 return found
             if following == token or not entries:
@@ -212,9 +220,10 @@ class S3Store:
             return await self._repeated("write", key, request, n_bytes)
 
         if len(data) <= PART_BYTES:
-            await ask("put_object", len(data), Body=data)
+            await ask("put_object", len(data), Body=data, **self._encryption)
             return
-        place["UploadId"] = (await ask("create_multipart_upload", 0))["UploadId"]
+        begun = await ask("create_multipart_upload", 0, **self._encryption)
+        place["UploadId"] = begun["UploadId"]
         slots = asyncio.Semaphore(_AT_ONCE)
 
         async def put(number: int, body: bytes) -> dict[str, Any]:
@@ -245,14 +254,19 @@ async def _nothing(client: Any) -> None:
 
 async def _page(
     place: dict[str, str], token: str | None, client: Any
-) -> tuple[builtins.list[tuple[str, int, str]], str | None]:
-    """(key, size, ETag) of a page's objects, and the token of the next page if there is one."""
+) -> tuple[builtins.list[ObjectInfo], str | None]:
+    """A page's objects by their whole keys, and the token of the next page if there is one."""
     more = {"ContinuationToken": token} if token else {}
     answer = await client.list_objects_v2(**place, **more)
     if not answer.keys() & {"Name", "KeyCount", "IsTruncated", "Contents"}:
         raise web_page_fault()
     entries = [
-        (str(entry["Key"]), int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
+        ObjectInfo(
+            str(entry["Key"]),
+            int(entry["Size"]),
+            str(entry.get("ETag", "")).strip('"'),
+            str(entry.get("StorageClass", "")),
+        )
         for entry in answer.get("Contents", ())
     ]
     return entries, answer["NextContinuationToken"] if answer.get("IsTruncated") else None

@@ -16,6 +16,13 @@ from ..redaction import one_line
 from .locations import ObjectInfo, is_s3
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
+_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+}
 
 
 class ObjectStore(Protocol):
@@ -42,22 +49,50 @@ class ObjectStore(Protocol):
     def exists(self, key: str) -> bool: ...
 
 
-def open_store(location: str | Path) -> ObjectStore:
+def open_store(location: str | Path, *, kms_key: str | None = None) -> ObjectStore:
     """The store behind an `s3://bucket/prefix` URL or a folder path.
 
+    Args:
+        kms_key: id or ARN of the KMS key that encrypts what is written to S3; by default that of
+            the variable S3_KMS_KEY_ID, and without one what the bucket does by itself.
+
     Raises:
-        StorageError: the text is neither.
+        StorageError: the text is neither, or see `check_aws_variables`.
     """
     text = str(location)
     if is_s3(text):
+        check_aws_variables()
         from .s3_store import S3Store  # folders need no S3 client
 
-        return S3Store(text)
+        return S3Store(text, kms_key=kms_key)
     if "://" in text:
         raise StorageError(
             f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX."
         )
     return LocalStore(location)
+
+
+def check_aws_variables() -> None:
+    """Refuse AWS_… variables that hold a stray line end, before an AWS client sees them.
+
+    A client puts credentials into HTTP headers; what it says about one that no header can hold
+    prints the secret. A .env file with Windows line ends or $(cat FILE) there leaves them behind.
+
+    Raises:
+        StorageError: names the variable, never its value.
+    """
+    for name in sorted(os.environ):
+        value = os.environ[name]
+        if not name.startswith("AWS_"):
+            continue
+        plain = value.isascii() and " " not in value if name in _CREDENTIALS else True
+        if not value.isprintable() or not plain:
+            end = " at its end" if value[-1] in "\r\n \t" else ""
+            raise StorageError(
+                f"The environment variable {name} holds a character{end} that does not belong there"
+                " (a line end, a blank or a letter with an accent): set it anew, for instance with "
+                f'\'export {name}=$(printf %s "${name}" | tr -cd "[!-~]")\'.'
+            )
 
 
 class LocalStore:
