@@ -34,6 +34,9 @@ FOREIGN = {
         "user-name",
         "inline-policy",
         "repository-name",
+        "bucket",
+        "key",
+        "restore-request",
     ),  # of the AWS command line
     "logdir",  # of TensorBoard
     "x-s3",  # how the names of S3's directory buckets end
