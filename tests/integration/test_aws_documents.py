@@ -21,6 +21,7 @@ from support.aws_emulation import (
     ROLE,
     deploy_stack,
     emulated_aws,
+    make_key,
     policy_document,
 )
 from support.policies import evaluate
@@ -60,10 +61,23 @@ def test_the_stack_can_make_the_bucket_and_the_way_to_s3(aws):
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     table = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
     route = table["RouteTables"][0]["RouteTableId"]
-    deploy_stack(aws, CreateBucket="yes", VpcId=vpc, RouteTableIds=route)
-    aws.client("s3").head_bucket(Bucket=BUCKET)
+    key = make_key(aws)
+    given = {"CreateBucket": "yes", "KmsKeyArn": key}
+    deploy_stack(aws, VpcId=vpc, RouteTableIds=route, **given)
+    (rule,) = aws.client("s3").get_bucket_encryption(Bucket=BUCKET)[
+        "ServerSideEncryptionConfiguration"
+    ]["Rules"]
+    assert rule["ApplyServerSideEncryptionByDefault"]["KMSMasterKeyID"] == key
     (endpoint,) = ec2.describe_vpc_endpoints()["VpcEndpoints"]
     assert endpoint["ServiceName"] == "com.amazonaws.us-east-1.s3"
+    through = [yaml.safe_load(str(endpoint["PolicyDocument"]))]
+    for action, resource, decision in (
+        ("s3:PutObject", OUTPUTS, "allowed"),
+        ("s3:ListBucket", S3, "allowed"),
+        ("s3:PutObject", "arn:aws:s3:::elsewhere/x", "implicitDeny"),
+        ("s3:DeleteObject", OUTPUTS, "implicitDeny"),
+    ):
+        assert evaluate(through, action, resource) == decision, (action, resource)
     assert evaluate(aws.policies_of(ROLE), "ec2:CreateNetworkInterface", "*") == "allowed"
 
 
@@ -85,11 +99,14 @@ def test_the_role_may_read_data_and_write_outputs_and_nothing_else(aws):
     key = iam.create_access_key(UserName="job")["AccessKey"]
     job = boto3.Session(key["AccessKeyId"], key["SecretAccessKey"], region_name=REGION).client("s3")
     job.get_object(Bucket=BUCKET, Key="data/set/x.hdf5")
-    job.list_objects_v2(Bucket=BUCKET)
+    for prefix in ("data/set/", f"{OUTPUT_PREFIX}/j/checkpoints/"):
+        job.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
     job.put_object(Bucket=BUCKET, Key=f"{OUTPUT_PREFIX}/j/output/model.tar.gz", Body=b"m")
     job.put_object(Bucket=BUCKET, Key="data/set/trial_manifest.json.gz", Body=b"m")
     for attempt in (
         lambda: job.get_object(Bucket=BUCKET, Key="private/diary"),
+        lambda: job.list_objects_v2(Bucket=BUCKET),
+        lambda: job.list_objects_v2(Bucket=BUCKET, Prefix="private/"),
         lambda: job.put_object(Bucket=BUCKET, Key="data/set/x.hdf5", Body=b"y"),
         lambda: job.delete_object(Bucket=BUCKET, Key="data/set/x.hdf5"),
         lambda: job.delete_object(Bucket=BUCKET, Key=f"{OUTPUT_PREFIX}/j/output/model.tar.gz"),
@@ -126,6 +143,7 @@ JOB = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/b2t-1"
 LOGS = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:"
 REPOSITORY = f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/brain-to-text-training"
 DATA, OUTPUTS = f"arn:aws:s3:::{BUCKET}/data/set/x", f"arn:aws:s3:::{BUCKET}/{OUTPUT_PREFIX}/j/x"
+KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/YOUR-KEY"
 S3 = f"arn:aws:s3:::{BUCKET}"
 PASSED = {"iam:passedtoservice": "sagemaker.amazonaws.com"}
 # Done by whoever owns the account, or asking AWS nothing.
@@ -174,8 +192,11 @@ CALLS = {
         ("logs:DescribeLogStreams", LOGS),
         ("logs:GetLogEvents", f"{LOGS}b2t-1/algo-1-1700000000"),
         ("s3:ListBucket", S3),
+        ("s3:GetEncryptionConfiguration", S3),
         ("s3:GetObject", DATA),
         ("s3:GetObject", OUTPUTS),
+        ("kms:DescribeKey", KEY),
+        ("kms:Decrypt", KEY),
     ],
 }
 

@@ -410,9 +410,11 @@ def ready_to_train(emulated: EmulatedAccount, monkeypatch: Any) -> None:
 def deploy_stack(emulated: EmulatedAccount, **parameters: str) -> None:
     """code/aws/stack.yaml, as `aws cloudformation deploy` would."""
     given = {"DataBucket": BUCKET, **parameters}
+    template = (DOCUMENTS / "stack.yaml").read_text()
     emulated.client("cloudformation").create_stack(
         StackName="brain-to-text",
-        TemplateBody=(DOCUMENTS / "stack.yaml").read_text(),
+        # moto knows one partition
+        TemplateBody=template.replace("${AWS::Partition}", emulated.partition),
         Capabilities=["CAPABILITY_NAMED_IAM"],
         Parameters=[{"ParameterKey": k, "ParameterValue": v} for k, v in given.items()],
     )

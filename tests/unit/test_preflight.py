@@ -205,18 +205,10 @@ def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
         ({"output_prefix": "mine"}, f"s3:PutObject on arn:aws:s3:::{BUCKET}/mine/b2t-1/checkpo"),
         ({"init_from_checkpoint": "s3://b/models/best"}, "s3:GetObject on arn:aws:s3:::b/models"),
         ({"debug_shell": True}, "AllowShell=yes"),
-        ({"output_kms_key": f"arn:aws:kms:us-east-1:{ACCOUNT}:key/1"}, "KmsKeyArn"),
     ],
 )
 def test_role_without_what_a_setting_needs(role, settings, said):
     assert any(said in finding.reason for finding in account_findings(role, **settings))
-
-
-def test_what_the_stacks_parameters_give_is_enough(aws):
-    key = f"arn:aws:kms:us-east-1:{ACCOUNT}:key/1"
-    deploy_stack(aws, AllowShell="yes", KmsKeyArn=key)
-    settings = {"debug_shell": True, "output_kms_key": key}
-    assert account_findings(aws, **settings) == []
 
 
 def test_quota_too_small(role):

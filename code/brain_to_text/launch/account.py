@@ -65,6 +65,11 @@ class AwsAccount:
             self._clients[key] = self.session.client(service, region_name=key[1])
         return self._clients[key]
 
+    @property
+    def dns_suffix(self) -> str:
+        """What the names of AWS's hosts end in, in this region's partition."""
+        return "amazonaws.com.cn" if self.region.startswith("cn-") else "amazonaws.com"
+
     @cached_property
     def identity(self) -> dict[str, str]:
         """Caller identity: Account, Arn, UserId. Raises JobError when the credentials fail."""

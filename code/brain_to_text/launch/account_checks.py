@@ -1,12 +1,18 @@
-"""May this account run the job: what its role is allowed, and the quota of its instances."""
+"""May this account run the job: what its role is allowed, on data and keys, and the quota.
+
+IAM's simulator answers from the role's policies and the organisation's; it does not see the policy
+of a key or of a bucket.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
-from ..errors import Finding, error
-from .account import AwsAccount, error_code
+from ..errors import Finding, JobError, error
+from ..storage.locations import DATA_FILE, MANIFEST_NAME
+from .account import AwsAccount, error_code, sentence
 from .image import ECR_URI
 from .request import JobSettings
 
@@ -42,47 +48,57 @@ def check_role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             f"with {STACK} (README, step 1).",
         )
         return
-    name, owner = job.role.rsplit("/", 1)[-1], job.role.split(":")[4]
-    for need in needed_permissions(job, account.region, owner):
-        try:
-            answer = account.client("iam").simulate_principal_policy(
-                PolicySourceArn=job.role,
-                ActionNames=list(need.actions),
-                ResourceArns=[need.resource],
-                ContextEntries=[
-                    {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
-                    for key, value in need.context
-                ],
-            )
-        except ClientError as problem:
-            if error_code(problem) != "NoSuchEntity":
-                raise
+    try:
+        for need in chain(needed_permissions(job, account.region), needed_keys(job, account)):
+            yield from _denied(job.role, need, account)
+    except ClientError as problem:
+        if error_code(problem) != "NoSuchEntity":
+            raise
+        _, owner = _partition_and_owner(job)
+        yield error(
+            "role-unknown",
+            f"Role {job.role.rsplit('/', 1)[-1]} does not exist in account {owner}: give --role "
+            f"ARN, or create one with {STACK} (README, step 1).",
+        )
+
+
+def _denied(role: str, need: Need, account: AwsAccount) -> Iterator[Finding]:
+    """One error for each action that the role is not allowed."""
+    answer = account.client("iam").simulate_principal_policy(
+        PolicySourceArn=role,
+        ActionNames=list(need.actions),
+        ResourceArns=[need.resource],
+        ContextEntries=[
+            {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
+            for key, value in need.context
+        ],
+    )
+    for result in answer["EvaluationResults"]:
+        action = result["EvalActionName"]
+        if result["EvalDecision"] != "allowed":
             yield error(
-                "role-unknown",
-                f"Role {name} does not exist in account {owner}: give --role ARN, or create one "
-                f"with {STACK} (README, step 1).",
+                "permission-denied",
+                f"Role {role.rsplit('/', 1)[-1]} may not {action} on {need.resource}: "
+                f"{_remedy(action, need.resource)}.",
             )
-            return
-        for result in answer["EvaluationResults"]:
-            action = result["EvalActionName"]
-            if result["EvalDecision"] != "allowed":
-                yield error(
-                    "permission-denied",
-                    f"Role {name} may not {action} on {need.resource}: {_remedy(action)}.",
-                )
 
 
-def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
-    """What the job's role must be allowed in an account and region."""
-    bucket = f"arn:aws:s3:::{job.s3_bucket}"
-    trial_file = f"{bucket}/{job.s3_data_prefix.strip('/')}/SESSION/data_train.hdf5"
-    outputs = f"{bucket}/{job.output_prefix.strip('/')}/{job.job_name}"
-    group = f"arn:aws:logs:{region}:{owner}:log-group:{LOG_GROUP}:log-stream:"
+def needed_permissions(job: JobSettings, region: str) -> list[Need]:
+    """What the job's role must be allowed in a region, keys left out."""
+    partition, owner = _partition_and_owner(job)
+
+    def of_s3(url: str) -> str:
+        return url.replace("s3://", f"arn:{partition}:s3:::", 1)
+
+    data, outputs = job.s3_data_prefix.strip("/"), job.output_prefix.strip("/")
+    bucket = of_s3(f"s3://{job.s3_bucket}")
+    group = f"arn:{partition}:logs:{region}:{owner}:log-group:{LOG_GROUP}:log-stream:"
     metrics = (("cloudwatch:namespace", LOG_GROUP),)
     needs = [
-        Need(("s3:ListBucket",), bucket),
-        Need(("s3:GetObject",), trial_file),
-        Need(("s3:PutObject",), f"{outputs}/output/model.tar.gz"),
+        Need(("s3:ListBucket",), bucket, (("s3:prefix", f"{data}/"),)),
+        Need(("s3:ListBucket",), bucket, (("s3:prefix", f"{outputs}/{job.job_name}/"),)),
+        Need(("s3:GetObject",), f"{bucket}/{data}/SESSION/data_train.hdf5"),
+        Need(("s3:PutObject",), f"{bucket}/{outputs}/{job.job_name}/output/model.tar.gz"),
         Need(("ecr:GetAuthorizationToken",), "*"),
         Need(("logs:CreateLogGroup", "logs:DescribeLogStreams"), group),
         Need(("logs:CreateLogStream", "logs:PutLogEvents"), f"{group}{job.job_name}/algo-1"),
@@ -90,17 +106,13 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
     ]
     image = ECR_URI.fullmatch(job.image_uri or "")
     if image:
-        place = f"{image['region']}:{image['account']}:repository/{image['repository']}"
+        repository = f"{image['region']}:{image['account']}:repository/{image['repository']}"
         actions = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
-        needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:aws:ecr:{place}"))
+        needs.append(Need(tuple(f"ecr:{a}" for a in actions), f"arn:{partition}:ecr:{repository}"))
     states = job.checkpoints_of(job.resume_from or str(job.job_name))
-    states = f"{states.replace('s3://', 'arn:aws:s3:::', 1)}/state-a.pt"
-    needs.append(Need(("s3:GetObject", "s3:PutObject"), states))
+    needs.append(Need(("s3:GetObject", "s3:PutObject"), f"{of_s3(states)}/STATE"))
     if job.init_from_checkpoint:
-        model = job.init_from_checkpoint.replace("s3://", "arn:aws:s3:::", 1)
-        needs.append(Need(("s3:GetObject",), model))
-    if job.output_kms_key and job.output_kms_key.startswith("arn:"):
-        needs.append(Need(("kms:GenerateDataKey",), job.output_kms_key))
+        needs.append(Need(("s3:GetObject",), of_s3(job.init_from_checkpoint)))
     if job.subnets:
         needs.append(Need(("ec2:CreateNetworkInterface",), "*"))
     if job.debug_shell:
@@ -108,11 +120,91 @@ def needed_permissions(job: JobSettings, region: str, owner: str) -> list[Need]:
     return needs
 
 
-def _remedy(action: str) -> str:
+def needed_keys(job: JobSettings, account: AwsAccount) -> Iterator[Need]:
+    """What the role must be allowed on the KMS keys of the volume, the outputs, data and bucket.
+
+    Raises:
+        ClientError: you may not look at the bucket's encryption.
+        JobError: there is no such key.
+    """
+    if job.volume_kms_key and (key := _customers_key(job.volume_kms_key, account, job)):
+        yield Need(("kms:CreateGrant",), key, (("kms:GrantIsForAWSResource", "true"),))
+    actions: dict[str, set[str]] = {}
+    for used, rights in _keys_through_s3(job, account):
+        if key := _customers_key(used, account, job):
+            actions.setdefault(key, set()).update(f"kms:{right}" for right in rights)
+    through = (("kms:ViaService", f"s3.{account.region}.{account.dns_suffix}"),)
+    for key, wanted in actions.items():
+        yield Need(tuple(sorted(wanted)), key, through)
+
+
+def _keys_through_s3(
+    job: JobSettings, account: AwsAccount
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(key, what S3 does with it) of outputs, manifest, one file per split, and bucket."""
+    from botocore.exceptions import ClientError
+
+    if job.output_kms_key:
+        yield job.output_kms_key, ("Decrypt", "Encrypt", "GenerateDataKey")
+    s3 = account.client("s3")
+    try:
+        for name in _one_of_each(s3, job.s3_bucket, f"{job.s3_data_prefix.strip('/')}/"):
+            if key := s3.head_object(Bucket=job.s3_bucket, Key=name).get("SSEKMSKeyId"):
+                yield key, ("Decrypt",)
+    except ClientError:
+        return  # the check of the data meets the same refusal, and reports it
+    try:
+        answer = s3.get_bucket_encryption(Bucket=job.s3_bucket)
+    except ClientError as problem:
+        if error_code(problem) == "ServerSideEncryptionConfigurationNotFoundError":
+            return
+        raise
+    for rule in answer["ServerSideEncryptionConfiguration"]["Rules"]:
+        if key := rule.get("ApplyServerSideEncryptionByDefault", {}).get("KMSMasterKeyID"):
+            yield key, ("Decrypt", "GenerateDataKey")
+
+
+def _one_of_each(s3: Any, bucket: str, prefix: str) -> list[str]:
+    """Keys of the manifest and of one file per split."""
+    found: dict[str, str] = {}
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", []):
+            name = entry["Key"].removeprefix(prefix)
+            match = DATA_FILE.fullmatch(name)
+            if match or name == MANIFEST_NAME:
+                found.setdefault(match["split"] if match else name, entry["Key"])
+    return list(found.values())
+
+
+def _customers_key(key: str, account: AwsAccount, job: JobSettings) -> str | None:
+    """ARN of a key given by ARN, id or alias; None for AWS's own `aws/s3`, which needs no right."""
+    from botocore.exceptions import ClientError
+
+    try:
+        about = account.client("kms").describe_key(KeyId=key)["KeyMetadata"]
+    except ClientError as problem:
+        if error_code(problem) == "NotFoundException":
+            raise JobError(sentence(problem, f"looking up the KMS key {key}")) from problem
+        if "alias/" in key:
+            raise
+        if key.startswith("arn:"):
+            return key
+        partition, owner = _partition_and_owner(job)
+        return f"arn:{partition}:kms:{account.region}:{owner}:key/{key}"
+    return None if about.get("KeyManager") == "AWS" else str(about["Arn"])
+
+
+def _partition_and_owner(job: JobSettings) -> tuple[str, str]:
+    """Of the role: aws, aws-us-gov or aws-cn, which every ARN that we ask about carries too."""
+    _, partition, _, _, owner, *_ = str(job.role).split(":")
+    return partition, owner
+
+
+def _remedy(action: str, resource: str) -> str:
     """What to type: some actions are allowed by a parameter of the stack."""
     parameter = {
         "ec2": "VpcId=YOUR-VPC",
-        "kms": "KmsKeyArn=YOUR-KEY",
+        "kms": f"KmsKeyArn={resource} (several: joined by commas)",
         "ssmmessages": "AllowShell=yes",
     }.get(action.split(":")[0])
     if parameter is None:
