@@ -5,6 +5,7 @@ One table for the launcher's prices and the trainer's MFU; nothing here needs to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,9 @@ KERNEL_SECONDS = 3e-6  # of a kernel that waits for the one before it; assumed
 KERNELS_PER_CELL = 2  # one product, one pass over the gates
 LAUNCHES, LAUNCH_SECONDS = 200, 5e-6  # outside cuDNN, counted; of each, assumed
 FEATURE_PASSES, PATCH_PASSES, LOGIT_PASSES = 16, 8, 8  # reads and writes of each in a step
+PCIE = 8.0  # GB/s of an all-reduce by PCIe 4 through host memory; assumed, no figure was found
+NVLINK_3, NVLINK_4 = 230.8, 480.0  # nccl issue 527, 2022-07 (A100); GTC S62129, 2024 (H100)
+LATENCY_SECONDS = 70e-6  # of an all-reduce: aws-k8s-tester pull request 585, 2025-02-19
 WEIGHT_BYTES = 32  # of AdamW for every weight: four read, three written, the gradient's norm
 
 
@@ -34,6 +38,7 @@ class Gpu:
         capability: CUDA compute capability.
         memory_gib: of one device.
         bandwidth: of its memory, GB/s.
+        all_reduce: bus bandwidth among the devices of one machine, GB/s, as nccl-tests defines it.
         sustained: share of the peaks that its power allows for long.
         seconds_per_step: measured with rnn_args_diphone_sagemaker.yaml (batch 48) by the command in
             tests/benchmarks/RESULTS.md; None: not measured.
@@ -46,6 +51,7 @@ class Gpu:
     float16: float
     tf32: float | None
     float32: float
+    all_reduce: float = PCIE
     sustained: float = 1.0
     seconds_per_step: float | None = None
 
@@ -69,14 +75,14 @@ GPUS = {
     "T4": Gpu(7.5, 16, 320, None, 65.0, None, 8.1, sustained=0.5),
     "A10G": Gpu(8.6, 24, 600, 70.0, 70.0, 35.0, 31.5),
     "A10": Gpu(8.6, 24, 600, 125.0, 125.0, 62.5, 31.2),
-    "A100": Gpu(8.0, 40, 1555, 312.0, 312.0, 156.0, 19.5),
-    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 312.0, 156.0, 19.5),
+    "A100": Gpu(8.0, 40, 1555, 312.0, 312.0, 156.0, 19.5, NVLINK_3),
+    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 312.0, 156.0, 19.5, NVLINK_3),
     "L4": Gpu(8.9, 24, 300, 121.0, 121.0, 60.0, 30.3, sustained=0.5),
     "L40S": Gpu(8.9, 48, 864, 362.0, 362.0, 183.0, 91.6),
     "H100 PCIe": Gpu(9.0, 80, 2000, 756.0, 756.0, 378.0, 51.0),
-    "H100": Gpu(9.0, 80, 3350, 989.0, 989.0, 494.0, 67.0),
-    "H200": Gpu(9.0, 141, 4800, 989.0, 989.0, 494.0, 67.0),
-    "B200": Gpu(10.0, 180, 8000, 2250.0, 2250.0, 1100.0, 75.0),
+    "H100": Gpu(9.0, 80, 3350, 989.0, 989.0, 494.0, 67.0, NVLINK_4),
+    "H200": Gpu(9.0, 141, 4800, 989.0, 989.0, 494.0, 67.0, NVLINK_4),
+    "B200": Gpu(10.0, 180, 8000, 2250.0, 2250.0, 1100.0, 75.0, NVLINK_4),
     "RTX PRO 6000": Gpu(12.0, 96, 1597, 500.0, 500.0, 250.0, 120.0),
     "GeForce RTX 4090": Gpu(8.9, 24, 1008, 165.2, 165.2, 82.6, 82.6),
 }
@@ -105,6 +111,36 @@ def frame_weights(config: TrainingConfig) -> int:
     inputs = patch + (model.n_layers - 1) * H * directions
     gru = 3 * H * directions * (inputs + model.n_layers * H)
     return gru + H * directions * config.dataset.n_classes
+
+
+def gradient_bytes(config: TrainingConfig) -> int:
+    """What processes exchange in a step: all but the day layers that the batch has no trial of."""
+    model, width = config.model, config.width
+    H, directions = model.n_units, 2 if model.bidirectional else 1
+    biases = directions * model.n_layers * 6 * H + config.dataset.n_classes + directions * H
+    days = config.dataset.days_per_batch * (width + 1) * width
+    return 4 * (frame_weights(config) + biases + days)
+
+
+def exchange_seconds(
+    config: TrainingConfig, gpu: Gpu, gpus: int, machines: int = 1, between: float = 0.0
+) -> float:
+    """Seconds a step needs for exchanging gradients: packing, all-reduce, unpacking.
+
+    Nothing of it overlaps with the backward pass, because cuDNN hands over the gradients of all GRU
+    layers at its end.
+
+    Args:
+        gpus: in all machines together.
+        between: bus bandwidth among the machines, GB/s.
+    """
+    if gpus == 1:
+        return 0.0
+    sent = gradient_bytes(config)
+    bus = gpu.all_reduce if machines == 1 else min(between, gpu.all_reduce)
+    packing = 4 * sent / (gpu.bandwidth * 1e9)  # two copies, each read and written
+    hops = LATENCY_SECONDS * (1 + math.log2(machines))
+    return packing + 2 * (gpus - 1) / gpus * sent / (bus * 1e9) + hops
 
 
 def training_flops(config: TrainingConfig, n_bins: float, n_frames: float) -> float:

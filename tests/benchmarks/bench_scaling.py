@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,64 +30,25 @@ sys.path[:0] = [str(HERE.parents[1] / "code"), str(HERE)]
 
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
-from brain_to_text.gpus import GPUS, step_time
-from brain_to_text.launch.pricing import hourly_price, instance_types
+from brain_to_text.gpus import GPUS, exchange_seconds, gradient_bytes, step_time
+from brain_to_text.launch.pricing import hourly_price, instance_types, tcp_bandwidth
 
 CONFIG = HERE.parents[1] / "code" / "rnn_args_diphone_sagemaker.yaml"
 
 # --- the plan: all-reduce of the gradients after a backward pass of the estimated length ----------
 
-
-@dataclass(frozen=True)
-class Network:
-    """Bus bandwidth of an all-reduce in GB/s, as nccl-tests defines it: inside one machine, between
-    two, between more; and of plain TCP, which is what an image without the EFA plugin gets."""
-
-    inside: float
-    two: float
-    more: float
-    tcp: float
-    source: str
-
-
 # Share of the link's rate that an all-reduce between machines reached: p4d, 4 machines, 29.6 of
 # 50 GB/s (github.com/NVIDIA/nccl/issues/527, comment of 2022-07-25). Used where nothing was found.
 LINK_SHARE = 29.6 / 50
-# Plain TCP: NCCL's socket transport, assumed at half the link and at most 100 Gbit/s (one network
-# card without EFA); nothing was measured.
-TCP_SHARE, TCP_MOST = 0.5, 12.5
-PCIE = 8.0  # assumed: PCIe 4 through host memory, no peer-to-peer; no published figure was found
-
-
-def of_link(gigabits: float) -> tuple[float, float, float]:
-    """(two, more, tcp) from a link's rate alone."""
-    share = gigabits / 8 * LINK_SHARE
-    return share, share, min(TCP_SHARE * gigabits / 8, TCP_SHARE * TCP_MOST)
-
-
-NETWORKS = {
-    "ml.g5.12xlarge": Network(PCIE, *of_link(40), "inside assumed; link 40 Gbit/s x share"),
-    "ml.g5.48xlarge": Network(PCIE, *of_link(100), "inside assumed; link 100 Gbit/s x share"),
-    "ml.p4d.24xlarge": Network(230.8, 57.2, 29.6, of_link(400)[2], "nccl issue 527, 2022-07"),
-    "ml.p5.48xlarge": Network(
-        480, *of_link(3200), "inside: GTC S62129 in nccl issue 1374, 2024-07; link x share"
-    ),
+# Bus bandwidth of an all-reduce in GB/s over EFA, between two machines and between more
+BY_EFA = {
+    "ml.g5.12xlarge": (40 / 8 * LINK_SHARE,) * 2,
+    "ml.g5.48xlarge": (100 / 8 * LINK_SHARE,) * 2,
+    "ml.p4d.24xlarge": (57.2, 29.6),  # nccl issue 527, 2022-07
+    "ml.p5.48xlarge": (3200 / 8 * LINK_SHARE,) * 2,
 }
-LATENCY_SECONDS = 70e-6  # 2 x p5, small messages: aws-k8s-tester pull request 585, 2025-02-19
 WORLDS = (1, 4, 8, 16, 64)
 STEPS = 150_000
-
-
-def gradient_bytes(config: TrainingConfig) -> int:
-    """What travels each step: everything but day layers, and those of one batch's sessions."""
-    model = config.model
-    width, units = config.width, model.n_units
-    first = width * model.patch_size
-    gru = 3 * units * (first + units + 2)
-    gru += (model.n_layers - 1) * 3 * units * (2 * units + 2)
-    classifier = (units + 1) * config.dataset.n_classes
-    days = config.dataset.days_per_batch * (width + 1) * width
-    return 4 * (gru + classifier + units + days)
 
 
 def compute_seconds(config: TrainingConfig, name: str, trials: float) -> float:
@@ -96,18 +56,13 @@ def compute_seconds(config: TrainingConfig, name: str, trials: float) -> float:
     return step_time(config, GPUS[str(instance_types()[name].gpu)], trials).total
 
 
-def exchange_seconds(config: TrainingConfig, name: str, gpus: int, efa: bool = True) -> float:
-    """Packing, all-reduce, unpacking; nothing of it overlaps with the backward pass, because cuDNN
-    hands over the gradients of all GRU layers at once, at its end."""
-    if gpus == 1:
-        return 0.0
-    network, row, sent = NETWORKS[name], instance_types()[name], gradient_bytes(config)
-    machines, memory = math.ceil(gpus / row.gpus), GPUS[str(row.gpu)].bandwidth
-    between = network.two if machines == 2 else network.more
-    bus = network.inside if machines == 1 else (between if efa else network.tcp)
-    packing = 4 * sent / (memory * 1e9)  # two copies, read and write
-    hops = LATENCY_SECONDS * (1 + math.log2(machines))
-    return packing + 2 * (gpus - 1) / gpus * sent / (min(bus, network.inside) * 1e9) + hops
+def exchange(config: TrainingConfig, name: str, gpus: int, efa: bool) -> float:
+    """The launcher's estimate by TCP, which is what our image has, or what EFA would take."""
+    row = instance_types()[name]
+    machines = math.ceil(gpus / row.gpus)
+    by_efa = BY_EFA[name][0 if machines == 2 else 1]
+    bandwidth = by_efa if efa else tcp_bandwidth(name)
+    return exchange_seconds(config, GPUS[str(row.gpu)], gpus, machines, bandwidth)
 
 
 def batch_for(config: TrainingConfig, name: str, exchange: float, efficiency: float) -> int:
@@ -122,20 +77,14 @@ def print_plan() -> None:
     print("\n| type | GPUs | exchange, ms, and by TCP | efficiency at 48 trials per GPU, ", end="")
     print("likewise | trials per GPU for 80 %, 90 % | 150,000 steps of 48 trials: h, $ ", end="")
     print("| of the 80 % batch: trials, h, $ |\n|---|---|---|---|---|---|---|")
-    for name in NETWORKS:
+    for name in BY_EFA:
         for gpus in WORLDS:
             if gpus == 1 or gpus >= instance_types()[name].gpus:
                 print(plan_row(config, name, gpus))
-    print("\nAll-reduce bus bandwidth in GB/s, and where it comes from:")
-    for name, network in NETWORKS.items():
-        print(
-            f"  {name}: {network.inside:.0f} inside, {network.two:.1f} between two machines, "
-            f"{network.more:.1f} between more, {network.tcp:.1f} by TCP; {network.source}"
-        )
 
 
 def plan_row(config: TrainingConfig, name: str, gpus: int) -> str:
-    exchanges = [exchange_seconds(config, name, gpus, efa) for efa in (True, False)]
+    exchanges = [exchange(config, name, gpus, efa) for efa in (True, False)]
     cells = [name.removeprefix("ml."), str(gpus), ", ".join(f"{1e3 * s:.1f}" for s in exchanges)]
     step = compute_seconds(config, name, 48)
     cells.append(", ".join(f"{100 * step / (step + seconds):.0f} %" for seconds in exchanges))

@@ -143,9 +143,10 @@ JOB = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/b2t-1"
 LOGS = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:"
 REPOSITORY = f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/brain-to-text-training"
 DATA, OUTPUTS = f"arn:aws:s3:::{BUCKET}/data/set/x", f"arn:aws:s3:::{BUCKET}/{OUTPUT_PREFIX}/j/x"
-KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/YOUR-KEY"
+KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1"
 S3 = f"arn:aws:s3:::{BUCKET}"
 PASSED = {"iam:passedtoservice": "sagemaker.amazonaws.com"}
+PASSED["kms:viaservice"] = f"s3.{REGION}.amazonaws.com"
 # Done by whoever owns the account, or asking AWS nothing.
 ADMINISTRATORS = ("aws cloudformation", "aws iam", "aws configure", "aws sso", "aws ssm")
 CALLS = {

@@ -17,27 +17,25 @@ GUIDE = CODE_FOLDER / "README_SAGEMAKER.md"
 
 
 def instance_table() -> str:
-    """GPU types with a known price, by number and kind of GPUs; the smallest with its figures."""
+    """Every GPU type that the image can use with its figures; by name where no price is known."""
     config = load_config(CODE_FOLDER / DEFAULT_CONFIG)
-    rows: dict[tuple[str, int, str], list[str]] = {}
+    header = ["type", "GPUs", "RAM", "per hour", "150,000 steps", "cost"]
+    rows, unknown, measured = [header, ["---"] * len(header)], [], []
     for name, row in instance_types().items():
         if row.gpu is None or GPUS[row.gpu].capability < OLDEST_CAPABILITY:
             continue
-        _, family, size = name.split(".")
-        made, kind = estimate(config, name), (family, row.gpus, row.gpu)
-        if kind in rows:
-            rows[kind][0] += f", {size}"
-        elif made.usd is not None:
-            rows[kind] = [
-                f"`{name}`",
-                f"{row.gpus} x {row.gpu} {GPUS[row.gpu].memory_gib:g} GiB",
-                *(f"{row.ram_gib} GiB", f"${made.usd_per_hour:.2f}"),
-                *(f"{made.hours:.1f} h", f"${made.usd:.0f}"),
-                "measured" if made.measured else "estimate",
-            ]
-    header = ["type (and larger)", "GPUs", "RAM", "per hour", "150,000 steps", "cost", "basis"]
-    lines = [header, ["---"] * len(header), *rows.values()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        made = estimate(config, name)
+        if made.measured:
+            measured.append(name)
+        if made.usd is None:
+            unknown.append(f"`{name}`")
+            continue
+        cells = [f"`{name}`", f"{row.gpus} x {row.gpu} {GPUS[row.gpu].memory_gib:g} GiB"]
+        cells += [f"{row.ram_gib} GiB", f"${made.usd_per_hour:.2f}"]
+        rows.append([*cells, f"{made.hours:.1f} h", f"${made.usd:.0f}"])
+    lines = ["| " + " | ".join(line) + " |" for line in rows]
+    said = f"Measured on a GPU: {', '.join(measured) or 'no figure in this table'}."
+    return "\n".join([*lines, "", said, f"No price is known here of {', '.join(unknown)}."])
 
 
 def filled(text: str) -> str:

@@ -26,7 +26,7 @@ from ..storage.locations import (
 )
 from .account import AwsAccount, error_code
 from .image import ECR_URI, Image, code_differences, look_at
-from .pricing import gpu_of, instance_types, step_seconds
+from .pricing import cheaper_choice, gpu_of, instance_types, step_seconds
 from .request import JobSettings, resolve_config
 
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
@@ -78,6 +78,8 @@ def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]
             f"{job.max_run_hours:g}: use --max-run-hours {2 * hours:.0f}, or fewer "
             "--num-training-batches.",
         )
+    if choice := cheaper_choice(config, job.instance_type, job.instance_count):
+        yield warning("cheaper-choice", choice)
 
 
 def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None = None) -> float:

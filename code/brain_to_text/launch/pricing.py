@@ -15,12 +15,16 @@ import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import load_config
-from ..gpus import GPUS, Gpu, step_time
+from ..gpus import GPUS, Gpu, exchange_seconds, step_time
 from .account import AwsAccount, no_answer
 
 TABLE = Path(__file__).with_name("instance_types.yaml")
 REFERENCE = Path(__file__).parents[2] / "rnn_args_diphone_sagemaker.yaml"  # what was measured
 START_HOURS = 0.1  # image download and start, billed
+# Between machines the image has TCP alone, no EFA plugin: assumed at half the link, and at most
+# half of one network card's 100 Gbit/s.
+TCP_SHARE, TCP_MOST_GBIT = 0.5, 100
+GAIN_WORTH_PAYING = 1.5  # times faster than a cheaper choice
 SPOT_SHARE = 0.4  # of the on-demand price; AWS promises "up to 90 %" off, 60 % is common
 
 
@@ -31,6 +35,7 @@ class InstanceType:
     gpu: str | None
     gpus: int
     ram_gib: float
+    link_gbit: float
     usd_per_hour: float | None
 
 
@@ -65,13 +70,18 @@ class Estimate:
             return None
         return self.hours * self.usd_per_hour * self.instance_count
 
+    def short(self) -> str:
+        """Type, hours and, where it is known, the price."""
+        price = "" if self.usd is None else f" and ${self.usd:.0f}"
+        return f"{self.instance_count} x {self.instance_type}: {self.hours:.1f} h{price}"
+
     def lines(self) -> list[str]:
         """The estimate for people, one fact a line."""
         machines = f"{self.instance_count} x {self.instance_type}"
         if self.seconds_per_step is None:
             said = [f"Time: not known for {self.instance_type} (no GPU in instance_types.yaml)"]
         else:
-            how = "measured on this GPU" if self.measured else "estimated, not measured"
+            how = "measured on this GPU" if self.measured else "estimated, measured on no GPU"
             said = [
                 f"Time: {self.hours:.1f} h = {self.steps:,} steps x {self.seconds_per_step:.3f} s "
                 f"({how}) + start, on {machines}"
@@ -110,20 +120,26 @@ def gpu_of(name: str) -> Gpu | None:
     return None if row is None or row.gpu is None else GPUS[row.gpu]
 
 
+def tcp_bandwidth(name: str) -> float:
+    """GB/s of an all-reduce between machines of that type, by TCP."""
+    return TCP_SHARE * min(instance_types()[name].link_gbit, TCP_MOST_GBIT) / 8
+
+
 def step_seconds(
     config: TrainingConfig, name: str, instances: int = 1
 ) -> tuple[float, bool] | None:
-    """Seconds per step and whether they rest on a measurement; None for unknown or CPU types."""
+    """Seconds per step and whether they were measured; None for unknown or CPU types."""
     gpu = gpu_of(name)
     if gpu is None:
         return None
-    share = config.dataset.batch_size / (instance_types()[name].gpus * instances)
-    modelled = step_time(config, gpu, share).total
-    if gpu.seconds_per_step is None:
-        return modelled, False
-    # measured with the reference configuration; others scale as the model says
-    reference = step_time(load_config(REFERENCE), gpu).total
-    return gpu.seconds_per_step * modelled / reference, True
+    row = instance_types()[name]
+    gpus = row.gpus * instances
+    seconds = step_time(config, gpu, config.dataset.batch_size / gpus).total
+    if gpu.seconds_per_step is not None:
+        # measured with the reference configuration; others scale as the model says
+        seconds *= gpu.seconds_per_step / step_time(load_config(REFERENCE), gpu).total
+    seconds += exchange_seconds(config, gpu, gpus, instances, tcp_bandwidth(name))
+    return seconds, gpu.seconds_per_step is not None and gpus == 1
 
 
 def estimate(
@@ -136,6 +152,31 @@ def estimate(
     seconds, measured = step_seconds(config, name, instances) or (None, False)
     price = hourly_price(name, account)
     return Estimate(name, instances, config.num_training_batches, seconds, measured, *price)
+
+
+def cheaper_choice(config: TrainingConfig, name: str, instances: int = 1) -> str | None:
+    """A sentence where fewer GPUs cost less and take hardly longer; by the table's prices."""
+    asked, row = estimate(config, name, instances), instance_types().get(name)
+    if row is None or asked.hours is None or row.gpus * instances == 1:
+        return None
+    fewer = [estimate(config, name)] if instances > 1 else []
+    fewer += [
+        estimate(config, other)
+        for other, kind in instance_types().items()
+        if kind.gpu == row.gpu and kind.gpus == 1
+    ]
+    for choice in sorted(fewer, key=lambda choice: choice.usd or float("inf")):
+        assert choice.hours is not None  # it has the same GPU
+        is_cheaper = choice.usd is not None and asked.usd is not None and choice.usd < asked.usd
+        if choice.instance_type == name:  # whatever its price
+            is_cheaper = choice.hours < asked.hours * instances
+        if is_cheaper and choice.hours < GAIN_WORTH_PAYING * asked.hours:
+            return (
+                f"{row.gpus * instances} GPUs ({asked.short()}) gain little, because they exchange "
+                f"gradients after every step: {choice.short()}; use --instance-type "
+                f"{choice.instance_type} --instance-count 1."
+            )
+    return None
 
 
 def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | None, str]:
