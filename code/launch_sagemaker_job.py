@@ -181,7 +181,7 @@ def _follow(name: str, account: AwsAccount) -> int:
     print(*state.summary(), sep="\n")
     if state.status == "Completed":
         print(f"Fetch it: {COMMAND} --fetch {name}")
-    return EXIT_CODES[state.status]
+    return EXIT_CODES.get(state.status, EXIT_CODES["Failed"])
 
 
 def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:

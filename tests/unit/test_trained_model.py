@@ -29,6 +29,7 @@ def test_folder_archive_and_s3_give_the_same_model(tmp_path, s3_bucket, upload):
     packed = archive(tmp_path / "model", job / "output" / "model.tar.gz")
     upload(job, f"s3://{s3_bucket}/sagemaker-outputs/job-1")
     upload(tmp_path / "model", f"s3://{s3_bucket}/unpacked")
+    upload(tmp_path / "model", f"s3://{s3_bucket}/uncompressed/output/model")
     root = f"s3://{s3_bucket}"
     for location in (
         tmp_path / "model",
@@ -38,6 +39,7 @@ def test_folder_archive_and_s3_give_the_same_model(tmp_path, s3_bucket, upload):
         f"{root}/sagemaker-outputs/job-1/output/model.tar.gz",
         f"{root}/sagemaker-outputs/job-1",
         f"{root}/unpacked",
+        f"{root}/uncompressed",
     ):
         artefact = open_model(location)
         assert artefact.sessions == SESSIONS

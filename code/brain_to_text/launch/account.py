@@ -24,6 +24,7 @@ _REMEDIES = {
     "AccessDenied": "your user may not do this: attach code/aws/launcher_policy.json",
     "AccessDeniedException": "your user may not do this: attach code/aws/launcher_policy.json",
     "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
+    "ResourceInUse": "a job of that name exists: give another --job-name",
     "ThrottlingException": "AWS asks for patience: try again in a minute",
 }
 

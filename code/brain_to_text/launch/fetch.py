@@ -47,6 +47,7 @@ def fetch(
             or damaged, or AWS refused.
     """
     trained_on = "YOUR-BUCKET", "YOUR-PREFIX"
+    state = None
     if s3_bucket is not None:
         output_uri = s3_url(s3_bucket, output_prefix, name)
     else:
@@ -59,17 +60,24 @@ def fetch(
     bucket, prefix = split_s3_url(output_uri)
     s3 = account.client("s3")
     has_model = _unpacked(s3, bucket, f"{prefix}/output/model.tar.gz", folder / "model")
+    has_model = has_model or _copied(s3, bucket, f"{prefix}/output/model/", folder / "model")
     _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output")
     log = folder / "model" / "training_log"
     if not log.is_file():
         log = folder / "logs" / "training_log"
         if not _downloaded(s3, bucket, f"{prefix}/logs/training_log", log) and not has_model:
+            if state is not None and state.is_final:
+                raise JobError(f"{name} left nothing under {output_uri}. {' '.join(state.why())}")
             raise JobError(
                 f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     said = [*result_table(rows_of_log(text)), f"Files: {folder}"]
+    if state is not None and state.is_final:
+        said += state.why()
     if not has_model:
+        if state is not None and state.is_final:
+            return [*said, f"There is no model: {name} ended without one."]
         return [*said, f"There is no model yet; try again when {name} has ended."]
     said.append(
         f"Evaluate: python code/evaluate_model.py --model {folder / 'model'} "
@@ -166,6 +174,35 @@ def _unpacked(s3: Any, bucket: str, key: str, folder: Path) -> bool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unpack(archive, folder)
     return True
+
+
+def _copied(s3: Any, bucket: str, prefix: str, folder: Path) -> bool:
+    """Download what lies under a prefix, all or nothing, by the rules for archives; False if empty.
+
+    Raises:
+        JobError: a key would be written elsewhere, there is too much, or AWS refused.
+    """
+    partial, size, number = folder.with_name(folder.name + ".partial"), 0, 0
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explained(f"downloading s3://{bucket}/{prefix}"):
+            for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for entry in page.get("Contents", []):
+                    member = tarfile.TarInfo(entry["Key"].removeprefix(prefix))
+                    size, number = size + entry["Size"], number + 1
+                    target = partial / member.name
+                    if problem := _danger(member, target.exists(), number, size):
+                        raise JobError(
+                            f"s3://{bucket}/{entry['Key']} is not fetched: it {problem}."
+                        )
+                    if not member.name.endswith("/"):
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        s3.download_file(bucket, entry["Key"], str(target))
+        if number:
+            partial.rename(folder)
+        return number > 0
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _downloaded(s3: Any, bucket: str, key: str, target: Path) -> bool:

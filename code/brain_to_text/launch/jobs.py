@@ -11,6 +11,20 @@ from .account import AwsAccount, error_code, explained
 from .request import PROJECT_TAG
 
 EXIT_CODES = {"Completed": 0, "Failed": 3, "Stopped": 4}
+GOES_ON = "go on from its last checkpoint with --resume-from"
+# Part of what SageMaker says of a job's end (its reason or its secondary status): what to do next.
+_NEXT_STEPS = {
+    "CapacityError": "AWS has no free instance of that type: try again later, or choose another "
+    "--instance-type, --region, or no --spot",
+    "Could not assume role": "SageMaker may not take on the role: deploy code/aws/stack.yaml, or "
+    "give the role code/aws/trust_policy.json",
+    "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
+    "MaxRuntimeExceeded": f"raise --max-run-hours, and {GOES_ON}",
+    "MaxWaitTimeExceeded": f"raise --max-wait-hours or leave --spot out, and {GOES_ON}",
+    "Interrupted": f"the spot instance was taken back: {GOES_ON}",
+    "AlgorithmError": "correct what the reason names; --watch shows the log again",
+    "InternalServerError": f"SageMaker failed: {GOES_ON}",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,8 @@ class JobState:
 
     @property
     def is_final(self) -> bool:
-        return self.status in EXIT_CODES
+        """True in every state but the two that lead to another one."""
+        return self.status not in ("InProgress", "Stopping")
 
     @property
     def transitions(self) -> list[tuple[datetime, str, str]]:
@@ -46,12 +61,24 @@ class JobState:
         """s3:// folder with everything the job leaves."""
         return f"{self.request['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{self.name}"
 
+    def why(self) -> list[str]:
+        """Why a job did not complete, and the next step, as far as SageMaker or we know."""
+        reason = " ".join(self.request.get("FailureReason", "").split())
+        secondary = self.request.get("SecondaryStatus", self.status)
+        said = [f"Why: {reason}"] if reason else []
+        if self.status == "Completed":
+            return said
+        if not reason:
+            said = [f"SageMaker gives no reason; its last state is {secondary}."]
+        steps = [step for words, step in _NEXT_STEPS.items() if words in f"{reason} {secondary}"]
+        text = steps[0] if steps else f"see its log with --watch {self.name}, and {GOES_ON}"
+        return [*said, f"Next: {text.replace(GOES_ON, f'{GOES_ON} {self.name}')}."]
+
     def summary(self) -> list[str]:
         """The end of a job for people: state, time, money saved, why, where."""
         resources = self.request["ResourceConfig"]
         said = [f"{self.name}: {self.status}"]
-        if reason := self.request.get("FailureReason"):  # what its failure file says
-            said.append(f"Why: {' '.join(reason.split())}")
+        said += self.why() if self.is_final else []
         trained = self.request.get("TrainingTimeInSeconds")
         billed = self.request.get("BillableTimeInSeconds")  # of one instance, both
         if trained is not None and billed is not None:

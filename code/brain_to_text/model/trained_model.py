@@ -29,11 +29,12 @@ from .rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from .weights_file import load_verified
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
+_UNPACKED = "output/model"  # below a job's outputs, where it asked for an uncompressed model
 # last name → where it may lie, in a folder or an archive
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    "best_checkpoint": CHECKPOINTS,
-    "args.yaml": ("checkpoint/args.yaml", "args.yaml"),
-    "training_log": ("training_log",),
+    "best_checkpoint": (*CHECKPOINTS, f"{_UNPACKED}/{CHECKPOINTS[0]}"),
+    "args.yaml": ("checkpoint/args.yaml", "args.yaml", f"{_UNPACKED}/checkpoint/args.yaml"),
+    "training_log": ("training_log", f"{_UNPACKED}/training_log"),
 }
 _MOST_SWELLING = 100  # times a packed archive's size; weights hardly shrink, logs to a twentieth
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
