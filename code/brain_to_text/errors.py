@@ -31,7 +31,7 @@ class CheckpointError(BrainToTextError):
 
 
 class InUseError(CheckpointError):
-    """A file or folder that another live run is writing."""
+    """A file or folder that belongs to another run."""
 
 
 class TrainingError(BrainToTextError):

@@ -127,6 +127,32 @@ def test_a_second_job_in_the_same_place_is_refused_and_leaves_the_first_ones_log
     assert "\0" not in log and "Train batch 0:" in log and "Stopped by SIGTERM" in log
 
 
+@pytest.mark.parametrize("theirs", ["model/training_log", "output/data/summary.json"])
+def test_a_run_does_not_begin_where_another_runs_results_lie(data, tmp_path, theirs):
+    assert end(Job(data, tmp_path / "a", **SHORT))[0] == 0
+    kept = tmp_path / "a" / theirs
+    before = {p: p.read_bytes() for p in kept.parent.rglob("*") if p.is_file()}
+    option = "model-dir" if theirs.startswith("model") else "output-data-dir"
+    code, said = end(Job(data, tmp_path / "b", **SHORT, **{option: kept.parent}))
+    assert (
+        code == 1
+        and f"of another run, which this run would replace: give this run its own --{option}"
+        in said
+    )
+    assert before == {p: p.read_bytes() for p in kept.parent.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_leaves_what_others_put_beside_its_results(data, tmp_path):
+    job = Job(data, tmp_path, **SHORT).start()
+    job.wait_for("Train batch 0:")
+    names = ("submission.csv", "nbest.csv", "phoneme_logits.hdf5", "language_model.arpa")
+    for name in names:
+        (tmp_path / "output" / "data" / name).write_text("precious")
+    job.join_successfully()
+    for name in names:
+        assert (tmp_path / "output" / "data" / name).read_text() == "precious"
+
+
 @pytest.mark.parametrize("damage", ["state", "best"])
 def test_a_damaged_checkpoint_is_reported_and_passed_over(data, tmp_path, damage):
     job = Job(data, tmp_path, num_training_batches=40, batches_per_val_step=10).start()

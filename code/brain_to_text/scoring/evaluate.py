@@ -25,7 +25,7 @@ from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedTrial, Inference, decode_trials
 from .exports import rescored_sentences, submission_remark
-from .results import Evaluation, check_place, complete_or_nothing, write_results
+from .results import RESULTS, Evaluation, check_place, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark
 from .words import (
     DecodedSentences,
@@ -288,7 +288,7 @@ def write_run_report(
         CheckpointError: no model there. StorageError: data or results cannot be read or written.
     """
     evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size)
-    with complete_or_nothing(output_dir) as folder:
+    with complete_or_nothing(output_dir, [output_dir / name for name in RESULTS]) as folder:
         write_results(evaluation, folder)
     return evaluation
 

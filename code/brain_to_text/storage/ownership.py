@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError, StorageError
+from ..errors import DataError, InUseError, StorageError
 from .locations import DATA_FILE, is_s3, split_s3_url
 from .store import ObjectStore, gunzipped, open_store
 
@@ -75,6 +75,38 @@ def replace_own(path: Path, data: bytes, mark: bytes) -> None:
     """
     check_own(path, mark)
     open_store(path.parent).write(path.name, data)
+
+
+def claim_folder(record: Path, folder: Path, patterns: Iterable[str], option: str) -> None:
+    """Let a run write into `folder`: the first time, only where nothing of another run lies.
+
+    Args:
+        record: a file that keeps which folders this run has claimed.
+        patterns: what the run will write there, or replace.
+        option: that gives the run another folder.
+
+    Raises:
+        InUseError: a file of such a name is there, and the run has not claimed the folder before.
+        StorageError: the record cannot be read or written.
+    """
+    path = os.path.realpath(folder)
+    try:
+        claimed = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+        if path in claimed:
+            return
+        found = (file for pattern in patterns for file in sorted(Path(path).glob(pattern)))
+        if (file := next((file for file in found if file.stat().st_size), None)) is not None:
+            raise InUseError(
+                f"{folder} holds {file.relative_to(path)} of another run, which this run would "
+                f"replace: give this run its own {option}, or move that away."
+            )
+        draft = record.with_name(f"{record.name}.tmp")
+        draft.write_text("\n".join([*claimed, path]), encoding="utf-8")
+        draft.replace(record)
+    except OSError as error:
+        raise StorageError(
+            f"{record} cannot be written ({error.strerror}): give a writable folder."
+        ) from error
 
 
 class Target:

@@ -18,6 +18,7 @@ from ..model.device import peak_flops
 from ..model.train_step import Health, StepResult
 from ..model.weights_file import save_atomically, writing
 from ..scoring.decoding import Inference, ValidationResult, evaluate
+from ..storage.ownership import claim_folder
 from ..streaming.stream_stats import StreamCounts
 from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
@@ -26,7 +27,7 @@ from .distributed import World
 from .log_files import RunLog, process_seconds
 from .outputs import bring_back, write_best, write_model, write_validations
 from .resume import already_finished, snapshot
-from .run import Interval, Run, RunPaths, RunState
+from .run import MODEL_FILES, OUTPUT_FILES, Interval, Run, RunPaths, RunState
 from .trackers import open_trackers
 
 __all__ = ["BrainToTextDecoder_Trainer_S3", "RunPaths", "RunState"]
@@ -250,6 +251,9 @@ class BrainToTextDecoder_Trainer_S3:
             return None
         checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
         closing.callback(checkpoints.close)
+        claimed = self.paths.checkpoint_dir / ".folders"
+        claim_folder(claimed, self.paths.model_dir, MODEL_FILES, "--model-dir")
+        claim_folder(claimed, self.paths.output_data_dir, OUTPUT_FILES, "--output-data-dir")
         return checkpoints
 
     def _open_log(self, world: World) -> RunLog:

@@ -21,6 +21,13 @@ from .checkpoints import CheckpointFolder
 from .distributed import World
 from .log_files import RunLog
 
+# What a run writes into the folders that become model.tar.gz and output.tar.gz.
+MODEL_FILES = ("training_log", "checkpoint/*")
+OUTPUT_FILES = (
+    *("metrics.jsonl", "tensorboard/*", "*.pt"),
+    *("report.html", "summary.json", "trials.csv"),
+)
+
 
 @dataclass(frozen=True)
 class RunPaths:
