@@ -34,24 +34,14 @@ command -v sha256sum > /dev/null || sha256=(shasum -a 256) # macOS
 repository=brain-to-text-training region='' tag='' base_image=${BASE_IMAGE:-}
 push=yes torch=cuda mlflow=no
 while [[ $# -gt 0 ]]; do
-    option=$1 value=''
-    case $option in
-    --repository* | --region* | --tag* | --base-image*)
-        if [[ $option == *=* ]]; then
-            value=${option#*=} option=${option%%=*}
-        else
-            [[ $# -gt 1 ]] || usage "$option needs a value"
-            value=$2
-            shift
-        fi
-        [[ -n $value ]] || usage "$option needs a value"
+    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    case $1 in
+    --repository | --region | --tag | --base-image)
+        [[ -n ${2:-} ]] || usage "$1 needs a value"
+        name=${1#--}
+        printf -v "${name//-/_}" %s "$2"
+        shift
         ;;
-    esac
-    case $option in
-    --repository) repository=$value ;;
-    --region) region=$value ;;
-    --tag) tag=$value ;;
-    --base-image) base_image=$value ;;
     --no-push) push=no ;;
     --cpu) torch=cpu ;;
     --mlflow) mlflow=yes ;;
@@ -59,7 +49,7 @@ while [[ $# -gt 0 ]]; do
         sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
-    *) usage "there is no option '$option'" ;;
+    *) usage "there is no option '$1'" ;;
     esac
     shift
 done
@@ -168,10 +158,9 @@ certificates() {
 }
 
 build() { # build NAME [PLATFORM]
-    local bundle label settings
+    local bundle label settings command=(build) driver=docker
     label=$(fingerprints)
-    # The host's network, so that a package proxy on this machine's loopback serves the build too.
-    settings=(--file docker/Dockerfile --network host --progress plain --tag "$1"
+    settings=(--file docker/Dockerfile --progress plain --tag "$1"
         --build-arg "TORCH_VARIANT=$torch" --build-arg "MLFLOW=$mlflow"
         --build-arg "REVISION=$revision"
         --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)"
@@ -179,6 +168,15 @@ build() { # build NAME [PLATFORM]
     [[ -z ${2:-} ]] || settings+=(--platform "$2")
     [[ -z $base_image ]] || settings+=(--build-arg "BASE_IMAGE=$base_image")
     [[ -z ${TORCH_CPU_INDEX:-} ]] || settings+=(--build-arg "TORCH_CPU_INDEX=$TORCH_CPU_INDEX")
+    if "$docker" buildx version > /dev/null 2>&1; then
+        # whatever the builder: into the engine, and in Docker's own format, which SageMaker takes
+        command=(buildx build)
+        settings+=(--output "type=docker,oci-mediatypes=false")
+        driver=$("$docker" buildx inspect | sed -n 's/^Driver: *//p' | head -n 1)
+    fi
+    # The host's network, so that a package proxy on this machine's loopback serves the build too;
+    # a builder in a container may not have it.
+    [[ $driver != docker ]] || settings+=(--network host)
     bundle=$(certificates)
     [[ -z $bundle ]] || settings+=(--secret "id=ca_bundle,src=$bundle")
 
@@ -188,7 +186,7 @@ build() { # build NAME [PLATFORM]
     mkfifo "$scratch/output"
     tee "$log" < "$scratch/output" >&2 &
     local copier=$!
-    run "$docker" build "${settings[@]}" . > "$scratch/output" 2>&1 || code=$?
+    run "$docker" "${command[@]}" "${settings[@]}" . > "$scratch/output" 2>&1 || code=$?
     wait "$copier"
     rm "$scratch/output"
     [[ $code == 0 ]] || fail "$(build_problem "$log")"
@@ -217,18 +215,18 @@ ask() { # ask SERVICE OPERATION ...: the answer as text; what went wrong is in $
 }
 
 refused() { # the last `ask` failed: say why and end
-    local said
-    said=$(sed -n 's/.*An error occurred (\([^)]*\)) when calling the \([A-Za-z]*\) operation\( ([^)]*)\)\{0,1\}: \(.*\)/\2: \1: \4/p' "$scratch/aws")
-    [[ -z $said ]] || fail "AWS refused $said (code/README_SAGEMAKER.md lists the permissions that are needed)."
-    said=$(last_line "$scratch/aws")
+    local code said
+    code=$(sed -n 's/.*An error occurred (\([^)]*\)) when calling the \([A-Za-z]*\) operation\( ([^)]*)\)\{0,1\}: \(.*\)/\2: \1: \4/p' "$scratch/aws")
+    said=${code:-$(last_line "$scratch/aws")}
     case $said in
     *'locate credentials'* | *'config profile'* | *'artial credentials'*)
         fail "no AWS credentials ($said): run \`aws configure\`, or set AWS_PROFILE, then try again."
         ;;
-    *SSO* | *sso* | *'oken has expired'*)
-        fail "the AWS login has ended ($said): run \`aws sso login\`, then try again."
+    *SSO* | *sso* | *ExpiredToken* | *'oken has expired'*)
+        fail "the AWS login has ended ($said): run \`aws sso login\`, or set new keys, then try again."
         ;;
     esac
+    [[ -z $code ]] || fail "AWS refused $said (code/README_SAGEMAKER.md lists the permissions that are needed)."
     fail "AWS cannot be reached: $said."
 }
 
