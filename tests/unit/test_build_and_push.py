@@ -205,8 +205,8 @@ case "$1 $2" in
 "buildx build")
     case "DRIVER $*" in
     docker-container*"--network host"*)
-        echo "ERROR: granting entitlement network.host is not allowed by build daemon" >&2; exit 1 ;;
-    docker\ * | *--load* | *"--output type=docker"*) touch "$NOTES/in-the-engine" ;;
+        echo "ERROR: granting entitlement network.host is not allowed" >&2; exit 1 ;;
+    "docker "* | *--load* | *"--output type=docker"*) touch "$NOTES/in-the-engine" ;;
     esac ;;
 *) exit 1 ;;
 esac
