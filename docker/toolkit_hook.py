@@ -73,11 +73,17 @@ def run(failure: FailureFile) -> None:
         sagemaker_training.errors.ClientError: it could not start, or failed.
     """
     env = environment.Environment()
-    if env.module_dir and str(env.module_dir).startswith("s3://"):
-        log.warning(
-            "This image runs the code it was built with: the job's source_dir %s is ignored.",
-            env.module_dir,
-        )
+    asked = environment.read_hyperparameters()
+    for name, used, ours in (
+        ("sagemaker_program", env.user_entry_point, env.user_entry_point),
+        ("sagemaker_submit_directory", env.module_dir, environment.code_dir),
+    ):
+        given = str(asked.get(name, used)).removeprefix("file://")
+        if given != ours:
+            raise errors.ClientError(
+                f"The job's {name} is {given}, and this image runs {env.user_entry_point} as "
+                "it was built: leave out entry_point and source_dir, or use another image."
+            )
 
     child_env = trainer_environment(env)
     if gpu_check.expects_gpu(env.current_instance_type, env.num_gpus, os.environ):
@@ -238,15 +244,8 @@ def trainer_command(
             f"--master-addr={ordered[0]}",
             f"--master-port={RENDEZVOUS_PORT}",
         ]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *where,
-        f"--nproc-per-node={processes_per_host}",
-        "--max-restarts=0",
-        *program,
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
+    return [*torchrun, f"--nproc-per-node={processes_per_host}", "--max-restarts=0", *program]
 
 
 def trainer_environment(env: environment.Environment) -> dict[str, str]:

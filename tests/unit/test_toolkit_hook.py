@@ -63,7 +63,7 @@ def test_processes_per_host(gpus, asked, processes):
     assert hook.processes_per_host(gpus, {hook.PROCESSES_VARIABLE: asked}) == processes
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "two"])
+@pytest.mark.parametrize("asked", ["0", "two"])
 def test_a_senseless_number_of_processes_is_refused(asked):
     with pytest.raises(errors.ClientError, match=hook.PROCESSES_VARIABLE):
         hook.processes_per_host(0, {hook.PROCESSES_VARIABLE: asked})
@@ -141,8 +141,8 @@ def toolkit(tmp_path):
     write_configuration(base, {}, ["localhost"], "localhost")
     started = []
 
-    def start(mode: str, processes: int = 1) -> tuple[subprocess.Popen, Path]:
-        settings = {"mode": mode, "flag": "true"}
+    def start(mode: str, processes: int = 1, **more: str) -> tuple[subprocess.Popen, Path]:
+        settings = {"mode": mode, "flag": "true", **more}
         (base / "input/config/hyperparameters.json").write_text(json.dumps(settings))
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("train"))],
@@ -186,6 +186,30 @@ def test_a_failure_leaves_its_reason_and_a_non_zero_exit(toolkit, mode, failure)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert (base / "output" / "failure").read_text().startswith(failure)
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ({"sagemaker_program": "mine.py"}, "The job's sagemaker_program is mine.py, and this"),
+        (
+            {
+                "sagemaker_program": "program.py",
+                "sagemaker_submit_directory": "s3://b/source.tar.gz",
+            },
+            "The job's sagemaker_submit_directory is s3://b/source.tar.gz, and this",
+        ),
+        ({"sagemaker_program": "program.py"}, None),
+    ],
+)
+def test_a_job_for_another_program_is_refused_in_one_sentence(toolkit, asked, refused):
+    process, base = toolkit("fine", **asked)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if refused else 0), output
+    assert (base / "started0").exists() == (refused is None)
+    if refused:
+        (said,) = (base / "output" / "failure").read_text().splitlines()
+        assert said.startswith(refused)
 
 
 def mount(folder: Path, *options: str) -> None:
