@@ -138,6 +138,7 @@ def write_report(run: Run) -> None:
         run.stream,
         run.device,
         batch_size=run.config.dataset.batch_size,
+        decoded=run.best,
     )
 
 

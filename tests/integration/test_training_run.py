@@ -20,7 +20,7 @@ from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.model.weights_file import save_atomically
-from brain_to_text.scoring.decoding import ValidationResult, evaluate
+from brain_to_text.scoring.decoding import DecodedSplit, decode
 from brain_to_text.training import build_run, rnn_trainer_s3
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
@@ -409,10 +409,12 @@ def test_averaged_weights_are_validated_and_kept(train, monkeypatch):
         validated.append(
             {name: value.clone() for name, value in inference.model.state_dict().items()}
         )
-        result = evaluate(inference, *args, **options)
-        return dataclasses.replace(result, der=1 / len(validated))  # the last is the best
+        result = decode(inference, *args, **options)
+        result.numbers["der"] = 1 / len(validated)  # the last is the best
+        return result
 
-    monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
+    monkeypatch.setattr(rnn_trainer_s3, "decode", spy)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", None)  # the report needs no pass
     run = train("job", save_final_model=True, **AVERAGING)
     assert run.code == 0, run.said
     assert_averaged(run, with_plain_classifier(validated[-1]))
@@ -442,7 +444,8 @@ def test_a_stop_before_any_validation_leaves_the_averaged_model(train, monkeypat
 )
 def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions, said):
     counts = {"reference_labels": 100, "deletions": deletions, "insertions": insertions}
-    result = ValidationResult(1.0, 1.0, None, 5.0, {}, {"classes": counts}, 3)
+    result = DecodedSplit([])
+    result.numbers["counts"]["classes"] = counts
     remark = rnn_trainer_s3.blank_remark(result)
     assert (remark is not None) == said
     assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
@@ -501,10 +504,10 @@ def test_logits_are_kept_on_request_only(train, monkeypatch, kept):
     results = []
 
     def spy(*args, **options):
-        results.append(evaluate(*args, **options))
+        results.append(decode(*args, **options))
         return results[-1]
 
-    monkeypatch.setattr(rnn_trainer_s3, "evaluate", spy)
+    monkeypatch.setattr(rnn_trainer_s3, "decode", spy)
     run = train("job", **({"save_val_logits": True} if kept else {}))
     assert run.code == 0
     assert ("output/data/val_logits.pt" in run.files) == kept

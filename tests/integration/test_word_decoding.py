@@ -367,7 +367,7 @@ def too_late(*_: object, **__: object) -> None:
 def test_files_that_do_not_serve_are_found_before_anything_is_decoded(
     model, lexicon, sentence, model_folder, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode_trials", too_late)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", too_late)
     monkeypatch.chdir(tmp_path)
     estimate_ngrams(SENTENCES, 1).write_arpa(tmp_path / "uni.arpa")
     (tmp_path / "bad.txt").write_text("cat K QQ T\n")
@@ -442,7 +442,7 @@ def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, tm
 def test_options_about_words_that_say_nothing_are_one_sentence(
     options, sentence, model_folder, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode_trials", too_late)
+    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", too_late)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.csv").write_text("file,hypothesis,score\n")
     assert run("--model", model_folder, "--data-dir", data, *options) == 1

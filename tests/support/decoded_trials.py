@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from brain_to_text.dataset.manifest import TrialManifest
@@ -50,7 +53,6 @@ def decoded(
     own: TrialRecord | None = None,
     classes: tuple[list[int], list[int]] | None = None,
     path: list[int] | None = None,
-    class_log_probs: np.ndarray | None = None,
 ) -> DecodedTrial:
     """A trial with what the model said about it; `classes` are diphones (reference, hypothesis)."""
     return DecodedTrial(
@@ -62,5 +64,29 @@ def decoded(
         class_hypothesis=classes[1] if classes else None,
         path=path,
         phoneme_log_probs=np.log(np.full((5, 41), 1 / 41, np.float32)),
-        class_log_probs=class_log_probs,
+    )
+
+
+def dataset_of(
+    labelled: Sequence[Any],
+    batches: Callable[[], Iterable[Any]] | None = None,
+    *,
+    form: str = "self_loop",
+) -> Any:
+    """What `decode` needs of a dataset: batches, and a manifest with the labels of `labelled`."""
+    trials = {
+        index: SimpleNamespace(
+            session="abc"[day],
+            class_ids=batch.labels[row].numpy(),
+            phoneme_ids=batch.phoneme_labels[row].numpy(),
+        )
+        for batch in labelled
+        for row, (index, day) in enumerate(
+            zip(batch.trial_indices.tolist(), batch.day_indices.tolist(), strict=True)
+        )
+    }
+    n_classes = 41 if form == "phoneme" else 1681
+    return SimpleNamespace(
+        manifest=SimpleNamespace(label_form=form, n_classes=n_classes, trials=trials),
+        batches=lambda: nullcontext(iter(labelled if batches is None else batches())),
     )

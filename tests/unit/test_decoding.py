@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from brain_to_text.labels.diphones import collapse_to_phonemes, marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
-from brain_to_text.scoring.decoding import Inference, ValidationMeter, greedy_decode
+from brain_to_text.scoring import decoding
+from brain_to_text.scoring.decoding import DecodedSplit, Inference, decode, greedy_decode
 from brain_to_text.scoring.statistics import ErrorCounts
 from hypothesis import given
 from hypothesis import strategies as st
+from support.decoded_trials import dataset_of
 from support.training_examples import build, example_batch, small_config
 
 
@@ -50,18 +53,29 @@ def test_greedy_decoding_merges_repeats_before_it_drops_blanks(frames: list[list
     assert greedy_decode(scores, lengths) == expected
 
 
-def scored(n_batches: int = 1):
+def decoded(parts, dataset, n_classes: int = 1681, **options) -> DecodedSplit:
+    """The pass over (batch, its logits, its frames) that a model would have given."""
+    inference = SimpleNamespace(
+        over=lambda _: (part for part in parts),
+        model=SimpleNamespace(n_classes=n_classes),
+        ctc_kernel="auto",
+    )
+    result = decode(inference, dataset, **options)
+    assert result is not None
+    return result
+
+
+def scored(n_batches: int = 1, **options):
     batch = example_batch([40, 28, 33, 21, 36, 30], [2, 0, 0, 2, 1, 1])
     frames = torch.tensor([18, 12, 15, 9, 16, 13])
     logits = 3 * torch.randn(6, 18, 1681, generator=torch.Generator().manual_seed(0))
     for trial in range(6):  # half of each trial's labels are there
         for position in range(0, 7, 2):
             logits[trial, position, batch.labels[trial, position]] += 20
-    meter = ValidationMeter(["a", "b", "c"], 1681)
-    for rows in np.array_split(np.arange(6), n_batches):
-        rows = rows.tolist()
-        meter.add(logits[rows], batch.take(rows), frames[rows])
-    return logits, batch, frames, meter.result()
+    rows = [part.tolist() for part in np.array_split(np.arange(6), n_batches)]
+    parts = [(batch.take(own), logits[own], frames[own]) for own in rows]
+    result = decoded(parts, dataset_of([batch]), **{"loss": True, **options})
+    return logits, batch, frames, result
 
 
 def test_rates_are_sums_of_edits_over_sums_of_labels() -> None:
@@ -73,42 +87,54 @@ def test_rates_are_sums_of_edits_over_sums_of_labels() -> None:
     der = sum(map(levenshtein, references[0], diphones)) / batch.labels.numel()
     per = sum(map(levenshtein, references[1], phonemes)) / batch.phoneme_labels.numel()
     path = [collapse_to_phonemes(d) for d in diphones]
-    assert result.der == pytest.approx(der) and der > 0
-    assert result.per == pytest.approx(per)
-    assert result.per_path == pytest.approx(
+    numbers = result.numbers
+    assert numbers["der"] == pytest.approx(der) and der > 0
+    assert numbers["per"] == pytest.approx(per)
+    assert numbers["per_path"] == pytest.approx(
         sum(map(levenshtein, references[1], path)) / batch.phoneme_labels.numel()
     )
     nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths).sum()
-    assert result.ctc_loss == pytest.approx(float(nats / frames.sum()), rel=1e-5)
+    assert numbers["ctc_loss"] == pytest.approx(float(nats / frames.sum()), rel=1e-5)
 
 
 def test_sessions_are_scored_apart_and_add_up() -> None:
     logits, batch, frames, result = scored()
-    assert list(result.per_session) == ["a", "b", "c"] and result.n_trials == 6
+    per_session = result.numbers["per_session"]
+    assert per_session.keys() == set("abc") and result.numbers["n_trials"] == 6
     rows = [1, 2]
     own = greedy_decode(logits[rows], frames[rows])
     expected = sum(map(levenshtein, batch.labels[rows].tolist(), own)) / batch.labels[rows].numel()
-    assert result.per_session["a"]["DER"] == pytest.approx(expected)
-    assert sum(s["n_trials"] for s in result.per_session.values()) == 6
+    assert per_session["a"]["DER"] == pytest.approx(expected)
+    assert sum(s["n_trials"] for s in per_session.values()) == 6
 
 
 def test_the_result_does_not_depend_on_how_trials_are_batched() -> None:
-    whole, parts = scored(1)[-1], scored(3)[-1]
-    assert whole.counts == parts.counts and whole.n_trials == parts.n_trials
-    assert whole.ctc_loss == pytest.approx(parts.ctc_loss, rel=1e-6)
-    for session, rates in whole.per_session.items():
-        assert rates == pytest.approx(parts.per_session[session], rel=1e-6)
+    whole, parts = scored(1)[-1].numbers, scored(3)[-1].numbers
+    assert whole["counts"] == parts["counts"] and whole["n_trials"] == parts["n_trials"]
+    assert whole["ctc_loss"] == pytest.approx(parts["ctc_loss"], rel=1e-6)
+    for session, rates in whole["per_session"].items():
+        assert rates == pytest.approx(parts["per_session"][session], rel=1e-6)
+
+
+def test_the_result_does_not_depend_on_what_else_is_kept() -> None:
+    """What validation decodes from sums of probabilities, evaluation decodes from their logarithms,
+    which it keeps."""
+    alone, kept = scored()[-1], scored(2, loss=False, probabilities=True)[-1]
+    assert alone.numbers["counts"] == kept.numbers["counts"]
+    for one, other in zip(alone.trials, kept.trials, strict=True):
+        assert one.hypothesis == other.hypothesis and one.path == other.path
+        assert other.phoneme_log_probs.shape == (one.n_frames, 41)
+        assert np.exp(other.phoneme_log_probs).sum(1) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_phoneme_model_has_one_error_rate() -> None:
     _, batch, frames, _ = scored()
     batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
     logits = torch.randn(6, 18, 41, generator=torch.Generator().manual_seed(1))
-    meter = ValidationMeter(["a", "b", "c"], 41, "phoneme")
-    meter.add(logits, batch, frames)
-    result = meter.result()
-    assert result.per == result.der and result.per_path is None
-    assert "DER" not in result.per_session["a"]
+    dataset = dataset_of([batch], form="phoneme")
+    numbers = decoded([(batch, logits, frames)], dataset, 41, loss=True).numbers
+    assert numbers["per"] == numbers["der"] and "per_path" not in numbers
+    assert "DER" not in numbers["per_session"]["a"]
 
 
 def tensors_in(value) -> list[torch.Tensor]:
@@ -124,18 +150,20 @@ def tensors_in(value) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)]
 
 
-def test_nothing_heavier_than_class_ids_waits_to_be_scored() -> None:
-    batch = example_batch([40, 28], [0, 1])
-    meter = ValidationMeter(["a", "b"], 1681)
-    logits, frames = torch.randn(2, 18, 1681), torch.tensor([18, 12])
-    meter.add(logits, batch, frames)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(meter)}
+def test_nothing_heavier_than_class_ids_waits_to_be_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, waiting = example_batch([40, 28], [0, 1]), []
+    take = decoding._best
+    monkeypatch.setattr(
+        decoding, "_best", lambda *given: waiting.append(take(*given)) or waiting[0]
+    )
+    parts = [(batch, torch.randn(2, 18, 1681), torch.tensor([18, 12]))]
+    decoded(parts, dataset_of([batch]), loss=True)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(waiting)}
     ids = 2 * 18 * 2 * 2  # int16 diphones and phonemes
-    labels = 2 * (batch.labels.numel() + batch.phoneme_labels.numel())
-    per_trial = 2 * (4 + 4 * 8)  # a loss, two lengths, frames, day
-    assert sum(storage.nbytes() for storage in storages.values()) == ids + labels + per_trial
-    meter.result()
-    assert not meter._pending
+    per_trial = 2 * (4 + 2 * 8)  # a loss, frames, index
+    assert sum(storage.nbytes() for storage in storages.values()) == ids + per_trial
 
 
 # --- the forward pass -----------------------------------------------------------------------------

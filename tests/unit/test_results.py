@@ -185,8 +185,8 @@ def test_an_example_shows_the_probabilities_of_its_classes_in_order_of_time():
     early, late = k, N_PHONEMES * k + ae  # #→K and K→AE
     probabilities[1, early], probabilities[4, late] = 0.7, 0.9
     probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
-    trial = decoded(0, [k, ae], [k], class_log_probs=np.log(probabilities).astype(np.float32))
-    shown = example(trial, 0.08, "a word")
+    trial = decoded(0, [k, ae], [k])
+    shown = example(trial, np.log(probabilities), 0.08, "a word")
     assert shown["labels"] == ["#→K", "K→AE"]
     assert shown["posteriors"].shape == (2, 6)
     np.testing.assert_allclose(shown["posteriors"][0], probabilities[:, early], atol=1e-6)
@@ -202,7 +202,7 @@ def test_an_example_shows_the_probabilities_of_its_classes_in_order_of_time():
 def test_a_phoneme_models_example_names_phonemes():
     probabilities = np.full((3, N_PHONEMES), 0.01)
     probabilities[1, 8] = 0.6
-    trial = decoded(0, None, [8], class_log_probs=np.log(probabilities))
-    shown = example(trial, 0.08)
+    trial = decoded(0, None, [8])
+    shown = example(trial, np.log(probabilities), 0.08)
     assert (shown["labels"], shown["kind"]) == (["CH"], "phonemes")
     assert shown["alignment"] == [("CH", "CH")], "without labels nothing is marked as wrong"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch
 from brain_to_text.model.device import send
 from brain_to_text.model.packed_gru import DROPOUT_STATES
 from brain_to_text.scoring import decoding
-from brain_to_text.scoring.decoding import Inference, evaluate
+from brain_to_text.scoring.decoding import Inference, decode
 from brain_to_text.streaming import dataset_s3
+from support.decoded_trials import dataset_of
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
 
@@ -138,15 +138,14 @@ def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGp
                 yield batch
                 assert gpu.waits == {}
 
-        dataset = SimpleNamespace(
-            manifest=SimpleNamespace(label_form="self_loop"),
-            batches=lambda: nullcontext(one_by_one()),
-        )
-        return evaluate(Inference(step.model, step.augmentation), dataset, ["a", "b", "c"])
+        dataset = dataset_of(batches(CPU, 3), one_by_one)
+        found = decode(Inference(step.model, step.augmentation), dataset, loss=True)
+        return {name: value for name, value in found.numbers.items() if name != "seconds"}
 
     found, expected = scores(GPU), scores(CPU)
-    assert (found.der, found.per, found.counts) == (expected.der, expected.per, expected.counts)
-    assert found.ctc_loss == pytest.approx(expected.ctc_loss, rel=1e-5)
+    for name in ("der", "per", "counts"):
+        assert found[name] == expected[name]
+    assert found["ctc_loss"] == pytest.approx(expected["ctc_loss"], rel=1e-5)
 
 
 def test_validation_computes_its_loss_by_the_ctc_that_was_asked_for(
@@ -158,11 +157,8 @@ def test_validation_computes_its_loss_by_the_ctc_that_was_asked_for(
         decoding, "ctc_nll", lambda *given: (asked.append(given[-1]), original(*given))[1]
     )
     step = build(small_config(use_amp=False), device=CPU)
-    dataset = SimpleNamespace(
-        manifest=SimpleNamespace(label_form="self_loop"),
-        batches=lambda: nullcontext(batches(CPU, 1)),
-    )
-    evaluate(Inference(step.model, step.augmentation, ctc_kernel="torch"), dataset, ["a", "b"])
+    inference = Inference(step.model, step.augmentation, ctc_kernel="torch")
+    decode(inference, dataset_of(batches(CPU, 1)), loss=True)
     assert asked == ["torch"]
 
 

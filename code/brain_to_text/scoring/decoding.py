@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
 from ..labels.phonemes import N_PHONEMES
@@ -85,286 +87,267 @@ def merge_frames(classes: np.ndarray, frame_lengths: np.ndarray) -> list[list[in
     return [labels[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-# --- validation: counts, while the device goes on -------------------------------------------------
+# --- what comes of it -----------------------------------------------------------------------------
 
 
-@dataclass
-class SessionScore:
-    """Sums over one session's trials; merging gives the same numbers in any order and grouping."""
-
-    n_trials: int = 0
-    n_frames: int = 0
-    nats: list[float] = field(default_factory=list)  # per trial, summed exactly when reported
-    classes: ErrorCounts = field(default_factory=ErrorCounts)  # DER, or PER of a 41-class model
-    phonemes: ErrorCounts = field(default_factory=ErrorCounts)  # from marginalised probabilities
-    path: ErrorCounts = field(default_factory=ErrorCounts)  # phonemes of the decoded diphones
-
-    def __add__(self, other: SessionScore) -> SessionScore:
-        return SessionScore(*(getattr(self, n) + getattr(other, n) for n in vars(self)))
-
-    def rates(self, diphones: bool) -> dict[str, Any]:
-        """DER and PER (PER alone for a phoneme model), loss, trials."""
-        parts = {"PER": self.classes}
-        if diphones:
-            parts = {"DER": self.classes, "PER": self.phonemes, "PER_path": self.path}
-        return {
-            **{name: part.rate for name, part in parts.items()},
-            "CTC_loss": math.fsum(self.nats) / max(self.n_frames, 1),
-            "n_trials": self.n_trials,
-        }
-
-
-@dataclass
-class ValidationResult:
-    """One pass over labelled trials.
-
-    Attributes:
-        der: diphone error rate; of a 41-class model, its phoneme error rate.
-        per: phoneme error rate, decoded from marginalised probabilities.
-        per_path: phoneme error rate of the decoded diphones; None for a 41-class model.
-        ctc_loss: nats per output frame, of the model's classes.
-        per_session: session name to its rates.
-        n_trials, seconds: size and duration of the pass.
-        logits: per trial [T', C] float16 with its index in the manifest, when they were kept.
-    """
-
-    der: float
-    per: float
-    per_path: float | None
-    ctc_loss: float
-    per_session: dict[str, dict[str, float | int]]
-    counts: dict[str, dict[str, int]]
-    n_trials: int
-    seconds: float = 0.0
-    logits: dict[int, torch.Tensor] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a metrics file: everything but the logits."""
-        numbers = {name: value for name, value in vars(self).items() if name != "logits"}
-        return {name: value for name, value in numbers.items() if value is not None}
-
-
-class ValidationMeter:
-    """Collects batches on the device, scores them on the host in one go.
-
-    `add` reads no result back; class ids (two bytes a frame), losses and labels are all it keeps.
-    """
-
-    def __init__(
-        self,
-        sessions: Sequence[str],
-        n_classes: int,
-        label_form: str | None = "self_loop",
-        ctc_kernel: str = "auto",
-    ) -> None:
-        self.sessions = list(sessions)
-        self.ctc_kernel = ctc_kernel
-        self.diphones = n_classes == N_DIPHONES
-        self.label_form = cast(LabelForm | None, label_form)
-        self.scores: dict[int, SessionScore] = {}
-        self._pending: list[dict[str, Any]] = []
-
-    def add(self, logits: torch.Tensor, batch: Any, frame_lengths: torch.Tensor) -> None:
-        """Take one batch: logits [B, T', C] and labels on the device, lengths on the CPU."""
-        log_probs = logits.float().log_softmax(-1)
-        pending: dict[str, Any] = {
-            "frames": frame_lengths,
-            "nll": ctc_nll(
-                log_probs, batch.labels, frame_lengths, batch.label_lengths, self.ctc_kernel
-            ),
-            "classes": log_probs.argmax(-1).to(torch.int16),
-            "labels": (batch.labels.to(torch.int16), batch.label_lengths),
-            "days": batch.day_indices,
-        }
-        if self.diphones:
-            # the best phoneme needs no logarithm: sums of probabilities, as marginalise_log_probs
-            marginal = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
-            pending["phonemes"] = marginal.argmax(-1).to(torch.int16)
-            phonemes = batch.phoneme_labels.to(torch.int16)
-            pending["phoneme_labels"] = (phonemes, batch.phoneme_lengths)
-        self._pending.append(pending)
-
-    def result(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> ValidationResult:
-        """Score everything taken so far.
-
-        Args:
-            gather: the scores of every process that shares the pass, from this one's.
-        """
-        for pending in self._pending:
-            self._score(pending)
-        self._pending.clear()
-        scores: dict[int, SessionScore] = {}
-        for part in gather(self.scores):
-            for day, score in part.items():
-                scores[day] = scores.get(day, SessionScore()) + score
-        days = sorted(scores)
-        total = sum((scores[day] for day in days), SessionScore())
-        rates = total.rates(self.diphones)
-        kinds = ("classes", "phonemes", "path") if self.diphones else ("classes",)
-        return ValidationResult(
-            der=total.classes.rate,
-            per=rates["PER"],
-            per_path=rates.get("PER_path"),
-            ctc_loss=rates["CTC_loss"],
-            per_session={self.sessions[d]: scores[d].rates(self.diphones) for d in days},
-            counts={name: asdict(getattr(total, name)) for name in kinds},
-            n_trials=total.n_trials,
-        )
-
-    def _score(self, pending: dict[str, Any]) -> None:
-        frames = pending["frames"].numpy()
-        decoded = merge_frames(pending["classes"].cpu().numpy(), frames)
-        references = _unpad(*pending["labels"])
-        if self.diphones:
-            marginal = merge_frames(pending["phonemes"].cpu().numpy(), frames)
-            spoken = _unpad(*pending["phoneme_labels"])
-        nats = pending["nll"].tolist()
-        for trial, day in enumerate(pending["days"].tolist()):
-            score = self.scores.setdefault(day, SessionScore())
-            score.n_trials += 1
-            score.n_frames += int(frames[trial])
-            score.nats.append(nats[trial])
-            score.classes += ErrorCounts.between(references[trial], decoded[trial])
-            if self.diphones:
-                path = collapse_to_phonemes(decoded[trial], self.label_form)
-                score.phonemes += ErrorCounts.between(spoken[trial], marginal[trial])
-                score.path += ErrorCounts.between(spoken[trial], path)
-
-
-def _unpad(labels: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-    return [
-        row[:length] for row, length in zip(labels.cpu().tolist(), lengths.tolist(), strict=True)
-    ]
-
-
-def evaluate(
-    inference: Inference,
-    dataset: EvaluationDatasetS3,
-    sessions: Sequence[str],
-    *,
-    keep_logits: bool = False,
-    stop: Callable[[], bool] | None = None,
-    gather: Callable[[Any], list[Any]] = lambda own: [own],
-) -> ValidationResult | None:
-    """Score every trial of `dataset`, as validation during training does.
-
-    Args:
-        sessions: names in day-layer order.
-        keep_logits: also return every trial's logits, [T', C] float16 on the CPU by manifest index.
-        stop: asked between batches; when it says True the pass is given up.
-        gather: every process's part from this one's, when processes share the pass.
-
-    Returns:
-        The scores, or None when the pass was given up.
-    """
-    started = time.perf_counter()
-    meter = ValidationMeter(
-        sessions, inference.model.n_classes, dataset.manifest.label_form, inference.ctc_kernel
-    )
-    kept: dict[int, torch.Tensor] = {}
-    with closing(inference.over(dataset)) as batches:
-        for batch, logits, frames in batches:
-            if stop is not None and stop():
-                return None
-            if keep_logits:
-                indices = batch.trial_indices.tolist()
-                for index, own, length in zip(indices, logits, frames.tolist(), strict=True):
-                    kept[index] = own[:length].half().cpu()
-            meter.add(logits, batch, frames)
-    result = meter.result(gather)
-    result.seconds = time.perf_counter() - started
-    if keep_logits:
-        result.logits = {i: own for part in gather(kept) for i, own in part.items()}
-    return result
-
-
-# --- evaluation: every trial by itself ------------------------------------------------------------
+def _no_frames() -> np.ndarray:
+    return np.empty((0, N_PHONEMES), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedTrial:
-    """What the model said about one trial, beside what was said.
+    """What a model decoded from one trial, beside what was spoken.
 
     Attributes:
         index: into `TrialManifest.trials`.
         record: the trial.
         reference: phoneme ids; None without labels.
         hypothesis: phoneme ids decoded from (marginalised) phoneme probabilities.
-        phoneme_log_probs: [T', 41] float32.
+        phoneme_log_probs: [T', 41] float32; [0, 41] where they were not asked for.
         class_reference, class_hypothesis: diphone ids; None for a 41-class model. No reference,
             either, where the labels are in another form than the model's.
         path: phoneme ids that the decoded diphones stand for; None for a 41-class model.
-        class_log_probs: [T', n_classes] float32, for chosen trials only.
+        n_frames: T'.
+        nats: CTC loss, summed over the frames; None where it was not asked for.
     """
 
     index: int
     record: TrialRecord
     reference: list[int] | None
     hypothesis: list[int]
-    phoneme_log_probs: np.ndarray
+    phoneme_log_probs: np.ndarray = field(default_factory=_no_frames)
     class_reference: list[int] | None = None
     class_hypothesis: list[int] | None = None
     path: list[int] | None = None
-    class_log_probs: np.ndarray | None = None
+    n_frames: int = 0
+    nats: float | None = None
 
-    @classmethod
-    def of_phonemes(
-        cls, index: int, record: TrialRecord, log_probs: np.ndarray, **classes: Any
-    ) -> DecodedTrial:
-        """A trial from its phoneme log-probabilities [T', 41], which are decoded here."""
-        return cls(
-            index=index,
-            record=record,
-            reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
-            hypothesis=merge_frames(log_probs.argmax(-1)[None], np.array([len(log_probs)]))[0],
-            phoneme_log_probs=log_probs,
-            **classes,
-        )
+    def errors(self) -> dict[str, ErrorCounts]:
+        """Edits by error rate (DER, PER, PER of the diphone path), of those that have labels."""
+        sides = {
+            "DER": (self.class_reference, self.class_hypothesis),
+            "PER": (self.reference, self.hypothesis),
+            "PER (diphone path)": (self.reference, self.path),
+        }
+        return {
+            name: ErrorCounts.between(reference, hypothesis)
+            for name, (reference, hypothesis) in sides.items()
+            if reference and hypothesis is not None
+        }
 
 
-def decode_trials(
+@dataclass(frozen=True, eq=False)
+class DecodedSplit:
+    """One pass of a model over the trials of a split.
+
+    Attributes:
+        trials: in the manifest's order.
+        seconds: of the pass.
+        logits: per trial [T', C] float16 by its index in the manifest, where they were asked for.
+    """
+
+    trials: list[DecodedTrial]
+    seconds: float = 0.0
+    logits: dict[int, torch.Tensor] | None = None
+
+    @cached_property
+    def numbers(self) -> dict[str, Any]:
+        """A validation in numbers, as metrics.jsonl has them.
+
+        der (of a 41-class model its PER), per, per_path (diphones alone), ctc_loss in nats per
+        output frame, per_session, counts, n_trials, seconds. The same in any order of the trials
+        and for any number of processes.
+        """
+        by_session: dict[str, list[tuple[DecodedTrial, dict[str, ErrorCounts]]]] = {}
+        for trial in self.trials:
+            by_session.setdefault(trial.record.session, []).append((trial, trial.errors()))
+        everything = [row for rows in by_session.values() for row in rows]
+        total, counts = _rates(everything)
+        classes = "DER" if any(t.class_hypothesis is not None for t in self.trials) else "PER"
+        names = {"classes": classes}
+        if classes == "DER":
+            names |= {"phonemes": "PER", "path": "PER (diphone path)"}
+        numbers = {
+            "der": total.get(classes, math.nan),
+            "per": total.get("PER", math.nan),
+            "per_path": total.get("PER_path"),
+            "ctc_loss": total["CTC_loss"],
+            "per_session": {session: _rates(rows)[0] for session, rows in by_session.items()},
+            "counts": {
+                name: asdict(counts.get(rate, ErrorCounts())) for name, rate in names.items()
+            },
+            "n_trials": len(self.trials),
+            "seconds": self.seconds,
+        }
+        return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _rates(
+    rows: list[tuple[DecodedTrial, dict[str, ErrorCounts]]],
+) -> tuple[dict[str, Any], dict[str, ErrorCounts]]:
+    """DER and PER (PER alone for a phoneme model), loss and number of trials; the edits by rate."""
+    counts: dict[str, ErrorCounts] = {}
+    for _, errors in rows:
+        for name, count in errors.items():
+            counts[name] = counts.get(name, ErrorCounts()) + count
+    rates: dict[str, Any] = {
+        name.replace(" (diphone path)", "_path"): count.rate for name, count in counts.items()
+    }
+    n_frames = sum(trial.n_frames for trial, _ in rows)
+    nats = math.fsum(trial.nats or 0.0 for trial, _ in rows)
+    return rates | {"CTC_loss": nats / max(n_frames, 1), "n_trials": len(rows)}, counts
+
+
+# --- the pass -------------------------------------------------------------------------------------
+
+# index in the manifest, frames, decoded classes, decoded phonemes, nats, phoneme log-probabilities
+_Answer = tuple[int, int, list[int], list[int], float | None, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What is kept of a batch until the pass is over, on the device: two bytes a frame and output.
+
+    Attributes:
+        indices, frames: [B] on the CPU.
+        classes, phonemes: [B, T'] int16, the best of each frame.
+        nats: [B] float32, or None.
+        log_probs: [B, T', 41] float32 of phonemes on the CPU, or None.
+    """
+
+    indices: torch.Tensor
+    frames: torch.Tensor
+    classes: torch.Tensor
+    phonemes: torch.Tensor
+    nats: torch.Tensor | None
+    log_probs: np.ndarray | None
+
+    def answers(self) -> Iterator[_Answer]:
+        frames = self.frames.numpy()
+        classes = merge_frames(self.classes.cpu().numpy(), frames)
+        phonemes = classes
+        if self.phonemes is not self.classes:
+            phonemes = merge_frames(self.phonemes.cpu().numpy(), frames)
+        nats = [None] * len(frames) if self.nats is None else self.nats.tolist()
+        for row, (index, n) in enumerate(zip(self.indices.tolist(), frames.tolist(), strict=True)):
+            own = _no_frames() if self.log_probs is None else self.log_probs[row, :n].copy()
+            yield index, n, classes[row], phonemes[row], nats[row], own
+
+
+def decode(
     inference: Inference,
     dataset: EvaluationDatasetS3,
     *,
-    keep_classes: Collection[int] = (),
     label_form: LabelForm | None = None,
+    loss: bool = False,
+    probabilities: bool = False,
+    keep_logits: bool = False,
+    stop: Callable[[], bool] | None = None,
     progress: Callable[[int], object] = lambda count: None,
-) -> list[DecodedTrial]:
-    """Decode every trial of `dataset` greedily.
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
+) -> DecodedSplit | None:
+    """Decode every trial of `dataset` greedily: validation, evaluation and reports alike.
+
+    With `loss` alone nothing waits for the device before the last batch was handed to it.
 
     Args:
-        dataset: with or without labels.
-        keep_classes: trials, by index, whose class log-probabilities are kept too.
+        dataset: with labels, or without where no loss is asked for.
         label_form: of the model's diphones; None: that of the data.
+        loss: compute the CTC loss, too.
+        probabilities: keep phoneme log-probabilities, too.
+        keep_logits: keep every trial's logits, too.
+        stop: asked between batches; when it says True the pass is given up.
         progress: told after each batch how many trials it had.
+        gather: every process's part from this one's, when processes share the pass.
 
     Returns:
-        One entry per trial, in the manifest's order.
+        All trials, of every process; None when the pass was given up.
     """
-    manifest = dataset.manifest
-    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
-    n_classes = inference.model.n_classes
-    comparable = manifest.n_classes == n_classes and manifest.label_form == form
-    decoded: list[DecodedTrial] = []
+    started = time.perf_counter()
+    waiting: list[_Waiting] = []
+    logits_of: dict[int, torch.Tensor] = {}
     with closing(inference.over(dataset)) as batches:
         for batch, logits, frames in batches:
-            log_probs, lengths = logits.float().log_softmax(-1), frames.tolist()
-            diphones = n_classes == N_DIPHONES
-            phonemes = (marginalise_log_probs(log_probs) if diphones else log_probs).cpu().numpy()
-            classes = greedy_decode(log_probs, frames) if diphones else []
-            for row, index in enumerate(batch.trial_indices.tolist()):
-                record, n = manifest.trials[index], lengths[row]
-                about: dict[str, Any] = {}
-                if diphones:
-                    labels = record.class_ids if comparable else None
-                    about = {
-                        "class_reference": None if labels is None else labels.tolist(),
-                        "class_hypothesis": classes[row],
-                        "path": collapse_to_phonemes(classes[row], form),
-                    }
-                if index in keep_classes:
-                    about["class_log_probs"] = log_probs[row, :n].cpu().numpy()
-                own = phonemes[row, :n].copy()
-                decoded.append(DecodedTrial.of_phonemes(index, record, own, **about))
-            progress(len(batch))
-    return sorted(decoded, key=lambda trial: trial.index)
+            if stop is not None and stop():
+                return None
+            if keep_logits:
+                indices = batch.trial_indices.tolist()
+                for index, row, n in zip(indices, logits, frames.tolist(), strict=True):
+                    logits_of[index] = row[:n].half().cpu()
+            waiting.append(_best(logits, batch, frames, inference, loss, probabilities))
+            progress(len(batch.trial_indices))
+    parts = gather([answer for batch in waiting for answer in batch.answers()])
+    answers = sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])
+    form, n_classes = label_form, inference.model.n_classes
+    trials = [_trial(answer, dataset.manifest, n_classes, form) for answer in answers]
+    merged = {i: row for part in gather(logits_of) for i, row in part.items()}
+    return DecodedSplit(trials, time.perf_counter() - started, merged if keep_logits else None)
+
+
+def class_log_probs(inference: Inference, dataset: EvaluationDatasetS3) -> dict[int, np.ndarray]:
+    """Class log-probabilities [T', C] float32 of every trial by its index; for a few."""
+    found = {}
+    with closing(inference.over(dataset)) as batches:
+        for batch, logits, frames in batches:
+            rows = logits.float().log_softmax(-1).cpu().numpy()
+            for index, row, n in zip(batch.trial_indices.tolist(), rows, frames, strict=True):
+                found[index] = row[: int(n)]
+    return found
+
+
+def _best(
+    logits: torch.Tensor,
+    batch: Batch,
+    frames: torch.Tensor,
+    inference: Inference,
+    loss: bool,
+    probabilities: bool,
+) -> _Waiting:
+    """Of a batch's logits [B, T', C] the best class and phoneme of each frame, and what else was
+    asked for."""
+    log_probs = logits.float().log_softmax(-1)
+    nats = None
+    if loss:
+        assert batch.labels is not None and batch.label_lengths is not None
+        kernel = inference.ctc_kernel
+        nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths, kernel)
+    best = log_probs.argmax(-1).to(torch.int16)
+    of_phonemes = log_probs
+    if logits.shape[-1] == N_DIPHONES:
+        if probabilities:
+            of_phonemes = marginalise_log_probs(log_probs)
+        else:
+            # the best phoneme needs no logarithm: sums of probabilities
+            of_phonemes = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
+    same = of_phonemes is log_probs
+    return _Waiting(
+        batch.trial_indices,
+        frames,
+        best,
+        best if same else of_phonemes.argmax(-1).to(torch.int16),
+        nats,
+        of_phonemes.cpu().numpy() if probabilities else None,
+    )
+
+
+def _trial(
+    answer: _Answer, manifest: TrialManifest, n_classes: int, label_form: LabelForm | None
+) -> DecodedTrial:
+    index, n_frames, classes, phonemes, nats, log_probs = answer
+    record = manifest.trials[index]
+    diphones = n_classes == N_DIPHONES
+    comparable = manifest.n_classes == n_classes and label_form in (None, manifest.label_form)
+    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
+    labels = record.class_ids if diphones and comparable else None
+    return DecodedTrial(
+        index=index,
+        record=record,
+        reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
+        hypothesis=phonemes,
+        phoneme_log_probs=log_probs,
+        class_reference=None if labels is None else labels.tolist(),
+        class_hypothesis=classes if diphones else None,
+        path=collapse_to_phonemes(classes, form) if diphones else None,
+        n_frames=n_frames,
+        nats=nats,
+    )

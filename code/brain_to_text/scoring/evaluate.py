@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -23,7 +22,14 @@ from ..model.trained_model import CHECKPOINTS, ModelArtefact, open_model
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
-from .decoding import DecodedTrial, Inference, decode_trials
+from .decoding import (
+    DecodedSplit,
+    DecodedTrial,
+    Inference,
+    class_log_probs,
+    decode,
+    merge_frames,
+)
 from .exports import rescored_sentences, submission_remark
 from .results import RESULTS, Evaluation, check_place, complete_or_nothing, write_results
 from .summary import compare, describe, label_form_remark
@@ -187,15 +193,21 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
             "The models of this ensemble share no trial: give models that were trained on the "
             "same sessions."
         )
-    examples = example_trials(shared)
     trials = []
     for index in shared:
         mean = np.mean([trials_of[index].phoneme_log_probs for trials_of in by_index], axis=0)
         mean -= np.logaddexp.reduce(mean, axis=-1, keepdims=True)
-        kept = mean if index in examples else None
+        record, best = manifest.trials[index], mean.argmax(-1)[None]
         trials.append(
-            DecodedTrial.of_phonemes(index, manifest.trials[index], mean, class_log_probs=kept)
+            DecodedTrial(
+                index=index,
+                record=record,
+                reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
+                hypothesis=merge_frames(best, np.array([len(mean)]))[0],
+                phoneme_log_probs=mean,
+            )
         )
+    probabilities = {trial.index: trial.phoneme_log_probs for trial in trials}
     remarks = []
     for member in members:
         remarks += [f"{member.artefact.location}: {remark}" for remark in member.remarks]
@@ -207,6 +219,7 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
     return replace(
         first,
         trials=trials,
+        examples={index: probabilities[index] for index in example_trials(trials)},
         seconds=sum(member.seconds for member in members),
         remarks=tuple(remarks),
         members=tuple(
@@ -225,48 +238,68 @@ def run_model(
     split: str,
     device: torch.device,
     batch_size: int = 128,
+    decoded: DecodedSplit | None = None,
 ) -> Evaluation:
-    """Decode one split with one model and score it."""
+    """Decode one split with one model and score it.
+
+    Args:
+        decoded: the trials, where this model has decoded them already.
+    """
     config, manifest = artefact.config, stream.manifest
-    model = artefact.build(device)
     chosen, remarks = select_for_evaluation(manifest, config, artefact.sessions, split)
-    dataset = EvaluationDatasetS3(
+    dtype = autocast_dtype(config, device)
+    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    augmentation = Augmentation(config.dataset.data_transforms)
+    inference = Inference(artefact.build(device), augmentation, cast)
+    dataset_of = partial(
+        EvaluationDatasetS3,
         stream,
-        chosen,
         batch_size=batch_size,
         device=device,
         feature_subset=config.dataset.feature_subset,
     )
-    indices = np.concatenate(chosen)
-    examples = example_trials(sorted(indices.tolist()))
-    dtype = autocast_dtype(config, device)
-    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-    started = time.perf_counter()
-    with tqdm(total=len(indices), unit="trial", disable=None, desc="Decoding") as bar:
-        trials = decode_trials(
-            Inference(model, Augmentation(config.dataset.data_transforms), cast),
-            dataset,
-            keep_classes=examples,
-            label_form=artefact.label_form,
-            progress=bar.update,
-        )
-    seconds = time.perf_counter() - started
+    if decoded is None:
+        n_trials = sum(map(len, chosen))
+        with tqdm(total=n_trials, unit="trial", disable=None, desc="Decoding") as bar:
+            decoded = decode(
+                inference,
+                dataset_of(chosen),
+                label_form=artefact.label_form,
+                probabilities=True,
+                progress=bar.update,
+            )
+        assert decoded is not None  # nothing stops it
+    shown = example_trials(decoded.trials)
+    probabilities = class_log_probs(
+        inference, dataset_of([np.intersect1d(trials, shown) for trials in chosen])
+    )
     doubt = label_form_remark(artefact.label_form, manifest.label_form)
     return Evaluation(
         artefact,
         stream.url,
         split,
         manifest,
-        trials,
-        seconds,
+        decoded.trials,
+        decoded.seconds,
+        examples={index: probabilities[index] for index in shown},
         remarks=(*remarks, *([doubt] if doubt else [])),
     )
 
 
-def example_trials(trials: Sequence[int]) -> list[int]:
-    """A few trials to look at, spread over the recording."""
-    places = np.linspace(0, len(trials) - 1, min(N_EXAMPLES, len(trials)))
-    return [trials[int(place)] for place in places]
+def example_trials(trials: Sequence[DecodedTrial]) -> list[int]:
+    """A few trials to look at, by index: the worst, then typical ones.
+
+    Without labels they are spread over the recording.
+    """
+    rates = {trial.index: trial.errors()["PER"].rate for trial in trials if trial.reference}
+    if not rates:
+        places = np.linspace(0, len(trials) - 1, min(N_EXAMPLES, len(trials)))
+        return [trials[int(place)].index for place in places]
+    worst = sorted(rates, key=lambda index: -rates[index])[: N_EXAMPLES // 2]
+    median = float(np.median(list(rates.values())))
+    rest = [index for index in rates if index not in worst]
+    typical = sorted(rest, key=lambda index: abs(rates[index] - median))
+    return worst + typical[: N_EXAMPLES - len(worst)]
 
 
 def write_run_report(
@@ -276,6 +309,7 @@ def write_run_report(
     device: torch.device,
     *,
     batch_size: int = 128,
+    decoded: DecodedSplit | None = None,
 ) -> Evaluation:
     """Evaluate the best model of a finished run and leave tables and report.html beside it.
 
@@ -283,11 +317,12 @@ def write_run_report(
         model_dir: holds checkpoint/best_checkpoint, checkpoint/args.yaml and training_log.
         output_dir: where the results go; those of the run's earlier starts are replaced.
         stream: the run's own; its cache may still hold the validation trials.
+        decoded: the best model's validation, where this job made it.
 
     Raises:
         CheckpointError: no model there. StorageError: data or results cannot be read or written.
     """
-    evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size)
+    evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size, decoded)
     with complete_or_nothing(output_dir, [output_dir / name for name in RESULTS]) as folder:
         write_results(evaluation, folder)
     return evaluation

@@ -16,7 +16,6 @@ from ..labels.phonemes import BLANK, SILENCE, phoneme_symbols
 from ..labels.pronunciation import normalise_text
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
-from .statistics import ErrorCounts
 from .summary import corpus_name
 from .word_decoder import word_errors
 from .words import DecodedSentences
@@ -47,8 +46,9 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
         if record.sentence_label:
             words = word_errors(record.sentence_label, sentence)
             row |= {"words": words.reference_labels, "word_errors": words.edits}
-    if trial.reference is not None:
-        counts = ErrorCounts.between(trial.reference, trial.hypothesis)
+    errors = trial.errors()
+    if "PER" in errors:
+        counts = errors["PER"]
         row |= {
             "phonemes": counts.reference_labels,
             "errors": counts.edits,
@@ -56,8 +56,8 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
             "deletions": counts.deletions,
             "insertions": counts.insertions,
         }
-    if trial.class_reference is not None and trial.class_hypothesis is not None:
-        diphones = ErrorCounts.between(trial.class_reference, trial.class_hypothesis)
+    if "DER" in errors:
+        diphones = errors["DER"]
         row |= {"diphones": diphones.reference_labels, "diphone_errors": diphones.edits}
     return row
 

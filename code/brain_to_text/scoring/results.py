@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Evaluation:
         manifest: of the dataset.
         trials: in the manifest's order.
         seconds: of the pass over the trials.
+        examples: class log-probabilities [T', C] of the trials to look at, by index.
         sentences: the trials' text, when words were decoded.
         remarks: one sentence for everything left out, and for every doubt about the numbers.
         members: of an ensemble, each on the trials of the whole.
@@ -62,6 +63,7 @@ class Evaluation:
     manifest: TrialManifest
     trials: list[DecodedTrial]
     seconds: float
+    examples: Mapping[int, np.ndarray] = field(default_factory=dict)
     sentences: DecodedSentences | None = None
     remarks: tuple[str, ...] = ()
     members: tuple[Evaluation, ...] = ()
@@ -194,6 +196,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "remarks": evaluation.remarks,
         **numbers,
     }
+    by_index = {trial.index: trial for trial in evaluation.trials}
     seconds_per_frame = artefact.config.model.patch_stride * BIN_SECONDS
     page = {
         **numbers,
@@ -202,9 +205,8 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "split": evaluation.split,
         "metrics": artefact.metrics,
         "examples": [
-            example(trial, seconds_per_frame, text.get(trial.index))
-            for trial in evaluation.trials
-            if trial.class_log_probs is not None
+            example(by_index[index], log_probs, seconds_per_frame, text.get(index))
+            for index, log_probs in evaluation.examples.items()
         ],
         "config": artefact.config.to_yaml(),
         "data": _data_facts(evaluation),
@@ -263,11 +265,13 @@ def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def example(
-    trial: DecodedTrial, seconds_per_frame: float, decoded: str | None = None
+    trial: DecodedTrial,
+    log_probs: np.ndarray,
+    seconds_per_frame: float,
+    decoded: str | None = None,
 ) -> dict[str, Any]:
     """One trial for the report: its alignment, and its most probable classes over time."""
-    assert trial.class_log_probs is not None
-    probabilities = np.exp(trial.class_log_probs)
+    probabilities = np.exp(log_probs)
     diphones = probabilities.shape[1] == N_DIPHONES
     peaks = probabilities.max(axis=0)
     peaks[BLANK] = 0

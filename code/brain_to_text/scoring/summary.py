@@ -23,6 +23,7 @@ from .statistics import (
     rates_by,
     worst_diphones,
 )
+from .word_decoder import word_errors
 
 RATES = ("DER", "PER", "PER (diphone path)", "WER")
 _BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
@@ -207,23 +208,15 @@ def _scored(
     trials: Sequence[DecodedTrial], name: str, text: Mapping[int, str] | None = None
 ) -> dict[int, ErrorCounts]:
     """Errors by trial index, of the trials with labels and an answer of this kind."""
-    sides = {
-        "DER": lambda t: (t.class_reference, t.class_hypothesis),
-        "PER": lambda t: (t.reference, t.hypothesis),
-        "PER (diphone path)": lambda t: (t.reference, t.path),
-        "WER": lambda t: (_words(t.record.sentence_label), _words((text or {}).get(t.index))),
-    }[name]
     found = {}
     for trial in trials:
-        reference, hypothesis = sides(trial)
-        if reference and hypothesis is not None:
-            found[trial.index] = ErrorCounts.between(reference, hypothesis)
+        errors = trial.errors()
+        sentence, decoded = trial.record.sentence_label, (text or {}).get(trial.index)
+        if decoded is not None and normalise_text(sentence or ""):
+            errors["WER"] = word_errors(sentence or "", decoded)
+        if name in errors:
+            found[trial.index] = errors[name]
     return found
-
-
-def _words(sentence: str | None) -> list[str] | None:
-    """As the field normalises them."""
-    return None if sentence is None else normalise_text(sentence).split()
 
 
 def _errors_and_labels(rows: Sequence[ErrorCounts]) -> tuple[list[int], list[int]]:

@@ -12,13 +12,11 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..model.classifier import folded
 from ..model.weights_file import save_atomically, state_to_cpu, writing
-from ..scoring.decoding import ValidationResult
+from ..scoring.decoding import DecodedSplit
 from .run import Run
 
 
-def write_model(
-    run: Run, path: Path, result: ValidationResult | None, *, keep: bool = False
-) -> None:
+def write_model(run: Run, path: Path, result: DecodedSplit | None, *, keep: bool = False) -> None:
     """The model as users take it away: with averaged weights, where weights are averaged.
 
     Args:
@@ -32,12 +30,13 @@ def write_model(
         return
     with run.train_step.averaged_weights():
         weights = state_to_cpu(folded(run.model))
+    numbers = {} if result is None else result.numbers
     content = {
         "model_state_dict": weights,
         "step": run.state.step,
-        "val_DER": None if result is None else result.der,
-        "val_PER": None if result is None else result.per,
-        "val_loss": None if result is None else result.ctc_loss,
+        "val_DER": numbers.get("der"),
+        "val_PER": numbers.get("per"),
+        "val_loss": numbers.get("ctc_loss"),
         "sessions": list(run.selection.sessions),
         "label_form": run.manifest.label_form,
     }
@@ -46,7 +45,7 @@ def write_model(
         run.checkpoints.keep(path)
 
 
-def write_best(run: Run, result: ValidationResult) -> None:
+def write_best(run: Run, result: DecodedSplit) -> None:
     """The best model so far, and its logits where they were asked for."""
     write_model(run, run.paths.best_checkpoint, result, keep=True)
     if result.logits is not None and run.checkpoints is not None:

@@ -17,7 +17,7 @@ from ..log_lines import best_line, train_line, validation_line
 from ..model.device import peak_flops
 from ..model.train_step import Health, StepResult
 from ..model.weights_file import save_atomically, writing
-from ..scoring.decoding import Inference, ValidationResult, evaluate
+from ..scoring.decoding import DecodedSplit, Inference, decode
 from ..storage.ownership import claim_folder
 from ..streaming.stream_stats import StreamCounts
 from .build_run import build_run, try_largest_batches
@@ -168,7 +168,7 @@ class BrainToTextDecoder_Trainer_S3:
         self._check_finite(run)
         run.log.info(f"Running test after training batch: {step}")
         with run.train_step.averaged_weights():
-            result = evaluate(
+            result = decode(
                 Inference(
                     run.model,
                     run.train_step.augmentation,
@@ -176,7 +176,7 @@ class BrainToTextDecoder_Trainer_S3:
                     config.objective.ctc_kernel,
                 ),
                 run.val_set,
-                run.selection.sessions,
+                loss=True,
                 keep_logits=config.save_val_logits,
                 stop=lambda: run.world.size == 1 and self.interruption.requested is not None,
                 gather=run.world.gather,
@@ -185,7 +185,7 @@ class BrainToTextDecoder_Trainer_S3:
                 return
             self._log_validation(run, step, result)
             metric = config.primary_metric
-            value = result.der if metric == "DER" else result.per
+            value = result.numbers[metric.lower()]
             if config.save_all_val_steps:
                 write_model(run, run.paths.validated(step), result, keep=True)
             if value < state.best_value:
@@ -193,6 +193,7 @@ class BrainToTextDecoder_Trainer_S3:
                 if (said := blank_remark(result)) is not None:
                     run.log.info(said)
                 state.best_value, state.best_step = value, state.step
+                run.best = DecodedSplit(result.trials, result.seconds)
                 state.validations_without_improvement = 0
                 if config.save_best_checkpoint:
                     run.log.info("Checkpointing model")
@@ -342,11 +343,11 @@ class BrainToTextDecoder_Trainer_S3:
         self._check_refusals(run)
         run.interval = self._new_interval(run, step + 1)
 
-    def _log_validation(self, run: Run, step: int, result: ValidationResult) -> None:
-        numbers = {"step": step, **result.as_dict()}
+    def _log_validation(self, run: Run, step: int, result: DecodedSplit) -> None:
+        numbers = {"step": step, **result.numbers}
         run.log.info(validation_line(numbers, run.config.primary_metric))
         if run.config.log_individual_day_val_PER:
-            for session, rates in result.per_session.items():
+            for session, rates in result.numbers["per_session"].items():
                 text = " ".join(f"{k}: {v:.4f}" for k, v in rates.items() if isinstance(v, float))
                 run.log.info(f"  {session} {text}")
         run.state.validations.append(numbers)
@@ -423,9 +424,9 @@ class BrainToTextDecoder_Trainer_S3:
         run.next_save = time.monotonic() + run.config.checkpoint_interval_seconds
 
 
-def blank_remark(result: ValidationResult) -> str | None:
+def blank_remark(result: DecodedSplit) -> str | None:
     """What a best model's error rate does not tell: that nearly all it answers is the blank."""
-    counts = result.counts["classes"]
+    counts = result.numbers["counts"]["classes"]
     wanted = counts["reference_labels"]
     decoded = wanted - counts["deletions"] + counts["insertions"]
     if decoded > NEXT_TO_NOTHING * wanted:

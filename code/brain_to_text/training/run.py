@@ -14,6 +14,7 @@ from ..dataset.manifest import TrialManifest
 from ..dataset.selection import TrialSelection
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep
+from ..scoring.decoding import DecodedSplit
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, DeviceFeeder, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
@@ -111,6 +112,7 @@ class Run:
         resumed: an earlier job's state was continued.
         next_save: clock at which a state is due.
         refusals_said: refused updates that the log has named.
+        best: the trials as the best model decoded them, where this job validated it.
         traffic_of_others: what the other ranks read, as far as it was asked.
     """
 
@@ -133,5 +135,6 @@ class Run:
     resumed: bool
     next_save: float
     refusals_said: int = 0
+    best: DecodedSplit | None = None
     traffic_of_others: list[StreamCounts] = field(default_factory=list)
     state: RunState = field(default_factory=RunState)
