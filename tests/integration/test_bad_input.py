@@ -193,9 +193,6 @@ def overwritten(path: Path) -> None:
 CASES = [
     # the file
     Case("not HDF5", to_file(lambda p: p.write_bytes(b"PK\3\4 zip")), "not an HDF5 file", None),
-    Case(
-        "HTML under the name", to_file(lambda p: p.write_text("<html>")), "not an HDF5 file", None
-    ),
     Case("empty file", to_file(lambda p: p.write_bytes(b"")), "not an HDF5 file (0 bytes", None),
     Case(
         "truncated file",
@@ -203,17 +200,10 @@ CASES = [
         "cannot be read as HDF5",
         None,
     ),
-    Case(
-        "only the first kilobyte",
-        to_file(lambda p: p.write_bytes(p.read_bytes()[:1024])),
-        "cannot be read as HDF5",
-        None,
-    ),
     Case("overwritten middle", to_file(overwritten), "cannot be read", None),
     Case("no trials", to_file(no_trials), "holds no trials", None),
     # datasets
     Case("no features", without("input_features"), "dataset input_features is missing"),
-    Case("no labels", without("seq_class_ids"), "dataset seq_class_ids is missing"),
     Case(
         "neither phoneme labels nor diphones",
         in_trial(no_diphones),
@@ -223,22 +213,11 @@ CASES = [
     Case("trial is no group", trial_is_a_dataset, "is not a group"),
     # attributes
     Case("no n_time_steps", without("n_time_steps"), "attribute n_time_steps is missing"),
-    Case("no seq_len", without("seq_len"), "attribute seq_len is missing"),
-    Case("no seq_len_phoneme", without("seq_len_phoneme"), "seq_len_phoneme is missing"),
-    Case("no block_num", without("block_num"), "attribute block_num is missing"),
-    Case("no trial_num", without("trial_num"), "attribute trial_num is missing"),
-    Case("no session", without("session"), "attribute session is missing"),
-    Case("n_time_steps is text", attribute("n_time_steps", "many"), "not a whole number"),
     Case("seq_len is a fraction", attribute("seq_len", 2.5), "not a whole number"),
-    Case("block_num is a list", attribute("block_num", [1, 2]), "not a whole number"),
     Case("n_time_steps is wrong", attribute("n_time_steps", 50), "n_time_steps is 50 but"),
     # features
     Case("one NaN", value(7, 3, np.nan), "1 NaN or infinite values, the first at bin 7, feature 3"),
-    Case("one infinity", value(0, 0, -np.inf), "1 NaN or infinite values"),
-    Case("all NaN", features(lambda old: old * np.nan), "582 NaN or infinite values"),
     Case("empty trial", features(lambda old: old[:0]), "input_features is empty"),
-    Case("no features per bin", features(lambda old: old[:, :0]), "input_features is empty"),
-    Case("one dimension", features(lambda old: old[:, 0].copy()), "not [T, C]"),
     Case("three dimensions", features(lambda old: old[None]), "not [T, C]"),
     Case("narrower than the rest", narrower, "has 5 features where most trials have 6"),
     Case(
@@ -246,24 +225,14 @@ CASES = [
         features(lambda old: old.astype(np.float64)),
         "is float64, not float32 or float16: 'python code/prepare_dataset.py encode' converts it",
     ),
-    Case("integers", features(lambda old: old.astype(np.int16)), "is int16, not float32"),
     Case("big endian", features(lambda old: old.astype(">f4")), "not float32 or float16"),
-    Case("text", replaced("input_features", "hello"), "not [T, C]"),
     # labels
     Case("label too large", label("seq_class_ids", 1, 1681), "is 1681, outside 1 … 1680"),
-    Case("label negative", label("seq_class_ids", 0, -3), "is -3, outside 1 … 1680"),
-    Case("blank as label", label("seq_class_ids", 2, 0), "seq_class_ids[2] is 0, outside"),
-    Case("phoneme too large", label("seq_class_ids_phoneme", 0, 41), "is 41, outside 1 … 40"),
     Case("blank as phoneme", label("seq_class_ids_phoneme", 0, 0), "is 0, outside 1 … 40"),
-    Case("no labels at all", attribute("seq_len", 0), "attribute seq_len is 0: no labels"),
-    Case("negative length", attribute("seq_len", -1), "attribute seq_len is -1"),
     Case("length beyond the array", attribute("seq_len", 501), "seq_len is 501 but"),
-    Case("phoneme length beyond", attribute("seq_len_phoneme", 600), "seq_len_phoneme is 600"),
     Case("labels after the end", label("seq_class_ids", 400, 5), "goes on after"),
     Case("another trial's phonemes", exchanged_labels, "do not match"),
-    Case("one wrong diphone", label("seq_class_ids", 1, 1680), "do not match"),
     Case("another label form", in_trial(other_form), "in the transition form where most"),
-    Case("labels are floats", replaced("seq_class_ids", np.zeros(500)), "not a list of int32"),
     Case("labels are a table", replaced("seq_class_ids", np.ones((5, 5), int)), "not a list of"),
     # layout
     Case("compact layout", in_trial(compact), "not stored as one run of bytes"),

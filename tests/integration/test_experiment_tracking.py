@@ -197,25 +197,6 @@ def test_a_killed_and_resumed_run_is_one_mlflow_run(tracked, client, request, tm
 
 
 @pytest.mark.slow
-def test_a_stopped_run_ends_as_such(tracked, client, request):
-    job = tracked(num_training_batches=100_000, batches_per_val_step=50_000)
-    job.start().wait_for("MLflow run")
-    os.kill(job.process.pid, signal.SIGTERM)
-    job.process.join(JOB_SECONDS)
-    assert job.process.exitcode == 0, job.said()
-    assert [run["info"]["status"] for run in runs(client, request)] == ["KILLED"]
-
-
-@pytest.mark.slow
-def test_a_failed_run_says_why(tracked, client, request):
-    diverging = {"lr_max": 1e30, "lr_warmup_steps": 0, "non_finite_patience": 2}
-    finish(tracked(**diverging, batches_per_train_log=1, num_training_batches=500), code=1)
-    (run,) = runs(client, request)
-    assert run["info"]["status"] == "FAILED"
-    assert run["tags"]["failure"].startswith("TrainingError: Training diverged")
-
-
-@pytest.mark.slow
 def test_a_server_that_is_away_costs_a_warning_and_nothing_else(data, tmp_path, mlflow_packages):
     variables = {
         "MLFLOW_TRACKING_URI": "http://somebody:hidden-password@127.0.0.1:9",

@@ -112,9 +112,10 @@ def test_a_run_leaves_exactly_what_is_promised(train):
     assert "output/data/report.html" in run.files
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_the_log_holds_the_promised_lines(train):
+    run = train("job", phoneme_weight=0.4)
+    log = (run.folder / "model" / "training_log").read_text()
+    for line in (
         r": Using device: cpu",
         r": Model has \d{1,3}(,\d{3})* parameters",
         r": Loading data from: ",
@@ -126,27 +127,8 @@ def test_a_run_leaves_exactly_what_is_promised(train):
         r": Val batch 3: DER \(avg\): \d\.\d{4} CTC Loss \(avg\): \d+\.\d+ time: \d+\.\d{3}",
         r": New best test DER inf --> \d\.\d{4}",
         r": Checkpointing model",
-    ],
-)
-def test_the_log_holds_the_promised_lines(line, finished_log):
-    assert re.search(rf"(?m)^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{line}", finished_log)
-
-
-@pytest.fixture(scope="module")
-def finished_log(data, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("log")
-    (folder / "output").mkdir()
-    os.environ["SAGEMAKER_BASE_DIR"] = str(folder)
-    words = [w for key, value in SETTINGS.items() for w in (f"--{key}", str(value))]
-    try:
-        assert train_model_sagemaker.main(["--data-dir", str(data), *words]) == 0
-    finally:
-        del os.environ["SAGEMAKER_BASE_DIR"]
-    return (folder / "model" / "training_log").read_text()
-
-
-def test_every_field_of_a_training_line_is_said_and_kept(data, train):
-    run = train("job", phoneme_weight=0.4)
+    ):
+        assert re.search(rf"(?m)^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{line}", log), line
     for line, numbers in zip(run.train_lines(), run.metrics(), strict=True):
         number = r"\d+(\.\d+)?"
         assert re.search(
@@ -191,28 +173,14 @@ def test_rates_are_of_the_whole_interval_and_of_finished_work(train, monkeypatch
         )
 
 
-@pytest.mark.parametrize(
-    ("objective", "said"),
-    [
-        ({}, [None] * 3),
-        ({"phoneme_weight": 1.0}, ["phoneme: # phoneme weight: 1.00"] * 3),
-        (
-            {"objective.schedule": "[[0, 0], [4, 1]]"},
-            [
-                "phoneme weight: 0.00",
-                "phoneme: # phoneme weight: 0.50",
-                "phoneme: # phoneme weight: 1.00",
-            ],
-        ),
-    ],
-    ids=["diphone", "phoneme", "schedule"],
-)
-def test_a_joint_loss_says_the_terms_it_has_and_their_weight(train, objective, said):
-    run = train("job", **objective)
+def test_a_joint_loss_says_the_terms_it_has_and_their_weight(train):
+    run = train("job", **{"objective.schedule": "[[0, 0], [4, 1]]"})
     terms = [re.search(r"time: \S+ (.*)lr:", line)[1].strip() for line in run.train_lines()]
-    assert [re.sub(r"phoneme: \d+\.\d+", "phoneme: #", t) or None for t in terms] == said
-    for text, numbers in zip(said, run.metrics(), strict=True):
-        assert ("phoneme_loss" in numbers) == ("phoneme: #" in (text or ""))
+    assert [re.sub(r"phoneme: \d+\.\d+", "phoneme: #", term) for term in terms] == [
+        "phoneme weight: 0.00",
+        "phoneme: # phoneme weight: 0.50",
+        "phoneme: # phoneme weight: 1.00",
+    ]
 
 
 def streaming(run: Run) -> str:
@@ -300,20 +268,6 @@ def refuse(monkeypatch):
         monkeypatch.setattr(JointObjective, "__call__", lossy)
 
     return wrap
-
-
-def test_refusals_between_two_log_lines_stop_the_run(train, refuse):
-    refuse({6, 7, 8})
-    run = train(
-        "job",
-        num_training_batches=30,
-        batches_per_train_log=5,
-        batches_per_val_step=100,
-        non_finite_patience=3,
-    )
-    assert run.code == 1
-    assert "3 updates in a row, last at step 8" in run.failure
-    assert "Train batch 10:" in run.said and "Train batch 15:" not in run.said
 
 
 @pytest.mark.parametrize("patience", [2, 3])
@@ -454,36 +408,19 @@ def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions,
 def test_weights_that_are_not_finite_are_neither_saved_nor_called_best(train):
     run = train("job", lr_max=1e38, lr_warmup_steps=0, batches_per_val_step=1, batches_per_save=1)
     assert run.code == 1 and "weights are not finite after" in run.failure, run.said
-    for path in (run.folder / "checkpoints").glob("*"):
-        if path.name != ".lock":
-            state = torch.load(path, weights_only=True)
-            weights = state.get("model", state.get("model_state_dict"))
-            assert all(value.isfinite().all() for value in weights.values()), path
+    for path in (run.folder / "checkpoints").glob("[!.]*"):
+        state = torch.load(path, weights_only=True)
+        weights = state.get("model", state.get("model_state_dict"))
+        assert all(value.isfinite().all() for value in weights.values()), path
 
 
-def test_early_stopping_ends_the_run(train):
-    run = train(
-        "job",
-        early_stopping=True,
-        early_stopping_val_steps=2,
-        lr_max=1e-9,
-        lr_min=0,
-        lr_max_day=1e-9,
-        lr_min_day=0,
-        num_training_batches=500,
-    )
-    assert run.code == 0 and "Stopping early: 2 validations" in run.said
-    assert run.last()["run"]["step"] < 20
-
-
-@pytest.mark.parametrize("classifier", ["plain", "factored"])
-def test_a_new_run_starts_from_given_weights_by_session_name(train, classifier):
+def test_a_new_run_starts_from_given_weights_by_session_name(train):
     first = train("first", classifier="factored")
     second = train(
         "second",
         init_from_checkpoint=True,
         init_checkpoint_path=first.folder / "model",
-        classifier=classifier,
+        classifier="factored",
         sessions="[t15.2023.08.18, t15.2023.08.11]",
         lr_max=0,
         lr_min=0,
@@ -531,12 +468,11 @@ def test_scores_of_sessions_are_said_unless_switched_off(train, said):
     assert sum(rates["n_trials"] for rates in sessions.values()) == 9
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_the_run_decides_about_tf32(train, monkeypatch, allowed):
+def test_the_run_decides_about_tf32(train, monkeypatch):
     decided = []
     monkeypatch.setattr(build_run, "allow_tf32", decided.append)
-    train("job", allow_tf32=allowed, num_training_batches=1)
-    assert decided == [allowed]
+    train("job", allow_tf32=False, num_training_batches=1)
+    assert decided == [False]
 
 
 def test_sessions_switched_off_are_not_validated(train):
@@ -559,24 +495,13 @@ def test_bad_trials_are_left_out_by_name_and_counted(train):
     assert "4 trials are left out" in run.said  # two in train, two in val: same block and number
 
 
-BAD_SETTINGS = {
-    "unknown key": ({"n_unit": 3}, "Did you mean 'model.n_units'?"),
-    "misspelt option": ({"num-trainin-batches": 3}, "num_training_batches"),
-    "text for a number": ({"batch_size": "many"}, "must be a whole number"),
-    "zero trials": ({"batch_size": 0}, "at least 1"),
-    "negative rate": ({"lr_max": -1}, "at least 0"),
-    "not a number": ({"lr_max": "nan"}, "must be"),
-    "dropout of one": ({"rnn_dropout": 1.0}, "from 0 to 0.99"),
-    "other classes": ({"n_classes": 40}, "one of 41, 1681"),
+BAD_SETTINGS = {  # what the data decides; test_config has what settings alone decide
     "classes of the other kind": ({"n_classes": 41}, "1681 classes"),
     "other width": (
         {"neural_dim": 512, "n_input_features": 512, "input_layer_sizes": "[512]"},
         "16 features per bin",
     ),
-    "width in one place only": ({"neural_dim": 512}, "make them equal"),
     "a session that is absent": ({"sessions": "[t15.2023.08.12]"}, "did you mean t15.2023.08.1"),
-    "a session twice": ({"sessions": "[t15.2023.08.11, t15.2023.08.11]"}, "more than once"),
-    "more days than trials": ({"days_per_batch": 5}, "exceeds dataset.batch_size"),
     "more days than sessions": ({"days_per_batch": 4}, "the run has 3 sessions"),
     "an impossible day": ({"must_include_days": "[7]"}, "numbered from 0 to 2"),
     "patches longer than trials": ({"patch_size": 200}, "frames"),
@@ -588,24 +513,10 @@ BAD_SETTINGS = {
         },
         "No session has validation trials",
     ),
-    "bad trials as a list": (
-        {"bad_trials_dict": "{t15.2023.08.11: [1, 2]}"},
-        "block numbers to lists of trial numbers",
-    ),
-    "bad trials as words": (
-        {"bad_trials_dict": "{t15.2023.08.11: {1: [first]}}"},
-        "block numbers to lists of trial numbers",
-    ),
-    "phoneme weight of two": ({"phoneme_weight": 2}, "from 0 to 1"),
-    "two objectives": (
-        {"phoneme_weight": 0.5, "objective.schedule": "[[0, 0], [9, 0.6]]"},
-        "not both",
-    ),
     "weights that are absent": (
         {"init_from_checkpoint": True, "init_checkpoint_path": "/nowhere/model"},
         "/nowhere/model does not exist",
     ),
-    "weights without a path": ({"init_from_checkpoint": True}, "init_checkpoint_path"),
     "a config that is absent": ({"config-file": "mine.yaml"}, "cannot be read"),
     "a folder that is absent": ({"data-dir": "/nowhere/data"}, "/nowhere/data"),
     "an option without a yes or no": ({"accept-changes": "perhaps"}, "true or false"),
@@ -619,12 +530,8 @@ def test_bad_settings_are_one_sentence_before_anything_is_computed(name, train):
     assert run.code == 1
     assert words in run.failure, run.failure
     assert "\n" not in run.failure and "Traceback" not in run.said
-    assert not [n for n in run.files if "best_checkpoint" in n or "state-" in n], run.files
-
-
-def test_the_last_word_of_a_failed_run_is_the_reason(train):
-    run = train("job", batch_size=0)
     assert run.said.strip().splitlines()[-1] == f"ERROR: {run.failure}"
+    assert not [n for n in run.files if "best_checkpoint" in n or "state-" in n], run.files
 
 
 @pytest.fixture
@@ -668,14 +575,6 @@ def test_a_full_output_volume_is_one_sentence_on_stderr_and_in_the_failure_file(
     assert "Traceback" not in run.said and "Logging error" not in run.said
 
 
-@pytest.mark.parametrize("option", ["--model-dir", "--output-data-dir"])
-def test_a_read_only_folder_is_one_sentence(train, small_volume, option):
-    subprocess.run(["mount", "-o", "remount,ro", str(small_volume)], check=True)
-    run = train("job", option, str(small_volume))
-    assert run.code == 1 and "read-only" in run.failure and option in run.failure
-    assert "Traceback" not in run.said
-
-
 def test_a_full_model_volume_is_one_sentence(train, small_volume):
     run = train("job", "--model-dir", str(small_volume))
     assert run.code == 1 and "is full" in run.failure
@@ -706,10 +605,9 @@ def test_another_model_size_is_one_sentence_before_the_first_step(train):
     assert "does not fit this model: h0 is 1x1x16 there and 1x1x24 here" in run.failure
 
 
-@pytest.mark.parametrize("accepted", ["true", "false"])
-def test_fewer_steps_than_were_done_are_one_sentence(train, accepted):
+def test_fewer_steps_than_were_done_are_one_sentence(train):
     assert train("job").code == 0
-    run = train("job", "--accept-changes", accepted, num_training_batches=3)
+    run = train("job", "--accept-changes", "true", num_training_batches=3)
     assert run.code == 1
     assert "has done 6 steps and num_training_batches is 3: ask for at least 6" in run.failure
 

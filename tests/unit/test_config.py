@@ -1,7 +1,6 @@
 """The configuration: files load, overrides apply, every mistake is named."""
 
 import contextlib
-import random
 import re
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from brain_to_text.config_reader import (
 from brain_to_text.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import rounds
 
 CODE = Path(__file__).parents[2] / "code"
 SHIPPED = sorted(CODE.glob("rnn_args_*.yaml"))
@@ -197,7 +195,7 @@ def test_each_mistake_is_one_sentence_that_names_key_and_value(overrides, words)
         (b"learning_rate: 5\n", ["Unknown setting 'learning_rate'"]),
         (b"\xff\xfe\x00", ["not valid YAML"]),
         (b"seed: 1\nlr_max: 1\nseed: 2\n", ["'seed' stands on line 1 and again on line 3"]),
-        (b"model:\n  n_units: 1\n  n_units: 1\n", ["'n_units'", "line 2", "line 3"]),
+        (b"a: {1: x}\nb:\n  1: x\n  01: x\n", ["1 stands on line 3 and again on line 4"]),
         (b"a: &a [x, x]\nb: [*a, *a]\n", ["line 2 has an alias"]),
         (b"[" * 100_000, ["nested too deeply"]),
         (b"seed: " + b"9" * 5000, ["line 1 cannot be read"]),
@@ -252,7 +250,7 @@ NASTY = [
     *("~", "yes", "'", '"', "\x00", "\ufeff", "\ud800", "é", "? [a]", "{? [a] : 1}", "{<<: 3}"),
     *("- a", "a: b: c", "|", "%YAML 9", "@", "''", "true", "-1", "0", "1e3", "[1,2,[3]]", "{1: 2}"),
     *("{null: 1}", "{1.5: 2}", "{t15: {1: [0]}}", "{t15: {1: {2: 3}}}", "4294967296", "[.nan]"),
-    *("[4294967296]", "1" + "0" * 30),
+    *("[4294967296]", "1" + "0" * 30, "0x" + "f" * 6000),
 ]
 
 
@@ -263,31 +261,10 @@ def sentence_or_success(*arguments):
         assert "\n" not in str(error) and len(str(error)) < 600, str(error)
 
 
-@pytest.mark.parametrize("value", NASTY, ids=lambda value: ascii(value)[:20])
-def test_no_value_of_any_key_escapes_as_another_error(value):
+def test_no_value_of_any_key_escapes_as_another_error():
     for path in (*(path for path, _, _ in config_keys()), *LEGACY_KEYS):
-        sentence_or_success(None, {path: value})
-
-
-def test_no_fuzzed_file_escapes_as_another_error(tmp_path):
-    path = tmp_path / "mine.yaml"
-    for number in rounds(240):
-        rng = random.Random(number)
-        content = bytearray(rng.choice(SHIPPED).read_bytes())
-        for _ in range(rng.choice([1, 1, 3, 10])):
-            place = rng.randrange(len(content))
-            match rng.randrange(4):
-                case 0:
-                    content[place] ^= 1 << rng.randrange(8)
-                case 1:
-                    text = rng.choice(NASTY).encode("utf-8", "surrogatepass")
-                    content[place:place] = text
-                case 2:
-                    del content[place : place + rng.randrange(30)]
-                case 3:
-                    content[place:place] = content[place : place + rng.randrange(60)]
-        path.write_bytes(content)
-        sentence_or_success(path)
+        for value in NASTY:
+            sentence_or_success(None, {path: value})
 
 
 @given(
@@ -309,11 +286,6 @@ def test_every_key_has_help_and_resolves_to_itself():
         if "help" in entry.metadata:
             assert entry.metadata["help"]
             assert resolve_key(path) == path
-
-
-def test_a_number_of_thousands_of_hexadecimal_digits_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="seed"):
-        load_config(None, {"seed": "0x" + "f" * 6000})
 
 
 def test_a_dotted_key_in_a_file_is_advised_to_be_nested(tmp_path) -> None:
