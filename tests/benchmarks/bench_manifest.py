@@ -1,6 +1,6 @@
 """What a dataset of many trials costs before the first step: time and memory, by simulation.
 
-    python tests/benchmarks/bench_manifest.py [--trials 11162 100000 1000000]
+    python tests/benchmarks/bench_manifest.py [--trials 11162 100000 1000000 | --copies]
 
 The manifest is made up (300 sessions, 45 for the size of the real recordings; labels, sentences and
 offsets as plausible as they need to be). Two processes then start as torchrun starts them: the
@@ -15,11 +15,13 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -27,13 +29,18 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
 from brain_to_text.config_reader import load_config
-from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.dataset.file_content import FileContent
+from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
+from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.selection import select_trials
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.storage.locations import ObjectInfo
+from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.training.distributed import World
+from support.local_s3 import serve_s3
 
 SPLITS = ("train", "train", "train", "train", "train", "train", "train", "val", "test", "train")
 SETTINGS = {"n_classes": 1681, "batch_size": 64}
@@ -126,13 +133,58 @@ def measure(path: Path) -> list[dict[str, object]]:
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
+def measure_copies(n_files: int = 135, n_trials: int = 83) -> None:
+    """The start of a job on data that was copied since it was indexed; trials of 40 bins."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place, serve_s3(Path(place), cached=True) as server:
+        os.environ.update(server.environment())
+        server.make_bucket("bench")
+        folder, copy = Path(place, "bench", "data"), Path(place, "copy")
+        for number in range(n_files):
+            session, split = f"t15.{2000 + number // 3}.01.01", ("train", "val", "test")[number % 3]
+            phonemes = rng.integers(1, 41, 30).astype(np.int32)
+            labels = () if split == "test" else (encode_diphones(phonemes), phonemes, "a sentence")
+            trials = [
+                TrialContents(
+                    *(f"trial_{t:04d}", session, 1, t),
+                    rng.standard_normal((40, 512)).astype(np.float32),
+                    *labels,
+                )
+                for t in range(n_trials)
+            ]
+            (folder / session).mkdir(parents=True, exist_ok=True)
+            (folder / session / f"data_{split}.hdf5").write_bytes(data_file_bytes(trials))
+        manifest = index_dataset(open_store(folder))
+        write_manifest(open_store(folder), manifest)
+        shutil.copytree(folder, copy)
+        print(f"\n| {n_files} files, {len(manifest.trials):,} trials | start, s |\n|---|---|")
+        for what, url in (
+            ("folder as indexed", folder),
+            ("copy of the folder", copy),
+            ("the copy again", copy),
+            ("uploaded, S3 can tell", "s3://bench/data"),
+            ("uploaded, S3 cannot tell", "s3://bench/data"),
+            ("the same again", "s3://bench/data"),
+        ):
+            if what == "uploaded, S3 cannot tell":
+                unknown = {k: FileContent(c.labels_crc32) for k, c in manifest.contents.items()}
+                write_manifest(open_store(folder), replace(manifest, contents=unknown))
+            started = time.monotonic()
+            load_or_build_manifest(open_store(url), lambda line: None)
+            print(f"| {what} | {time.monotonic() - started:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="*", default=[11_162, 100_000, 1_000_000])
+    parser.add_argument("--copies", action="store_true", help="only: data that was copied")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
         as_a_rank(options.rank_of)
+        return
+    if options.copies:
+        measure_copies()
         return
     print("CPU seconds of the first rank; memory beyond what Python and torch take:\n")
     columns = ["trials", "manifest", "write", "load", "select", "plan 100 batches"]

@@ -253,9 +253,7 @@ class TestCorrectedLabels:
         copy = shutil.copytree(folder, tmp_path / "copy")
         lines = []
         load_or_build_manifest(open_store(copy), lines.append)
-        assert lines == [
-            "Labels of 5 files that were copied or written since they were indexed: unchanged"
-        ]
+        assert len(lines) == 1 and "labels of 5 files that were copied" in lines[0]
         monkeypatch.setattr(LocalStore, "read_range", lambda *_: pytest.fail("read again"))
         load_or_build_manifest(open_store(copy), lines.append)
         assert len(lines) == 1
@@ -274,7 +272,7 @@ class TestCorrectedLabels:
         unknown = {k: FileContent(c.labels_crc32) for k, c in manifest.contents.items()}
         write_manifest(store, dataclasses.replace(manifest, contents=unknown))
         load_or_build_manifest(store, lines.append)
-        assert "Labels of 5 files" in lines[0]
+        assert "labels of 5 files" in lines[0]
         corrected(there / KEY, "trial_0001/seq_class_ids", 0)
         with pytest.raises(DataError, match=rf"1 changed \({KEY}\).*index {s3_prefix}'"):
             load_or_build_manifest(open_store(s3_prefix), lines.append)

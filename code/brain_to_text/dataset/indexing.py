@@ -90,10 +90,9 @@ def _current(
     moved = manifest.check_fresh(listing, store.url)
     if not moved:
         return manifest
+    log(f"Comparing the labels of {len(moved)} files that were copied or written since indexing")
     manifest.check_labels(store, moved)
     manifest = replace(manifest, files={key: listing[key] for key in manifest.files})
-    whose = f"{len(moved)} files that were copied or written since they were indexed"
-    log(f"Labels of {whose}: unchanged")
     with suppress(StorageError):  # the next run need not look again
         write_manifest(store, manifest)
     return manifest
