@@ -20,7 +20,7 @@ from brain_to_text.redaction import one_line
 from brain_to_text.storage.locations import s3_url
 
 if TYPE_CHECKING:
-    from brain_to_text.scoring.words import WordOptions
+    from brain_to_text.scoring.sentences import WordOptions
 
 DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 
@@ -70,14 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         "sentences; 'none': the lexicon alone",
     )
     words("--lexicon", type=Path, help="file of 'WORD PHONEME ...' lines: adds words")
-    words("--lm-weight", type=float, default=2.0, help="of the model's log10 probabilities")
-    words("--word-score", type=float, default=0.0, help="added per word")
-    words("--beam-size", type=int, default=200, help="hypotheses kept per frame")
+    words("--lm-weight", type=float, help="of the model's log10 probabilities")
+    words("--word-score", type=float, help="added per word")
+    words("--beam-size", type=int, help="hypotheses kept per frame")
     words("--tune-words", action="store_true", help="choose both weights on the val split")
     words(
         "--nbest",
         type=int,
-        default=1,
         metavar="N",
         help="also write the N best sentences of each trial, with their scores, to nbest.csv",
     )
@@ -153,24 +152,28 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _word_options(options: argparse.Namespace) -> WordOptions | None:
+    from brain_to_text.scoring.sentences import WordOptions
     from brain_to_text.scoring.word_decoder import WordSettings
-    from brain_to_text.scoring.words import WordOptions
 
+    names = ("lexicon", "tune_words", "nbest", "lm_weight", "word_score", "beam_size")
+    given = {name: getattr(options, name) for name in names}
+    given = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
     if options.language_model is None and options.rescored is None:
-        parser = build_parser()
-        for name in ("lexicon", "tune_words", "nbest", "lm_weight", "word_score", "beam_size"):
-            if getattr(options, name) != parser.get_default(name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
-                    "too (an ARPA or KenLM file, 'training' or 'none')."
-                )
+        for name in given:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
+                "too (an ARPA or KenLM file, 'training' or 'none')."
+            )
         return None
+    weights = {name: given[name] for name in names[3:] if name in given}
     return WordOptions(
         options.language_model,
         options.lexicon,
-        WordSettings(options.lm_weight, options.word_score, beam_size=options.beam_size),
+        WordSettings(**weights),
         options.tune_words,
-        options.nbest,
+        given.get("nbest", 1),
         options.rescored,
     )
 

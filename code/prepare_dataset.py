@@ -36,7 +36,7 @@ from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.redaction import one_line
-from brain_to_text.scoring.report import dataset_page
+from brain_to_text.scoring.report_pages import dataset_page
 from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
 from brain_to_text.storage.ownership import check_own, replace_own
 from brain_to_text.storage.store import open_store

@@ -36,9 +36,9 @@ from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.model.trained_model import open_model
+from brain_to_text.scoring.error_rates import PairedComparison, compare_paired
 from brain_to_text.scoring.evaluate import run_model
-from brain_to_text.scoring.exports import trial_row
-from brain_to_text.scoring.statistics import PairedComparison, compare_paired
+from brain_to_text.scoring.tables import trial_row
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.trial_stream import TrialStream
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths

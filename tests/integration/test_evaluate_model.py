@@ -420,7 +420,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(
     def full(*_: object) -> str:
         raise StorageError("The volume is full.")
 
-    monkeypatch.setattr("brain_to_text.scoring.results.model_report", full)
+    monkeypatch.setattr("brain_to_text.scoring.output_files.model_report", full)
     out = tmp_path / "out"
     arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
     assert run(*arguments, "--output-dir", out) == 1

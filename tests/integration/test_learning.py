@@ -21,8 +21,8 @@ from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import load_manifest, write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.model.trained_model import open_model
+from brain_to_text.scoring.error_rates import ErrorCounts
 from brain_to_text.scoring.evaluate import run_model
-from brain_to_text.scoring.statistics import ErrorCounts
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.trial_stream import TrialStream
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths

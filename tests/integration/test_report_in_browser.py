@@ -15,7 +15,7 @@ from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.dataset.validation import SplitSummary, ValidationReport
 from brain_to_text.errors import Finding
 from brain_to_text.labels.phonemes import PHONEMES
-from brain_to_text.scoring.report import dataset_page, model_report
+from brain_to_text.scoring.report_pages import dataset_page, model_report
 from brain_to_text.storage.locations import ObjectInfo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")

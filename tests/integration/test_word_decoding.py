@@ -25,6 +25,7 @@ from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes,
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_symbols
 from brain_to_text.labels.pronunciation import lexicon_of
+from brain_to_text.scoring.error_rates import ErrorCounts
 from brain_to_text.scoring.language_model import (
     START,
     check_language_model,
@@ -32,13 +33,12 @@ from brain_to_text.scoring.language_model import (
     words_of_arpa,
     words_of_model,
 )
-from brain_to_text.scoring.statistics import ErrorCounts
-from brain_to_text.scoring.word_decoder import WordDecoder, WordSettings, word_errors
-from brain_to_text.scoring.words import (
+from brain_to_text.scoring.sentences import (
     WordOptions,
     decode_sentences,
     make_decoder,
 )
+from brain_to_text.scoring.word_decoder import WordDecoder, WordSettings, word_errors
 from support.decoded_trials import manifest_of, record
 from support.tiny_data import write_dataset
 from support.tiny_models import write_model
@@ -100,8 +100,8 @@ def test_a_language_model_lowers_the_word_error_rate_on_held_out_sentences(decod
 
 
 def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (0.0, 2.0))
-    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.sentences.LM_WEIGHTS", (0.0, 2.0))
+    monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
     decoder, trials = decoders[1], decoders[2][:8]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
     result = decode_sentences(options, decoder, {"Language model": "lm.arpa"}, trials)
@@ -114,8 +114,8 @@ def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
 
 
 def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.scoring.words.LM_WEIGHTS", (2.0,))
-    monkeypatch.setattr("brain_to_text.scoring.words.WORD_SCORES", (0.0,))
+    monkeypatch.setattr("brain_to_text.scoring.sentences.LM_WEIGHTS", (2.0,))
+    monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
     known = decoders[2][:3]
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
     options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)

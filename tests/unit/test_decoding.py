@@ -13,7 +13,7 @@ from brain_to_text.labels.diphones import collapse_to_phonemes, marginalise_log_
 from brain_to_text.model.losses import ctc_nll
 from brain_to_text.scoring import decoding
 from brain_to_text.scoring.decoding import DecodedSplit, Inference, decode, greedy_decode
-from brain_to_text.scoring.statistics import ErrorCounts
+from brain_to_text.scoring.error_rates import ErrorCounts
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoded_trials import dataset_of

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import phoneme_ids
-from brain_to_text.scoring.statistics import bootstrap_interval
+from brain_to_text.scoring.error_rates import bootstrap_interval
 from brain_to_text.scoring.summary import (
     compare,
     describe,

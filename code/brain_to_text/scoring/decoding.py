@@ -22,7 +22,7 @@ from ..model.losses import ctc_nll
 from ..model.rnn_model import GRUDecoder
 from ..streaming.batch import Batch
 from ..streaming.dataset_s3 import EvaluationDatasetS3
-from .statistics import ErrorCounts
+from .error_rates import ErrorCounts
 
 
 @dataclass(frozen=True)

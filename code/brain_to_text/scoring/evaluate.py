@@ -30,16 +30,16 @@ from .decoding import (
     decode,
     merge_frames,
 )
-from .exports import rescored_sentences, submission_remark
-from .results import RESULTS, Evaluation, check_place, complete_or_nothing, write_results
-from .summary import compare, describe, label_form_remark
-from .words import (
+from .output_files import RESULTS, check_place, complete_or_nothing, write_results
+from .sentences import (
     DecodedSentences,
     WordOptions,
     check_words,
     decode_sentences,
     make_decoder,
 )
+from .summary import Evaluation, compare, describe, label_form_remark
+from .tables import rescored_sentences, submission_remark
 
 N_EXAMPLES = 4
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from ..dataset.manifest import TrialManifest
 from ..errors import DataError
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..labels.phonemes import BLANK, PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
+from ..model.trained_model import ModelArtefact
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
-from .statistics import (
+from .error_rates import (
     ErrorCounts,
     align,
     bootstrap_interval,
@@ -23,10 +28,70 @@ from .statistics import (
     rates_by,
     worst_diphones,
 )
+from .sentences import DecodedSentences, training_sentences
 from .word_decoder import word_errors
 
 RATES = ("DER", "PER", "PER (diphone path)", "WER")
 _BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One model's results on one split, or those of several models together.
+
+    Attributes:
+        artefact: the model; of an ensemble the first.
+        data: where the trials were read from.
+        split: "val", "test" or "train".
+        manifest: of the dataset.
+        trials: in the manifest's order.
+        seconds: of the pass over the trials.
+        examples: class log-probabilities [T', C] of the trials to look at, by index.
+        sentences: the trials' text, when words were decoded.
+        remarks: one sentence for everything left out, and for every doubt about the numbers.
+        members: of an ensemble, each on the trials of the whole.
+        comparison: with another model, as `compare` gives it.
+    """
+
+    artefact: ModelArtefact
+    data: str
+    split: str
+    manifest: TrialManifest
+    trials: list[DecodedTrial]
+    seconds: float
+    examples: Mapping[int, np.ndarray] = field(default_factory=dict)
+    sentences: DecodedSentences | None = None
+    remarks: tuple[str, ...] = ()
+    members: tuple[Evaluation, ...] = ()
+    comparison: Mapping[str, Any] | None = None
+
+    @property
+    def model(self) -> str:
+        """What was evaluated, by its location, or those of an ensemble."""
+        return " + ".join(one.artefact.location for one in self.members or (self,))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Rates with intervals, counts, groups; plain types."""
+        sentences = self.sentences
+        trained_on = set(training_sentences(self.manifest))
+        summary = summarise(self.trials, trained_on, sentences.text if sentences else None)
+        if sentences is not None:
+            summary["words"] = sentences.summary(self.trials)
+        if self.members:
+            summary["members"] = [self._beside(member) for member in self.members]
+        if self.comparison is not None:
+            summary["comparison"] = self.comparison
+        return summary
+
+    def _beside(self, member: Evaluation) -> dict[str, Any]:
+        """A member's row: its rates, and the whole's difference from them."""
+        model, rates = member.artefact, member.summary.get("rates", {})
+        row = {"model": model.location, "step": model.step, "rates": rates}
+        if "PER" in rates:
+            metrics = compare(self.trials, member.trials, model.location)["metrics"]
+            row["comparison"] = metrics["PER"]
+        return row
 
 
 def summarise(

@@ -18,8 +18,11 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..labels.phonemes import BLANK, N_PHONEMES, SILENCE
 from ..labels.pronunciation import Lexicon, normalise_text
-from .statistics import ErrorCounts
+from .error_rates import ErrorCounts
 
+# the weights that tuning tries
+LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
+WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
 BEAM_THRESHOLD = 50.0  # nats by which a hypothesis may be worse than the best
 HOMOPHONES = 6  # words of one pronunciation that flashlight's trie holds; it drops the others
 

@@ -18,13 +18,19 @@ from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lex
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .language_model import check_language_model, estimate_ngrams, words_of_model
-from .word_decoder import Hypothesis, WordDecoder, WordSettings, flashlight, word_errors
+from .word_decoder import (
+    LM_WEIGHTS,
+    WORD_SCORES,
+    Hypothesis,
+    WordDecoder,
+    WordSettings,
+    flashlight,
+    word_errors,
+)
 
 FROM_TRAINING = "training"
 LEXICON_ONLY = "none"
 NGRAM_ORDER = 3
-LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
-WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
 _NAMED = 8  # words that a line names
 
 

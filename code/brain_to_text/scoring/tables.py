@@ -16,9 +16,9 @@ from ..labels.phonemes import BLANK, SILENCE, phoneme_symbols
 from ..labels.pronunciation import normalise_text
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
+from .sentences import DecodedSentences
 from .summary import corpus_name
 from .word_decoder import word_errors
-from .words import DecodedSentences
 
 HYPOTHESES = ("file", "hypothesis")  # columns that a table of sentences to be scored must have
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets

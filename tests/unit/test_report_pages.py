@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.scoring import report
-from brain_to_text.scoring.charts import line_chart
-from brain_to_text.scoring.report import TEMPLATES, model_report
+from brain_to_text.scoring import report_pages
+from brain_to_text.scoring.report_pages import TEMPLATES, line_chart, model_report
 
 
 class Outline(HTMLParser):
@@ -248,7 +247,7 @@ TO_XYZ = np.array(
         [0.0193339, 0.1191920, 0.9503041],
     ]
 )
-STYLE = Path(report.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
+STYLE = Path(report_pages.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
 SERIES = ("c0", "c1", "c2", "c3")
 
 

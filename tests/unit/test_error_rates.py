@@ -6,7 +6,7 @@ import itertools
 
 import jiwer
 import numpy as np
-from brain_to_text.scoring.statistics import (
+from brain_to_text.scoring.error_rates import (
     ErrorCounts,
     Interval,
     align,

@@ -11,7 +11,8 @@ import pytest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.diphones import N_DIPHONES
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_ids
-from brain_to_text.scoring.exports import (
+from brain_to_text.scoring.output_files import check_place, complete_or_nothing, example
+from brain_to_text.scoring.tables import (
     read_table,
     rescored_sentences,
     submission_remark,
@@ -19,7 +20,6 @@ from brain_to_text.scoring.exports import (
     write_submission,
     write_table,
 )
-from brain_to_text.scoring.results import check_place, complete_or_nothing, example
 from support.decoded_trials import decoded, manifest_of, record
 
 FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"

@@ -1,4 +1,4 @@
-"""What an evaluation is, and what it leaves in a folder: tables, a summary, the report."""
+"""What an evaluation leaves in a folder, whole or not at all, and never over what others wrote."""
 
 from __future__ import annotations
 
@@ -10,26 +10,21 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..dataset.manifest import TrialManifest
 from ..errors import StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import BLANK, PHONEMES
-from ..model.trained_model import ModelArtefact
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
-from .exports import n_best_rows, trial_row, write_logits, write_submission, write_table
-from .report import model_report
-from .statistics import align
-from .summary import compare, diphone_name, summarise
-from .words import DecodedSentences, training_sentences
+from .error_rates import align
+from .report_pages import model_report
+from .summary import Evaluation, diphone_name
+from .tables import n_best_rows, trial_row, write_logits, write_submission, write_table
 
 BIN_SECONDS = 0.02
 RESULTS = (
@@ -37,65 +32,6 @@ RESULTS = (
     *("submission.csv", "nbest.csv", "language_model.arpa"),
 )
 _SHOWN_CLASSES = 16  # rows of a posterior chart
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One model's results on one split, or those of several models together.
-
-    Attributes:
-        artefact: the model; of an ensemble the first.
-        data: where the trials were read from.
-        split: "val", "test" or "train".
-        manifest: of the dataset.
-        trials: in the manifest's order.
-        seconds: of the pass over the trials.
-        examples: class log-probabilities [T', C] of the trials to look at, by index.
-        sentences: the trials' text, when words were decoded.
-        remarks: one sentence for everything left out, and for every doubt about the numbers.
-        members: of an ensemble, each on the trials of the whole.
-        comparison: with another model, as `compare` gives it.
-    """
-
-    artefact: ModelArtefact
-    data: str
-    split: str
-    manifest: TrialManifest
-    trials: list[DecodedTrial]
-    seconds: float
-    examples: Mapping[int, np.ndarray] = field(default_factory=dict)
-    sentences: DecodedSentences | None = None
-    remarks: tuple[str, ...] = ()
-    members: tuple[Evaluation, ...] = ()
-    comparison: Mapping[str, Any] | None = None
-
-    @property
-    def model(self) -> str:
-        """What was evaluated, by its location, or those of an ensemble."""
-        return " + ".join(one.artefact.location for one in self.members or (self,))
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """Rates with intervals, counts, groups; plain types."""
-        sentences = self.sentences
-        trained_on = set(training_sentences(self.manifest))
-        summary = summarise(self.trials, trained_on, sentences.text if sentences else None)
-        if sentences is not None:
-            summary["words"] = sentences.summary(self.trials)
-        if self.members:
-            summary["members"] = [self._beside(member) for member in self.members]
-        if self.comparison is not None:
-            summary["comparison"] = self.comparison
-        return summary
-
-    def _beside(self, member: Evaluation) -> dict[str, Any]:
-        """A member's row: its rates, and the whole's difference from them."""
-        model, rates = member.artefact, member.summary.get("rates", {})
-        row = {"model": model.location, "step": model.step, "rates": rates}
-        if "PER" in rates:
-            metrics = compare(self.trials, member.trials, model.location)["metrics"]
-            row["comparison"] = metrics["PER"]
-        return row
 
 
 def check_place(folder: Path, purpose: Mapping[str, str], overwrite: bool) -> None:
