@@ -22,6 +22,7 @@ from brain_to_text.model.train_step import TrainStep
 from brain_to_text.model.weights_file import save_atomically
 from brain_to_text.scoring.decoding import DecodedSplit, decode
 from brain_to_text.training import build_run, rnn_trainer_s3
+from brain_to_text.training.progress import blank_remark
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import TINY_DECODER, write_dataset
 from support.training_examples import newest_state
@@ -400,7 +401,7 @@ def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions,
     counts = {"reference_labels": 100, "deletions": deletions, "insertions": insertions}
     result = DecodedSplit([])
     result.numbers["counts"]["classes"] = counts
-    remark = rnn_trainer_s3.blank_remark(result)
+    remark = blank_remark(result)
     assert (remark is not None) == said
     assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
 

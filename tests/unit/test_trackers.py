@@ -110,8 +110,8 @@ def entry(step, kind="train", **values):
     return {"kind": kind, "time": 1.8e9 + step, "step": step, "loss": 7.0 - step, **values}
 
 
-def end(run, finished=True, *, error=None, hurry=False):
-    run.close(error, finished, lambda: hurry)
+def end(run, finished=True, *, error=None):
+    run.close(error, finished)
 
 
 def until(condition):
@@ -150,10 +150,10 @@ def test_a_server_that_hangs_does_not_hold_the_end_of_a_stopped_run(
 ):
     hanging = threading.Event()
     monkeypatch.setattr(server, "get_experiment_by_name", lambda _: hanging.wait(30) and None)
-    monkeypatch.setattr(trackers, "HURRY_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "LAST_SECONDS", 0.2)
     run = follow()
     run.record(entry(0))
-    end(run, hurry=True)  # a stop signal came while it ended
+    end(run, finished=False)
     assert caplog.text.count("MLflow did not get all of this run") == 1
     hanging.set()
 

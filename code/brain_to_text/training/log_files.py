@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -35,13 +35,11 @@ def process_seconds() -> float:
 class Follower(Protocol):
     """Something that wants every entry of metrics.jsonl: must never raise, and never wait long.
 
-    At the end it hears how the run ended, and may ask whether a stop signal leaves little time.
+    At the end it hears how the run ended.
     """
 
     def record(self, entry: Mapping[str, Any]) -> None: ...
-    def close(
-        self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]
-    ) -> None: ...
+    def close(self, error: BaseException | None, finished: bool) -> None: ...
 
 
 def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

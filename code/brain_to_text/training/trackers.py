@@ -14,8 +14,7 @@ import logging
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .run import RunPaths
 LOGGER = logging.getLogger("brain_to_text")
 # How long the end of a run waits. A finished one uploads its model; a failed one has to tell the
 # other processes, a stopped one is killed after 120 s, in which its checkpoint is copied too.
-PATIENCE_SECONDS, HURRY_SECONDS = 600.0, 30.0
+MODEL_SECONDS, LAST_SECONDS = 600.0, 30.0
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST, PARAM_LENGTH = 1000, 100, 6000  # the tracking API's limits
 RESULT_FILES = ("report.html", "summary.json", "trials.csv", "metrics.jsonl")
 # Set before mlflow is imported; what the user sets himself stays.
@@ -113,7 +112,7 @@ class EventFile:
             self._broken = True
             LOGGER.warning("No more TensorBoard events are written to %s: %s", self.path, error)
 
-    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
+    def close(self, error: BaseException | None, finished: bool) -> None:
         """Write what is left, however the run ended."""
         try:
             if self._writer is not None:
@@ -158,11 +157,10 @@ class MlflowRun:
         """Take one entry of metrics.jsonl; the thread sends it."""
         self._entries.put(entry)
 
-    def close(self, error: BaseException | None, finished: bool, hurry: Callable[[], bool]) -> None:
+    def close(self, error: BaseException | None, finished: bool) -> None:
         """Send what is left, the results of a finished run too, and end the MLflow run.
 
-        Waits a bounded time. `hurry` is asked meanwhile whether there is less time after all. A run
-        that is not finished without an error was stopped.
+        Waits a bounded time. A run that is not finished without an error was stopped.
         """
         if error is not None:
             self._reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -170,12 +168,7 @@ class MlflowRun:
         elif finished:
             self._outcome = "FINISHED"
         self._entries.put(None)
-        started, patient = time.monotonic(), self._outcome == "FINISHED"
-        while self._thread.is_alive():
-            patience = PATIENCE_SECONDS if patient and not hurry() else HURRY_SECONDS
-            if time.monotonic() - started > patience:
-                break
-            self._thread.join(timeout=0.2)
+        self._thread.join(MODEL_SECONDS if self._outcome == "FINISHED" else LAST_SECONDS)
         if not self._complete:
             LOGGER.warning(
                 "MLflow did not get all of this run: its numbers are in metrics.jsonl, its model "
