@@ -38,7 +38,7 @@ FOREIGN = {
         "key",
         "restore-request",
     ),  # of the AWS command line
-    "logdir",  # of TensorBoard
+    *("logdir", "sync-tensorboard"),  # of TensorBoard, of Weights & Biases
     "x-s3",  # how the names of S3's directory buckets end
 }
 
