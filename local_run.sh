@@ -20,5 +20,4 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     exit 0
 fi
 
-"${PYTHON:-python3}" tests/set_up.py
-exec .venv/bin/python tests/local_run.py "$@"
+exec "${PYTHON:-python3}" tests/local_run.py "$@" # sets up .venv once its options are understood

@@ -4,8 +4,6 @@ Reads the model exactly as a SageMaker job leaves it (a folder, model.tar.gz, or
 either) and the data from S3 or a folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -14,7 +12,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from brain_to_text.command_line import discard_output
+from brain_to_text.command_line import require, run
+
+require(
+    "h5py jinja2 numpy rapidfuzz s3fs torch tqdm yaml",
+    "use .venv/bin/python, which ./local_run.sh makes",
+)
+
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.redaction import one_line
 from brain_to_text.storage.locations import s3_url
@@ -99,15 +103,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return discard_output()
-    except ModuleNotFoundError as error:
-        print(
-            f"ERROR: This program needs the Python package {error.name}, which is not here: run it "
-            "as .venv/bin/python code/evaluate_model.py (./local_run.sh makes .venv).",
-            file=sys.stderr,
-        )
-        return 1
     return 0
 
 
@@ -151,7 +146,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def _word_options(options: argparse.Namespace) -> WordOptions | None:
+def _word_options(options: argparse.Namespace) -> "WordOptions | None":
     from brain_to_text.scoring.sentences import WordOptions
     from brain_to_text.scoring.word_decoder import WordSettings
 
@@ -179,4 +174,4 @@ def _word_options(options: argparse.Namespace) -> WordOptions | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -4,18 +4,20 @@
 Needs boto3 and pyyaml (`pip install boto3 pyyaml`) and nothing else.
 """
 
-from __future__ import annotations
+import sys
+
+from brain_to_text.command_line import require, run
+
+require("yaml", "type `pip install boto3 pyyaml`")
 
 import argparse
 import difflib
 import json
-import sys
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brain_to_text.command_line import discard_output
 from brain_to_text.config_reader import resolve_key, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.launch.account import AwsAccount
@@ -103,8 +105,6 @@ def main(arguments: list[str] | None = None) -> int:
         if launching:
             return _launch(settings, options, account)
         return _existing_job(options, account)
-    except BrokenPipeError:
-        return discard_output()
     except BrainToTextError as error:
         print(f"{parser.prog}: {one_line(str(error))}", file=sys.stderr)
         return 1
@@ -191,7 +191,8 @@ def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[s
     for name in ("tags", "environment"):
         if name in given:
             keys = [key for key, _ in given[name]]
-            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            if twice:
                 option = "--tag" if name == "tags" else "--env"
                 raise ConfigError(f"{option} {twice[0]} is given twice: give it once.")
             given[name] = dict(given[name])
@@ -207,7 +208,8 @@ def _refuse_misspelt(name: str, parser: argparse.ArgumentParser) -> None:
         resolve_key(name)
     except ConfigError:
         flags = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-        if close := difflib.get_close_matches(name, flags, n=1, cutoff=0.75):
+        close = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
+        if close:
             parser.error(f"unknown option --{name}: did you mean --{close[0]}?")
 
 
@@ -235,4 +237,4 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

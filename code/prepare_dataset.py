@@ -1,31 +1,26 @@
 """Make, import, encode, index and check datasets, in a folder or under s3://BUCKET/PREFIX."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from brain_to_text.command_line import require, run
+
+require(
+    "aiobotocore h5py jinja2 numpy s3fs tqdm yaml",
+    "type `pip install 's3fs>=2026' boto3 h5py jinja2 numpy pyyaml tqdm`",
+)
 
 import argparse
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from importlib.util import find_spec
-from pathlib import Path
 
-if missing := [
-    name
-    for name in ("aiobotocore", "h5py", "jinja2", "numpy", "s3fs", "tqdm", "yaml")
-    if find_spec(name) is None
-]:
-    sys.exit(
-        f"Python packages that this program needs are not here ({', '.join(missing)}): run "
-        "`pip install 's3fs>=2026' boto3 h5py jinja2 numpy pyyaml tqdm`."
-    )
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from brain_to_text.command_line import discard_output
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import import_mat
@@ -57,8 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrainToTextError as error:
         print(f"ERROR: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
-    except BrokenPipeError:
-        return discard_output()
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         with suppress(OSError):  # after a hang-up nobody reads it
@@ -283,4 +276,4 @@ def _of_another(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

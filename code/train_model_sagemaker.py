@@ -5,8 +5,6 @@ every option given as a SageMaker hyperparameter. Any key of the configuration i
 its dotted path or its unambiguous last part: `--model.n_units 768`, `--batch-size 32`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -17,11 +15,18 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from brain_to_text.config import config_keys  # noqa: E402
-from brain_to_text.config_reader import load_config, split_overrides  # noqa: E402
-from brain_to_text.errors import BrainToTextError, ConfigError, InUseError  # noqa: E402
-from brain_to_text.storage.locations import s3_url  # noqa: E402
-from brain_to_text.training.container import SageMakerEnvironment, failure_text  # noqa: E402
+from brain_to_text.command_line import require, run
+
+require(
+    "h5py numpy rapidfuzz s3fs torch tqdm yaml",
+    "use .venv/bin/python, which ./local_run.sh makes, or the image",
+)
+
+from brain_to_text.config import config_keys
+from brain_to_text.config_reader import load_config, split_overrides
+from brain_to_text.errors import BrainToTextError, ConfigError, InUseError
+from brain_to_text.storage.locations import s3_url
+from brain_to_text.training.container import SageMakerEnvironment, failure_text
 
 if TYPE_CHECKING:
     from brain_to_text.training.run import Run
@@ -128,7 +133,7 @@ def train(
     trainer.train()
 
 
-def write_report(run: Run) -> None:
+def write_report(run: "Run") -> None:
     """Tables and report.html of a finished run's best model."""
     from brain_to_text.scoring.evaluate import write_run_report
 
@@ -168,4 +173,4 @@ def _find_config(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -5,7 +5,15 @@ Everything it makes lies under .local/: `s3/` is what the server serves (data an
 `runs/JOB/` holds one run's logs and its unpacked model.
 """
 
-from __future__ import annotations
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
+
+from brain_to_text.command_line import require, run
+
+require()
 
 import argparse
 import contextlib
@@ -13,26 +21,58 @@ import datetime
 import io
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
 
-from brain_to_text.log_lines import rows_of_log  # noqa: E402
-from support import local_mode  # noqa: E402
-from support.container_job import write_configuration  # noqa: E402
-from support.engine import ImageError, build_image, container_host  # noqa: E402
-from support.local_mode import OUTPUT_PREFIX  # noqa: E402
-from support.local_s3 import LocalS3, serve_s3  # noqa: E402
-from support.processes import stop  # noqa: E402
+def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="local_run.sh", description="The main job, locally.")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cpu", action="store_true", help="train on the CPU")
+    device.add_argument("--gpu", action="store_true", help="train on an NVIDIA GPU")
+    parser.add_argument("--no-docker", action="store_true", help="without a container")
+    parser.add_argument("--steps", type=_positive, help="training steps")
+    parser.add_argument("--base-image", default=os.environ.get("BASE_IMAGE") or None)
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of steps")
+    return int(text)
+
+
+def enter_environment() -> int:
+    """Understand the options, then go on in .venv, made first if need be; 0 where this is it."""
+    parse_arguments(None)
+    import set_up
+
+    if Path(sys.prefix).resolve() == set_up.ENVIRONMENT.resolve():
+        return 0
+    python = str(set_up.ENVIRONMENT / "bin" / "python")
+    return set_up.main() or os.execv(python, [python, *sys.argv])
+
+
+if __name__ == "__main__":
+    failed = run(enter_environment)
+    if failed:
+        sys.exit(failed)
+
+from brain_to_text.log_lines import rows_of_log
+from set_up import exclusive
+from support import local_mode
+from support.container_job import write_configuration
+from support.engine import ImageError, build_image, container_host
+from support.local_mode import OUTPUT_PREFIX
+from support.local_s3 import LocalS3, serve_s3
+from support.processes import stop
 
 LOCAL = REPOSITORY / ".local"
 BUCKET = "brain-to-text-local"
@@ -101,21 +141,11 @@ def _stop(number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="local_run.sh", description="The main job, locally.")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="train on the CPU")
-    device.add_argument("--gpu", action="store_true", help="train on an NVIDIA GPU")
-    parser.add_argument("--no-docker", action="store_true", help="without a container")
-    parser.add_argument("--steps", type=_positive, help="training steps")
-    parser.add_argument("--base-image", default=os.environ.get("BASE_IMAGE") or None)
-    return parser.parse_args(arguments)
-
-
 def run_everything(options: argparse.Namespace) -> int:
     """Data, image, job, model, table; the exit code."""
     gpu = wants_gpu(options)
-    job = f"brain-to-text-smoke-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    job = f"brain-to-text-smoke-{now}-{secrets.token_hex(2)}"
     folder = LOCAL / "runs" / job
     folder.mkdir(parents=True)
     image = None if options.no_docker else provide_image(folder, gpu, options.base_image)
@@ -123,7 +153,8 @@ def run_everything(options: argparse.Namespace) -> int:
     with serve_s3(LOCAL / "s3", host, cached=True, log_file=folder / "s3-server.log") as s3:
         os.environ.update(s3.environment())
         s3.make_bucket(BUCKET)
-        provide_data()
+        with exclusive("data"):
+            provide_data()
         run = Run(job, folder, s3, options.steps)
         if image is None:
             train_without_docker(run, gpu)
@@ -201,10 +232,7 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
     scratch.mkdir()
     variables = {} if gpu else {"BRAIN_TO_TEXT_EXPECT_GPU": "0"}
     try:
-        with (
-            log.open("w") as file,
-            contextlib.redirect_stdout(_Tee(file, show=_is_trainer_line, strip=COMPOSE_PREFIX)),
-        ):
+        with log.open("w") as file, _shown(file):
             local_mode.fit(
                 *(run.job, image, BUCKET, run.hyperparameters, run.s3, scratch),
                 gpu=gpu,
@@ -219,13 +247,19 @@ def train_in_local_mode(run: Run, image: str, gpu: bool) -> None:
         raise KeyboardInterrupt  # the SDK's own cleaning up may have swallowed it
 
 
+def _shown(file: TextIO) -> AbstractContextManager[Any]:
+    """What is printed goes to the file; of it, the trainer's lines to the terminal."""
+    return contextlib.redirect_stdout(_Tee(file, show=_is_trainer_line, strip=COMPOSE_PREFIX))
+
+
 def failure_reason(run: Run, error: Exception) -> str:
     """The sentence in output/failure, which local mode packs into output.tar.gz."""
     packed = LOCAL / "s3" / BUCKET / OUTPUT_PREFIX / run.job / "output" / "output.tar.gz"
     if packed.exists():
         with tarfile.open(packed) as archive:
             for member in archive:
-                if Path(member.name).name == "failure" and (file := archive.extractfile(member)):
+                file = archive.extractfile(member)
+                if Path(member.name).name == "failure" and file is not None:
                     return "the job failed: " + file.read().decode("utf-8", "replace").strip()
     return f"{error} (log: {_short(run.folder / 'container.log')})"
 
@@ -301,7 +335,8 @@ def show_results(run: Run) -> int:
     model = run.folder / "model"
     shutil.unpack_archive(archive, model)  # tarfile's `filter` is younger than Python 3.11
     held = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
-    if missing := sorted(PROMISED - held):
+    missing = sorted(PROMISED - held)
+    if missing:
         raise LocalRunError(f"model.tar.gz lacks {', '.join(missing)}: see {_short(run.folder)}.")
 
     # a step validated again after a resume counts once
@@ -380,12 +415,6 @@ def _short(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of steps")
-    return int(text)
-
-
 def _succeeds(*command: str) -> bool:
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -394,4 +423,4 @@ def _succeeds(*command: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

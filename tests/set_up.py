@@ -11,8 +11,6 @@ machine offers one or has no NVIDIA GPU, else the package index's own build (on 
 several GB).
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -20,11 +18,17 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "code"))
+
+from brain_to_text.command_line import require
+
+require()
 ENVIRONMENT = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "tests" / "requirements.txt"
 STAMP = ENVIRONMENT / "set-up-stamp"
@@ -33,23 +37,49 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
-    # the floor comes first: an old Python must see this sentence and not a syntax error later
-    if sys.version_info < (3, 11):  # noqa: UP036
-        print(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}.")
-        return 1
+    """Make the environment or bring it up to date; 0, or 1 after one sentence."""
     wanted = fingerprint()
-    with exclusive():
-        if STAMP.exists() and STAMP.read_text() == wanted:
-            return 0
-        say("Setting up .venv (once; a few minutes) ...")
-        if not (ENVIRONMENT / "bin" / "python").exists():
-            venv.create(ENVIRONMENT, with_pip=True, symlinks=True)
-        if not install():
-            say("Setting up .venv failed: the lines above say which package and why.")
-            return 1
-        STAMP.write_text(wanted)
-        say("Set up .venv.")
+    try:
+        with exclusive("set-up"):
+            if STAMP.exists() and STAMP.read_text() == wanted:
+                return 0
+            missing = lacking()
+            if missing:
+                say(f"{missing}, then run this again.")
+                return 1
+            say("Setting up .venv (once; a few minutes) ...")
+            if not (ENVIRONMENT / "bin" / "python").exists() and not make_environment():
+                return 1
+            if not install():
+                say("Setting up .venv failed: the lines above say which package and why.")
+                return 1
+            STAMP.write_text(wanted)
+            say("Set up .venv.")
+    except KeyboardInterrupt:
+        say("\nStopped: .venv is not finished; run this again to go on.")
+        return 130
     return 0
+
+
+def make_environment() -> bool:
+    """An empty environment with pip; False after one sentence, and nothing is there then."""
+    try:
+        venv.create(ENVIRONMENT, with_pip=True, symlinks=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        say(f".venv cannot be made ({error}): install Python's venv (Debian: python3-venv).")
+        return False
+    return True
+
+
+def lacking() -> str:
+    """What to install before a package with a C extension can be built; "" for nothing."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "A C compiler is needed: install one (Debian: gcc; macOS: xcode-select --install)"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"Python's headers are needed in {headers}: install them (Debian: python3-dev)"
+    return ""
 
 
 def fingerprint() -> str:
@@ -67,7 +97,8 @@ def install_torch() -> bool:
     """Install torch from where it is right for this machine; see the module's docstring."""
     if pip("show", "--quiet", "torch", quiet=True) and pip("install", "--quiet", TORCH, quiet=True):
         return True
-    if index := os.environ.get("TORCH_INDEX_URL"):
+    index = os.environ.get("TORCH_INDEX_URL")
+    if index:
         return pip("install", "--quiet", "--index-url", index, TORCH)
     if pip("install", "--quiet", f"{TORCH}+cpu", quiet=True):
         return True
@@ -93,11 +124,11 @@ def pip(*arguments: str, quiet: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive() -> Iterator[None]:
-    """One set-up at a time: a second one waits, then finds the work done."""
+def exclusive(work: str) -> Iterator[None]:
+    """One process at a time does this work: a second one waits, then finds it done."""
     folder = REPOSITORY / ".local"
     folder.mkdir(exist_ok=True)
-    with (folder / "set-up.lock").open("w") as lock:
+    with (folder / f"{work}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -42,6 +42,10 @@ class JobError(BrainToTextError):
     """A SageMaker job, image or account that is not as it must be."""
 
 
+class OutputError(BrainToTextError):
+    """Standard output that takes nothing more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong with data, configuration or job, may spoil a run, or is good to know.

@@ -7,6 +7,7 @@ they are imported when a decoder is made.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,8 +206,13 @@ def flashlight() -> tuple[Any, Any]:
         import flashlight.lib.text.dictionary as dictionary
         import kenlm  # noqa: F401  (the decoder's KenLM binding loads its library)
     except ImportError as error:
+        way = "type 'pip install -r docker/requirements_sagemaker_words.txt'"
+        if sys.version_info >= (3, 13):  # no wheel, and kenlm does not compile
+            way = (
+                f"it exists for Python 3.11 and 3.12 alone, and this is {sys.version.split()[0]}: "
+                "make .venv with PYTHON=python3.12 ./local_run.sh after removing it"
+            )
         raise ConfigError(
-            f"Decoding words needs an optional package ({error.name} is not installed): type "
-            "'pip install -r docker/requirements_sagemaker_words.txt'."
+            f"Decoding words needs an optional package ({error.name} is not installed): {way}."
         ) from error
     return decoder, dictionary

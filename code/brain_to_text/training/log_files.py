@@ -74,6 +74,15 @@ class _LogFile(logging.FileHandler):
         self.failure = sys.exc_info()[1]
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    """Standard output: where it is full the run ends, where its reader left the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, BrokenPipeError):
+            raise error
+
+
 class RunLog:
     """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
 
@@ -98,7 +107,7 @@ class RunLog:
                 self._held[path] = lock_file(path, option)
         self._left = {path: os.fstat(held.fileno()).st_size for path, held in self._held.items()}
         formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
-        self._handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        self._handlers: list[logging.Handler] = [_Console(sys.stdout)]
         self._file: _LogFile | None = None
         if log_file is not None:
             with writing(log_file):
