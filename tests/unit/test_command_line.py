@@ -18,7 +18,13 @@ COMMANDS = [
     *("prepare_dataset.py", "evaluate_model.py"),
 ]
 FRONT_DOORS = [*(f"code/{name}" for name in COMMANDS), "tests/local_run.py", "tests/set_up.py"]
-OLD = [name for n in range(6, 11) if (name := shutil.which(f"python3.{n}"))]
+# those of this machine that start (pyenv has names for more)
+OLD = [
+    name
+    for n in range(6, 11)
+    if (name := shutil.which(f"python3.{n}"))
+    and not subprocess.run([name, "-c", ""], capture_output=True).returncode
+]
 AS_PYTHON_3_10 = """
 import runpy, sys
 sys.version_info = (3, 10, 0)
