@@ -180,35 +180,31 @@ def validate_dataset(
 def _summaries(
     manifest: TrialManifest, inspections: Sequence[FileInspection]
 ) -> list[SplitSummary]:
-    by_file = _by_file(manifest.trials)
+    looks = {
+        i.key: dict(zip((r.trial for r in i.records), i.looks, strict=True)) for i in inspections
+    }
     rows = []
-    for inspection in inspections:
-        session, split = session_and_split(inspection.key)
-        trials = by_file.get(inspection.key, [])
+    for file in manifest.table.files:
+        trials = manifest.trials[file.rows.start : file.rows.stop]
+        values = np.array([looks[file.key][trial.trial][0] for trial in trials] or [[np.nan] * 5])
+        count, total, squares = values[:, :3].sum(axis=0)
         bins = [trial.n_time_steps for trial in trials] or [0]
-        labels = [0 if t.class_ids is None else len(t.class_ids) for t in trials] or [0]
-        mean = std = minimum = maximum = np.nan
-        if trials:
-            table = np.array([values for values, _ in inspection.looks])
-            count, total, squares = table[:, :3].sum(axis=0)
-            mean = total / count
-            std = np.sqrt(max(squares / count - mean**2, 0.0))
-            minimum, maximum = table[:, 3].min(), table[:, 4].max()
+        labels = manifest.table.n_labels[file.rows.start : file.rows.stop].tolist() or [0]
         rows.append(
             SplitSummary(
-                session,
-                split,
+                file.session,
+                file.split,
                 len(trials),
-                len({f.trial for f in manifest.damaged if f.key == inspection.key}),
+                len({f.trial for f in manifest.damaged if f.key == file.key}),
                 (min(bins), float(np.mean(bins)), max(bins)),
                 (float(np.mean(labels)), max(labels)),
-                float(mean),
-                float(std),
-                float(minimum),
-                float(maximum),
+                float(total / count),
+                float(np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))),
+                float(values[:, 3].min()),
+                float(values[:, 4].max()),
             )
         )
-    return sorted(rows, key=lambda row: (row.session, SPLITS.index(row.split)))
+    return rows
 
 
 def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
@@ -295,16 +291,14 @@ def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
 
 def _odd_values(rows: Sequence[SplitSummary]) -> Iterator[Finding]:
     for row in rows:
-        if not row.trials:
-            continue
-        reason = None
-        if not _STD_RANGE[0] <= row.std <= _STD_RANGE[1]:
+        if row.trials and not _STD_RANGE[0] <= row.std <= _STD_RANGE[1]:
             reason = f"its features have a standard deviation of {row.std:.3g}: are they z-scored?"
         elif max(-row.minimum, row.maximum) > _EXTREME_VALUE:
             reason = f"its features range from {row.minimum:.4g} to {row.maximum:.4g}"
-        if reason is not None:
-            key = f"{row.session}/data_{row.split}.hdf5"
-            yield Finding(key, None, reason, "odd values", "warning")
+        else:
+            continue
+        key = f"{row.session}/data_{row.split}.hdf5"
+        yield Finding(key, None, reason, "odd values", "warning")
 
 
 def _labels_against_sentences(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
@@ -358,15 +352,16 @@ def _manifest_state(
     reason, severity = f"does not describe the trials that are there: {again}", "error"
     try:
         kept = load_manifest(store, listing)
-        if kept is None:
+        if kept is not None:
+            kept.check_fresh(listing, store.url)
+            if kept.fingerprint() == found.fingerprint():
+                return
+        else:
             reason = f"is not there, so that every job would index first: {again}"
             severity = "warning"
-        else:
-            kept.check_fresh(listing, store.url)
     except DataError as error:
-        kept, reason = None, str(error).rstrip(".")
-    if kept is None or kept.fingerprint() != found.fingerprint():
-        yield Finding(MANIFEST_NAME, None, reason, "manifest", severity)
+        reason = str(error).rstrip(".")
+    yield Finding(MANIFEST_NAME, None, reason, "manifest", severity)
 
 
 def _shared_sentences(trials: Sequence[TrialRecord]) -> int:
