@@ -32,21 +32,6 @@ from support.small_data import LAYOUTS, SESSIONS, small_trial, span_of, write_sm
 KEY = f"{SESSIONS[0]}/data_train.hdf5"
 
 
-def decoded(store, manifest):
-    return {t.name: t.decode(span_of(store, t)) for t in manifest.trials}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_trial_is_one_range_that_decodes_to_its_features(tmp_path, layout):
-    features = write_small_dataset(tmp_path, layout=layout)
-    store = open_store(tmp_path)
-    found = decoded(store, index_dataset(store))
-    assert found.keys() == features.keys()
-    for name, expected in features.items():
-        assert np.array_equal(found[name], expected)
-        assert not found[name].flags.writeable
-
-
 @pytest.mark.parametrize("form", ["self_loop", "transition", None])
 def test_labels_and_attributes_are_recorded(tmp_path, form):
     write_small_dataset(tmp_path, form=form)
@@ -71,8 +56,8 @@ def test_labels_and_attributes_are_recorded(tmp_path, form):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["self_loop", "transition", None])
-def test_storage_keeps_everything(tmp_path, layout, form):
-    write_small_dataset(tmp_path, form=form, layout=layout)
+def test_storage_keeps_everything_and_each_trial_is_one_range(tmp_path, layout, form):
+    features = write_small_dataset(tmp_path, form=form, layout=layout)
     store = open_store(tmp_path)
     manifest = index_dataset(store)
     write_manifest(store, manifest)
@@ -80,14 +65,10 @@ def test_storage_keeps_everything(tmp_path, layout, form):
     assert again is not None
     assert again.to_bytes() == manifest.to_bytes()
     assert again.fingerprint() == manifest.fingerprint()
-    for before, after in zip(manifest.trials, again.trials, strict=True):
-        for field in dataclasses.fields(before):
-            old, new = getattr(before, field.name), getattr(after, field.name)
-            if field.name == "chunks" and old is not None:
-                assert (old.chunk_shape, old.filters) == (new.chunk_shape, new.filters)
-                assert np.array_equal(old.table, new.table)
-            else:
-                assert np.array_equal(old, new), field.name
+    for trial in again.trials:
+        found = trial.decode(span_of(store, trial))
+        assert np.array_equal(found, features.pop(trial.name)) and not found.flags.writeable
+    assert not features
 
 
 @settings(deadline=None, max_examples=25)
@@ -342,26 +323,19 @@ class TestLoadOrBuild:
         linked = load_or_build_manifest(open_store(tmp_path / "data"), lambda _: None)
         assert linked.sessions == sorted(SESSIONS)
 
-    def test_a_stale_manifest_is_refused(self, tmp_path):
-        write_small_dataset(tmp_path)
-        store = open_store(tmp_path)
-        load_or_build_manifest(store, lambda _: None)
-        (tmp_path / KEY).unlink()
-        with pytest.raises(DataError, match=r"1 removed .*re-index with"):
-            load_or_build_manifest(store, lambda _: None)
-
-    def test_damage_stops_or_is_excluded_by_name(self, tmp_path):
+    def test_damage_stops_or_is_excluded_by_name_from_a_kept_manifest_too(self, tmp_path):
         write_small_dataset(tmp_path)
         with h5py.File(tmp_path / KEY, "r+") as file:
             file["trial_0001/input_features"][4, 2] = np.nan
         store = open_store(tmp_path)
-        with pytest.raises(DataError, match=rf"{KEY}:trial_0001: .* NaN"):
-            load_or_build_manifest(store, lambda _: None)
-        lines = []
-        manifest = load_or_build_manifest(store, lines.append, on_damage="exclude")
-        assert len(manifest.trials) == 14
-        assert any(f"Excluded as damaged: {KEY}:trial_0001" in line for line in lines)
-        assert "Excluded 1 damaged" in lines[-1]
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{KEY}:trial_0001: .* NaN"):
+                load_or_build_manifest(store, lambda _: None)
+            lines = []
+            manifest = load_or_build_manifest(store, lines.append, on_damage="exclude")
+            assert len(manifest.trials) == 14
+            assert any(f"Excluded as damaged: {KEY}:trial_0001" in line for line in lines)
+            assert "Excluded 1 damaged" in lines[-1]
 
     def test_a_long_index_says_how_far_it_is(self, tmp_path, monkeypatch):
         write_small_dataset(tmp_path)
@@ -371,14 +345,3 @@ class TestLoadOrBuild:
         assert [line for line in lines if line.endswith(" of 5 files")] == [
             f"Indexed {done} of 5 files" for done in range(1, 6)
         ]
-
-    def test_a_kept_manifest_remembers_what_it_left_out(self, tmp_path):
-        write_small_dataset(tmp_path)
-        with h5py.File(tmp_path / KEY, "r+") as file:
-            del file["trial_0002/seq_class_ids"]
-        store = open_store(tmp_path)
-        write_manifest(store, index_dataset(store))
-        with pytest.raises(DataError, match=r"trial_0002: dataset seq_class_ids is missing"):
-            load_or_build_manifest(store, lambda _: None)
-        kept = load_or_build_manifest(store, lambda _: None, on_damage="exclude")
-        assert len(kept.trials) == 14
