@@ -197,6 +197,10 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         trials = self.plan.trials(step)
         return shard(trials, self._n_time_steps[trials], self._rank, self._world_size)
 
+    def days(self, step: int) -> set[int]:
+        """Sessions, by position, that batch `step` has trials of on any rank."""
+        return set(self._day[self.plan.trials(step)].tolist())
+
 
 class EvaluationDatasetS3(StreamedBatches):
     """Every trial once, in batches of similar length and fixed order, dealt out to the ranks.

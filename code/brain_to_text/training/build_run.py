@@ -94,7 +94,7 @@ def build_run(
         config,
         device,
         rank=world.rank,
-        after_backward=_sum_over_ranks(model, world, train_set, selection),
+        after_backward=_sum_over_ranks(model, world, train_set),
         on_every_rank=world.all_on_device,
     )
     run = Run(
@@ -239,16 +239,12 @@ def _start_from(path: str, model: GRUDecoder, sessions: Sequence[str], log: RunL
     log.info(f"Initialized weights from {path}")
 
 
-def _sum_over_ranks(
-    model: GRUDecoder, world: World, train_set: BrainToTextDatasetS3, selection: TrialSelection
-) -> Any:
+def _sum_over_ranks(model: GRUDecoder, world: World, train_set: BrainToTextDatasetS3) -> Any:
     """What sums gradients over ranks between backward and clipping; None for one process."""
     if world.size == 1:
         return None
-    day_of_trial = {int(t): day for day, trials in enumerate(selection.train) for t in trials}
 
     def after_backward(batch: Any) -> None:
-        trials = train_set.plan.trials(batch.step)
-        sum_gradients(model, world, {day_of_trial[int(trial)] for trial in trials})
+        sum_gradients(model, world, train_set.days(batch.step))
 
     return after_backward
