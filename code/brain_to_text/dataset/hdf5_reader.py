@@ -108,9 +108,9 @@ def inspect_file(
                 found(trial, reason, "warning")
         result.findings += lost.in_file()
         for linked, other in _overlapping(result.records):
-            place = result.records.index(linked)
+            row = result.records.index(linked)
             for column in (result.records, result.label_forms, result.looks):
-                column.pop(place)
+                column.pop(row)
             reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
             result.findings.append(Finding(key, linked.trial, reason, "shared bytes"))
     result.content = content_of(data, result.records)

@@ -113,12 +113,12 @@ def select_for_evaluation(
         else _usable(manifest, config, session, split, _short, left_out)
         for session in sessions
     )
-    strangers = [s for s in manifest.sessions if s not in sessions]
-    lost = len(manifest.select(split, strangers)) if strangers else 0
+    others = [s for s in manifest.sessions if s not in sessions]
+    lost = len(manifest.select(split, others)) if others else 0
     if lost:
         left_out.append(
-            f"{lost} trials of {len(strangers)} sessions that the model has no day layer for "
-            f"({strangers[0]}{' …' if len(strangers) > 1 else ''})"
+            f"{lost} trials of {len(others)} sessions that the model has no day layer for "
+            f"({others[0]}{' …' if len(others) > 1 else ''})"
         )
     if not any(chosen):
         raise DataError(
@@ -240,11 +240,11 @@ def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Fin
             what = f"session {session}{_nearest(session, manifest.sessions)}"
         elif absent := sorted(listed.keys() - known.keys()):
             what = f"block {absent[0]} of session {session}, whose blocks are {_some(known)}"
-        elif strange := [
+        elif unknown := [
             (block, trial) for block in listed for trial in sorted(listed[block] - known[block])
         ]:
-            block, trial = strange[0]
-            more = f" (nor {len(strange) - 1} more)" if len(strange) > 1 else ""
+            block, trial = unknown[0]
+            more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             what = (
                 f"trial {trial} in block {block} of session {session}{more}, whose trials are "
                 f"{_some(known[block])}"

@@ -351,10 +351,10 @@ def _manifest_state(
     again = f"type 'python code/prepare_dataset.py index {store.url}'"
     reason, severity = f"does not describe the trials that are there: {again}", "error"
     try:
-        kept = load_manifest(store, listing)
-        if kept is not None:
-            kept.check_fresh(listing, store.url)
-            if kept.fingerprint() == found.fingerprint():
+        stored = load_manifest(store, listing)
+        if stored is not None:
+            stored.check_fresh(listing, store.url)
+            if stored.fingerprint() == found.fingerprint():
                 return
         else:
             reason = f"is not there, so that every job would index first: {again}"
