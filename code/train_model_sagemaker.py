@@ -97,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         # a run that is refused leaves the failure file to the one that holds the folder
         refused = isinstance(error, InUseError)
-        said = failure_text(error) if refused else environment.write_failure(error)
-        print(f"ERROR: {said}", file=sys.stderr, flush=True)
+        text = failure_text(error) if refused else environment.write_failure(error)
+        print(f"ERROR: {text}", file=sys.stderr, flush=True)
         return 1
     return 0
 

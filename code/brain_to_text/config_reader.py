@@ -330,23 +330,23 @@ def _options_of(hint: Any) -> tuple[Any, ...]:
 
 
 def _unknown(name: str, source: str) -> ConfigError:
-    said = f"Unknown setting {short_repr(name)}{source}."
+    what = f"Unknown setting {short_repr(name)}{source}."
     if _JOINT_LOSS.search(name):
         return ConfigError(
-            f"{said} The joint loss is set by objective.phoneme_weight, or by objective.schedule: "
+            f"{what} The joint loss is set by objective.phoneme_weight, or by objective.schedule: "
             "[[step, weight], ...]."
         )
     known = [path for path, _, _ in config_keys()]
     if name in known:
         first, _, rest = name.partition(".")
-        return ConfigError(f"{said} In a file it is written nested: {first}: {{{rest}: ...}}.")
+        return ConfigError(f"{what} In a file it is written nested: {first}: {{{rest}: ...}}.")
     leaf = {path.rsplit(".", 1)[-1]: path for path in known}
     wanted = name[:80].replace("-", "_")
     close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
     close += difflib.get_close_matches(wanted.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.6)
     if not close:
-        return ConfigError(f"{said} See README_SAGEMAKER.md, Configuration.")
-    return ConfigError(f"{said} Did you mean '{leaf.get(close[0], close[0])}'?")
+        return ConfigError(f"{what} See README_SAGEMAKER.md, Configuration.")
+    return ConfigError(f"{what} Did you mean '{leaf.get(close[0], close[0])}'?")
 
 
 def _describe(hint: Any) -> str:

@@ -75,7 +75,7 @@ _TOTAL = re.compile(r"Train batches: (?P<steps>[0-9]+)")
 
 def train_line(numbers: Mapping[str, Any]) -> str:
     """The line of a training step, from its entry in metrics.jsonl."""
-    return f"Train batch {numbers['step']}: {_said(TRAIN_FIELDS, numbers)}"
+    return f"Train batch {numbers['step']}: {_fields_text(TRAIN_FIELDS, numbers)}"
 
 
 def validation_line(numbers: Mapping[str, Any], primary: str) -> str:
@@ -86,7 +86,7 @@ def validation_line(numbers: Mapping[str, Any], primary: str) -> str:
     """
     first = [field for field in VALIDATION_FIELDS if field.name == primary.lower()]
     rest = [field for field in VALIDATION_FIELDS if field.name not in ("der", primary.lower())]
-    return f"Val batch {numbers['step']}: {_said([*first, *rest], numbers)}"
+    return f"Val batch {numbers['step']}: {_fields_text([*first, *rest], numbers)}"
 
 
 def total_line(steps: int) -> str:
@@ -146,7 +146,7 @@ def best_validation(rows: Iterable[dict[str, float]]) -> dict[str, float] | None
     return min(rated, key=lambda pair: pair[0])[1] if rated else None
 
 
-def _said(fields: Iterable[_Field], numbers: Mapping[str, Any]) -> str:
+def _fields_text(fields: Iterable[_Field], numbers: Mapping[str, Any]) -> str:
     return " ".join(
         f"{field.label}: {field.form.format(field.factor * numbers[field.name])}"
         for field in fields

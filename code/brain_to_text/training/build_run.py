@@ -65,10 +65,10 @@ def build_run(
         lambda: load_or_build_manifest(store, log.info, on_damage=config.dataset.on_damaged_trial)
     )
     selection = select_trials(manifest, config)
-    _say_selection(selection, config, log)
+    _log_selection(selection, config, log)
     stream = TrialStream.from_config(store, manifest, config.dataset, world.local_size)
     traffic_of_others: list[StreamCounts] = []
-    closing.callback(_say_traffic, stream, traffic_of_others, world, log)
+    closing.callback(_log_traffic, stream, traffic_of_others, world, log)
     closing.callback(stream.close)
     log.info(f"Cache: {stream.cache.budget_bytes / 1e9:.1f} GB for this process")
     share: dict[str, Any] = {"device": device, "rank": world.rank, "world_size": world.size}
@@ -153,7 +153,7 @@ def try_largest_batches(run: Run) -> None:
     run.log.info(f"The largest batch fits: {wanted} trials of {n_bins} bins")
 
 
-def _say_selection(selection: TrialSelection, config: TrainingConfig, log: RunLog) -> None:
+def _log_selection(selection: TrialSelection, config: TrainingConfig, log: RunLog) -> None:
     for sentence in selection.warnings:
         log.warning(sentence)
     for sentence in selection.excluded:
@@ -165,7 +165,7 @@ def _say_selection(selection: TrialSelection, config: TrainingConfig, log: RunLo
             log.info(f"Validation skips session {session}")
 
 
-def _say_traffic(
+def _log_traffic(
     stream: TrialStream, others: list[StreamCounts], world: World, log: RunLog
 ) -> None:
     """The last words on the data, however the run ended, after everything was read."""

@@ -115,8 +115,8 @@ def failure_text(error: BaseException) -> str:
     cause = error.__cause__
     if cause is not None:
         reason = " ".join(str(cause).split())
-        said = getattr(cause, "strerror", None) or reason
-        if reason and said not in text:
+        known = getattr(cause, "strerror", None) or reason
+        if reason and known not in text:
             text += f" Cause: {type(cause).__name__}: {reason}"
     text = one_line(text)
     return text if len(text) <= 1024 else text[:1021] + "..."

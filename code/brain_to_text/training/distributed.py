@@ -162,7 +162,7 @@ class World:
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=BOARD_TIMEOUT
             )
             hosts: list[Any] = [None] * size
-            dist.all_gather_object(hosts, _own_host(), group=decisions)
+            dist.all_gather_object(hosts, _this_host(), group=decisions)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"Rank {os.environ.get('RANK')} of {size} could not join the other processes: "
@@ -275,7 +275,7 @@ class World:
             reason = self._pinned_reason()
             if reason == STOPPED:
                 raise RunInterrupted("another process") from error
-            raise TrainingError(reason or self._silence(str(error))) from error
+            raise TrainingError(reason or self._lost(str(error))) from error
 
     def _pin(self, reason: str) -> None:
         """The first reason stays: later ranks fail because of it."""
@@ -296,9 +296,9 @@ class World:
             return None
         return None
 
-    def _silence(self, said: str) -> str:
-        """One sentence for a rank that went without a word; `said` is torch's message."""
-        if "timed out" in said.lower() and self.roll_call is not None:
+    def _lost(self, message: str) -> str:
+        """One sentence for a rank that went without a reason; `message` is torch's."""
+        if "timed out" in message.lower() and self.roll_call is not None:
             who = self.roll_call.missing() or "Another process of this job"
             return (
                 f"{who[0].upper()}{who[1:]} did not answer for {self.roll_call.seconds:.0f} s: a "
@@ -306,9 +306,9 @@ class World:
                 "host's log, and start the job again with the same checkpoint location to resume "
                 "(rank_timeout_seconds is how long the others wait)."
             )
-        address = re.search(r"\[([0-9a-f.:]+)\]:\d+", said)
-        own = self.hosts[self.rank] if self.hosts else None
-        gone = {host for host in self.hosts if address and host[1] == address[1] and host != own}
+        address = re.search(r"\[([0-9a-f.:]+)\]:\d+", message)
+        here = self.hosts[self.rank] if self.hosts else None
+        gone = {host for host in self.hosts if address and host[1] == address[1] and host != here}
         where = f"host {min(gone)[0]}" if gone else "another process of this job"
         return (
             f"Lost contact with {where}, which gave no reason: it was killed, ran out of memory, "
@@ -317,7 +317,7 @@ class World:
         )
 
 
-def _own_host() -> tuple[str, str]:
+def _this_host() -> tuple[str, str]:
     name = socket.gethostname()
     try:
         return name, socket.gethostbyname(name)

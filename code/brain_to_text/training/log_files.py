@@ -154,11 +154,11 @@ class RunLog:
         self._followers.append(follower)
 
     def snapshot(self) -> dict[str, str]:
-        """Everything said so far, for the checkpoint."""
+        """Everything logged so far, for the checkpoint."""
         return {"training_log": _text(self.log_file), "metrics": _text(self.metrics_file)}
 
     def begin(self, earlier: Mapping[str, str] | None = None) -> None:
-        """Put what this run said before, or nothing, in the place of what was found in the files.
+        """Put what this run logged before, or nothing, instead of what was found in the files.
 
         Args:
             earlier: the `snapshot` of the job that this one continues.
@@ -166,12 +166,12 @@ class RunLog:
         for path, name in ((self.log_file, "training_log"), (self.metrics_file, "metrics")):
             if path is None:
                 continue
-            said = (earlier or {}).get(name, "").encode()
+            text = (earlier or {}).get(name, "").encode()
             with writing(path):
-                path.write_bytes(said + path.read_bytes()[self._left[path] :])
+                path.write_bytes(text + path.read_bytes()[self._left[path] :])
 
     def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
-        """Keep `URL/training_log` up to date from now on, in a thread of its own.
+        """Keep `URL/training_log` up to date from now on, in a thread.
 
         Args:
             others: more files to keep up to date, by their key below `url`.
@@ -187,7 +187,7 @@ class RunLog:
         for handler in self._handlers:
             LOGGER.removeHandler(handler)
         if self._file is not None:
-            with suppress(OSError):  # what could not be written was said when it was logged
+            with suppress(OSError):  # what could not be written was named when it was logged
                 self._file.close()
         for held in self._held.values():
             held.close()

@@ -94,8 +94,8 @@ def check_refusals(run: Run) -> None:
         TrainingError: at any time since the last check, `non_finite_patience` in a row were.
     """
     health = run.train_step.health()
-    if health.refused_total > run.refusals_said:
-        run.refusals_said = health.refused_total
+    if health.refused_total > run.refusals_logged:
+        run.refusals_logged = health.refused_total
         run.log.warning(
             f"{health.refused_total} updates were refused so far, last at step "
             f"{health.last_refused_step}: loss or gradients were not finite"

@@ -192,8 +192,8 @@ def _start_from(folder: Path) -> str:
     """The advice for a run that can take over weights alone."""
     return (
         "start a new run, with its own checkpoint location, from its weights with "
-        f"--init-from-checkpoint true --init-checkpoint-path {folder / 'best_checkpoint'} (for a "
-        "job: the s3:// URL of that file)"
+        f"--init-from-checkpoint true --init-checkpoint-path {folder / 'best_checkpoint'} (to "
+        "launch a job: --init-from-checkpoint and the s3:// URL of that file)"
     )
 
 

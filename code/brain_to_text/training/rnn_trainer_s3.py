@@ -111,8 +111,8 @@ class BrainToTextDecoder_Trainer_S3:
                     self._open_outputs(run, closing)
             except RunInterrupted:
                 world.announce_stop()
-                said = self.interruption.requested or "another process"
-                log.info(f"Stopped by {said} before training")
+                reason = self.interruption.requested or "another process"
+                log.info(f"Stopped by {reason} before training")
                 return RunState()
             self._loop(run)
             world.meet()
@@ -197,8 +197,8 @@ class BrainToTextDecoder_Trainer_S3:
                 write_model(run, run.paths.validated(step), result, keep=True)
             if value < state.best_value:
                 run.log.info(best_line(metric, state.best_value, value))
-                if (said := blank_remark(result)) is not None:
-                    run.log.info(said)
+                if (remark := blank_remark(result)) is not None:
+                    run.log.info(remark)
                 state.best_value, state.best_step = value, state.step
                 run.best = DecodedSplit(result.trials, result.seconds)
                 state.validations_without_improvement = 0
@@ -226,7 +226,7 @@ class BrainToTextDecoder_Trainer_S3:
         A job that was killed in here, or started again, comes by once more.
         """
         state, config = run.state, run.config
-        run.refusals_said = 0  # the last words say it once more
+        run.refusals_logged = 0  # the last words say it once more
         check_refusals(run)
         if config.save_final_model:
             write_model(run, run.paths.best_checkpoint.with_name("final_checkpoint"), None)

@@ -64,7 +64,7 @@ class RunPaths:
         return self.output_data_dir / "val_logits.pt"
 
     def validated(self, step: int) -> Path:
-        """The model kept at the validation after training batch `step`."""
+        """The model at the validation after training batch `step`."""
         return self.model_dir / "checkpoint" / f"step_{step}"
 
 
@@ -120,7 +120,7 @@ class Run:
         batches: training batches from the run's step on, under way.
         resumed: an earlier job's state was continued.
         next_save: clock at which a state is due.
-        refusals_said: refused updates that the log has named.
+        refusals_logged: refused updates that the log has named.
         best: the trials as the best model decoded them, where this job validated it.
         traffic_of_others: what the other ranks read, as far as it was asked.
     """
@@ -143,7 +143,7 @@ class Run:
     interval: Interval
     resumed: bool
     next_save: float
-    refusals_said: int = 0
+    refusals_logged: int = 0
     best: DecodedSplit | None = None
     traffic_of_others: list[StreamCounts] = field(default_factory=list)
     state: RunState = field(default_factory=RunState)
@@ -153,7 +153,7 @@ def write_model(run: Run, path: Path, result: DecodedSplit | None, *, keep: bool
     """The model as users take it away: with averaged weights, where weights are averaged.
 
     Args:
-        result: the validation that it is kept for, if any.
+        result: the validation that it is saved for, if any.
         keep: also beside the states.
 
     Raises:
