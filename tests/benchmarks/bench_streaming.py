@@ -16,7 +16,6 @@ GETs and bytes are counted by the proxy, CPU and peak memory by the contender's 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -414,22 +413,19 @@ class ModelledReader:
     """A reader that takes as long as the modelled network and costs no CPU for transport."""
 
     def __init__(self, folder: Path) -> None:
-        import fsspec.asyn
-
-        self.loop = fsspec.asyn.get_loop()
         self._files = {
             path.relative_to(folder).as_posix(): np.memmap(path, np.uint8, mode="r")
             for path in folder.rglob("*.hdf5")
         }
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> memoryview:
-        await asyncio.sleep(LATENCY_SECONDS + length / BYTES_PER_SECOND)
+    def read(self, key: str, offset: int, length: int, etag: str) -> memoryview:
+        time.sleep(LATENCY_SECONDS + length / BYTES_PER_SECOND)
         return memoryview(self._files[key])[offset : offset + length]
 
-    async def renew_credentials(self) -> None:
-        return
+    def renew_credentials(self) -> bool:
+        return False
 
-    async def close(self) -> None:
+    def close(self) -> None:
         return
 
 

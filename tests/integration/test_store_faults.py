@@ -33,9 +33,9 @@ QUICK = RetryPolicy(
     read_timeout_seconds=0.3,
     first_delay_seconds=0.01,
     longest_delay_seconds=0.05,
+    slowest_bytes_per_second=1e9,
 )
-PATIENT = dataclasses.replace(QUICK, budget_seconds=30, read_timeout_seconds=5.0)
-WAITING = 4.0  # seconds beyond the budget that a busy machine may add
+PATIENT = dataclasses.replace(QUICK, budget_seconds=60, read_timeout_seconds=5.0)
 BODY = bytes(range(256)) * 4
 KEY = f"{SESSIONS[0]}/data_train.hdf5"
 PORTAL = b"<!DOCTYPE html>\n<html><body>Welcome to Hotel Wi-Fi. <a href='/login'>Log in</a>"
@@ -61,7 +61,7 @@ def server() -> Iterator[Server]:
         for name, value in LocalS3(endpoint, Path()).environment().items():
             patch.setenv(name, value)
         found = Server(endpoint, requests)
-        found.store = S3Store("s3://b/p", retry=QUICK)
+        found.store = S3Store("s3://b/p", retry=PATIENT)
         found.store.list()
         yield found
         found.store.close()
@@ -81,14 +81,14 @@ def at(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sc
         return server.store
 
     yield serve
-    server.store._retry = QUICK
+    server.store._retry = PATIENT
 
 
 OBJECTS = Objects({"b/p/x": BODY, "b/p/s/data_train.hdf5": b"12", "b/q": b"no"})
 CALLS: dict[str, Callable[[S3Store], object]] = {
     "list": lambda store: store.list(),
     "read": lambda store: store.read("x"),
-    "read with its size": lambda store: store.read("x", len(BODY)),
+    "read a range": lambda store: store.read("x", 100, 200),
     "write": lambda store: store.write("x", BODY),
     "look": lambda store: store.exists("x"),
 }
@@ -98,25 +98,27 @@ RIGHT = {
         "s/data_train.hdf5": ObjectInfo("s/data_train.hdf5", 2, etag(b"12")),
     },
     "read": BODY,
-    "read with its size": BODY,
+    "read a range": BODY[100:300],
     "write": None,
     "look": True,
 }
-LASTING = {
-    *("a stalled answer", "one byte a second", "a dropped connection", "a cut body", "slow down"),
-    "a portal's redirect",
+KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1111"
+KMS = (
+    "User: arn:aws:sts::123456789012:assumed-role/r/s is not authorized to perform: kms:Decrypt on "
+    f"resource: {KMS_KEY} because no identity-based policy allows the kms:Decrypt action"
+)
+ARCHIVED = "The operation is not valid for the object's storage class"
+# What goes wrong with an answer for long, with the time limit as its only end.
+LASTING: dict[str, Callable[[Answer], Answer]] = {
+    "a stalled answer": lambda a: Answer(a.status, a.body, a.headers, silent=60),
+    "one byte a second": lambda a: Answer(a.status, a.body, a.headers, pace=1),
+    "a dropped connection": lambda a: Answer(a.status, a.body, a.headers, drop=0),
+    "a cut body": lambda a: Answer(a.status, a.body, a.headers, drop=len(a.body) // 2),
+    "slow down": lambda a: error(503, "SlowDown"),
+    "a portal's redirect": lambda a: Answer(302, PORTAL, {"Location": "http://127.0.0.1:9/login"}),
 }
-# What goes wrong with an answer; "" where any cause will do, then the advice.
-FAULTS: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
-    "a stalled answer": (lambda a: Answer(a.status, a.body, a.headers, silent=60), "", "aws s3 ls"),
-    "one byte a second": (
-        lambda a: Answer(a.status, a.body, a.headers, pace=0.1),
-        "no complete answer within",
-        "aws s3 ls",
-    ),
-    "a dropped connection": (lambda a: Answer(a.status, a.body, a.headers, drop=0), "", "aws"),
-    "a cut body": (lambda a: Answer(a.status, a.body, a.headers, drop=len(a.body) // 2), "", "aws"),
-    "slow down": (lambda a: error(503, "SlowDown"), "HTTP 503", "aws s3 ls"),
+# An answer that is final when it comes often enough; what is said of it, then the advice.
+FINAL: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
     "an expired token": (lambda a: error(400, "ExpiredToken"), "ExpiredToken", "aws sso login"),
     "a wrong clock": (lambda a: error(403, "RequestTimeTooSkewed"), "Skewed", "timedatectl"),
     "a wrong key": (lambda a: error(403, "InvalidAccessKeyId"), "AccessKeyId", "aws configure"),
@@ -125,19 +127,21 @@ FAULTS: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
         "SignatureDoesNotMatch",
         "the secret key does not belong to the access key",
     ),
-    "no permission": (lambda a: error(403, "AccessDenied"), "access denied", "allow s3:"),
+    "no permission": (lambda a: error(403, "AccessDenied", "No"), "AccessDenied: No", "s3:GetObj"),
     "no bucket": (lambda a: error(404, "NoSuchBucket"), "there is no bucket 'b'", "aws s3 ls"),
+    "no KMS": (lambda a: error(403, "AccessDenied", KMS), KMS, f"allow kms:Decrypt on {KMS_KEY}"),
+    "an archive": (
+        lambda a: error(403, "InvalidObjectState", ARCHIVED),
+        ARCHIVED,
+        "aws s3api restore-object",
+    ),
     "a captive portal": (
         lambda a: Answer(200, PORTAL, {"Content-Type": "text/html"}),
         "web page instead of S3's answer",
         "log in there",
     ),
-    "a portal's redirect": (
-        lambda a: Answer(302, PORTAL, {"Location": "http://127.0.0.1:9/login"}),
-        "web page|reached",
-        "log in there|AWS_ENDPOINT_URL_S3",
-    ),
 }
+PASSING = LASTING | {name: change for name, (change, _, _) in FINAL.items()}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -145,40 +149,55 @@ def test_without_faults_the_answer_is_right(call: str, at) -> None:
     assert CALLS[call](at(OBJECTS)) == RIGHT[call]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("call", ["list", "read with its size", "write"])
-def test_a_fault_that_stays_is_one_sentence_in_time(call: str, fault: str, at, server) -> None:
-    change, cause, advice = FAULTS[fault]
-    without_body = ("a cut body", "one byte a second", "a captive portal", "a dropped connection")
-    if call == "write" and fault in without_body:
-        pytest.skip("the answer to a write has no body")
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_fault_that_lasts_is_one_sentence(fault: str, at, server) -> None:
+    store = at(lambda request, number: LASTING[fault](OBJECTS(request)))
+    store._retry = QUICK
+    with pytest.raises(StorageError, match=r"Cannot read s3://b/p/x: .*aws s3 ls") as raised:
+        store.read("x", 0, len(BODY))
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+    assert len(server.requests) >= 3, "a pause of the process must not be all"
+
+
+@pytest.mark.parametrize("fault", FINAL)
+def test_an_answer_that_is_final_is_said_soon_in_the_services_own_words(
+    fault: str, at, server
+) -> None:
+    change, cause, advice = FINAL[fault]
     store = at(lambda request, number: change(OBJECTS(request)))
-    store._retry = QUICK if fault in LASTING else PATIENT
-    started = time.monotonic()
     with pytest.raises(StorageError) as raised:
-        CALLS[call](store)
-    assert time.monotonic() - started < store._retry.budget_seconds + WAITING
-    assert fault in LASTING or len(server.requests) <= 4, "asking again does not help"
+        store.read("x", 0, len(BODY))
+    assert len(server.requests) == (1 if fault == "an archive" else 3)
     message = str(raised.value)
-    assert "\n" not in message and message.endswith(".")
-    assert re.match(r"Cannot (list|read|write) s3://b/p", message)
-    assert re.search(cause, message) and re.search(advice, message), message
+    assert message.startswith("Cannot read s3://b/p/x: ") and cause in message and advice in message
+
+
+def test_a_read_of_unknown_size_says_why_although_head_cannot(at) -> None:
+    def denied(request: Request, number: int) -> Answer:
+        answer = error(403, "AccessDenied", KMS)
+        return Answer(403) if request.kind == "head" else answer
+
+    with pytest.raises(StorageError, match="kms:Decrypt"):
+        at(denied).read("x")
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [name for name in FAULTS if name not in ("no bucket", "no permission", "a portal's redirect")],
+    ("call", "fault"),
+    [
+        *(("list", fault) for fault in PASSING if fault not in ("no KMS", "an archive")),
+        ("read", "a cut body"),
+        ("read a range", "a stalled answer"),
+        ("write", "slow down"),
+        ("look", "an expired token"),
+    ],
 )
-@pytest.mark.parametrize("call", ["list", "read", "write", "look"])
 def test_a_fault_that_passes_is_not_seen(call: str, fault: str, at) -> None:
-    change, _, _ = FAULTS[fault]
-
     def once(request: Request, number: int) -> Answer:
-        return change(OBJECTS(request)) if number == 0 else OBJECTS(request)
+        return PASSING[fault](OBJECTS(request)) if number == 0 else OBJECTS(request)
 
     store = at(once)
-    limit = 1.0 if fault == "one byte a second" else 5.0
-    store._retry = dataclasses.replace(PATIENT, read_timeout_seconds=limit)
+    if fault in ("a stalled answer", "one byte a second"):  # the first attempt's end is its limit
+        store._retry = dataclasses.replace(PATIENT, slowest_bytes_per_second=1e7)
     assert CALLS[call](store) == RIGHT[call]
 
 
@@ -218,8 +237,30 @@ def test_a_listing_without_etags_is_taken(at) -> None:
 def test_an_answer_of_another_kind_is_no_empty_listing(at) -> None:
     for body in (b"<html><head/><body>Log in</body></html>", b"{}", b"<a/>", b""):
         store = at(lambda request, number, body=body: Answer(200, body))
+        store._retry = QUICK
         with pytest.raises(StorageError, match=r"instead of S3's answer|not S3's|HTTP 500"):
             store.list()
+
+
+def test_what_is_archived_and_not_restored_is_known_from_the_listing(at) -> None:
+    def glacier(request: Request, number: int) -> Answer:
+        assert request.headers["x-amz-optional-object-attributes"] == "RestoreStatus"
+        restored = (
+            "<RestoreStatus><IsRestoreInProgress>false</IsRestoreInProgress><RestoreExpiryDate>"
+            "2026-12-24T00:00:00Z</RestoreExpiryDate></RestoreStatus>"
+        )
+        body = OBJECTS(request).body.replace(
+            b"</Size>", b"</Size><StorageClass>GLACIER</StorageClass>"
+        )
+        return Answer(
+            200, body.replace(b"</StorageClass>", f"</StorageClass>{restored}".encode(), 1)
+        )
+
+    listing = at(glacier).list()
+    assert {key: info.storage_class for key, info in listing.items()} == {
+        "s/data_train.hdf5": "STANDARD",
+        "x": "GLACIER",
+    }
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(at, monkeypatch) -> None:
@@ -230,10 +271,19 @@ def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(at, monkeypatc
         answer.headers["ETag"] = f'"{number}"'
         return answer
 
-    store = at(replaced)
-    store._retry = PATIENT
     with pytest.raises(StorageError, match="was replaced while it was read"):
-        store.read("x", len(BODY))
+        at(replaced).read("x", 0, len(BODY))
+    assert at(OBJECTS).read("x") == BODY
+
+
+def parts(request: Request, number: int) -> Answer:
+    """Takes an upload in parts."""
+    if request.method == "POST" and "uploadId" not in request.query:
+        text = "<InitiateMultipartUploadResult><UploadId>7</UploadId>"
+        return Answer(200, f"{text}</InitiateMultipartUploadResult>".encode())
+    if request.method == "POST":
+        return Answer(200, b"<CompleteMultipartUploadResult/>")
+    return Answer(204) if request.method == "DELETE" else OBJECTS(request)
 
 
 def test_a_large_object_is_written_in_parts_and_half_of_one_is_given_up(
@@ -241,24 +291,47 @@ def test_a_large_object_is_written_in_parts_and_half_of_one_is_given_up(
 ) -> None:
     monkeypatch.setattr(s3_store, "PART_BYTES", 100)
 
-    def parts(request: Request, number: int) -> Answer:
-        if request.method == "POST" and "uploads" in request.query | {"uploads": ""}:
-            text = "<InitiateMultipartUploadResult><UploadId>7</UploadId>"
-            return Answer(200, f"{text}</InitiateMultipartUploadResult>".encode())
+    def refused(request: Request, number: int) -> Answer:
         if request.method == "PUT" and request.query.get("partNumber") == "3":
             return error(403, "AccessDenied")
-        return Answer(204) if request.method == "DELETE" else OBJECTS(request)
+        return parts(request, number)
 
-    store = at(parts)
-    store._retry = PATIENT
     with pytest.raises(StorageError, match=r"Cannot write .*allow s3:PutObject"):
-        store.write("x", BODY)
+        at(refused).write("x", BODY)
     assert server.requests[-1].method == "DELETE", "what was uploaded of it costs money until then"
+
+
+def test_writes_carry_the_encryption_header_and_a_policy_that_demands_it_is_named(
+    at, server, monkeypatch
+) -> None:
+    def demanding(request: Request, number: int) -> Answer:
+        begins = request.kind == "put" or "uploadId" not in request.query
+        if begins and "x-amz-server-side-encryption" not in request.headers:
+            words = "not authorized to perform: s3:PutObject with an explicit deny in a policy"
+            return error(403, "AccessDenied", words)
+        return parts(request, number)
+
+    with pytest.raises(StorageError, match=r"explicit deny.*or set S3_KMS_KEY_ID to the ARN"):
+        at(demanding).write("x", BODY)
+    monkeypatch.setenv("S3_KMS_KEY_ID", KMS_KEY)
+    encrypting = S3Store("s3://b/p", retry=PATIENT)
+    encrypting.write("x", BODY)
+    header = server.requests[-1].headers
+    assert header["x-amz-server-side-encryption"] == "aws:kms"
+    assert header["x-amz-server-side-encryption-aws-kms-key-id"] == KMS_KEY
+    monkeypatch.setattr(s3_store, "PART_BYTES", 100)
+    at(lambda request, number: parts(request, number))
+    encrypting.write("x", BODY)
+    assert [r.headers.get("x-amz-server-side-encryption") for r in server.requests] == [
+        "aws:kms",
+        *[None] * (len(server.requests) - 1),
+    ]
 
 
 def test_vain_attempts_are_said_while_they_last(at, monkeypatch, caplog) -> None:
     monkeypatch.setattr("brain_to_text.storage.retry._SILENT_SECONDS", 0.3)
     store = at(lambda request, number: error(503, "SlowDown"))
+    store._retry = QUICK
     with caplog.at_level("WARNING", "brain_to_text"), pytest.raises(StorageError):
         store.list()
     said = [record.message for record in caplog.records]
@@ -268,23 +341,19 @@ def test_vain_attempts_are_said_while_they_last(at, monkeypatch, caplog) -> None
 # --- trials ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("client", ["obstore", "s3fs"])
-@pytest.mark.parametrize(
-    "fault",
-    ["an expired token", "a wrong clock", "a wrong secret", "a captive portal", "no permission"],
-)
-def test_trials_get_the_same_advice(client: str, fault: str, at, tmp_path, monkeypatch) -> None:
-    if client == "s3fs":
-        monkeypatch.setattr(s3_reads, "_obstore_will_do", lambda bucket: False)
+@pytest.mark.parametrize("fault", FINAL)
+def test_trials_get_the_same_advice_from_obstores_errors(fault: str, at, server, tmp_path) -> None:
     write_small_dataset(tmp_path)
     manifest = index_dataset(open_store(tmp_path))
-    change, cause, advice = FAULTS[fault]
+    change, cause, advice = FINAL[fault]
     store = at(lambda request, number: change(Answer(206)))
     with TrialStream(store, manifest, retry=PATIENT) as stream:
         with pytest.raises(StorageError) as raised:
             stream.fetch([0])
-    wanted = "s3:GetObject permission" if fault == "no permission" else advice
-    assert re.search(cause, str(raised.value)) and wanted in str(raised.value)
+    cause = {"no bucket": "NoSuchBucket"}.get(fault, cause)
+    assert cause in str(raised.value) and advice in str(raised.value)
+    # a page with status 200 goes through s3fs after obstore's one attempt
+    assert len(server.requests) == {"an archive": 1, "a captive portal": 4}.get(fault, 3)
 
 
 @pytest.mark.parametrize("name", ["a b", "ü%20#?&+=", "x~!@$^()[]{}'", "日本", "a.b..c"])
@@ -300,11 +369,7 @@ def test_sessions_of_any_name_are_listed_indexed_and_read(name: str, at, tmp_pat
     record = manifest.trials[0]
     span = objects[f"b/p/{record.key}"][record.offset : record.offset + record.length]
     with TrialStream(store, manifest, retry=PATIENT) as stream:
-        reader = stream._reader
-        import fsspec.asyn
-
-        got = fsspec.asyn.sync(reader.loop, reader.read, key, 0, 8, "")
-        assert bytes(got) == objects[f"b/p/{key}"][:8]
+        assert bytes(stream._reader.read(key, 0, 8, "")) == objects[f"b/p/{key}"][:8]
         assert bytes(stream.fetch([0])[0].tobytes()) == span
 
 
@@ -332,7 +397,7 @@ def test_closed_streams_and_stores_leave_no_clients_and_no_sockets(
     store = at(Objects(objects))
 
     def alive() -> int:
-        kinds = (s3_reads._ObstoreClient, s3_reads._S3fsClient, s3_reads._Credentials)
+        kinds = (s3_reads.S3RangedReader, s3_store.S3Connection, s3_store.Credentials)
         gc.collect()
         return sum(isinstance(thing, kinds) for thing in gc.get_objects())
 
@@ -381,7 +446,6 @@ def test_fuzz_of_what_a_server_answers_ends_in_bytes_or_a_sentence(at, tmp_path)
     ended = {"right": 0, "sentence": 0}
     for number in rounds(60):
         chance.seed(number)
-        started = time.monotonic()
         try:
             manifest = load_or_build_manifest(store, lambda line: None)
         except BrainToTextError as fault:
@@ -390,7 +454,6 @@ def test_fuzz_of_what_a_server_answers_ends_in_bytes_or_a_sentence(at, tmp_path)
         else:
             assert manifest.to_bytes() == expected, number
             ended["right"] += 1
-        assert time.monotonic() - started < 30, number
     assert ended["right"] and ended["sentence"], ended
 
 

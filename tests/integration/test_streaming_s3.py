@@ -80,24 +80,23 @@ def test_a_job_starts_with_one_listing_and_one_manifest(
     store = open_store(tiny_dataset_s3)
     manifest = load_or_build_manifest(store, lines.append)
     dataset = open_training(tiny_dataset_s3, manifest)
-    before_the_first_trial = fault_proxy.counts.requests
-    dataset[0]
+    assert fault_proxy.counts.requests == 2 and fault_proxy.counts.lists == 1 and not lines
+    distinct = len(np.unique(dataset[0].trial_indices))
     dataset.close()
-    assert before_the_first_trial <= 3
-    assert fault_proxy.counts.lists == 1 and not lines
-    assert fault_proxy.counts.requests == before_the_first_trial + fault_proxy.counts.ranged_gets
+    assert fault_proxy.counts.requests == 2 + distinct
 
 
 def test_a_server_that_answers_ranges_with_200_is_read_through_s3fs(
     tiny_dataset, tiny_dataset_s3: str, manifest: TrialManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "brain_to_text"):
-        with TrialStream(open_store(tiny_dataset_s3), manifest) as stream:
+        with TrialStream(open_store(tiny_dataset_s3), manifest, concurrency=4) as stream:
             arrays = stream.fetch(range(len(manifest.trials)))
             counts = stream.stats.snapshot()
     for trial, features in zip(manifest.trials, arrays, strict=True):
         assert np.array_equal(features, tiny_dataset.features[trial.name])
-    assert counts.requests == len(manifest.trials) + 1  # the answer of no use is counted too
+    # an answer of no use is counted too: to each of the reads that were first
+    assert counts.requests == len(manifest.trials) + counts.retries and counts.retries >= 1
     assert [r.message for r in caplog.records] == [
         "Reading through s3fs: the server answers a byte range with status 200"
     ]
@@ -112,7 +111,7 @@ def test_a_bucket_of_another_region_is_read_through_s3fs_which_follows(
 ) -> None:
     fault_proxy.faults = Faults(bucket_region="eu-west-1")
     with caplog.at_level(logging.INFO, "brain_to_text"):
-        with TrialStream(open_store(tiny_dataset_s3), manifest) as stream:
+        with TrialStream(open_store(tiny_dataset_s3), manifest, concurrency=4) as stream:
             arrays = stream.fetch(range(len(manifest.trials)))
             counts = stream.stats.snapshot()
     for trial, features in zip(manifest.trials, arrays, strict=True):
@@ -120,9 +119,9 @@ def test_a_bucket_of_another_region_is_read_through_s3fs_which_follows(
     assert [r.message for r in caplog.records] == [
         "Reading through s3fs: the bucket is in another region than AWS_REGION"
     ]
-    # one to each client; the second learns the region from it and keeps it
-    assert fault_proxy.counts.faults["redirect"] == 2
-    assert counts.retries == 1 and counts.requests == len(manifest.trials) + 1
+    # s3fs's client learns the region from its first answers and keeps it
+    assert counts.requests == len(manifest.trials) + counts.retries
+    assert fault_proxy.counts.faults["redirect"] < 2 * len(manifest.trials)
 
 
 def test_what_only_botocore_knows_is_read_through_s3fs(

@@ -97,8 +97,9 @@ def etag(body: bytes) -> str:
     return hashlib.md5(body).hexdigest()
 
 
-def error(status: int, code: str) -> Answer:
-    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>m</Message></Error>"
+def error(status: int, code: str, words: str = "m") -> Answer:
+    message = f"<Message>{escape(words)}</Message>"
+    text = f"<?xml version='1.0'?><Error><Code>{code}</Code>{message}</Error>"
     return Answer(status, text.encode(), {"Content-Type": "application/xml"})
 
 

@@ -235,7 +235,7 @@ def test_giving_up_one_batch_does_not_take_a_shared_read_from_another(
         for _ in range(20):
             first, second = stream.submit(range(12)), stream.submit(range(6, 18))
             first.cancel()
-            arrays = second.result(timeout=30)
+            arrays = second.result()
             for index, features in zip(range(6, 18), arrays, strict=True):
                 name = manifest.trials[index].name
                 assert np.array_equal(features, tiny_dataset.features[name])

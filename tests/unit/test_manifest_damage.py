@@ -65,9 +65,9 @@ def test_a_flipped_bit_on_the_way_is_read_again(tmp_path: Path, whole: bytes) ->
     class Unlucky(LocalStore):
         reads = 0
 
-        def read(self, key: str, size: int | None = None) -> bytes:
+        def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
             self.reads += 1
-            data = bytearray(super().read(key, size))
+            data = bytearray(super().read(key, offset, length))
             data[len(data) // 2] ^= self.reads < 3
             return bytes(data)
 

@@ -1,17 +1,20 @@
-"""Pauses grow, differ, and end with the budget."""
+"""Pauses grow, differ, and end with the budget; a pause of the whole process is no end."""
 
 from __future__ import annotations
 
 import pytest
-from brain_to_text.storage import retry as retry
-from brain_to_text.storage.retry import Attempts, RetryPolicy
+from brain_to_text.storage import retry
+from brain_to_text.storage.retry import Announcer, Attempts, FinalError, ReadError, RetryPolicy
 
 
 class Clock:
-    now = 0.0
+    now = 1000.0
 
     def monotonic(self) -> float:
         return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def attempts(policy: RetryPolicy, clock: Clock) -> Attempts:
-    return Attempts(policy, started=clock.now)
+    return Attempts(policy, "read x", Announcer(), started=clock.now)
 
 
 def test_pauses_double_up_to_the_longest(clock: Clock) -> None:
@@ -35,23 +38,27 @@ def test_pauses_double_up_to_the_longest(clock: Clock) -> None:
         assert len(set(pauses)) > 100
 
 
-def test_no_attempt_starts_or_lasts_beyond_the_budget(clock: Clock) -> None:
-    tried = attempts(RetryPolicy(budget_seconds=60, read_timeout_seconds=10), clock)
-    tried.count = 20
-    assert tried.timeout_seconds(0) == 10
-    clock.now = 55
-    assert tried.timeout_seconds(10**9) == 5
-    clock.now = 59.99
-    assert tried.pause_seconds() is None
-    clock.now = 61
-    assert tried.timeout_seconds(0) == 0
+@pytest.mark.parametrize(("attempt_takes", "expected"), [(10.0, 6), (1000.0, 3)])
+def test_no_attempt_starts_beyond_the_budget_except_two_after_a_pause_of_the_process(
+    attempt_takes: float, expected: int, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        clock.wait(attempt_takes)
+        raise ReadError("HTTP 503 SlowDown")
+
+    tried = attempts(RetryPolicy(budget_seconds=60), clock)
+    with pytest.raises(ReadError, match="SlowDown"):
+        tried.run(fails, lambda: False, clock.wait)
+    assert tried.count == expected
+    assert caplog.messages[0].startswith("Still trying to read x: HTTP 503 SlowDown; attempt 1")
+    assert len(caplog.messages) <= expected - 1, "the last failure is an error, no warning"
 
 
-def test_a_throttle_of_30_percent_costs_a_read_less_than_a_second() -> None:
-    """Mean pause of a read whose attempts fail with probability 0.3, at the default policy."""
-    policy = RetryPolicy()
-    mean = sum(
-        0.3**n * 0.75 * min(policy.first_delay_seconds * 2 ** (n - 1), policy.longest_delay_seconds)
-        for n in range(1, 30)
-    )
-    assert mean < 0.1
+def test_a_final_answer_is_asked_for_once(clock: Clock) -> None:
+    def fails() -> None:
+        raise FinalError("HTTP 403 InvalidObjectState")
+
+    tried = attempts(RetryPolicy(), clock)
+    with pytest.raises(FinalError):
+        tried.run(fails, lambda: False, clock.wait)
+    assert tried.count == 1

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import StorageError
 from brain_to_text.storage.retry import ReadError, RetryPolicy
 from brain_to_text.storage.store import open_store
-from brain_to_text.streaming.trial_stream import LocalRangedReader, TrialStream
+from brain_to_text.streaming.trial_stream import FolderReader, TrialStream
 
 
-class Reader(LocalRangedReader):
+class Reader(FolderReader):
     """Reads a folder; before each attempt it runs the next of `misfortunes`."""
 
-    def __init__(self, folder: Path, misfortunes: Iterator[Callable[[], Awaitable[None]]]) -> None:
-        super().__init__(folder, concurrency=4)
+    def __init__(self, folder: Path, misfortunes: Iterator[Callable[[], None]]) -> None:
+        super().__init__(folder)
         self._misfortunes = misfortunes
+        self.reads = 0
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
+    def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
+        self.reads += 1
         misfortune = next(self._misfortunes, None)
         if misfortune is not None:
-            await misfortune()
-        return await super().read(key, offset, length, etag)
+            misfortune()
+        return super().read(key, offset, length, etag)
 
 
-async def throttled() -> None:
+def throttled() -> None:
     raise ReadError("HTTP 503 SlowDown")
-
-
-async def silent() -> None:
-    await asyncio.sleep(3600)
 
 
 @pytest.fixture
@@ -42,19 +42,58 @@ def manifest(tiny_dataset) -> TrialManifest:
     return index_dataset(open_store(tiny_dataset.folder))
 
 
-@pytest.mark.parametrize(
-    ("misfortunes", "sentence"),
-    [
-        ((throttled, silent), "after 2 attempts .*, last cause: HTTP 503 SlowDown;"),
-        ((silent,), "after 1 attempts .*, last cause: no complete answer within 0.5 s;"),
-    ],
-)
-def test_an_attempt_cut_short_by_the_budget_does_not_hide_the_cause(
-    misfortunes: tuple, sentence: str, tiny_dataset, manifest: TrialManifest
+def test_a_budget_that_is_over_at_once_leaves_three_attempts(
+    tiny_dataset, manifest: TrialManifest
 ) -> None:
-    reader = Reader(tiny_dataset.folder, iter(misfortunes))
-    retry = RetryPolicy(budget_seconds=0.5, read_timeout_seconds=60)
     store = open_store(tiny_dataset.folder)
-    with TrialStream(store, manifest, reader=reader, retry=retry) as stream:
-        with pytest.raises(StorageError, match=sentence):
-            stream.fetch([0])
+    for failures, works in ((2, True), (3, False)):
+        reader = Reader(tiny_dataset.folder, iter([throttled] * failures))
+        with TrialStream(store, manifest, reader=reader, retry=RetryPolicy(0.0)) as stream:
+            if works:
+                stream.fetch([0])
+            else:
+                with pytest.raises(StorageError, match=r"after 3 attempts .* SlowDown; start the"):
+                    stream.fetch([0])
+        assert reader.reads == 3
+
+
+def test_a_read_is_shared_between_batches_and_given_up_with_the_last_of_them(
+    tiny_dataset, manifest: TrialManifest
+) -> None:
+    go_on = threading.Event()
+    reader = Reader(tiny_dataset.folder, iter([go_on.wait] * 100))
+    with TrialStream(
+        open_store(tiny_dataset.folder), manifest, concurrency=1, reader=reader
+    ) as stream:
+        first, second, third = (stream.submit(batch) for batch in ([0, 1], [1, 0, 1], [2, 0]))
+        first.cancel()
+        third.cancel()
+        with pytest.raises(CancelledError):
+            third.result()
+        go_on.set()
+        arrays = second.result()
+        counts = stream.stats.snapshot()
+    assert reader.reads == counts.trials_read == 2
+    for array, index in zip(arrays, [1, 0, 1], strict=True):
+        assert np.array_equal(array, tiny_dataset.features[manifest.trials[index].name])
+
+
+def test_closing_frees_who_waits_while_a_read_is_in_flight(
+    tiny_dataset, manifest: TrialManifest
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def silent() -> None:
+        begun.set()
+        go_on.wait()
+        throttled()
+
+    reader = Reader(tiny_dataset.folder, iter([silent] * 100))
+    with TrialStream(open_store(tiny_dataset.folder), manifest, reader=reader) as stream:
+        reads = stream.submit([0])
+        begun.wait()
+    with pytest.raises(CancelledError):
+        reads.result()
+    go_on.set()
+    stream._readers.shutdown()  # the read in flight ends, and no other attempt is made
+    assert reader.reads == 1

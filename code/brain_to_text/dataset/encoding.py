@@ -166,7 +166,7 @@ def encode_files(
 
 
 def _read(url: str, key: str, size: int) -> bytes:
-    return open_store(url).read(key, size)
+    return open_store(url).read(key, 0, size)
 
 
 def encode_file(

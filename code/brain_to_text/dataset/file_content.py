@@ -52,7 +52,7 @@ def labels_crc32(
     """
     crc = 0
     ranges = _label_ranges(records, size)
-    for part in threads.map(lambda span: store.read_range(key, span[0], span[1] - span[0]), ranges):
+    for part in threads.map(lambda span: store.read(key, span[0], span[1] - span[0]), ranges):
         crc = zlib.crc32(part, crc)
     return crc
 

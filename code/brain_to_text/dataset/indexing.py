@@ -220,6 +220,6 @@ def refuse_damage(url: str, damaged: Sequence[Finding]) -> None:
 def _inspect_job(
     url: str, key: str, size: int, look: Callable[[np.ndarray], Any] | None
 ) -> FileInspection:
-    data = open_store(url).read(key, size)
+    data = open_store(url).read(key, 0, size)
     with limited(len(data)):
         return inspect_file(key, data, look)

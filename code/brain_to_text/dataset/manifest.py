@@ -216,7 +216,7 @@ def load_manifest(
     size: int | None = listing[MANIFEST_NAME].size
     for attempts_left in reversed(range(_READS)):
         try:
-            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, size), store.url)
+            return TrialManifest.from_bytes(store.read(MANIFEST_NAME, 0, size), store.url)
         except DataError:
             if not attempts_left:
                 raise

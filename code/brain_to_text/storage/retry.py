@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("brain_to_text")
 
+# So many attempts are made whatever the clock says: a pause of the whole process is one failure.
 # An answer like "access denied", or the same wrong bytes, is final when it comes this often.
 PATIENCE = 3
 _SILENT_SECONDS = 10.0  # of vain attempts before the log says so, and again after as long
@@ -35,14 +36,22 @@ class CredentialsRejectedError(ReadError):
 
 
 class PersistentError(ReadError):
-    """An answer that seldom changes by asking again: access denied, no such object."""
+    """An answer that seldom changes by asking again: access denied, wrong bytes."""
 
 
-class MissingError(PersistentError):
+class FinalError(ReadError):
+    """An answer that does not change by asking again."""
+
+
+class MissingError(FinalError):
     """There is no such object."""
 
 
-class ObjectReplacedError(Exception):
+class ArchivedError(FinalError):
+    """The object must be restored before it can be read."""
+
+
+class ObjectReplacedError(FinalError):
     """The object under this key is not the one in the manifest."""
 
 
@@ -51,7 +60,8 @@ class RetryPolicy:
     """Limits on what one request may cost in time.
 
     Attributes:
-        budget_seconds: from the first attempt to giving up.
+        budget_seconds: from the first attempt to the start of the last, unless the first few took
+            longer.
         read_timeout_seconds: silence of the server after which an attempt is given up.
         first_delay_seconds, longest_delay_seconds: range of the pause before an attempt; it
             doubles from one to the other, and each pause is drawn uniformly from the upper half
@@ -72,23 +82,44 @@ class RetryPolicy:
         return self.read_timeout_seconds + n_bytes / self.slowest_bytes_per_second
 
 
+class Announcer:
+    """Says in the log what is still being tried, not more often than every few seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def __call__(self, attempts: Attempts) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if min(now - self._last, attempts.elapsed_seconds) < _SILENT_SECONDS:
+                return
+            self._last = now
+        log.warning(
+            "Still trying to %s: %s; attempt %d, trying for another %.0f s",
+            attempts.what,
+            attempts.last_cause,
+            attempts.count,
+            max(0.0, attempts.remaining_seconds()),
+        )
+
+
 @dataclass
 class Attempts:
     """The attempts at one request, counted against its budget.
 
     Attributes:
-        what: the request, as the log names it.
-        last_cause, advice: of the last failure.
+        what: the request, as the log names it: "list s3://bucket".
+        last_cause: of the last failure.
     """
 
     policy: RetryPolicy
-    what: str = ""
+    what: str
+    announce: Callable[[Attempts], None]
     count: int = 0
     started: float = field(default_factory=time.monotonic)
     last_cause: str = ""
-    advice: str = ""
     _final: list[str] = field(default_factory=list)
-    _said: float = field(default_factory=lambda: _SILENT_SECONDS)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -97,10 +128,6 @@ class Attempts:
     def remaining_seconds(self) -> float:
         return self.policy.budget_seconds - self.elapsed_seconds
 
-    def timeout_seconds(self, n_bytes: int) -> float:
-        """Time for the attempt that starts now: never beyond the budget."""
-        return max(0.0, min(self.policy.attempt_seconds(n_bytes), self.remaining_seconds()))
-
     def pause_seconds(self) -> float | None:
         """Time to wait before the next attempt, or None when the budget does not allow one."""
         ceiling = min(
@@ -108,63 +135,47 @@ class Attempts:
             self.policy.first_delay_seconds * 2 ** min(self.count - 1, 30),
         )
         pause = random.uniform(ceiling / 2, ceiling)
-        return pause if pause < self.remaining_seconds() else None
+        return pause if self.count < PATIENCE or pause < self.remaining_seconds() else None
 
-    async def run(self, attempt: Callable[[], Awaitable[T]], n_bytes: int) -> T:
-        """The result of one attempt, given up after the time that `n_bytes` may take.
-
-        Raises:
-            ReadError: it failed or took too long.
-        """
-        self.count += 1
-        limit = self.timeout_seconds(n_bytes)
-        try:
-            async with asyncio.timeout(limit):
-                return await attempt()
-        except TimeoutError as error:
-            if self.last_cause and limit < self.policy.attempt_seconds(n_bytes):
-                # it was the budget's end that cut this attempt short: that is no cause
-                raise ReadError(self.last_cause, self.advice) from error
-            raise ReadError(f"no complete answer within {limit:.1f} s") from error
-
-    async def wait_after(
+    def run(
         self,
-        fault: ReadError,
-        renew: Callable[[], Awaitable[bool]],
-        final: bool = False,
-    ) -> None:
-        """Pause before the next attempt, with new credentials where the last ones were rejected.
+        attempt: Callable[[], T],
+        renew: Callable[[], bool],
+        wait: Callable[[float], None] = time.sleep,
+    ) -> T:
+        """The result of the first attempt that succeeds.
 
         Args:
-            renew: asks the credential provider; says whether others may come.
-            final: the fault is one that asking again seldom changes, whatever its type.
+            renew: asks the credential provider where the last ones were rejected; says whether
+                others may come.
+            wait: for so many seconds, before the next attempt.
 
         Raises:
-            ReadError: the budget is spent, or such a fault has come too often.
+            ReadError: of the last attempt: the budget is spent, or the answer is final.
         """
+        while True:
+            self.count += 1
+            try:
+                return attempt()
+            except ReadError as fault:
+                wait(self._pause_after(fault, renew))
+
+    def _pause_after(self, fault: ReadError, renew: Callable[[], bool]) -> float:
+        final = isinstance(fault, PersistentError)
         if isinstance(fault, CredentialsRejectedError):
             try:
-                async with asyncio.timeout(self.timeout_seconds(0)):
-                    final = not await renew()
-            except TimeoutError:  # the budget's end, which is no cause
-                fault = ReadError(self.last_cause or str(fault), self.advice or fault.advice)
+                final = not renew()
             except CredentialsRejectedError as none:
                 fault = none
-        self.last_cause, self.advice = str(fault), fault.advice
-        if final or isinstance(fault, PersistentError):
+        self.last_cause = str(fault)
+        if final:
             self._final.append(self.last_cause)
-            if self._final.count(self.last_cause) >= PATIENCE:
-                raise fault
         pause = self.pause_seconds()
-        if pause is None:
+        if (
+            pause is None
+            or isinstance(fault, FinalError)
+            or self._final.count(self.last_cause) >= PATIENCE
+        ):
             raise fault
-        if self.what and self.elapsed_seconds > self._said:
-            self._said = self.elapsed_seconds + _SILENT_SECONDS
-            log.warning(
-                "%s: %s; attempt %d, trying for another %.0f s",
-                self.what,
-                self.last_cause,
-                self.count,
-                self.remaining_seconds(),
-            )
-        await asyncio.sleep(pause)
+        self.announce(self)
+        return pause

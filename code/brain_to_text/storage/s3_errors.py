@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import aiohttp
 import botocore.exceptions
 import botocore.parsers
 from fsspec.exceptions import FSTimeoutError
 
 from .retry import (
+    ArchivedError,
     CredentialsRejectedError,
     MissingError,
     ObjectReplacedError,
@@ -78,19 +83,40 @@ _UNREACHABLE = (
 )
 
 
-def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
-    """What an error of botocore, its transport or a provider of credentials means."""
+@contextmanager
+def explained() -> Iterator[None]:
+    """One attempt at a call of s3fs or botocore.
+
+    Raises:
+        ReadError: what went wrong, and what to do about it.
+    """
+    try:
+        yield
+    except CALL_ERRORS as error:
+        raise fault_of(error) from error
+
+
+def fault_of(error: BaseException) -> ReadError:
+    """What an error of s3fs, botocore, its transport or a provider of credentials means."""
+    if isinstance(error.__cause__, botocore.exceptions.ClientError):
+        error = error.__cause__  # s3fs makes Python's own errors of S3's
     if isinstance(error, botocore.exceptions.ClientError):
         about = error.response.get("ResponseMetadata", {})
         kind = str(about.get("HTTPHeaders", {}).get("content-type", ""))
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = str(about.get("HTTPStatusCode", ""))
-        return answer_fault(status, code, b"<html" if kind.startswith("text/html") else b"")
+        answer = error.response.get("Error", {})
+        return answer_fault(
+            str(about.get("HTTPStatusCode", "")),
+            str(answer.get("Code", "")),
+            str(answer.get("Message", "")),
+            web_page=kind.startswith("text/html"),
+        )
     if isinstance(error, botocore.parsers.ResponseParserError):
         if is_web_page(str(error).partition("b'")[2].encode()):
             return web_page_fault()
         return ReadError(f"an answer that is not S3's ({named_cause(error)})", _PORTAL)
     cause = named_cause(error)
+    if isinstance(error, FSTimeoutError):
+        return ReadError("no complete answer in time")
     if isinstance(error, _NO_KEYS):
         return PersistentError("no AWS credentials were found", AWS_LOGIN)
     if isinstance(error, botocore.exceptions.CredentialRetrievalError):
@@ -105,28 +131,45 @@ def fault_of(error: Exception) -> ReadError | ObjectReplacedError:
     return ReadError(cause)
 
 
-def answer_fault(status: str, code: str, body: bytes = b"") -> ReadError | ObjectReplacedError:
-    """What an error answer of the server means.
+def answer_fault(status: str, code: str, words: str = "", web_page: bool = False) -> ReadError:
+    """What an error answer of the server means; its own words are part of the cause.
 
     Args:
         status: of HTTP, three digits.
         code: of S3, as "AccessDenied"; the status again where there was none.
-        body: of the answer, where it is at hand.
+        words: S3's message, where it is at hand.
+        web_page: the answer is HTML.
     """
     text = f"HTTP {status} {code}" if status != code else f"HTTP {status}"
+    if web_page or code in ("302", "303", "307", "511", "407"):
+        return web_page_fault(text)
+    words = " ".join(words.split())[:500].rstrip(".")
+    text += f": {words}" if words and code != status else ""
     if "412" in (status, code) or code == "PreconditionFailed":
         return ObjectReplacedError("the server says that its ETag is another one")
-    if is_web_page(body) or code in ("302", "303", "307", "511", "407"):
-        return web_page_fault(text)
     if code in _REJECTED:
         return CredentialsRejectedError(text, _REJECTED[code])
     if code in ("NoSuchKey", "404"):
         return MissingError(text, "check that the object exists")
+    if code == "InvalidObjectState":
+        return ArchivedError(f"it is archived ({text})")
+    if code.startswith("KMS.") or (code in _DENIED and "kms:" in words):
+        return PersistentError(f"access denied by KMS ({text})", _kms_advice(words))
     if code in _DENIED:
         return PersistentError(f"access denied ({text})")
     if code in _FINAL:
         return PersistentError(text, _FINAL[code])
     return ReadError(text)
+
+
+def _kms_advice(words: str) -> str:
+    action = re.search(r"kms:[A-Z]\w+", words)
+    key = re.search(r"arn:[\w-]+:kms:[\w:/-]+", words)
+    allowed = f"{action[0] if action else 'kms:Decrypt'} on {key[0] if key else 'the key'}"
+    return (
+        f"allow {allowed} for these credentials, in their policy and in the key's, and see that "
+        "the key is enabled (for a job's role: deploy the stack with KmsKeyArn)"
+    )
 
 
 def is_web_page(body: bytes | bytearray | memoryview) -> bool:

@@ -34,12 +34,11 @@ class ObjectStore(Protocol):
         """Everything below the root, recursively, in one listing; empty if there is nothing."""
         ...
 
-    def read(self, key: str, size: int | None = None) -> bytes:
-        """A whole object; `size`, when known, allows reading it in parallel parts."""
-        ...
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes from `offset` on, by default up to the object's end.
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Some bytes of an object."""
+        On S3 a known length spares a request; a large object is read in parallel parts.
+        """
         ...
 
     def write(self, key: str, data: bytes) -> None:
@@ -125,14 +124,10 @@ class LocalStore:
             found[key] = ObjectInfo(key, stat.st_size, etag)
         return found
 
-    def read(self, key: str, size: int | None = None) -> bytes:
-        with self._explain("read", key):
-            return self._path(key).read_bytes()
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         with self._explain("read", key), self._path(key).open("rb") as file:
             file.seek(offset)
-            return file.read(length)
+            return file.read(-1 if length is None else length)
 
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)

@@ -8,10 +8,9 @@ step), whatever the number of threads, ranks, restarts or the state of any cache
 from __future__ import annotations
 
 import abc
-import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -22,14 +21,33 @@ from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
 from .stream_stats import StreamStats
-from .trial_stream import TrialStream
+from .trial_stream import Reads, TrialStream
 
 # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
 # the longest of its batches do not fit two at a time (on data like the real one, the first 6 of 23
 # at 64 trials): one is then read while the one before is scored, which is all that overlap needs.
 VALIDATION_SHARE = 0.25
 
-Reads = concurrent.futures.Future[list[np.ndarray]]
+
+class Placement(TypedDict, total=False):
+    """Which part of the batches a process gets, and where: see `StreamedBatches`."""
+
+    device: torch.device | None
+    rank: int
+    world_size: int
+
+
+class BatchOptions(Placement, total=False):
+    """How batches are made: see `StreamedBatches`."""
+
+    limits: PrefetchLimits | None
+    feature_subset: Sequence[int] | None
+
+
+class _Settings(TypedDict):
+    batch_size: int
+    feature_subset: Sequence[int] | None
+    limits: PrefetchLimits
 
 
 class StreamedBatches(abc.ABC):
@@ -102,9 +120,8 @@ class StreamedBatches(abc.ABC):
         Close the iterator (or use it in `with`) when leaving early.
         """
         stop = len(self) if stop is None else min(stop, len(self))
-        return DeviceFeeder(
-            *(self.device, self.stats, self._begin, self._batch_bytes, start, stop, self._limits)
-        )
+        ahead = (self._begin, self._batch_bytes, start, stop, self._limits)
+        return DeviceFeeder(*ahead, device=self.device, stats=self.stats)
 
     def close(self) -> None:
         """Close the stream that feeds this dataset; batches under way are given up."""
@@ -162,7 +179,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         n_batches: int,
         seed: int,
         must_include_days: Sequence[int] = (),
-        **options: Any,
+        **options: Unpack[BatchOptions],
     ) -> None:
         super().__init__(stream, trials_by_session, **options)
         self.plan = BatchPlan(
@@ -176,9 +193,9 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **place: Any,
+        **placement: Unpack[Placement],
     ) -> BrainToTextDatasetS3:
-        """The batches that a configuration describes; `place`: device, rank, world size."""
+        """The batches that a configuration describes; `placement`: see `Placement`."""
         return cls(
             stream,
             trials_by_session,
@@ -187,7 +204,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             seed=config.dataset.seed,
             must_include_days=config.dataset.must_include_days or (),
             **_shared_settings(config.dataset, 1 - VALIDATION_SHARE),
-            **place,
+            **placement,
         )
 
     def __len__(self) -> int:
@@ -218,7 +235,7 @@ class EvaluationDatasetS3(StreamedBatches):
         trials_by_session: Sequence[Indices],
         *,
         batch_size: int,
-        **options: Any,
+        **options: Unpack[BatchOptions],
     ) -> None:
         super().__init__(stream, trials_by_session, **options)
         trials = np.concatenate([np.asarray(t, np.int64) for t in trials_by_session])
@@ -231,11 +248,11 @@ class EvaluationDatasetS3(StreamedBatches):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **place: Any,
+        **placement: Unpack[Placement],
     ) -> EvaluationDatasetS3:
-        """Validation as a configuration describes it; `place`: device, rank, world size."""
+        """Validation as a configuration describes it; `placement`: see `Placement`."""
         settings = _shared_settings(config.dataset, VALIDATION_SHARE)
-        return cls(stream, trials_by_session, **settings, **place)
+        return cls(stream, trials_by_session, **settings, **placement)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -244,7 +261,7 @@ class EvaluationDatasetS3(StreamedBatches):
         return self._batches[step]
 
 
-def _shared_settings(dataset: DatasetConfig, share: float) -> dict[str, Any]:
+def _shared_settings(dataset: DatasetConfig, share: float) -> _Settings:
     return {
         "batch_size": dataset.batch_size,
         "feature_subset": dataset.feature_subset,
@@ -265,8 +282,18 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 class DeviceFeeder(Prefetcher[Batch]):
     """Batches on their device; on a GPU the next one is copied while the current one computes."""
 
-    def __init__(self, device: torch.device | None, stats: StreamStats, *prefetching: Any) -> None:
-        super().__init__(*prefetching)
+    def __init__(
+        self,
+        begin: Callable[[int], tuple[Reads, Callable[[], Batch]]],
+        n_bytes: Callable[[int], int],
+        start: int,
+        stop: int,
+        limits: PrefetchLimits,
+        *,
+        device: torch.device | None,
+        stats: StreamStats,
+    ) -> None:
+        super().__init__(begin, n_bytes, start, stop, limits)
         self._device = device
         self._stats = stats
         on_gpu = device is not None and device.type == "cuda"

@@ -8,9 +8,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Cancellable(Protocol):
+    """Reads that were begun for a batch."""
+
+    def cancel(self) -> object:
+        """Give them up; without effect once they are done."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Prefetcher(Generic[T]):
     under way are given up at once.
 
     Args:
-        begin: starts one step's reads and returns at once: a future, cancelled to give them up, and
-            what waits for them and puts the batch together, called on a preparing thread.
+        begin: starts one step's reads and returns at once: them, and what waits for them and puts
+            the batch together, called on a preparing thread.
         n_bytes: memory one step's batch needs, known before it is read.
         start, stop: the steps.
         limits: how far ahead.
@@ -47,7 +54,7 @@ class Prefetcher(Generic[T]):
 
     def __init__(
         self,
-        begin: Callable[[int], tuple[Future[Any], Callable[[], T]]],
+        begin: Callable[[int], tuple[Cancellable, Callable[[], T]]],
         n_bytes: Callable[[int], int],
         start: int,
         stop: int,
@@ -58,7 +65,7 @@ class Prefetcher(Generic[T]):
         self._next_step = start
         self._stop = stop
         self._limits = limits
-        self._queue: deque[tuple[int, Future[Any], Future[T]]] = deque()
+        self._queue: deque[tuple[int, Cancellable, Future[T]]] = deque()
         self._bytes_ahead = 0
         self._threads = ThreadPoolExecutor(limits.threads, "prepare-batch")
         self.last_wait_seconds = 0.0

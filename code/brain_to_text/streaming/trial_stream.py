@@ -1,31 +1,31 @@
-"""Verified neural features of any trials, by index, from S3 or a folder.
+"""Verified features of any trials, by index, from S3 or a folder.
 
-Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight.
-Bytes that are too few, too many or different from the manifest's CRC are read again; nobody sees
-them. A reader makes exactly one attempt per call; it lives on fsspec's event loop, which runs in a
-thread of this process: nothing here survives a fork.
+Every distinct trial of a call that is not cached costs one ranged GET, many of them in flight, each
+on a thread that reads, verifies and decodes its trial. Bytes that are too few, too many or others
+than the manifest's CRC says are read again; nobody sees them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import functools
 import os
+import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-import fsspec.asyn
 import numpy as np
 
 from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..errors import BrainToTextError, DataError, StorageError
-from ..storage.locations import is_s3
+from ..storage.locations import is_s3, restore_advice
 from ..storage.retry import (
+    Announcer,
+    ArchivedError,
     Attempts,
     ObjectReplacedError,
     PersistentError,
@@ -42,7 +42,7 @@ Bytes = bytes | bytearray | memoryview
 class TrialStream:
     """Reads trials by index into `manifest.trials`.
 
-    Use it in the process and thread family that made it: after a fork it refuses to work.
+    Use it in the process that made it: after a fork it refuses to work.
 
     Args:
         store: the data's prefix or folder; only its URL is used.
@@ -80,13 +80,16 @@ class TrialStream:
         if reader is None and is_s3(url):
             from .s3_reads import S3RangedReader  # local folders need no S3 client
 
-            reader = S3RangedReader(url, concurrency, self._retry.read_timeout_seconds)
-        self._reader = reader or LocalRangedReader(Path(url), concurrency)
-        self._slots = asyncio.Semaphore(concurrency)
-        self._reads: dict[int, _SharedRead] = {}
-        self._decoders = concurrent.futures.ThreadPoolExecutor(threads, "trial-decode")
+            longest = max(manifest.table.length, default=0)
+            reader = S3RangedReader(url, concurrency, self._retry, longest)
+        self._reader = reader or FolderReader(Path(url))
+        self._readers = ThreadPoolExecutor(concurrency, "read-trial")
+        self._decoding = threading.Semaphore(threads)
+        self._announce = Announcer()
+        self._under_way: dict[int, _Read] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._process = os.getpid()
-        self._closed = False
 
     @classmethod
     def from_config(
@@ -138,37 +141,33 @@ class TrialStream:
         finally:
             reads.cancel()  # when waiting was interrupted; without effect once it is done
 
-    def submit(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> concurrent.futures.Future[list[np.ndarray]]:
-        """Start `fetch` and return at once; cancelling the future gives up its reads."""
+    def submit(self, indices: Sequence[int] | np.ndarray) -> Reads:
+        """Start `fetch` and return at once; a trial that another batch is reading is shared."""
         if os.getpid() != self._process:
             raise StorageError(
                 f"The stream of {self.url} was opened before this process was forked and cannot be "
                 "used in it: use threads (dataset.num_dataloader_workers) or spawned processes."
             )
-        if self._closed:
+        if self._closing.is_set():
             raise StorageError(f"The stream of {self.url} is closed: open a new TrialStream.")
-        wanted = [int(i) for i in indices]
-        found = {i: features for i in set(wanted) if (features := self.cache.get(i)) is not None}
-        missing = [i for i in dict.fromkeys(wanted) if i not in found]
-        self.stats.add(cache_hits=len(found), cache_misses=len(missing))
-        if missing:
-            return asyncio.run_coroutine_threadsafe(
-                self._gather(wanted, found, missing), self._reader.loop
-            )
-        ready: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
-        ready.set_result([found[i] for i in wanted])
-        return ready
+        trials: dict[int, np.ndarray | _Read] = {}
+        for index in dict.fromkeys(int(i) for i in indices):
+            cached = self.cache.get(index)
+            trials[index] = self._begin(index) if cached is None else cached
+            self.stats.add(cache_hits=cached is not None, cache_misses=cached is None)
+        return Reads(trials, [int(i) for i in indices])
 
     def close(self) -> None:
-        """Give up reads in flight, close connections, stop threads."""
-        if self._closed:
+        """Give up what nobody has begun to read; a GET in flight ends within its time limit."""
+        self._closing.set()
+        if os.getpid() != self._process:
             return
-        self._closed = True
-        if os.getpid() == self._process:
-            asyncio.run_coroutine_threadsafe(self._shut_down(), self._reader.loop).result()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            under_way = list(self._under_way.values())
+        for read in under_way:
+            read.features.cancel()
+        self._reader.close()
 
     def __enter__(self) -> TrialStream:
         return self
@@ -176,127 +175,162 @@ class TrialStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _shut_down(self) -> None:
-        tasks = [read.task for read in self._reads.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._reader.close()
+    def _begin(self, index: int) -> _Read:
+        with self._lock:
+            read = self._under_way.get(index)
+            if read is not None and read.join():
+                return read
+            read = self._under_way[index] = _Read()
+        work = self._readers.submit(self._load, index, read)
+        work.add_done_callback(functools.partial(self._finish, index, read))
+        return read
 
-    async def _gather(
-        self, wanted: list[int], found: dict[int, np.ndarray], missing: list[int]
-    ) -> list[np.ndarray]:
-        """Wait for every missing trial; reads that other batches wait for too are shared."""
-        reads = []
-        for index in missing:
-            read = self._reads.get(index)
-            if read is None:
-                read = self._reads[index] = _SharedRead(asyncio.create_task(self._load(index)))
-                read.task.add_done_callback(functools.partial(self._forget, index, read))
-            read.waiters += 1
-            reads.append(read)
-        try:
-            arrays = await asyncio.gather(*(asyncio.shield(read.task) for read in reads))
-        finally:
-            for index, read in zip(missing, reads, strict=True):
-                read.waiters -= 1
-                if read.waiters == 0 and not read.task.done():
-                    self._forget(index, read, read.task)
-                    read.task.cancel()
-        found.update(zip(missing, arrays, strict=True))
-        return [found[i] for i in wanted]
+    def _finish(self, index: int, read: _Read, work: Future[np.ndarray]) -> None:
+        with self._lock:
+            if self._under_way.get(index) is read:
+                del self._under_way[index]
+        if work.cancelled():
+            read.features.cancel()
+        elif read.features.set_running_or_notify_cancel():
+            error = work.exception()
+            if error is None:
+                read.features.set_result(work.result())
+            else:
+                read.features.set_exception(error)
 
-    def _forget(self, index: int, read: _SharedRead, task: asyncio.Task[np.ndarray]) -> None:
-        if self._reads.get(index) is read:
-            del self._reads[index]
-        if task.done() and not task.cancelled():
-            task.exception()  # seen here, so that asyncio does not report it a second time
-
-    async def _load(self, index: int) -> np.ndarray:
-        """One trial: read until verified, the budget is spent, or the answer is final."""
-        kept = self.cache.get(index)  # another batch's read may have ended since `submit` looked
-        if kept is not None:
-            return kept
+    def _load(self, index: int, read: _Read) -> np.ndarray:
+        """One trial, from its first attempt to its last. Runs on a reading thread."""
+        cached = self.cache.get(index)  # another batch's read may have ended since `submit` looked
+        if cached is not None:
+            return cached
         record = self.manifest.trials[index]
-        # One slot for all attempts at a trial: what others read cannot use up its budget, and a
-        # throttled prefix is asked less.
-        async with self._slots:
-            self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
-            attempts = Attempts(self._retry)
-            get = functools.partial(self._get, record)
-            while True:
-                try:
-                    span = await attempts.run(get, record.length)
-                    return await self._reader.loop.run_in_executor(
-                        self._decoders, self._accept, index, record, span
-                    )
-                except ObjectReplacedError as fault:
-                    raise self._replaced(record, str(fault)) from fault
-                except ReadError as fault:
-                    wrong = isinstance(fault, _WrongBytesError)
-                    try:
-                        await attempts.wait_after(fault, self._reader.renew_credentials, wrong)
-                    except ReadError:
-                        raise self._gave_up(record, attempts, fault) from fault
-                    self.stats.add(retries=1)
-
-    async def _get(self, record: TrialRecord) -> Bytes:
-        """Exactly the trial's bytes, by one GET."""
-        self.stats.add(requests=1)
         etag = self.manifest.files[record.key].etag
-        span = await self._reader.read(record.key, record.offset, record.length, etag)
-        self.stats.add(bytes_fetched=len(span))
-        if len(span) < record.length:
-            raise ReadError(f"got {len(span)} of {record.length} bytes")
-        if len(span) > record.length:
-            raise ReadError(f"got more than the {record.length} bytes asked for")
-        return span
+        what = f"read {record.trial} of {record.key} under {self.url}"
+        attempts = Attempts(self._retry, what, self._announce)
 
-    def _accept(self, index: int, record: TrialRecord, span: Bytes) -> np.ndarray:
-        """Check the bytes, decode them, keep them. Runs on a decoder thread."""
-        crc = zlib.crc32(span)
-        if crc != record.crc32:
-            raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32:08x}")
-        return self.cache.put(index, record.decode(memoryview(span)))
+        def attempt() -> np.ndarray:
+            self.stats.add(requests=1)
+            span = self._reader.read(record.key, record.offset, record.length, etag)
+            self.stats.add(bytes_fetched=len(span))
+            return self._decoded(record, span)
 
-    def _replaced(self, record: TrialRecord, reason: str) -> DataError:
-        return DataError(
-            f"File {record.key} under {self.url} was replaced while the run was reading it: "
-            f"{reason}; run `python code/prepare_dataset.py index {self.url}` and start again."
-        )
+        def wait(seconds: float) -> None:
+            if self._closing.wait(seconds) or read.features.cancelled():
+                raise CancelledError
+            self.stats.add(retries=1)
+
+        if read.features.cancelled():
+            raise CancelledError
+        self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
+        try:
+            features = attempts.run(attempt, self._reader.renew_credentials, wait)
+        except ReadError as fault:
+            raise self._gave_up(record, attempts, fault) from fault
+        return self.cache.put(index, features)
+
+    def _decoded(self, record: TrialRecord, span: Bytes) -> np.ndarray:
+        """The features that verified bytes hold."""
+        if len(span) != record.length:
+            got = str(len(span)) if len(span) < record.length else "more"
+            raise ReadError(f"got {got} of {record.length} bytes")
+        with self._decoding:
+            crc = zlib.crc32(span)
+            if crc != record.crc32:
+                raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32:08x}")
+            return record.decode(memoryview(span))
 
     def _gave_up(
         self, record: TrialRecord, attempts: Attempts, fault: ReadError
     ) -> BrainToTextError:
-        place = (
+        where = (
             f"trial {record.trial} of {record.key} under {self.url} "
             f"(bytes {record.offset}-{record.offset + record.length - 1})"
         )
+        index = f"run `python code/prepare_dataset.py index {self.url}`"
+        if isinstance(fault, ObjectReplacedError):
+            return DataError(
+                f"File {record.key} under {self.url} was replaced while the run was reading it: "
+                f"{fault}; {index} and start again."
+            )
         if isinstance(fault, _WrongBytesError):
             return DataError(
-                f"The bytes of {place} are not those in the manifest, {attempts.count} reads in: "
-                f"{fault}; run `python code/prepare_dataset.py index {self.url}` if the file was "
-                "replaced, or upload it again if it is damaged."
+                f"The bytes of {where} are not those in the manifest, {attempts.count} reads in: "
+                f"{fault}; {index} if the file was replaced, or upload it again if it is damaged."
             )
-        advice = attempts.advice or (
+        advice = fault.advice or (
             "check the role's s3:GetObject permission and that the object exists"
             if isinstance(fault, PersistentError)
             else "start the job again to resume, or raise dataset.retry_budget_seconds"
         )
+        if isinstance(fault, ArchivedError):
+            advice = restore_advice(f"{self.url}/{record.key}")
+        times = "1 attempt" if attempts.count == 1 else f"{attempts.count} attempts"
         return StorageError(
-            f"Reading {place} failed after {attempts.count} attempts in "
-            f"{attempts.elapsed_seconds:.1f} s of the {self._retry.budget_seconds:g} s budget, "
-            f"last cause: {attempts.last_cause}; {advice}."
+            f"Reading {where} failed after {times} in {attempts.elapsed_seconds:.1f} s of the "
+            f"{self._retry.budget_seconds:g} s budget, last cause: {fault}; {advice}."
         )
 
 
+class Reads:
+    """The trials of one batch, some of them still being read.
+
+    Args:
+        trials: each distinct one's features, or its read under way.
+        wanted: the batch, in its order.
+    """
+
+    def __init__(self, trials: dict[int, np.ndarray | _Read], wanted: list[int]) -> None:
+        self._trials = trials
+        self._wanted = wanted
+        self._left = False
+
+    def result(self) -> list[np.ndarray]:
+        """Wait for all of them; as `TrialStream.fetch`.
+
+        Raises:
+            CancelledError: `cancel` was called, or the stream is closed.
+        """
+        arrays = {
+            index: trial.features.result() if isinstance(trial, _Read) else trial
+            for index, trial in self._trials.items()
+        }
+        return [arrays[index] for index in self._wanted]
+
+    def cancel(self) -> None:
+        """Give up what no other batch waits for; without effect once it is done."""
+        if not self._left:
+            self._left = True
+            for trial in self._trials.values():
+                if isinstance(trial, _Read):
+                    trial.leave()
+
+
+class _Read:
+    """One trial's read, and how many batches wait for it; the last to leave cancels it."""
+
+    def __init__(self) -> None:
+        self.features: Future[np.ndarray] = Future()
+        self._waiters = 1
+        self._lock = threading.Lock()
+
+    def join(self) -> bool:
+        """Wait for it too; False where it was given up."""
+        with self._lock:
+            self._waiters += 1
+            return not self.features.cancelled()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._waiters -= 1
+            if self._waiters == 0:
+                self.features.cancel()
+
+
 class RangedReader(Protocol):
-    """One attempt at one byte range; implementations share no state between attempts."""
+    """One attempt at one byte range, from any thread; attempts share no state."""
 
-    loop: asyncio.AbstractEventLoop
-
-    async def read(self, key: str, offset: int, length: int, etag: str) -> Bytes:
-        """Whatever arrived, at most length + 1 bytes.
+    def read(self, key: str, offset: int, length: int, etag: str) -> Bytes:
+        """Whatever arrived.
 
         Args:
             key: object, relative to the store's root.
@@ -305,38 +339,26 @@ class RangedReader(Protocol):
                 a folder, then uploaded, or the reverse) the first ETag seen here takes its place.
 
         Raises:
-            ReadError: this attempt failed.
-            ObjectReplacedError: the object's ETag is another one.
+            ReadError: this attempt failed, or the object's ETag is another one.
         """
 
-    async def renew_credentials(self) -> bool:
-        """Ask the credential provider again, at most once in a few seconds; True for others.
+    def renew_credentials(self) -> bool:
+        """See `storage.s3_store.Credentials.renew`."""
 
-        Raises:
-            CredentialsRejectedError: it has no credentials to give.
-        """
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close connections."""
 
 
-class LocalRangedReader:
-    """Ranged reads of files in a folder, on threads: the same path as S3 without a network.
+class FolderReader:
+    """Ranged reads of files in a folder: the same path as S3 without a network.
 
     Whether a file is the one in the manifest is for the CRC-32 of its trials to say.
     """
 
-    def __init__(self, folder: Path, concurrency: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.loop = fsspec.asyn.get_loop()
-        self._threads = concurrent.futures.ThreadPoolExecutor(
-            max_workers=min(concurrency, 8), thread_name_prefix="local-read"
-        )
 
-    async def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
-        return await self.loop.run_in_executor(self._threads, self._read, key, offset, length)
-
-    def _read(self, key: str, offset: int, length: int) -> bytes:
+    def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
         try:
             with (self._folder / key).open("rb") as file:
                 file.seek(offset)
@@ -346,20 +368,12 @@ class LocalRangedReader:
         except OSError as error:
             raise ReadError(f"{type(error).__name__}: {error.strerror}") from error
 
-    async def renew_credentials(self) -> bool:
+    def renew_credentials(self) -> bool:
         return False
 
-    async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> None:
+        pass
 
 
-class _SharedRead:
-    """A read in flight and how many batches wait for it; the last to leave cancels it."""
-
-    def __init__(self, task: asyncio.Task[np.ndarray]) -> None:
-        self.task = task
-        self.waiters = 0
-
-
-class _WrongBytesError(ReadError):
+class _WrongBytesError(PersistentError):
     """As many bytes as asked for, but not the ones in the manifest."""
