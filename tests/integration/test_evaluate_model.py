@@ -206,6 +206,13 @@ def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, t
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run("--model", model_folder, *data) == 0, "the same again"
     assert not (out / "phoneme_logits.hdf5").exists(), "nothing of the evaluation before stays"
+    for name in ("nbest.csv", "trials.csv"):  # not of that evaluation; into which a column went
+        (out / name).write_text("somebody's scores")
+        assert run("--model", model_folder, *data) == 1
+        assert f"{out} holds {name}, changed since the evaluation" in capsys.readouterr().err
+        assert (out / name).read_text() == "somebody's scores"
+        (out / name).write_bytes(before["trials.csv"])
+        (out / "nbest.csv").unlink(missing_ok=True)
     (out / "phoneme_logits.hdf5").write_text("of another evaluation")
     assert run("--model", tmp_path / "b", *data, "--overwrite") == 0
     assert not (out / "phoneme_logits.hdf5").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from brain_to_text.scoring.tables import (
     rescored_sentences,
     submission_remark,
     trial_row,
+    write_logits,
     write_submission,
     write_table,
 )
@@ -94,6 +97,22 @@ def test_a_volume_that_is_full_half_way_is_one_sentence(tmp_path):
     with pytest.raises(StorageError, match=r"No space left on device\): give a writable folder"):
         with complete_or_nothing(tmp_path / "out"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [2_000, 20_000, 80_000, 160_000])
+def test_a_volume_that_fills_while_logits_are_written_is_one_sentence(size, tmp_path):
+    """HDF5 crashes the process where it writes to the file itself."""
+    trial = decoded(0, [1], [1])
+    trial = replace(trial, phoneme_log_probs=np.zeros((1000, N_PHONEMES), np.float32))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            with complete_or_nothing(tmp_path / "out") as folder:
+                write_logits(folder / "phoneme_logits.hdf5", [trial])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list((tmp_path / "out").iterdir()) == []
 
 

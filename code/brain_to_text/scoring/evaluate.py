@@ -91,7 +91,9 @@ def evaluate_model(
     if any((place / name).exists() for name in CHECKPOINTS):
         raise ConfigError(f"--output-dir {output_dir} holds a model: give a folder beside it.")
     purpose = {"model": " + ".join(models), "data": data, "split": split}
-    check_place(output_dir, purpose, overwrite)
+    files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
+    reads = [Path(file) for file in files if file]
+    check_place(output_dir, purpose, overwrite, reads)
 
     artefacts = [open_model(model) for model in models]
     _check_ensemble(artefacts)
@@ -106,12 +108,11 @@ def evaluate_model(
     if words is not None and words.rescored is not None:
         shared = sorted(set.intersection(*chosen[: len(artefacts)]))
         text = rescored_sentences(words.rescored, {manifest.trials[i].name: i for i in shared})
-    files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
     with (
-        complete_or_nothing(output_dir, [Path(file) for file in files if file]) as folder,
+        complete_or_nothing(output_dir, reads) as folder,
         closing(TrialStream(store, manifest)) as stream,
     ):
-        decoder, facts = None, {"Sentences": f"those with the best score in {files and files[2]}"}
+        decoder, facts = None, {"Sentences": f"those with the best score in {reads and reads[-1]}"}
         if words is not None and words.rescored is None:
             decoder, facts = make_decoder(words, manifest, folder, split)
             for name, fact in facts.items():

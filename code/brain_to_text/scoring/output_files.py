@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -34,31 +35,48 @@ RESULTS = (
 _SHOWN_CLASSES = 16  # rows of a posterior chart
 
 
-def check_place(folder: Path, purpose: Mapping[str, str], overwrite: bool) -> None:
+def check_place(
+    folder: Path, purpose: Mapping[str, str], overwrite: bool, reads: Collection[Path] = ()
+) -> None:
     """Check, without writing, that results may go to `folder`.
 
     Args:
         purpose: the model, data and split, as summary.json names them: results that an evaluation
-            for the same purpose left there are replaced.
+            for the same purpose left there are replaced, unless they were changed since.
         overwrite: replace any results.
+        reads: files that are read, and which therefore stay.
 
     Raises:
-        StorageError: it cannot be written, or holds results of something else.
+        StorageError: it cannot be written, or holds results of something else, or changed ones.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise _unwritable(folder, f"{nearest} is {'read-only' if nearest.is_dir() else 'a file'}")
-    present = [name for name in RESULTS if (folder / name).exists()]
+    stay = {os.path.realpath(path) for path in reads}
+    there = [name for name in RESULTS if (folder / name).exists()]
+    present = [name for name in there if os.path.realpath(folder / name) not in stay]
     if overwrite or not present:
         return
     try:
         found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         theirs = {name: str(found[name]) for name in ("model", "data", "split")}
+        checksums = {"summary.json": None, **found["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        theirs = {}
+        theirs, checksums = {}, {}
     places = {name: _place(value) for name, value in theirs.items()}
     if theirs and places == {name: _place(value) for name, value in purpose.items()}:
-        return
+        changed = [
+            name
+            for name in present
+            if name not in checksums or checksums[name] not in (None, _checksum(folder / name))
+        ]
+        if not changed:
+            return
+        raise StorageError(
+            f"{folder} holds {shortened(changed)}, changed since the evaluation that wrote its "
+            "summary.json: move it away, give another folder with --output-dir, or --overwrite to "
+            "replace it."
+        )
     whose = (
         f"the results of {theirs['model']} on {theirs['split']} of {theirs['data']}"
         if theirs
@@ -151,7 +169,6 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
     }
     rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
     write_table(folder / "trials.csv", rows)
-    (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
     if logits:
         write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
     if sentences is not None:
@@ -159,6 +176,13 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         if sentences.n_best:
             write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
     (folder / "report.html").write_text(model_report(page), encoding="utf-8")
+    summary["files"] = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unwritable(folder: Path, reason: str) -> StorageError:

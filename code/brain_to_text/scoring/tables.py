@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -215,7 +216,8 @@ def write_logits(path: Path, trials: Iterable[DecodedTrial]) -> None:
     SESSION/trial_NNNN, with block_num and trial_num as attributes.
     """
     order = [BLANK, SILENCE, *range(1, SILENCE)]
-    with h5py.File(path, "w") as file:
+    buffer = io.BytesIO()  # not the file itself: HDF5 crashes on a volume that fills
+    with h5py.File(buffer, "w") as file:
         for trial in trials:
             record = trial.record
             dataset = file.create_dataset(
@@ -223,6 +225,7 @@ def write_logits(path: Path, trials: Iterable[DecodedTrial]) -> None:
             )
             dataset.attrs["block_num"] = record.block_num
             dataset.attrs["trial_num"] = record.trial_num
+    path.write_bytes(buffer.getbuffer())
 
 
 def _spelled(phonemes: Sequence[int]) -> str:
