@@ -6,6 +6,7 @@ its dotted path or its unambiguous last part: `--model.n_units 768`, `--batch-si
 """
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -136,6 +137,7 @@ def train(
 def write_report(run: "Run") -> None:
     """Tables and report.html of a finished run's best model."""
     from brain_to_text.scoring.evaluate import write_run_report
+    from brain_to_text.training.log_files import process_seconds
 
     write_run_report(
         run.paths.model_dir,
@@ -144,7 +146,30 @@ def write_report(run: "Run") -> None:
         run.device,
         batch_size=run.config.dataset.batch_size,
         decoded=run.best,
+        job=job_facts(process_seconds()),
     )
+
+
+def job_facts(seconds: float) -> dict[str, str]:
+    """What a job knows of itself, for its report; on demand, as far as the price table knows.
+
+    Args:
+        seconds: since the job's first process began.
+    """
+    from brain_to_text.launch.pricing import hourly_price
+
+    name = os.environ.get("SM_CURRENT_INSTANCE_TYPE", "")
+    count = len(json.loads(os.environ.get("SM_HOSTS", "[]"))) or 1
+    price, source = hourly_price(name)
+    facts = {
+        "Job": os.environ.get("TRAINING_JOB_NAME", ""),
+        "Instance": name and f"{count} x {name}",
+    }
+    facts["Duration of this job"] = f"{seconds / 60:.1f} min" if seconds else ""
+    if price is not None and seconds:
+        dollars = price * count * seconds / 3600
+        facts["Cost so far"] = f"${dollars:.2f} on demand ({source})"
+    return {fact: value for fact, value in facts.items() if value}
 
 
 def _data_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> str:

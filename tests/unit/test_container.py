@@ -4,7 +4,9 @@ import errno
 from pathlib import Path
 
 import pytest
+import train_model_sagemaker
 from brain_to_text.errors import DataError
+from brain_to_text.launch.pricing import hourly_price
 from brain_to_text.training.container import SageMakerEnvironment, failure_text
 
 
@@ -62,3 +64,13 @@ def test_an_earlier_runs_failure_is_replaced_and_this_runs_stays(environment, tm
     assert now.failure_file.read_text() == "this one's\n"
     SageMakerEnvironment.from_variables({"SAGEMAKER_BASE_DIR": str(tmp_path)}).forget_failure()
     assert not now.failure_file.exists()
+
+
+def test_a_jobs_report_says_duration_and_cost_where_the_price_is_known(monkeypatch):
+    assert train_model_sagemaker.job_facts(0) == {}
+    monkeypatch.setenv("SM_CURRENT_INSTANCE_TYPE", "ml.g5.xlarge")
+    monkeypatch.setenv("SM_HOSTS", '["algo-1", "algo-2"]')
+    facts = train_model_sagemaker.job_facts(1800)
+    price, _ = hourly_price("ml.g5.xlarge")
+    assert facts["Instance"] == "2 x ml.g5.xlarge" and facts["Duration of this job"] == "30.0 min"
+    assert facts["Cost so far"].startswith(f"${price:.2f} on demand (")

@@ -108,6 +108,16 @@ def test_groups_have_every_rate_in_their_table_and_per_in_their_chart():
     assert cells == ["3", "40.00 %", "31.23 to 50.00 %", "121", "10.00 %", "5.00 to 20.00 %", "60"]
 
 
+def test_bars_stand_over_an_axis_with_their_values_beside_their_names():
+    chart = model_report(contents()).split("PER by session</figcaption>")[1].split("</figure>")[0]
+    shown = re.findall(r'<text x="([\d.]+)"[^>]*>([^<]*)</text>', chart)
+    at = {text: float(x) for x, text in shown}
+    (bar,) = set(re.findall(r'<rect class="fill s0" x="([\d.]+)"', chart))
+    (value,) = set(re.findall(r'<text x="([\d.]+)"[^>]*class="value"', chart))
+    assert at["t15.2023.08.13"] < float(value) < float(bar) == at["0 %"]
+    assert len(at) > 4, "ticks"
+
+
 def test_a_comparison_says_which_is_which_and_on_which_trials():
     comparison = {
         "other": "last <week>",

@@ -8,6 +8,7 @@ import pytest
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.scoring.error_rates import bootstrap_interval
+from brain_to_text.scoring.evaluate import example_trials
 from brain_to_text.scoring.summary import (
     compare,
     describe,
@@ -195,3 +196,18 @@ def test_a_remark_names_both_forms_where_they_differ():
     said = label_form_remark("transition", "self_loop")
     assert said is not None and "trained on transition labels and the data has self_loop" in said
     assert "--form transition" in said
+
+
+def test_the_worst_trials_are_shown_first_then_typical_ones():
+    hypotheses = [
+        [1, 2, 3, 4],
+        [9, 9, 9, 9],
+        [1, 2, 9, 9],
+        [1, 2, 3, 9],
+        [1, 9, 9, 9],
+        [1, 2, 3, 9],
+    ]
+    trials = [decoded(index, [1, 2, 3, 4], hyp) for index, hyp in enumerate(hypotheses)]
+    assert example_trials(trials) == [1, 4, 2, 3]
+    unlabelled = [decoded(index, None, [1]) for index in range(9)]
+    assert example_trials(unlabelled) == [0, 2, 5, 8], "without labels spread over the recording"

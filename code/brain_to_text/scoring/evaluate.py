@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -311,6 +311,7 @@ def write_run_report(
     *,
     batch_size: int = 128,
     decoded: DecodedSplit | None = None,
+    job: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Evaluate the best model of a finished run and leave tables and report.html beside it.
 
@@ -319,13 +320,14 @@ def write_run_report(
         output_dir: where the results go; those of the run's earlier starts are replaced.
         stream: the run's own; its cache may still hold the validation trials.
         decoded: the best model's validation, where this job made it.
+        job: facts about the job, for people.
 
     Raises:
         CheckpointError: no model there. StorageError: data or results cannot be read or written.
     """
     evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size, decoded)
     with complete_or_nothing(output_dir, [output_dir / name for name in RESULTS]) as folder:
-        write_results(evaluation, folder)
+        write_results(replace(evaluation, job=job or {}), folder)
     return evaluation
 
 

@@ -165,7 +165,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "config": artefact.config.to_yaml(),
         "data": _data_facts(evaluation),
         "remarks": evaluation.remarks,
-        "environment": _environment_facts(evaluation),
+        "environment": {**_environment_facts(evaluation), **evaluation.job},
     }
     rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
     write_table(folder / "trials.csv", rows)
@@ -217,6 +217,7 @@ def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:
         "Training steps": artefact.step,
         "Label form": artefact.label_form,
         "Decoding": f"{speed:.1f} trials/s",
+        "Git revision": os.environ.get("BRAIN_TO_TEXT_REVISION"),
         "Processor": gpu or platform.processor() or platform.machine(),
         "Python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -247,8 +248,13 @@ def example(
         if trial.reference
         else [(p, p) for p in trial.hypothesis]
     )
+    errors = trial.errors().get("PER")
+    score = (
+        f", PER {100 * errors.rate:.0f} % of {errors.reference_labels} phonemes" if errors else ""
+    )
     return {
         "name": trial.record.name,
+        "heading": trial.record.name + score,
         "sentence": trial.record.sentence_label,
         "decoded": decoded,
         "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],

@@ -222,7 +222,7 @@ def model_report(contents: Mapping[str, Any]) -> str:
                 {value, low, high, n_trials, tokens}; the charts show PER, the tables all.
             confusion: [41, 41] counts, row 0 insertions, column 0 deletions.
             worst_diphones: rows {diphone, rate, errors, tokens}.
-            examples: rows {name, sentence, decoded, alignment, posteriors, labels, kind,
+            examples: rows {heading, name, sentence, decoded, alignment, posteriors, labels, kind,
                 seconds_per_frame}.
             comparison: {other, n_trials, left_out, metrics: name → fields of `PairedComparison`}.
             members: of an ensemble, rows {model, rates, comparison}.

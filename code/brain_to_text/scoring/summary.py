@@ -49,6 +49,7 @@ class Evaluation:
         examples: class log-probabilities [T', C] of the trials to look at, by index.
         sentences: the trials' text, when words were decoded.
         remarks: one sentence for everything left out, and for every doubt about the numbers.
+        job: facts about the training job, for people: name, instance, duration, cost.
         members: of an ensemble, each on the trials of the whole.
         comparison: with another model, as `compare` gives it.
     """
@@ -62,6 +63,7 @@ class Evaluation:
     examples: Mapping[int, np.ndarray] = field(default_factory=dict)
     sentences: DecodedSentences | None = None
     remarks: tuple[str, ...] = ()
+    job: Mapping[str, str] = field(default_factory=dict)
     members: tuple[Evaluation, ...] = ()
     comparison: Mapping[str, Any] | None = None
 
