@@ -127,16 +127,6 @@ def test_policies_are_well_formed_and_narrow(path):
             assert re.fullmatch(r"[a-z0-9-]+:[A-Za-z]+", action), f"{action} is not one action"
 
 
-def test_the_template_names_what_the_launcher_and_the_push_expect():
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_multi_constructor("!", lambda *_: None)
-    parameters = yaml.load(STACK.read_text(), Loader)["Parameters"]
-    assert parameters["RoleName"]["Default"] == STACK_ROLE
-    assert parameters["OutputPrefix"]["Default"] == OUTPUT_PREFIX
-
-
 # --- every command that the guides show ---------------------------------------------------------
 
 JOB = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/b2t-1"

@@ -28,12 +28,9 @@ USABLE = Facts(
     ("instance", "gpus", "asked", "expected"),
     [
         ("ml.g5.2xlarge", 0, "", True),
-        ("ml.p5.48xlarge", 0, "", True),
         ("ml.gr6.4xlarge", 0, "", True),
         ("local_gpu", 0, "", True),
         ("ml.m5.large", 0, "", False),
-        ("ml.c7g.large", 0, "", False),
-        ("local", 0, "", False),
         (None, 0, "", False),
         (None, 1, "", True),
         ("ml.m5.large", 0, "1", True),
@@ -97,10 +94,6 @@ def test_a_gpu_whose_generation_the_wheel_knows_is_usable(capability):
     assert gpu_check.problem(usable, "here") is None
 
 
-def test_a_newer_driver_branch_is_usable():
-    assert gpu_check.problem(dataclasses.replace(USABLE, driver="590.11"), "here") is None
-
-
 def test_this_torch_is_asked():
     problem = gpu_check.find_problem({}, "ml.g5.2xlarge")
     if torch.cuda.is_available():
@@ -114,9 +107,7 @@ def test_this_torch_is_asked():
     [
         ("UNIX x86_64 Kernel Module  535.183.01  Sun May 12", True),
         ("UNIX Open Kernel Module for x86_64  570.86.15  Release", True),
-        ("UNIX Open Kernel Module for x86_64  580.82.07  Release", False),  # the same branch
         ("UNIX Open Kernel Module for x86_64  580.95.05  Release", False),
-        ("UNIX Open Kernel Module for x86_64  580.126.09  Release", False),
         ("UNIX Open Kernel Module for x86_64  590.11  Release", False),
         (None, False),
     ],
