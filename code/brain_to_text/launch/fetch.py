@@ -7,6 +7,8 @@ import shutil
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -96,12 +98,13 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises:
         JobError: the archive breaks one of these rules or is damaged; `folder` does not exist then.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     size = 0
     try:
-        partial.mkdir(parents=True)
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with (
+            _all_or_nothing(folder) as partial,
+            gzip.open(archive) as stream,
+            tarfile.open(fileobj=stream, mode="r:") as tar,
+        ):
             for number, member in enumerate(tar):
                 size += member.size
                 target = partial / member.name
@@ -120,13 +123,10 @@ def unpack(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, file)
             while stream.read(2**20):  # tarfile stops before gzip's checksum
                 pass
-        partial.rename(folder)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise JobError(
             f"{archive.name} could not be unpacked into {folder} ({error}): fetch it again."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _danger(member: tarfile.TarInfo, exists: bool, number: int, size: int) -> str | None:
@@ -177,30 +177,37 @@ def _unpacked(s3: Any, bucket: str, key: str, folder: Path) -> bool:
 
 
 def _copied(s3: Any, bucket: str, prefix: str, folder: Path) -> bool:
-    """Download what lies under a prefix, all or nothing, by the rules for archives; False if empty.
+    """Download what lies under a prefix, by the rules for archives; False if there is nothing.
 
     Raises:
         JobError: a key would be written elsewhere, there is too much, or AWS refused.
     """
-    partial, size, number = folder.with_name(folder.name + ".partial"), 0, 0
+    with explained(f"downloading s3://{bucket}/{prefix}"):
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        listed = [entry for page in pages for entry in page.get("Contents", [])]
+        objects = {e["Key"]: e["Size"] for e in listed if not e["Key"].endswith("/")}
+        if not objects:
+            return False
+        with _all_or_nothing(folder) as partial:
+            for number, key in enumerate(objects):
+                member = tarfile.TarInfo(key.removeprefix(prefix))
+                if problem := _danger(member, False, number, sum(objects.values())):
+                    raise JobError(f"s3://{bucket}/{key} is not fetched: it {problem}.")
+                target = partial / member.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                s3.download_file(bucket, key, str(target))
+    return True
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when the block ends well and is removed otherwise."""
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with explained(f"downloading s3://{bucket}/{prefix}"):
-            for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for entry in page.get("Contents", []):
-                    member = tarfile.TarInfo(entry["Key"].removeprefix(prefix))
-                    size, number = size + entry["Size"], number + 1
-                    target = partial / member.name
-                    if problem := _danger(member, target.exists(), number, size):
-                        raise JobError(
-                            f"s3://{bucket}/{entry['Key']} is not fetched: it {problem}."
-                        )
-                    if not member.name.endswith("/"):
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        s3.download_file(bucket, entry["Key"], str(target))
-        if number:
-            partial.rename(folder)
-        return number > 0
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
