@@ -5,7 +5,9 @@ import io
 import tarfile
 
 import pytest
+from botocore.exceptions import ClientError
 from brain_to_text.errors import JobError
+from brain_to_text.launch.account import sentence
 from brain_to_text.launch.fetch import fetch, result_table, unpack
 from brain_to_text.launch.jobs import JobState
 from brain_to_text.log_lines import rows_of_log
@@ -128,6 +130,12 @@ def test_every_end_has_its_reason_and_a_next_step(secondary, reason, said):
     text = " ".join(JobState("b2t-1", job).why())
     assert reason in text and "Next: " in text and said in text
     assert ("--resume-from" in text) == ("--resume-from b2t-1." in text)
+
+
+def test_a_name_that_is_taken_says_so():
+    said = {"Error": {"Code": "ResourceInUse", "Message": "Job names must be unique"}}
+    text = sentence(ClientError(said, "CreateTrainingJob"), "creating the job")
+    assert "Job names must be unique" in text and "give another --job-name" in text
 
 
 def test_a_job_that_completed_needs_no_next_step_and_an_unknown_state_is_an_end():
