@@ -543,6 +543,7 @@ def test_fetching_unpacks_model_and_outputs_and_shows_the_results(aws, tmp_path,
 
 def test_fetching_a_running_job_brings_its_log(aws, tmp_path, capsys):
     launched(aws)
+    Script(aws, ["InProgress"])
     left(aws, "logs/training_log", LOG)
     assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 0
     assert (tmp_path / "job/logs/training_log").read_bytes() == LOG
@@ -558,7 +559,7 @@ def test_fetching_a_job_that_sagemaker_does_not_know_needs_only_its_bucket(aws, 
 def test_fetching_a_job_that_left_nothing(aws, tmp_path, capsys):
     launched(aws)
     assert run("--fetch", "b2t-1", "--to", tmp_path / "job") == 1
-    assert "There is nothing under s3://" in capsys.readouterr().err
+    assert "b2t-1 left nothing under s3://" in capsys.readouterr().err
 
 
 def test_an_unsafe_archive_is_refused(aws, tmp_path, capsys):
