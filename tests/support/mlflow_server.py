@@ -151,15 +151,6 @@ class MlflowRest:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return bytes(answer.read())
 
-    def register(self, run: dict[str, Any], name: str) -> str:
-        """Make the run's model a version of a registered model; its number."""
-        self._post("mlflow/registered-models/create", name=name)
-        source = f"{run['info']['artifact_uri']}/model"
-        made = self._post(
-            "mlflow/model-versions/create", name=name, source=source, run_id=run["info"]["run_id"]
-        )
-        return str(made["model_version"]["version"])
-
     def _get(self, path: str, **query: str) -> Any:
         url = f"{self.url}/api/2.0/{path}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(url, timeout=60) as answer:

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from brain_to_text.errors import InUseError, StorageError
-from brain_to_text.log_lines import train_line
-from brain_to_text.redaction import redact
 from brain_to_text.training.log_files import LogUploader, RunLog, scalars
 
 
@@ -31,13 +29,6 @@ def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
     for text in (written, printed):
         assert "EXAMPLE" not in text and "wJalr" not in text and "a-long" not in text
         assert text.count("***") == 4
-
-
-def test_credentials_of_trackers_and_in_addresses_are_masked(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden-word")
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden-token")
-    said = redact("https://me:hidden@host/path refused hidden-word and hidden-token")
-    assert said == "https://***@host/path refused *** and ***"
 
 
 def test_what_an_earlier_job_said_stands_before_what_this_one_says(tmp_path):
@@ -102,19 +93,6 @@ def test_a_follower_sees_what_was_and_what_comes(tmp_path):
     assert all(entry["time"] > 1.7e9 for entry in seen)
     assert dict(scalars(seen[0])) == {"train/loss": 7.4}
     assert dict(scalars(seen[1])) == {"validation/per": 0.5, "sessions/t15/PER": 0.5}
-
-
-STEP = {"step": 200, "loss": 5.214, "grad_norm": 8.43, "seconds_per_step": 0.5384}
-
-
-def test_a_training_line_begins_with_the_contract_and_says_what_there_is():
-    contract = "Train batch 200: loss: 5.21 grad norm: 8.43 time: 0.538"
-    assert train_line(STEP) == contract
-    joint = {"phoneme_loss": 1.7, "phoneme_weight": 0.0, "learning_rate": 8e-4}
-    assert (
-        train_line({**STEP, **joint})
-        == f"{contract} phoneme: 1.700 phoneme weight: 0.00 lr: 8.00e-04"
-    )
 
 
 def test_the_copy_is_complete_when_the_log_is_closed(tmp_path):

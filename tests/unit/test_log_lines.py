@@ -125,10 +125,11 @@ def test_the_total_is_read_by_the_watcher():
         ("k?x=1&X-Amz-Credential=AK%2F26&X-Amz-Security-Token=tok", "k?x=1&***&***"),
         ("k?AWSAccessKeyId=abc&Signature=vjby", "k?***&***"),
         ("http://me:word@host and https://token@host/x", "http://***@host and https://***@host/x"),
-        ("AKIAIOSFODNN7EXAMPLE", "***"),
+        ("AKIAIOSFODNN7EXAMPLE and a-tracking-token", "*** and ***"),
     ],
 )
-def test_what_opens_doors_is_masked(secret, said):
+def test_what_opens_doors_is_masked(secret, said, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a-tracking-token")
     assert one_line(secret) == said
 
 
