@@ -35,6 +35,7 @@ from .lost_data import LostData
 from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
 
 TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
+_ALPHABET = f"only the alphabet of {N_PHONEMES} phoneme classes is read here"
 _REWRITE = "rewrite the file with 'python code/prepare_dataset.py encode'"
 
 
@@ -222,7 +223,7 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
                 continue
         raise DataError(
             f"label {labels.max()} is no phoneme (1 … {N_PHONEMES - 1}), and the labels are no "
-            f"diphones of them in either form: {_alphabet()}"
+            f"diphones of them in either form: {_ALPHABET}"
         )
     phonemes = _sequence(group, "seq_class_ids_phoneme", "seq_len_phoneme", N_PHONEMES)
     known = detect_label_form(labels, phonemes)
@@ -232,10 +233,6 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
             "either label form"
         )
     return labels, phonemes, known
-
-
-def _alphabet() -> str:
-    return f"only the alphabet of {N_PHONEMES} phoneme classes is read here"
 
 
 def _sequence(group: h5py.Group, name: str, length_name: str, n_classes: int) -> np.ndarray:
@@ -257,7 +254,7 @@ def _sequence(group: h5py.Group, name: str, length_name: str, n_classes: int) ->
         position = int(outside[0])
         raise DataError(
             f"{name}[{position}] is {everything[position]}, outside 1 … {n_classes - 1}: "
-            f"{_alphabet()}"
+            f"{_ALPHABET}"
         )
     if np.any(everything[length:]):
         raise DataError(f"{name} goes on after the {length} labels that {length_name} states")

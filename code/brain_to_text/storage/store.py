@@ -198,9 +198,8 @@ def gunzipped(data: bytes, name: str, advice: str) -> bytes:
         DataError: damaged, cut off, or followed by something else.
     """
     inflater = zlib.decompressobj(wbits=31)
-    stated = int.from_bytes(data[-4:], "little")  # bytes that it inflates to; damage to any number
     try:
-        text = inflater.decompress(data, stated + 1)
+        text = inflater.decompress(data)
     except zlib.error as error:
         raise DataError(f"{name} is damaged ({error}): {advice}.") from error
     if not inflater.eof or inflater.unused_data:
