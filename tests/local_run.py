@@ -25,7 +25,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -113,8 +112,9 @@ class Run:
             self.hyperparameters["num-training-batches"] = str(self.steps)
 
     @property
-    def model_key(self) -> str:
-        return f"{OUTPUT_PREFIX}/{self.job}/output/model.tar.gz"
+    def outputs(self) -> Path:
+        """Where the S3 server keeps the job's archives."""
+        return LOCAL / "s3" / BUCKET / OUTPUT_PREFIX / self.job / "output"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,13 +254,8 @@ def _shown(file: TextIO) -> AbstractContextManager[Any]:
 
 def failure_reason(run: Run, error: Exception) -> str:
     """The sentence in output/failure, which local mode packs into output.tar.gz."""
-    packed = LOCAL / "s3" / BUCKET / OUTPUT_PREFIX / run.job / "output" / "output.tar.gz"
-    if packed.exists():
-        with tarfile.open(packed) as archive:
-            for member in archive:
-                file = archive.extractfile(member)
-                if Path(member.name).name == "failure" and file is not None:
-                    return "the job failed: " + file.read().decode("utf-8", "replace").strip()
+    for failure in unpacked(run, "output").rglob("failure"):
+        return f"the job failed: {failure.read_text('utf-8', 'replace').strip()}"
     return f"{error} (log: {_short(run.folder / 'container.log')})"
 
 
@@ -309,31 +304,25 @@ def train_without_docker(run: Run, gpu: bool) -> None:
         failure = base / "output" / "failure"
         reason = failure.read_text().strip() if failure.exists() else "no reason was written"
         raise LocalRunError(f"the job failed: {reason}")
-    upload_model(run, base / "model")
-
-
-def upload_model(run: Run, model: Path) -> None:
-    """Pack the model folder as SageMaker does and put it where the job's output goes."""
-    import boto3
-
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for path in sorted(model.iterdir()):
-            archive.add(path, arcname=path.name)
-    boto3.client("s3").put_object(Bucket=BUCKET, Key=run.model_key, Body=packed.getvalue())
+    for name in ("model", "output"):  # as SageMaker packs them
+        shutil.make_archive(str(run.outputs / name), "gztar", base / name)
 
 
 # --- results
 
 
-def show_results(run: Run) -> int:
-    """Fetch and unpack model.tar.gz, print the curve and where everything is; the exit code."""
-    import boto3
+def unpacked(run: Run, name: str) -> Path:
+    """`model` or `output` of the job, from the archive in the S3 server's folder; empty without."""
+    archive, folder = run.outputs / f"{name}.tar.gz", run.folder / name
+    folder.mkdir(exist_ok=True)
+    if archive.exists():
+        shutil.unpack_archive(archive, folder)  # tarfile's `filter` is younger than Python 3.11
+    return folder
 
-    archive = run.folder / "model.tar.gz"
-    boto3.client("s3").download_file(BUCKET, run.model_key, str(archive))
-    model = run.folder / "model"
-    shutil.unpack_archive(archive, model)  # tarfile's `filter` is younger than Python 3.11
+
+def show_results(run: Run) -> int:
+    """Unpack the job's archives, print the curve and where everything is; the exit code."""
+    model = unpacked(run, "model")
     held = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
     missing = sorted(PROMISED - held)
     if missing:
@@ -345,8 +334,9 @@ def show_results(run: Run) -> int:
     print(f"\n{'step':>8}  {'DER':>7}  {'PER':>7}  {'CTC loss':>8}")
     for step, row in sorted(curve.items()):
         print(f"{step:>8,}  {row['der']:7.4f}  {row['per']:7.4f}  {row['ctc_loss']:8.4f}")
-    print(f"\nmodel        {_short(archive)}")
-    print(f"unpacked     {_short(model)}")
+    for report in unpacked(run, "output").rglob("report.html"):
+        print(f"\nreport       {report}")
+    print(f"model        {_short(model)}")
     print(f"in S3        s3://{BUCKET}/{OUTPUT_PREFIX}/{run.job}/  (.local/s3/{BUCKET}/...)")
     print(f"logs         {_short(run.folder)}")
     data = f".local/s3/{BUCKET}/{DATA_PREFIX}"
