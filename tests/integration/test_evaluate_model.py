@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import evaluate_model
 import h5py
@@ -16,12 +17,12 @@ import torch
 import yaml
 from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.selection import select_for_evaluation
-from brain_to_text.errors import StorageError
+from brain_to_text.errors import DataError, StorageError
 from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.trained_model import open_model
-from brain_to_text.scoring.decoding import Inference, decode
+from brain_to_text.scoring.decoding import Inference, decode, decode_features
 from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
@@ -71,6 +72,28 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
     for session, rates in numbers["per_session"].items():
         for name, key in (("DER", "DER"), ("PER", "PER"), ("PER (diphone path)", "PER_path")):
             assert summary["groups"][name]["session"][session]["value"] == rates[key]
+
+
+def test_the_guides_lines_for_a_notebook_decode_a_session(
+    model_folder, tiny_dataset, tmp_path, monkeypatch
+):
+    guide = Path(evaluate_model.__file__).with_name("README_SAGEMAKER.md").read_text("utf-8")
+    lines = guide.split("### In a notebook")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "results").symlink_to(model_folder)
+    (tmp_path / "data").symlink_to(tiny_dataset.folder)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(lines, found)
+    assert run("--model", model_folder, "--data-dir", "data", "--output-dir", "out") == 0
+    with (tmp_path / "out" / "trials.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["session"] == SESSIONS[0]]
+    assert found["phonemes"] == [row["hypothesis"] for row in rows]
+    model, trials = found["model"], found["trials"]
+    with pytest.raises(DataError, match="no day layer for monday: give one of its 3 sessions"):
+        decode_features(model, trials, "monday")
+    for wrong in (trials[0][:, 1:], trials[0][:5], trials[0][None]):
+        with pytest.raises(DataError, match=r"Trial 0 has the shape .* at least 6 bins and 32 f"):
+            decode_features(model, [wrong], SESSIONS[0])
 
 
 def test_s3_gives_the_same_tables_as_a_folder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,14 +15,19 @@ import torch
 
 from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
+from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
-from ..labels.phonemes import N_PHONEMES
+from ..labels.phonemes import N_PHONEMES, phoneme_symbols
 from ..model.augmentations import Augmentation
 from ..model.losses import ctc_nll
 from ..model.rnn_model import GRUDecoder
-from ..streaming.batch import Batch
+from ..model.trained_model import ModelArtefact
+from ..storage.locations import shortened
+from ..streaming.batch import Batch, pad_features
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from .error_rates import ErrorCounts
+
+_TRIALS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -351,3 +356,57 @@ def _trial(
         n_frames=n_frames,
         nats=nats,
     )
+
+
+# --- a notebook's way -----------------------------------------------------------------------------
+
+
+def decode_features(
+    model: ModelArtefact,
+    trials: Sequence[np.ndarray],
+    session: str,
+    device: torch.device | str = "cpu",
+) -> list[str]:
+    """Decode trials of one session, as `input_features` of the data holds them.
+
+    Args:
+        model: as `open_model` gives it.
+        trials: arrays [T, C], z-scored bins of 20 ms.
+        session: whose day layer is used.
+        device: to compute on.
+
+    Returns:
+        The phonemes of each trial, e.g. "HH AH L OW |".
+
+    Raises:
+        DataError: the model has no such session, or a trial has another shape.
+    """
+    if session not in model.sessions:
+        raise DataError(
+            f"{model.location} has no day layer for {session}: give one of its "
+            f"{len(model.sessions)} sessions ({shortened(model.sessions)})."
+        )
+    dataset, patch = model.config.dataset, model.config.model.patch_size
+    subset, n_features = dataset.feature_subset, dataset.neural_dim
+    for number, trial in enumerate(trials):
+        if trial.ndim != 2 or len(trial) < patch or trial.shape[1] != n_features:
+            raise DataError(
+                f"Trial {number} has the shape {trial.shape}: give [bins, features] with at least "
+                f"{patch} bins and {n_features} features."
+            )
+    inference = Inference(model.build(device), Augmentation(dataset.data_transforms))
+    day, columns = model.sessions.index(session), None if subset is None else np.array(subset)
+    phonemes: list[str] = []
+    for start in range(0, len(trials), _TRIALS_AT_ONCE):
+        part = trials[start : start + _TRIALS_AT_ONCE]
+        lengths = torch.tensor([len(trial) for trial in part])
+        features = pad_features(part, feature_subset=columns)
+        days = torch.full((len(part),), day)
+        unlabelled = (None, None, None, None)
+        batch = Batch(0, features, lengths, *unlabelled, days, torch.arange(len(part)))
+        log_probs = inference.logits(batch.to(device)).float().log_softmax(-1)
+        if log_probs.shape[-1] == N_DIPHONES:
+            log_probs = marginalise_log_probs(log_probs)
+        frames = inference.model.frame_lengths(lengths)
+        phonemes += [" ".join(phoneme_symbols(ids)) for ids in greedy_decode(log_probs, frames)]
+    return phonemes
