@@ -1,13 +1,16 @@
 """A folder as an object store: whole writes, one listing, clear errors."""
 
+import dataclasses
 import gzip
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+from brain_to_text.dataset import indexing
+from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.errors import DataError, StorageError
-from brain_to_text.storage.locations import ObjectInfo, archived_sentence, s3_url, split_s3_url
+from brain_to_text.storage.locations import ObjectInfo, data_files, s3_url, split_s3_url
 from brain_to_text.storage.s3_store import S3Store
 from brain_to_text.storage.store import LocalStore, gunzipped, open_store
 
@@ -212,10 +215,27 @@ def test_archived_files_are_counted_and_named_with_the_command_that_restores_the
         f"s{i}/data_train.hdf5": ObjectInfo(f"s{i}/data_train.hdf5", 1, "", storage_class)
         for i, storage_class in enumerate(["GLACIER", "STANDARD", "DEEP_ARCHIVE", "GLACIER_IR", ""])
     }
-    assert archived_sentence(listing, "s3://b/p") == (
-        "2 of 5 files are archived in s3://b/p (DEEP_ARCHIVE, GLACIER: s0/data_train.hdf5, "
-        "s2/data_train.hdf5) and cannot be read: restore it (hours) with 'aws s3api restore-object "
-        '--bucket b --key "p/s0/data_train.hdf5" --restore-request Days=30\', and so each of the '
+    with pytest.raises(DataError) as raised:
+        data_files(listing, "s3://b/p")
+    assert str(raised.value) == (
+        "2 of 5 files in s3://b/p cannot be read because they are archived (DEEP_ARCHIVE, GLACIER: "
+        "s0/data_train.hdf5, s2/data_train.hdf5): restore it (hours) with 'aws s3api restore-object"
+        ' --bucket b --key "p/s0/data_train.hdf5" --restore-request Days=30\', and so each of the '
         "others."
     )
-    assert archived_sentence({"x": ObjectInfo("x", 1, "", "STANDARD")}, "s3://b") is None
+
+
+def test_only_archived_files_that_are_to_be_read_stop_a_run(tiny_dataset, monkeypatch):
+    store = LocalStore(tiny_dataset.folder)
+    manifest = index_dataset(store)
+    monkeypatch.setattr(indexing, "load_manifest", lambda *_: manifest)
+    key = next(key for key in manifest.files if key.endswith("data_val.hdf5"))
+    listing = store.list()
+    listing[key] = dataclasses.replace(listing[key], storage_class="GLACIER")
+    monkeypatch.setattr(store, "list", lambda: listing)
+    monkeypatch.setattr(store, "url", "s3://b/p")
+    with pytest.raises(DataError, match=r"1 of .* archived"):
+        load_or_build_manifest(store, print)
+    others = [session for session in manifest.sessions if session not in key]
+    for choice in ({"splits": ["train"]}, {"sessions": others}):
+        assert load_or_build_manifest(store, print, **choice) is manifest

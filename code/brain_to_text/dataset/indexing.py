@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError, Finding, StorageError
-from ..storage.locations import MANIFEST_NAME, ObjectInfo, data_files, not_taken_sentence
+from ..storage.locations import (
+    MANIFEST_NAME,
+    ObjectInfo,
+    data_files,
+    not_taken_sentence,
+    refuse_archived,
+    session_and_split,
+)
 from ..storage.store import ObjectStore, open_store
 from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
@@ -33,16 +40,19 @@ def load_or_build_manifest(
     log: Callable[[str], None],
     *,
     on_damage: Literal["stop", "exclude"] = "stop",
+    splits: Collection[str] = ("train", "val", "test"),
+    sessions: Collection[str] | None = None,
 ) -> TrialManifest:
     """The dataset's manifest, checked against one listing; built and kept if there is none.
 
     Args:
         log: receives one line when the index is built, and one per trial left out.
         on_damage: "stop" refuses a dataset with damaged trials, "exclude" goes on without them.
+        splits, sessions: what the run is going to read; None for all sessions.
 
     Raises:
         StorageError: the place cannot be listed or read.
-        DataError: no data there, a stale manifest, or damage.
+        DataError: no data there, a stale manifest, damage, or archived files that are to be read.
     """
     listing = store.list()
     overlooked = not_taken_sentence(listing)
@@ -50,6 +60,13 @@ def load_or_build_manifest(
         log(overlooked)
     manifest = load_manifest(store, listing)
     if manifest is not None:
+        read = [
+            key
+            for key in manifest.files.keys() & listing.keys()
+            for session, split in [session_and_split(key)]
+            if split in splits and (sessions is None or session in sessions)
+        ]
+        refuse_archived({key: listing[key] for key in read}, store.url)
         manifest = _current(manifest, store, listing, log)
     else:
         started = time.monotonic()

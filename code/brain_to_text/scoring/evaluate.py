@@ -99,7 +99,7 @@ def evaluate_model(
     _check_ensemble(artefacts)
     rivals = [open_model(compare_with)] if compare_with else []
     store = open_store(data)
-    manifest = load_or_build_manifest(store, print)
+    manifest = load_or_build_manifest(store, print, splits=(split,))
     chosen = [
         set(np.concatenate(select_for_evaluation(manifest, a.config, a.sessions, split)[0]))
         for a in (*artefacts, *rivals)

@@ -52,16 +52,22 @@ def archived_sentence(listing: Mapping[str, ObjectInfo], url: str) -> str | None
     if not archived:
         return None
     classes = ", ".join(sorted({listing[key].storage_class for key in archived}))
-    count = (
-        f"1 of {len(listing)} files is"
-        if len(archived) == 1
-        else (f"{len(archived)} of {len(listing)} files are")
-    )
+    others = ", and so each of the others" if len(archived) > 1 else ""
     return (
-        f"{count} archived in {url} ({classes}: {shortened(archived)}) and cannot be read: "
-        f"{restore_advice(s3_url(url, archived[0]))}"
-        f"{', and so each of the others' if len(archived) > 1 else ''}."
+        f"{len(archived)} of {len(listing)} files in {url} cannot be read because they are archived"
+        f" ({classes}: {shortened(archived)}): {restore_advice(s3_url(url, archived[0]))}{others}."
     )
+
+
+def refuse_archived(listing: Mapping[str, ObjectInfo], url: str) -> None:
+    """See `archived_sentence`.
+
+    Raises:
+        DataError: that sentence.
+    """
+    sentence = archived_sentence(listing, url)
+    if sentence:
+        raise DataError(sentence)
 
 
 def restore_advice(url: str) -> str:
@@ -138,10 +144,11 @@ def data_files(listing: Mapping[str, ObjectInfo], url: str) -> dict[str, ObjectI
     """The listing's SESSION/data_{train,val,test}.hdf5, sorted.
 
     Raises:
-        DataError: there are none; says where they are if they lie deeper.
+        DataError: there are none; says where they are if they lie deeper. Or some are archived.
     """
     found = {key: listing[key] for key in sorted(listing) if DATA_FILE.fullmatch(key)}
     if found:
+        refuse_archived(found, url)
         return found
     near = not_taken(listing)
     deeper = sorted(

@@ -62,7 +62,13 @@ def build_run(
     log.info(f"Loading data from: {data_url.removeprefix('s3://')}")
     store = open_store(data_url)
     manifest = world.from_main(
-        lambda: load_or_build_manifest(store, log.info, on_damage=config.dataset.on_damaged_trial)
+        lambda: load_or_build_manifest(
+            store,
+            log.info,
+            on_damage=config.dataset.on_damaged_trial,
+            splits=("train", "val"),
+            sessions=config.dataset.sessions,
+        )
     )
     selection = select_trials(manifest, config)
     _log_selection(selection, config, log)
