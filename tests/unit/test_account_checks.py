@@ -3,6 +3,7 @@
 import pytest
 from botocore.exceptions import ClientError
 from brain_to_text.errors import JobError
+from brain_to_text.launch.account import sentence
 from brain_to_text.launch.account_checks import check_role
 from brain_to_text.launch.request import JobSettings
 from support.aws_emulation import (
@@ -131,8 +132,9 @@ def test_reading_an_encrypted_object_takes_the_key_and_the_bucket(aws, monkeypat
         if allowed:
             aws.account.client("s3").get_object(Bucket=BUCKET, Key=name)
         else:
-            with pytest.raises(ClientError, match="kms:Decrypt"):
+            with pytest.raises(ClientError, match="kms:Decrypt") as refused:
                 aws.account.client("s3").get_object(Bucket=BUCKET, Key=name)
+            assert "allow kms:Decrypt on arn:aws:kms:" in sentence(refused.value, "reading")
 
 
 @pytest.mark.parametrize("region", ["us-gov-west-1", "cn-north-1"])

@@ -12,19 +12,14 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import JobError
+from ..storage.aws_remedies import DENIED, remedy
 
-# What the most frequent refusals mean to somebody who did not write the code.
+# What refusals mean to somebody at the launcher.
+_MAY_NOT = "your user may not do this: attach code/aws/launcher_policy.json"
 _REMEDIES = {
-    "ExpiredToken": "the session has expired: log in again (`aws sso login`)",
-    "ExpiredTokenException": "the session has expired: log in again (`aws sso login`)",
-    "InvalidClientTokenId": "the access key is unknown: run `aws configure`",
-    "UnrecognizedClientException": "the access key is unknown: run `aws configure`",
-    "SignatureDoesNotMatch": "the secret key does not fit the access key: run `aws configure`",
-    "403": "your user may not do this: attach code/aws/launcher_policy.json",
-    "AccessDenied": "your user may not do this: attach code/aws/launcher_policy.json",
-    "AccessDeniedException": "your user may not do this: attach code/aws/launcher_policy.json",
-    "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
+    **dict.fromkeys(DENIED, _MAY_NOT),
     "ResourceInUse": "a job of that name exists: give another --job-name",
+    "ResourceLimitExceeded": "raise the quota in Service Quotas, or choose another --instance-type",
     "ThrottlingException": "AWS asks for patience: try again in a minute",
 }
 
@@ -89,11 +84,9 @@ def sentence(error: Exception, doing: str) -> str:
     code = error_code(error)
     if code:
         said = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
-        remedy = _REMEDIES.get(code, "")
-        if "service control policy" in said:
-            remedy = "your organisation forbids it: ask which types, regions and networks it allows"
+        advice = remedy(code, said) or _REMEDIES.get(code, "")
         return f"AWS refused while {doing} ({code}: {said.rstrip('.')})" + (
-            f": {remedy}." if remedy else "."
+            f": {advice}." if advice else "."
         )
     name = type(error).__name__
     if name in ("NoCredentialsError", "PartialCredentialsError"):

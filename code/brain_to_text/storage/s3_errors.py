@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import botocore.exceptions
 import botocore.parsers
 from fsspec.exceptions import FSTimeoutError
 
+from .aws_remedies import DENIED, REJECTED, is_about_a_key, remedy
 from .retry import (
     ArchivedError,
     CredentialsRejectedError,
@@ -41,24 +41,6 @@ CALL_ERRORS = (
     IndexError,
 )
 AWS_LOGIN = "run 'aws configure' or 'aws sso login', or give the job's role access"
-# Answers after which the credentials in use are worth renewing at once: a token that the provider
-# still believed in, a key that was rotated.
-_EXPIRED = "the session token has expired: get a new one with 'aws sso login'"
-_REJECTED = {
-    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"), _EXPIRED),
-    "InvalidToken": "AWS_SESSION_TOKEN does not belong to the access key: unset it, or get new "
-    "credentials with 'aws sso login'",
-    "InvalidAccessKeyId": "there is no such access key (any more): run 'aws configure'",
-}
-_CLOCK = "this machine's clock is off: set it, for instance by 'sudo timedatectl set-ntp true'"
-_DENIED = {"AccessDenied", "AllAccessDisabled", "403"}
-_FINAL = {
-    "NoSuchBucket": "list your buckets with 'aws s3 ls' and give one with --s3-bucket",
-    "RequestTimeTooSkewed": _CLOCK,
-    "RequestExpired": _CLOCK,
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key, or a proxy on the "
-    "way changes requests: check AWS_SECRET_ACCESS_KEY or run 'aws configure'",
-}
 SETTINGS = "check bucket, prefix, AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
 _PORTAL = (
     "something on the way answers in S3's place, as a login page of the network or a proxy does: "
@@ -147,29 +129,20 @@ def answer_fault(status: str, code: str, words: str = "", web_page: bool = False
     text += f": {words}" if words and code != status else ""
     if "412" in (status, code) or code == "PreconditionFailed":
         return ObjectReplacedError("the server says that its ETag is another one")
-    if code in _REJECTED:
-        return CredentialsRejectedError(text, _REJECTED[code])
+    advice = remedy(code, words)
+    if code in REJECTED:
+        return CredentialsRejectedError(text, advice)
     if code in ("NoSuchKey", "404"):
         return MissingError(text, "check that the object exists")
     if code == "InvalidObjectState":
         return ArchivedError(f"it is archived ({text})")
-    if code.startswith("KMS.") or (code in _DENIED and "kms:" in words):
-        return PersistentError(f"access denied by KMS ({text})", _kms_advice(words))
-    if code in _DENIED:
-        return PersistentError(f"access denied ({text})")
-    if code in _FINAL:
-        return PersistentError(text, _FINAL[code])
-    return ReadError(text)
-
-
-def _kms_advice(words: str) -> str:
-    action = re.search(r"kms:[A-Z]\w+", words)
-    key = re.search(r"arn:[\w-]+:kms:[\w:/-]+", words)
-    allowed = f"{action[0] if action else 'kms:Decrypt'} on {key[0] if key else 'the key'}"
-    return (
-        f"allow {allowed} for these credentials, in their policy and in the key's, and see that "
-        "the key is enabled (for a job's role: deploy the stack with KmsKeyArn)"
-    )
+    if is_about_a_key(code, words):
+        return PersistentError(f"access denied by KMS ({text})", advice)
+    if code in DENIED:
+        return PersistentError(f"access denied ({text})", advice)
+    if code == "NoSuchBucket":
+        advice = "list your buckets with 'aws s3 ls' and give one with --s3-bucket"
+    return PersistentError(text, advice) if advice else ReadError(text)
 
 
 def is_web_page(body: bytes | bytearray | memoryview) -> bool:
