@@ -22,7 +22,7 @@ pytest.importorskip(
 
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes, vocabulary
-from brain_to_text.errors import DataError, StorageError
+from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_symbols
 from brain_to_text.labels.pronunciation import lexicon_of
 from brain_to_text.scoring.error_rates import ErrorCounts
@@ -186,16 +186,6 @@ def test_the_words_of_training_sentences_and_a_lexicon_add_up(tmp_path):
     assert decoder.words == ["cat", "qqrx", "see", "the"]
     assert facts["Vocabulary"] == f"3 words of 1 training sentences, and 2 of {lexicon}"
     assert (tmp_path / "language_model.arpa").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"junk" * 99, b"\\1-grams:\nno tab\n", b"\xff\xfe\0\0"])
-def test_what_is_no_language_model_is_one_sentence(content, tmp_path):
-    (tmp_path / "lm").write_bytes(content)
-    with pytest.raises(DataError, match="cannot be used as a language model") as caught:
-        words_of_model(tmp_path / "lm")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(StorageError, match="cannot be read"):
-        words_of_model(tmp_path / "absent")
 
 
 # --- case and alphabet ----------------------------------------------------------------------------

@@ -85,14 +85,6 @@ def test_an_error_leaves_what_was_there_before(tmp_path):
     assert (tmp_path / "a.csv").read_text() == "of an earlier run"
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_place_that_cannot_be_written_shows_before_the_work(place, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="--output-dir"):
-        with complete_or_nothing(tmp_path / place):
-            raise AssertionError("the work began")
-
-
 def test_a_volume_that_is_full_half_way_is_one_sentence(tmp_path):
     with pytest.raises(StorageError, match=r"No space left on device\): give a writable folder"):
         with complete_or_nothing(tmp_path / "out"):
