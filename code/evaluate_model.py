@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from brain_to_text.command_line import require, run
 
 require(
-    "h5py jinja2 numpy rapidfuzz s3fs torch tqdm yaml",
+    "h5py jinja2 numpy rapidfuzz torch tqdm yaml",
     "use .venv/bin/python, which ./local_run.sh makes",
 )
 

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from brain_to_text.command_line import require, run
 
 require(
-    "aiobotocore h5py jinja2 numpy s3fs tqdm yaml",
+    "h5py jinja2 numpy tqdm yaml",
     "type `pip install 's3fs>=2026' boto3 h5py jinja2 numpy pyyaml tqdm`",
 )
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE))
 from brain_to_text.command_line import require, run
 
 require(
-    "h5py numpy rapidfuzz s3fs torch tqdm yaml",
+    "h5py numpy rapidfuzz torch tqdm yaml",
     "use .venv/bin/python, which ./local_run.sh makes, or the image",
 )
 

@@ -118,12 +118,6 @@ def test_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
         assert not torch.equal(first, augment(**other, **everything)[1])
 
 
-def test_half_precision_features_become_float32() -> None:
-    batch = example_batch(LENGTHS, [0, 0, 1])
-    features, _ = Augmentation(DataTransformsConfig())(batch.features.half(), batch.n_time_steps)
-    assert features.dtype == torch.float32
-
-
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
 def test_time_masks_cover_their_share_in_contiguous_spans(share: float) -> None:
     n = torch.tensor([100, 400, 7])

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
-import pytest
 import torch
-from brain_to_text.labels.diphones import encode_diphones, marginalise_log_probs
+from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.classifier import FactoredClassifier, folded, unfolded
-from brain_to_text.model.losses import ctc_nll
 from brain_to_text.model.optimizer import build_optimizer
 from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
 from brain_to_text.model.weights_file import state_to_cpu
 from support.training_examples import build, example_batch, small_config
 
 SETTINGS = {"model__classifier": "factored", "objective__schedule": [[0.3, 1.0], [0.7, 0.4]]}
-INPUTS, FRAMES = 5, 5
-
-
-def random_classifier(dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredClassifier:
-    classifier = FactoredClassifier(INPUTS).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / 2)
-    return classifier
+INPUTS = 5
 
 
 def decoder(for_training: bool = True, **changes: object) -> GRUDecoder:
@@ -32,64 +19,6 @@ def decoder(for_training: bool = True, **changes: object) -> GRUDecoder:
 
 
 # --- mathematics ----------------------------------------------------------------------------------
-
-
-def reference_log_probs(classifier: FactoredClassifier, hidden: torch.Tensor) -> torch.Tensor:
-    """[T', 1681] class by class: residual, previous and current phoneme, one sum each."""
-    logits = []
-    for previous, current in itertools.product(range(41), repeat=2):
-        logit = torch.zeros(len(hidden), dtype=hidden.dtype)
-        for part, row in (
-            (classifier.residual, 41 * previous + current),
-            (classifier.previous, previous),
-            (classifier.current, current),
-        ):
-            logit = logit + (hidden * part.weight[row]).sum(1) + part.bias[row]
-        logits.append(logit)
-    exponentials = torch.stack([logit.exp() for logit in logits], 1)
-    return torch.stack(logits, 1) - exponentials.sum(1, keepdim=True).log()
-
-
-def enumerated_nll(log_probs: torch.Tensor, labels: list[int]) -> torch.Tensor:
-    """-log of the summed probability of every alignment of `labels` to the frames."""
-    classes = [0, *sorted(set(labels))]
-    paths = []
-    for path in itertools.product(classes, repeat=len(log_probs)):
-        merged = [c for c, before in zip(path, (None, *path), strict=False) if c != before]
-        if [c for c in merged if c] == labels:
-            paths.append(sum(log_probs[t, c] for t, c in enumerate(path)))
-    return -torch.logsumexp(torch.stack(paths), 0)
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_loss_and_gradients_are_those_of_brute_force_in_float64(weight: float) -> None:
-    classifier = random_classifier(torch.float64)
-    hidden = torch.randn(
-        FRAMES, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    ).requires_grad_()
-    leaves = [hidden, *classifier.parameters()]
-    phonemes = [7, 40]
-    diphones = encode_diphones(phonemes, "transition").tolist()
-
-    expected = reference_log_probs(classifier, hidden)
-    marginal = torch.stack([expected[:, c::41].exp().sum(1).log() for c in range(41)], 1)
-    loss = (1 - weight) * enumerated_nll(expected, diphones)
-    loss = loss + weight * enumerated_nll(marginal, phonemes)
-    wanted = torch.autograd.grad(loss, leaves)
-
-    found = classifier(hidden).log_softmax(-1)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-    def nll(log_probs: torch.Tensor, labels: list[int]) -> torch.Tensor:
-        lengths = torch.tensor([FRAMES]), torch.tensor([len(labels)])
-        return ctc_nll(log_probs.unsqueeze(0), torch.tensor([labels]), *lengths).sum()
-
-    ours = (1 - weight) * nll(found, diphones) + weight * nll(
-        marginalise_log_probs(found), phonemes
-    )
-    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
-    for gradient, reference in zip(torch.autograd.grad(ours, leaves), wanted, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_a_fresh_classifier_is_a_phoneme_classifier_whose_previous_phoneme_is_open() -> None:
@@ -192,11 +121,3 @@ def test_averaged_factors_fold_to_the_average_of_folded_weights() -> None:
         found = state_to_cpu(folded(step.model))
     for name, value in found.items():
         torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_trial_without_frames_refuses_the_update() -> None:
-    step = build(small_config(**SETTINGS, lr_warmup_steps=0))
-    before = {name: value.clone() for name, value in step.model.state_dict().items()}
-    assert not step(example_batch([40, 3, 38], [0, 1, 2]), 0).finite
-    for name, value in step.model.state_dict().items():
-        assert torch.equal(value, before[name]), name

@@ -9,7 +9,6 @@ import torch
 import torch._dynamo
 from brain_to_text.model import gpu_ctc, packed_gru
 from brain_to_text.model.device import (
-    allow_tf32,
     autocast_dtype,
     compiler,
     notes,
@@ -96,17 +95,6 @@ def test_a_type_in_which_cudnn_fails_is_passed_over_with_its_reason(
     assert len(said) == len(refused) and all(sentence.endswith(ending) for sentence in said)
 
 
-def test_tf32_is_allowed_or_forbidden_in_products_and_in_cudnn() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        for allowed in (True, False):
-            allow_tf32(allowed)
-            assert torch.backends.cuda.matmul.allow_tf32 == allowed
-            assert torch.backends.cudnn.allow_tf32 == allowed
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def test_compiling_is_for_gpus_unless_it_is_asked_for() -> None:
     with torch._dynamo.config.patch(suppress_errors=False):
         assert compiler(small_config(), CPU) is None
@@ -115,22 +103,6 @@ def test_compiling_is_for_gpus_unless_it_is_asked_for() -> None:
         assert not torch._dynamo.config.suppress_errors, "who asks for it wants to know"
         assert compiler(small_config(), CUDA) is not None
         assert torch._dynamo.config.suppress_errors
-
-
-def test_what_is_compiled_has_dynamic_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no length of trials compiles again; the graphs are counted, no code is generated."""
-    torch._dynamo.reset()
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda part, **options: real(part, backend="eager", **options)
-    )
-    compile_part = compiler(small_config(compile="true"), CPU)
-    assert compile_part is not None
-    doubled = compile_part(lambda x: 2 * x)
-    torch._dynamo.utils.counters.clear()
-    for length in (5, 9, 17, 33):
-        assert torch.equal(doubled(torch.ones(length, 3)), torch.full((length, 3), 2.0))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

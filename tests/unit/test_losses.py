@@ -10,6 +10,7 @@ import pytest
 import torch
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.selection import ctc_problem
+from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll
 from brain_to_text.model.rnn_model import Packing
@@ -42,7 +43,11 @@ def test_what_ctc_can_and_cannot_align_is_what_selection_says() -> None:
         nll = ctc_nll(
             log_probs, torch.from_numpy(labels)[None], torch.tensor([frames]), torch.tensor([5])
         )
-        problem = ctc_problem(SimpleNamespace(class_ids=labels, n_time_steps=frames), 1, 1, 0)
+        record = TrialRecord("s", "train", "", "", frames, 1, "<f4", 0, 0, class_ids=labels)
+        table = SimpleNamespace(
+            n_time_steps=[frames], frames_needed=[record.frames_needed], n_labels=[len(labels)]
+        )
+        problem = ctc_problem(table, 0, 1, 1, 0)
         assert torch.isfinite(nll).item() == (problem is None) == (frames >= 8)
 
 
@@ -144,9 +149,3 @@ def test_shares_of_a_global_batch_add_up_to_its_mean() -> None:
         own = packing.padded(logits)[rows].flatten(0, 1)[share.rows]
         parts += fixed(0.4)(own, share, batch.take(rows), 0, global_batch_size=3).total
     torch.testing.assert_close(parts, whole)
-
-
-def test_the_loss_is_float32_whatever_the_logits() -> None:
-    logits, packing, batch = case()
-    terms = fixed(0.5)(logits.bfloat16(), packing, batch, 0)
-    assert terms.total.dtype == torch.float32

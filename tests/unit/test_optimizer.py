@@ -9,7 +9,6 @@ from brain_to_text.model.optimizer import (
     build_optimizer,
     clip_and_check,
     learning_rate_multiplier,
-    set_learning_rates,
 )
 from brain_to_text.model.rnn_model import GRUDecoder
 from support.training_examples import small_config
@@ -59,19 +58,6 @@ def test_the_multiplier_warms_up_from_zero_then_decays_to_its_floor() -> None:
     assert steps == sorted(steps, reverse=True)
 
 
-def test_day_layers_have_their_own_peak_and_schedule() -> None:
-    _, optimizer, config = model_and_optimizer(
-        lr_warmup_steps=10, lr_warmup_steps_day=20, lr_decay_steps_day=30, lr_min_day=0.0003
-    )
-    rates = []
-    for step in range(31):
-        set_learning_rates(optimizer, config, step)
-        rates.append([g["lr"] for g in optimizer.param_groups])
-    assert rates[0] == [0, 0, 0]
-    assert rates[10] == pytest.approx([0.004, 0.0015, 0.004])
-    assert rates[20][1] == pytest.approx(0.003) and rates[30][1] == pytest.approx(0.0003)
-
-
 def give_gradients(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -94,21 +80,6 @@ def test_an_update_equals_clip_then_adamw(max_norm: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_loss_scale_cancels() -> None:
-    (fast, optimizer, _), (slow, other, _) = model_and_optimizer(), model_and_optimizer()
-    give_gradients(fast)
-    give_gradients(slow)
-    for parameter in fast.parameters():
-        parameter.grad *= 1024
-    scaled = clip_and_check(fast.parameters(), 5.0, torch.tensor(1024.0))
-    plain = clip_and_check(slow.parameters(), 5.0)
-    torch.testing.assert_close(scaled[0], plain[0])
-    apply_update(optimizer, scaled[2], ~scaled[1])
-    apply_update(other, plain[2], ~plain[1])
-    for a, b in zip(fast.parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_refused_update_changes_nothing(bad: float) -> None:
     model, optimizer, _ = model_and_optimizer()
@@ -128,17 +99,3 @@ def test_a_refused_update_changes_nothing(bad: float) -> None:
             for before, parameter in zip(state, model.parameters(), strict=True):
                 for name, value_now in optimizer.state[parameter].items():
                     assert torch.equal(before[name], value_now), name
-
-
-def test_parameters_without_a_gradient_do_not_move_though_they_have_momentum() -> None:
-    model, optimizer, _ = model_and_optimizer(weight_decay_day=0.1)
-    give_gradients(model)
-    optimizer.step()
-    before = model.day_weights[1].detach().clone()
-    give_gradients(model, 1)
-    model.day_weights[1].grad = model.day_biases[1].grad = None
-    _, finite, divisor = clip_and_check(model.parameters(), 10.0)
-    apply_update(optimizer, divisor, ~finite)
-    assert torch.equal(before, model.day_weights[1])
-    assert int(optimizer.state[model.day_weights[1]]["step"]) == 1
-    assert int(optimizer.state[model.day_weights[0]]["step"]) == 2

@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 from brain_to_text.model import packed_gru as module
-from brain_to_text.model.classifier import frame_logits
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.packed_gru import in_one_buffer, packed_gru
-from support.training_examples import CPU, build, example_batch, small_config
+from support.training_examples import CPU
 from torch.nn.utils.rnn import PackedSequence
 
 GPU = torch.device("cuda:0")
@@ -263,35 +262,3 @@ def test_cudnn_drops_the_share_it_is_told_to(device: torch.device) -> None:
     kept = hidden[hidden != 0]
     value = torch.tanh(torch.tanh(torch.tensor(1.0)) / 2 / 0.75) / 2
     torch.testing.assert_close(kept, value.to(device).expand_as(kept), rtol=1e-3, atol=1e-3)
-
-
-@on_gpu
-@both_ways
-def test_the_gru_of_a_step_has_autocasts_type_in_training_and_validation(
-    device: torch.device, bidirectional: bool
-) -> None:
-    """torch's autocast alone makes it float16 in both; gradients are float32's, within bounds."""
-    allow_tf32(False)
-    options = {"model__n_units": 64, "model__bidirectional": bidirectional}
-    batch = example_batch([60, 75, 48], [0, 1, 1]).to(device)
-
-    def gradients(step, training: bool) -> list[torch.Tensor]:
-        step.model.train(training)
-        features, n = step.augmentation(batch.features, batch.n_time_steps)
-        with step.autocast(), torch.set_grad_enabled(training):
-            frames, packing = step.model.input_frames(features, batch.day_indices, n)
-            hidden, _ = step.model.recurrent_frames(frames, packing)
-            logits = frame_logits(step.model.out, hidden)
-        assert hidden.dtype == (step.amp_dtype or torch.float32)
-        if not training:
-            return [logits]
-        terms = step.objective(logits, packing, batch, 0)
-        step.model.zero_grad()
-        terms.total.backward()
-        return [p.grad for p in step.model.parameters() if p.grad is not None]
-
-    exact = build(small_config(**options, use_amp=False), device=device)
-    for dtype in ("bfloat16", "float16"):
-        step = build(small_config(**options, amp_dtype=dtype), device=device)
-        for training in (True, False):
-            assert_near(gradients(step, training), gradients(exact, training))

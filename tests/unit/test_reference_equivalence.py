@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import ctc_nll
 from brain_to_text.model.rnn_model import GRUDecoder
 from support import reference_float64 as reference
@@ -169,29 +168,6 @@ def test_ctc_agrees_with_enumerating_every_path(T: int, C: int, labels: list[int
     torch.testing.assert_close(fast[0].double(), truth, rtol=1e-6, atol=1e-6)
 
 
-def test_ctc_gradient_through_log_softmax_agrees_with_the_recursion() -> None:
-    scores = torch.randn(2, 9, 7, dtype=torch.float64, generator=_generator())
-    labels, lengths, frames = [[1, 4, 4], [6, 2, 0]], [3, 2], [9, 6]
-    slow = scores.clone().requires_grad_(True)
-    sum(
-        reference.ctc(slow[b, : frames[b]].log_softmax(1), labels[b][: lengths[b]])
-        for b in range(2)
-    ).backward()
-    fast = scores.float().requires_grad_(True)
-    ctc_nll(
-        fast.log_softmax(-1), torch.tensor(labels), torch.tensor(frames), torch.tensor(lengths)
-    ).sum().backward()
-    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=0, atol=2e-6)
-
-
-def test_marginalisation_agrees_with_summing_probabilities() -> None:
-    log_probs = torch.randn(5, 1681, dtype=torch.float64, generator=_generator()).log_softmax(1)
-    torch.testing.assert_close(
-        marginalise_log_probs(log_probs), reference.marginalise(log_probs, 41), rtol=0, atol=1e-12
-    )
-    assert float(marginalise_log_probs(log_probs).exp().sum(1).mean()) == pytest.approx(1.0)
-
-
 def test_bfloat16_stays_within_its_bounds() -> None:
     """bfloat16 keeps 8 bits: products round at 2^-8, and the loss moves by well under a percent."""
     exact = build(small_config(model__n_units=64))
@@ -210,13 +186,6 @@ def test_bfloat16_stays_within_its_bounds() -> None:
     assert float(b.terms.total) == pytest.approx(float(a.terms.total), rel=2e-3)
     assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=3e-2)
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
-
-
-def test_the_loss_starts_near_the_logarithm_of_the_classes() -> None:
-    step = build(small_config(model__n_units=32))
-    result = step(example_batch([200, 150], [0, 1], n_phonemes=4), 0)
-    assert float(result.terms.nats_per_frame) == pytest.approx(math.log(1681), abs=1.0)
-    assert result.n_frames == int(step.model.frame_lengths(torch.tensor([200, 150])).sum())
 
 
 def _generator() -> torch.Generator:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from brain_to_text.errors import CheckpointError
-from brain_to_text.model.rnn_model import GRUDecoder, Packing, activate, load_public_state_dict
+from brain_to_text.model.rnn_model import GRUDecoder, Packing, load_public_state_dict
 from support.training_examples import CPU, build, example_batch, small_config
 
 
@@ -97,20 +97,6 @@ def test_states_belong_to_their_trials_whatever_the_lengths() -> None:
         torch.testing.assert_close(last[:, trial], end[:, 0], rtol=0, atol=1e-6)
 
 
-def test_only_sessions_in_the_batch_get_gradients() -> None:
-    model = decoder().train()
-    model(torch.randn(2, 20, 6), torch.tensor([2, 0])).sum().backward()
-    assert [w.grad is None for w in model.day_weights] == [False, True, False]
-    assert [b.grad is None for b in model.day_biases] == [False, True, False]
-
-
-def test_a_session_scattered_over_the_batch_is_the_same_as_sorted() -> None:
-    model = decoder()
-    x, day = torch.randn(5, 20, 6), torch.tensor([1, 0, 1, 2, 0])
-    order = torch.argsort(day)
-    torch.testing.assert_close(model(x, day)[order], model(x[order], day[order]))
-
-
 # --- patches --------------------------------------------------------------------------------------
 
 
@@ -143,19 +129,6 @@ def test_a_batch_of_trials_too_short_for_a_frame_is_computed_all_the_same() -> N
     logits = model(torch.randn(2, 3, 6), torch.tensor([0, 1]), n_time_steps=torch.tensor([3, 2]))
     assert logits.shape == (2, 1, 41) and logits.isfinite().all()
     assert model.frame_lengths(torch.tensor([3, 2])).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_and_dropout_are_one_graph(dropout: float) -> None:
-    """So that a compiler makes one kernel of them; nothing is to be decided in between."""
-    torch._dynamo.reset()
-    compiled = torch.compile(activate, backend="aot_eager", dynamic=True, fullgraph=True)
-    x = torch.randn(3, 11, 6)
-    torch.manual_seed(0)
-    y = compiled(x, dropout)
-    kept = y != 0
-    assert torch.allclose(y[kept], torch.nn.functional.softsign(x)[kept] / (1 - dropout))
-    assert bool(kept.all()) == (dropout == 0)
 
 
 # --- names, shapes and loading, both ways ---------------------------------------------------------

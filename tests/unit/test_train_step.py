@@ -11,8 +11,6 @@ from brain_to_text.gpus import training_flops
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.train_step import largest_batch
-from brain_to_text.scoring.decoding import Inference, decode
-from support.decoded_trials import dataset_of
 from support.training_examples import build, example_batch, small_config
 
 NOISY: dict[str, Any] = {
@@ -41,34 +39,6 @@ def spoil(batch):
     return batch
 
 
-# --- learning -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_one_batch_overfits_to_der_zero(weight: float) -> None:
-    config = small_config(
-        model__n_units=96,
-        objective__phoneme_weight=weight,
-        lr_max=0.02,
-        lr_min=0.02,
-        epsilon=1e-8,
-    )
-    step = build(config)
-    batch = example_batch([26, 34, 30, 38], [0, 1, 1, 2], n_phonemes=2)
-    for k in range(300):
-        step(batch, k)
-        if k % 20 == 19 and score(step, batch)["der"] == score(step, batch)["per"] * weight == 0:
-            break
-    result = score(step, batch)
-    assert result["der"] == 0 and result["per_path"] == 0
-    assert result["per"] == 0 or weight == 0, "marginals are decoded well when they are trained"
-
-
-def score(step, batch):
-    step.model.eval()
-    return decode(Inference(step.model, step.augmentation), dataset_of([batch])).numbers
-
-
 # --- determinism and restarts ---------------------------------------------------------------------
 
 
@@ -84,31 +54,6 @@ def test_a_step_depends_on_seed_step_and_rank_alone() -> None:
         runs.append(weights(step))
     assert_equal(runs[0], runs[1])
     assert not torch.equal(runs[0]["out.weight"], runs[2]["out.weight"])
-
-
-def test_a_restart_in_the_middle_changes_nothing() -> None:
-    config = small_config(**NOISY, ema_decay=0.9)
-    batches = [example_batch([40, 31, 38], [k % 3, 1, 1], seed=k) for k in range(8)]
-    whole = build(config)
-    for k in range(8):
-        whole(batches[k], k)
-    first = build(config)
-    for k in range(4):
-        first(batches[k], k)
-    saved = {
-        "model": weights(first),
-        "optimizer": first.optimizer.state_dict(),
-        "step": first.state_dict(),
-    }
-    second = build(config)
-    second.model.load_state_dict(saved["model"])
-    second.optimizer.load_state_dict(saved["optimizer"])
-    second.load_state_dict(saved["step"])
-    for k in range(4, 8):
-        second(batches[k], k)
-    assert_equal(weights(whole), weights(second))
-    with whole.averaged_weights(), second.averaged_weights():
-        assert_equal(weights(whole), weights(second))
 
 
 def test_trying_a_batch_leaves_no_trace() -> None:
@@ -197,18 +142,6 @@ def test_gradients_of_shares_add_up_to_those_of_the_batch() -> None:
         torch.testing.assert_close(total.get(name), gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_the_hook_runs_between_backward_and_clipping() -> None:
-    step = build(small_config(grad_norm_clip_value=1.0))
-
-    def no_gradient(_batch) -> None:
-        for parameter in step.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    step.after_backward = no_gradient
-    assert float(step(example_batch([30, 30], [0, 1]), 0).grad_norm) == 0
-
-
 # --- refusing -------------------------------------------------------------------------------------
 
 
@@ -250,12 +183,6 @@ def test_an_infeasible_trial_is_refused_too() -> None:
         assert not bool(step(batch, 0).finite)
 
 
-def test_schedules_go_on_by_global_step_when_a_step_is_refused() -> None:
-    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=10))
-    step(spoil(example_batch([30, 26], [0, 1])), 0)
-    assert step(example_batch([30, 26], [0, 1]), 1).learning_rate == pytest.approx(0.0005)
-
-
 def scaled_step(monkeypatch: pytest.MonkeyPatch, **options):
     """float32 arithmetic with float16's scaled loss."""
     monkeypatch.setattr(train_step_module, "autocast_dtype", lambda *_: torch.float16)
@@ -267,16 +194,6 @@ def scaled_step(monkeypatch: pytest.MonkeyPatch, **options):
 def overflow(step):
     """A hook after which a gradient is infinite while the loss is not."""
     return lambda _batch: step.model.out.weight.grad.fill_(float("inf"))
-
-
-def test_the_learning_rate_that_is_told_is_the_one_the_update_had() -> None:
-    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=5))
-    before = weights(step)
-    rates = [step(example_batch([30, 26], [0, 1]), k).learning_rate for k in range(2)]
-    assert rates == [0, pytest.approx(0.0005)]
-    step = build(small_config(lr_warmup_steps=10, lr_warmup_steps_day=5))
-    assert step(example_batch([30, 26], [0, 1]), 0).learning_rate == 0
-    assert_equal(before, weights(step))
 
 
 def test_float16_scales_the_loss_and_grows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,13 +56,19 @@ def open_store(location: str | Path, *, kms_key: str | None = None) -> ObjectSto
             the variable S3_KMS_KEY_ID, and without one what the bucket does by itself.
 
     Raises:
-        StorageError: the text is neither, or see `check_aws_variables`.
+        StorageError: the text is neither, no S3 client is installed, or see
+            `check_aws_variables`.
     """
     text = str(location)
     if is_s3(text):
         check_aws_variables()
-        from .s3_store import S3Store  # folders need no S3 client
-
+        try:
+            from .s3_store import S3Store  # folders need no S3 client
+        except ModuleNotFoundError as error:
+            raise StorageError(
+                f"{text} is on S3, and the Python package {error.name} is not installed: type "
+                "`pip install 's3fs>=2026' boto3`, or give a folder."
+            ) from error
         return S3Store(text, kms_key=kms_key)
     if "://" in text:
         raise StorageError(
