@@ -22,7 +22,7 @@ LONGEST_OVER_MEAN = 2.0  # the longest of 48 trials with lognormal lengths, sigm
 UTILISATION = 0.5  # of the peak, for matrix products of these sizes; assumed
 KERNEL_SECONDS = 3e-6  # of a kernel that waits for the one before it; assumed
 KERNELS_PER_CELL = 2  # one product, one pass over the gates
-LAUNCHES, LAUNCH_SECONDS = 200, 5e-6  # outside cuDNN, counted; of each, assumed
+LAUNCHES, LAUNCH_SECONDS = 217, 5e-6  # outside cuDNN, counted; of each, assumed
 FEATURE_PASSES, PATCH_PASSES, LOGIT_PASSES = 16, 8, 8  # reads and writes of each in a step
 PCIE = 8.0  # GB/s of an all-reduce by PCIe 4 through host memory; assumed, no figure was found
 NVLINK_3, NVLINK_4 = 230.8, 480.0  # nccl issue 527, 2022-07 (A100); GTC S62129, 2024 (H100)
@@ -211,7 +211,7 @@ def step_time(
     moved = (
         batch * longest_bins * C * 4 * FEATURE_PASSES
         + batch * frames * C * model.patch_size * value_bytes * PATCH_PASSES
-        + batch * longest_frames * config.dataset.n_classes * 4 * LOGIT_PASSES
+        + batch * frames * config.dataset.n_classes * 4 * LOGIT_PASSES
         + weights * WEIGHT_BYTES
     )
     return StepTime(
