@@ -47,7 +47,9 @@ def unlisted_packages() -> set[str]:
     }
 
 
-def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(
+    out: Path, *words: str, program: tuple[str, ...] = (str(SCRIPT), "--tiny")
+) -> subprocess.CompletedProcess[str]:
     hiding = out / "hiding"
     hiding.mkdir()
     hidden = unlisted_packages()
@@ -61,7 +63,7 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "WHEELS": str(out / "no wheels"),
     }
     return subprocess.run(
-        [str(SCRIPT), "--tiny", *words],
+        [*program, *words],
         env=environment,
         capture_output=True,
         text=True,
@@ -89,6 +91,13 @@ def test_a_part_that_fails_costs_no_other_and_is_told(tmp_path: Path) -> None:
     assert done.returncode == 1
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert re.search(r"evaluate +rc +1 ", summary) and re.search(r"versions +rc +0 ", summary)
+
+
+def test_without_an_s3_client_a_bucket_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    prepare = str(SCRIPT.parents[2] / "code" / "prepare_dataset.py")
+    done = run(tmp_path, "index", "s3://bucket/data", program=(sys.executable, prepare))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "type `pip install 's3fs>=2026' boto3`, or give a folder" in done.stderr
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
