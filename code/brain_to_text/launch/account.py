@@ -80,12 +80,12 @@ def error_code(error: Exception) -> str:
 
 
 def sentence(error: Exception, doing: str) -> str:
-    """One sentence for a botocore error: what was being done, what AWS said, what to do."""
+    """One sentence for a botocore error: what was being done, what AWS answered, what to do."""
     code = error_code(error)
     if code:
-        said = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
-        advice = remedy(code, said) or _REMEDIES.get(code, "")
-        return f"AWS refused while {doing} ({code}: {said.rstrip('.')})" + (
+        words = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
+        advice = remedy(code, words) or _REMEDIES.get(code, "")
+        return f"AWS refused while {doing} ({code}: {words.rstrip('.')})" + (
             f": {advice}." if advice else "."
         )
     name = type(error).__name__
@@ -93,8 +93,8 @@ def sentence(error: Exception, doing: str) -> str:
         return (
             f"No AWS credentials were found while {doing}: run `aws configure`, or set AWS_PROFILE."
         )
-    said = " ".join(str(error).split()).rstrip(".")
-    return f"AWS could not be reached while {doing} ({name}: {said}): check network and endpoint."
+    words = " ".join(str(error).split()).rstrip(".")
+    return f"AWS could not be reached while {doing} ({name}: {words}): check network and endpoint."
 
 
 @contextmanager

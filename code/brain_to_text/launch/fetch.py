@@ -74,19 +74,19 @@ def fetch(
                 f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    said = [*result_table(rows_of_log(text)), f"Files: {folder}"]
+    lines = [*result_table(rows_of_log(text)), f"Files: {folder}"]
     if state is not None and state.is_final:
-        said += state.why()
+        lines += state.why()
     if not has_model:
         if state is not None and state.is_final:
-            return [*said, f"There is no model: {name} ended without one."]
-        return [*said, f"There is no model yet; try again when {name} has ended."]
-    said.append(
+            return [*lines, f"There is no model: {name} ended without one."]
+        return [*lines, f"There is no model yet; try again when {name} has ended."]
+    lines.append(
         f"Evaluate: python code/evaluate_model.py --model {folder / 'model'} "
         f"--s3-bucket {trained_on[0]} --s3-data-prefix {trained_on[1]} --split val "
         f"--output-dir {folder / 'evaluation'}"
     )
-    return said
+    return lines
 
 
 def unpack(archive: Path, folder: Path) -> None:

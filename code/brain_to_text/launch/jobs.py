@@ -65,31 +65,31 @@ class JobState:
         """Why a job did not complete, and the next step, as far as SageMaker or we know."""
         reason = " ".join(self.request.get("FailureReason", "").split())
         secondary = self.request.get("SecondaryStatus", self.status)
-        said = [f"Why: {reason}"] if reason else []
+        lines = [f"Why: {reason}"] if reason else []
         if self.status == "Completed":
-            return said
+            return lines
         if not reason:
-            said = [f"SageMaker gives no reason; its last state is {secondary}."]
+            lines = [f"SageMaker gives no reason; its last state is {secondary}."]
         steps = [step for words, step in _NEXT_STEPS.items() if words in f"{reason} {secondary}"]
         text = steps[0] if steps else f"see its log with --watch {self.name}, and {GOES_ON}"
-        return [*said, f"Next: {text.replace(GOES_ON, f'{GOES_ON} {self.name}')}."]
+        return [*lines, f"Next: {text.replace(GOES_ON, f'{GOES_ON} {self.name}')}."]
 
     def summary(self) -> list[str]:
         """The end of a job for people: state, time, money saved, why, where."""
         resources = self.request["ResourceConfig"]
-        said = [f"{self.name}: {self.status}"]
-        said += self.why() if self.is_final else []
+        lines = [f"{self.name}: {self.status}"]
+        lines += self.why() if self.is_final else []
         trained = self.request.get("TrainingTimeInSeconds")
         billed = self.request.get("BillableTimeInSeconds")  # of one instance, both
         if trained is not None and billed is not None:
-            said.append(
+            lines.append(
                 f"Time: {duration(trained)} training, {billed:,} s billed on "
                 f"{resources['InstanceCount']} x {resources['InstanceType']}"
             )
             if self.request.get("EnableManagedSpotTraining") and trained:
-                said.append(f"Spot savings: {100 * (1 - billed / trained):.0f} %")
-        said.append(f"Outputs: {self.output_uri}")
-        return said
+                lines.append(f"Spot savings: {100 * (1 - billed / trained):.0f} %")
+        lines.append(f"Outputs: {self.output_uri}")
+        return lines
 
 
 def job_state(name: str, account: AwsAccount) -> JobState:
@@ -135,8 +135,10 @@ def release_job(name: str, account: AwsAccount) -> None:
     """
     pool = job_state(name, account).request.get("WarmPoolStatus", {}).get("Status")
     if pool not in ("Available", "InUse"):
-        said = f"its warm pool is {pool.lower()}" if pool else "it was launched without a warm pool"
-        raise JobError(f"Job {name} keeps no instances: {said}.")
+        state = (
+            f"its warm pool is {pool.lower()}" if pool else "it was launched without a warm pool"
+        )
+        raise JobError(f"Job {name} keeps no instances: {state}.")
     with explained(f"releasing the instances of job {name}"):
         account.client("sagemaker").update_training_job(
             TrainingJobName=name, ResourceConfig={"KeepAlivePeriodInSeconds": 0}

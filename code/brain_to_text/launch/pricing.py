@@ -79,23 +79,23 @@ class Estimate:
         """The estimate for people, one fact a line."""
         machines = f"{self.instance_count} x {self.instance_type}"
         if self.seconds_per_step is None:
-            said = [f"Time: not known for {self.instance_type} (no GPU in instance_types.yaml)"]
+            lines = [f"Time: not known for {self.instance_type} (no GPU in instance_types.yaml)"]
         else:
             how = "measured on this GPU" if self.measured else "estimated, measured on no GPU"
-            said = [
+            lines = [
                 f"Time: {self.hours:.1f} h = {self.steps:,} steps x {self.seconds_per_step:.3f} s "
                 f"({how}) + start, on {machines}"
             ]
         if self.usd_per_hour is None:
-            said.append(f"Price: not known for {self.instance_type} ({self.price_source})")
+            lines.append(f"Price: not known for {self.instance_type} ({self.price_source})")
         elif self.usd is None:
-            said.append(f"Price: ${self.usd_per_hour:.4g}/h ({self.price_source})")
+            lines.append(f"Price: ${self.usd_per_hour:.4g}/h ({self.price_source})")
         else:
-            said.append(
+            lines.append(
                 f"Price: ${self.usd:.2f} on demand at ${self.usd_per_hour:.4g}/h "
                 f"({self.price_source}); about ${self.usd * SPOT_SHARE:.2f} with --spot"
             )
-        return said
+        return lines
 
 
 @cache

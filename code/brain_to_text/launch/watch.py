@@ -45,10 +45,10 @@ def new_lines(job_name: str, account: AwsAccount, tokens: dict[str, str]) -> Ite
         # streams are named JOB/algo-2-1700000000
         host = stream.removeprefix(prefix).rpartition("-")[0]
         while True:
-            place = {"logGroupName": LOG_GROUP, "logStreamName": stream}
+            arguments = {"logGroupName": LOG_GROUP, "logStreamName": stream}
             if stream in tokens:
-                place["nextToken"] = tokens[stream]
-            answer = logs.get_log_events(startFromHead=True, **place)
+                arguments["nextToken"] = tokens[stream]
+            answer = logs.get_log_events(startFromHead=True, **arguments)
             for event in answer["events"]:
                 line = one_line(event["message"].rstrip("\r\n"))
                 yield line if host in ("algo-1", "") else f"{host}: {line}"
