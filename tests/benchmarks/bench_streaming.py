@@ -2,8 +2,7 @@
 
     python tests/benchmarks/bench_streaming.py                       everything, 20 minutes or more
     python tests/benchmarks/bench_streaming.py --skip naive          without the slowest contender
-    python tests/benchmarks/bench_streaming.py --only clients        or trainer, start-up, memory,
-                                                                     policy
+    python tests/benchmarks/bench_streaming.py --only clients        or trainer, start-up, memory
 
 A real S3 server (rclone) stands behind a proxy process with 30 ms to the first byte and 80 MB/s per
 connection, over HTTP and over TLS. Every contender makes the same batches (48 trials of about
@@ -88,50 +87,6 @@ def naive(manifest: TrialManifest) -> Load:
     return load
 
 
-def tuned_h5py(manifest: TrialManifest) -> Load:
-    """h5py over s3fs at its best: handles kept open, 1 MB block cache."""
-    import h5py
-    import s3fs
-
-    file_system = s3fs.S3FileSystem()
-    files: dict[str, Any] = {}
-
-    def load(indices: np.ndarray) -> torch.Tensor:
-        arrays = []
-        for index in indices:
-            trial = manifest.trials[index]
-            if trial.key not in files:
-                remote = file_system.open(
-                    f"{BUCKET_URL}/{trial.key}", block_size=1 << 20, cache_type="blockcache"
-                )
-                files[trial.key] = h5py.File(remote, "r")
-            arrays.append(files[trial.key][trial.trial]["input_features"][:])
-        return pad_features(arrays)
-
-    return load
-
-
-def s3fs_by_index(manifest: TrialManifest) -> Load:
-    """The manifest and s3fs's own cat_ranges, 48 at once, nothing verified."""
-    import s3fs
-
-    file_system = s3fs.S3FileSystem(config_kwargs={"max_pool_connections": READS_AT_ONCE})
-
-    def load(indices: np.ndarray) -> torch.Tensor:
-        trials = {int(i): manifest.trials[i] for i in indices}
-        spans = file_system.cat_ranges(
-            [f"{BUCKET_URL}/{t.key}" for t in trials.values()],
-            [t.offset for t in trials.values()],
-            [t.offset + t.length for t in trials.values()],
-            batch_size=READS_AT_ONCE,
-            on_error="raise",
-        )
-        arrays = {i: t.decode(s) for (i, t), s in zip(trials.items(), spans, strict=True)}
-        return pad_features([arrays[int(i)] for i in indices])
-
-    return load
-
-
 def obstore_by_index(manifest: TrialManifest) -> Load:
     """The manifest and obstore (Rust), 48 threads, nothing verified."""
     import concurrent.futures
@@ -199,8 +154,6 @@ def local_h5py(manifest: TrialManifest) -> Load:
 
 CONTENDERS: dict[str, Callable[[TrialManifest], Load]] = {
     "naive": naive,
-    "tuned_h5py": tuned_h5py,
-    "s3fs_by_index": s3fs_by_index,
     "obstore_by_index": obstore_by_index,
     "ours": ours,
     "ours_s3fs": ours_s3fs,
@@ -382,7 +335,7 @@ def compare_clients(on: Stage, networks: list[str], rounds: int, skip: list[str]
             for name in CONTENDERS:
                 if name in skip or (name == "naive" and turn > 0):
                     continue
-                n_batches = 1 if name == "naive" else 2 if name == "tuned_h5py" else 5
+                n_batches = 1 if name == "naive" else 5
                 arguments = {"name": name, "n_batches": n_batches, "first": turn * 5}
                 results.setdefault(name, []).append(
                     in_subprocess("run_contender", on.environments[network], **arguments)
@@ -637,55 +590,9 @@ def run_memory() -> dict[str, float]:
     return {"budget_mb": budget / 1e6, "peak_mb": peak / 1e6, "over": peak / budget - 1}
 
 
-def compare_policies() -> None:
-    """Table 4: hit rate of cache policies for the plan's draws, no data involved."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(150, 350, size=45)
-    ends = np.cumsum(sizes)
-    plan = BatchPlan(
-        [np.arange(e - s, e) for s, e in zip(sizes, ends, strict=True)], BATCH_SIZE, 4, seed=1
-    )
-    n_trials = int(ends[-1])
-    val = np.arange(n_trials, n_trials + 1400)
-    print(f"\n### Hit rate by policy, {n_trials:,} trials, steps 1000–4000, ", end="")
-    print("a validation pass over 1,400 more after step 0 and every 1000 steps\n")
-    policies = ("first come stays, training first", "LRU", "random eviction")
-    print(f"| cache / train set | {' | '.join(policies)} |\n|---|---|---|---|")
-    for share in (0.1, 0.25, 0.5, 0.75):
-        rates = [_hit_rate(policy, plan, val, int(share * n_trials)) for policy in policies]
-        print(f"| {share:.2f} | " + " | ".join(f"{100 * r:.1f} %" for r in rates) + " |")
-
-
-def _hit_rate(policy: str, plan: BatchPlan, val: np.ndarray, capacity: int) -> float:
-    rng, stays = np.random.default_rng(1), policy.startswith("first")
-    held: dict[int, None] = {}  # the one used longest ago comes first
-    slots: list[int] = []
-    hits = asked = 0
-    for step in range(4000):
-        passes = [(np.unique(plan.trials(step)).tolist(), step >= 1000)]
-        if step % 1000 == 0 and not stays:  # there validation gets no room that training could use
-            passes.append((val.tolist(), False))
-        for trials, counted in passes:
-            for trial in trials:
-                hit = trial in held
-                hits += hit and counted
-                asked += counted
-                if hit:
-                    held[trial] = held.pop(trial)
-                elif len(held) < capacity:
-                    slots.append(trial)
-                    held[trial] = None
-                elif not stays:
-                    place = int(rng.integers(capacity))
-                    del held[next(iter(held)) if policy == "LRU" else slots[place]]
-                    held[trial] = None
-                    slots[place] = trial
-    return hits / asked
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", choices=["clients", "trainer", "start-up", "memory", "policy"])
+    parser.add_argument("--only", choices=["clients", "trainer", "start-up", "memory"])
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
@@ -699,10 +606,6 @@ def main() -> None:
     def wanted(part: str) -> bool:
         return options.only in (None, part)
 
-    if wanted("policy"):
-        compare_policies()
-    if options.only == "policy":
-        return
     with stage() as on:
         if wanted("start-up"):
             start_up(on)

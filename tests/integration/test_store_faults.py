@@ -356,7 +356,7 @@ def test_trials_get_the_same_advice_from_obstores_errors(fault: str, at, server,
     assert len(server.requests) == {"an archive": 1, "a captive portal": 4}.get(fault, 3)
 
 
-@pytest.mark.parametrize("name", ["a b", "ü%20#?&+=", "x~!@$^()[]{}'", "日本", "a.b..c"])
+@pytest.mark.parametrize("name", ["ü%20#?&+= b", "x~!@$^()[]{}'日本"])
 def test_sessions_of_any_name_are_listed_indexed_and_read(name: str, at, tmp_path) -> None:
     write_small_dataset(tmp_path)
     os.rename(tmp_path / SESSIONS[0], tmp_path / name)  # noqa: PTH104
@@ -385,12 +385,7 @@ def sockets() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts sockets as Linux shows them")
-@pytest.mark.parametrize("client", ["obstore", "s3fs"])
-def test_closed_streams_and_stores_leave_no_clients_and_no_sockets(
-    client: str, at, tmp_path, monkeypatch
-) -> None:
-    if client == "s3fs":
-        monkeypatch.setattr(s3_reads, "_obstore_will_do", lambda bucket: False)
+def test_closed_streams_and_stores_leave_no_clients_and_no_sockets(at, tmp_path) -> None:
     write_small_dataset(tmp_path)
     manifest = index_dataset(open_store(tmp_path))
     objects = {f"b/p/{p.relative_to(tmp_path)}": p.read_bytes() for p in tmp_path.rglob("*.hdf5")}

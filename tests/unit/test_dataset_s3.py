@@ -17,7 +17,7 @@ from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.storage.store import open_store
-from brain_to_text.streaming.batch import Batch, pad_features
+from brain_to_text.streaming.batch import Batch
 from brain_to_text.streaming.dataset_s3 import (
     BrainToTextDatasetS3,
     EvaluationDatasetS3,
@@ -114,8 +114,7 @@ def test_a_batch_holds_what_the_files_hold(
         assert batch.features.dtype == torch.float32 and batch.labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("threads", [1, 4, 16])
-@pytest.mark.parametrize("cache_bytes", [0, 200_000, 10**8], ids=["no_cache", "partial", "full"])
+@pytest.mark.parametrize(("threads", "cache_bytes"), [(16, 0), (4, 200_000), (4, 10**8)])
 def test_batches_are_the_same_on_any_threads_and_cache(
     threads: int, cache_bytes: int, open_dataset: Open, expected: list[Batch]
 ) -> None:
@@ -128,11 +127,8 @@ def test_batches_are_the_same_on_any_threads_and_cache(
         assert counts.requests == len({i for b in expected for i in b.trial_indices.tolist()})
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])
-def test_batches_are_the_same_after_a_restart_at_step(
-    k: int, open_dataset: Open, expected: list[Batch]
-) -> None:
-    assert_equal(list(open_dataset().batches(start=k)), expected[k:])
+def test_batches_are_the_same_after_a_restart(open_dataset: Open, expected: list[Batch]) -> None:
+    assert_equal(list(open_dataset().batches(start=3)), expected[3:])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -177,8 +173,9 @@ def test_a_validation_pass_leaves_training_trials_their_cache(
     assert hits[0] == pytest.approx(hits[1], abs=0.1) and hits[0] > 0.4 * min(ram, 2)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [*((layout, "<f4") for layout in LAYOUTS), ("gzip", "<f2")]
+)
 def test_every_layout_is_one_read_per_trial(layout: str, dtype: str, tmp_path: Path) -> None:
     written = write_dataset(tmp_path, layout=layout, dtype=dtype)
     manifest = index_dataset(open_store(tmp_path))
@@ -215,30 +212,6 @@ def test_a_trial_drawn_twice_is_read_once(tiny_dataset, manifest: TrialManifest)
         a, b, c = stream.fetch([3, 5, 3])
         assert a is c and a is not b
         assert stream.stats.snapshot().requests == 2
-
-
-def test_batches_that_want_the_same_trial_share_its_read(
-    tiny_dataset, manifest: TrialManifest
-) -> None:
-    store = open_store(tiny_dataset.folder)
-    with TrialStream(store, manifest, concurrency=1, cache=TrialCache(10**8)) as stream:
-        under_way = [stream.submit(range(10)) for _ in range(5)]
-        results = [future.result() for future in under_way]
-        assert stream.stats.snapshot().requests == 10
-        assert all(np.array_equal(results[0][i], r[i]) for r in results for i in range(10))
-
-
-def test_giving_up_one_batch_does_not_take_a_shared_read_from_another(
-    tiny_dataset, manifest: TrialManifest
-) -> None:
-    with TrialStream(open_store(tiny_dataset.folder), manifest, concurrency=1) as stream:
-        for _ in range(20):
-            first, second = stream.submit(range(12)), stream.submit(range(6, 18))
-            first.cancel()
-            arrays = second.result()
-            for index, features in zip(range(6, 18), arrays, strict=True):
-                name = manifest.trials[index].name
-                assert np.array_equal(features, tiny_dataset.features[name])
 
 
 def test_feature_subset_picks_columns_in_order(
@@ -385,13 +358,3 @@ def test_datasets_from_a_configuration(tiny_dataset, manifest: TrialManifest) ->
     with pytest.raises(IndexError):
         train[3]
     train.close()
-
-
-def test_padding_is_exact_and_zero() -> None:
-    rng = np.random.default_rng(0)
-    trials = [rng.standard_normal((n, 5)).astype(np.float32) for n in (3, 7, 1)]
-    padded = pad_features(trials)
-    assert padded.shape == (3, 7, 5)
-    for row, trial in zip(padded, trials, strict=True):
-        assert np.array_equal(row[: len(trial)].numpy(), trial)
-        assert not row[len(trial) :].any()
