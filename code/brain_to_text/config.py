@@ -94,6 +94,7 @@ class DatasetConfig:
     n_classes: Literal[41, 1681] = key(41, "41 phonemes or 1681 diphones, blank included")
     max_seq_elements: int = key(500, "longest label sequence", 1)
     days_per_batch: int = key(4, "sessions drawn per batch", 1)
+    length_groups: int = key(1, "parts by length of which a batch is drawn from one", 1, 16)
     seed: int = key(1, "seed of the batch plan", 0, SEED_LIMIT)
     num_dataloader_workers: int = key(4, "threads that prepare batches", 1, 64, free_on_resume=True)
     must_include_days: list[int] | None = key(

@@ -124,3 +124,22 @@ def test_evaluation_batches_hold_every_trial_once(lengths: list[int], batch_size
 def _chi_square(counts: np.ndarray) -> float:
     mean = counts.mean()
     return float(((counts - mean) ** 2 / mean).sum())
+
+
+def test_length_groups_draw_trials_of_similar_length_and_each_as_often_as_without() -> None:
+    n_time_steps = np.random.default_rng(0).permutation(np.arange(100, 166))
+    trials = sessions(31, 33, 2)
+    plan = BatchPlan(
+        trials, batch_size=30, sessions_per_batch=3, seed=4, n_time_steps=n_time_steps,
+        length_groups=4,
+    )  # fmt: skip
+    drawn = [plan.trials(step) for step in range(4000)]
+    for session in trials[:2]:
+        spread = [np.ptp(n_time_steps[np.intersect1d(batch, session)]) for batch in drawn]
+        assert max(spread) < 30 < np.ptp(n_time_steps[session])
+        counts = np.bincount(np.concatenate(drawn), minlength=66)[session]
+        assert counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
+    shares = [plan.bins_over_mean(step) for step in range(4000)]
+    assert np.mean(shares) == pytest.approx(1, abs=0.01) and np.ptp(shares) > 0.2
+    plain = BatchPlan(trials, 30, 3, seed=4, n_time_steps=n_time_steps)
+    assert plain.bins_over_mean(0) == 1 and len(np.unique(plain.trials(0))) > 15

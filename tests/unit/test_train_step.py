@@ -109,6 +109,15 @@ def out_of_memory(_step):
     raise torch.OutOfMemoryError("does not fit")
 
 
+def test_the_norm_at_which_gradients_are_clipped_follows_the_batchs_bins() -> None:
+    batch, ends = example_batch([40, 31], [0, 1]), []
+    for most, bins_over_mean in ((0.1, 2.0), (0.2, 1.0)):
+        step = build(small_config(grad_norm_clip_value=most))
+        assert float(step(batch, 0, None, bins_over_mean).grad_norm) > 0.2
+        ends.append(weights(step))
+    assert_equal(*ends)
+
+
 # --- several ranks --------------------------------------------------------------------------------
 
 

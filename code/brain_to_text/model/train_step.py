@@ -98,13 +98,20 @@ class TrainStep:
             self._state["good_steps"] = self._count(0)
         self.average: list[torch.Tensor] | None = None  # begins with the first step
 
-    def __call__(self, batch: Batch, step: int, global_batch_size: int | None = None) -> StepResult:
+    def __call__(
+        self,
+        batch: Batch,
+        step: int,
+        global_batch_size: int | None = None,
+        bins_over_mean: float = 1.0,
+    ) -> StepResult:
         """Train on `batch` (features and labels on the device, lengths and days on the CPU).
 
         Args:
             batch: this rank's share of the batch.
             step: global step; decides the rates and, with seed and rank, noise, cuts, dropout.
             global_batch_size: trials in the batch over all ranks, if there are several.
+            bins_over_mean: see `BatchPlan`; the norm at which gradients are clipped follows it.
         """
         if batch.features.device != self.device:
             batch = batch.to(self.device)
@@ -130,7 +137,9 @@ class TrainStep:
         if self.after_backward is not None:
             self.after_backward(batch)
         norm, finite, divisor = clip_and_check(
-            self.parameters, self.config.grad_norm_clip_value, 1.0 if scale is None else scale
+            self.parameters,
+            self.config.grad_norm_clip_value * bins_over_mean,
+            1.0 if scale is None else scale,
         )
         set_learning_rates(self.optimizer, self.config, step)
         apply_update(self.optimizer, divisor, ~finite)

@@ -27,6 +27,9 @@ class BatchPlan:
             are fewer. Trials divide evenly; a remainder goes one each to the first ones drawn.
         seed: 0 … 2**64 - 1.
         must_include: positions in `trials_by_session` that every batch contains.
+        n_time_steps: bins of every trial, by index; needed for more than one group.
+        length_groups: a step draws from one of so many equal parts of each session's trials, by
+            length; the part is drawn per step, so that every trial is as likely as with one.
     """
 
     def __init__(
@@ -36,8 +39,14 @@ class BatchPlan:
         sessions_per_batch: int,
         seed: int,
         must_include: Sequence[int] = (),
+        *,
+        n_time_steps: np.ndarray | None = None,
+        length_groups: int = 1,
     ) -> None:
         self._trials = [np.asarray(trials, dtype=np.int64) for trials in trials_by_session]
+        self._groups, self._bins = length_groups, n_time_steps
+        if n_time_steps is not None and length_groups > 1:
+            self._trials = [t[np.argsort(n_time_steps[t], kind="stable")] for t in self._trials]
         self.batch_size = batch_size
         self.seed = seed % _WORD
         self._always = np.unique(np.asarray(must_include, dtype=np.int64))
@@ -51,6 +60,7 @@ class BatchPlan:
         order = np.argsort(bits.random_raw(len(self._optional)), kind="stable")
         drawn = np.concatenate([self._always, self._optional[order]])[: self.sessions_per_batch]
         words = bits.random_raw(self.batch_size)
+        group = (int(bits.random_raw()) * self._groups) >> 64
 
         least, remainder = divmod(self.batch_size, len(drawn))
         counts = {int(s): least + (place < remainder) for place, s in enumerate(drawn)}
@@ -58,14 +68,29 @@ class BatchPlan:
         start = 0
         for session in sorted(counts):
             stop = start + counts[session]
-            batch.append(_draw(self._trials[session], words[start:stop]))
+            batch.append(_draw(self._trials[session], words[start:stop], group, self._groups))
             start = stop
         return np.concatenate(batch)
 
+    def bins_over_mean(self, step: int) -> float:
+        """Bins of the batch at `step` over those of a mean batch; 1 where lengths are not grouped.
 
-def _draw(trials: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Uniform draws with replacement by multiply and shift; bias below n / 2**32."""
-    places = ((words >> np.uint64(32)) * np.uint64(len(trials))) >> np.uint64(32)
+        The gradient of a loss that is summed over frames grows with it, and so must the norm at
+        which it is clipped: else a frame of a long trial counts less than one of a short trial.
+        """
+        if self._bins is None or self._groups == 1:
+            return 1.0
+        mean = np.mean([self._bins[trials].mean() for trials in self._trials])
+        return float(self._bins[self.trials(step)].mean() / mean)
+
+
+def _draw(trials: np.ndarray, words: np.ndarray, group: int, groups: int) -> np.ndarray:
+    """Uniform draws with replacement by multiply and shift; bias below groups x n / 2**32.
+
+    From the `group`-th of `groups` equal parts of `trials`, which may part a trial in two.
+    """
+    part = (words >> np.uint64(32)) + np.uint64(group << 32)
+    places = (part * np.uint64(len(trials)) // np.uint64(groups)) >> np.uint64(32)
     return trials[places.astype(np.int64)]
 
 

@@ -166,6 +166,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         n_batches: length of the dataset: training steps.
         seed: of the batch plan.
         must_include_days: sessions (by position) that every batch contains.
+        length_groups: see `BatchPlan`.
         options: see `StreamedBatches`.
     """
 
@@ -179,11 +180,18 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         n_batches: int,
         seed: int,
         must_include_days: Sequence[int] = (),
+        length_groups: int = 1,
         **options: Unpack[BatchOptions],
     ) -> None:
         super().__init__(stream, trials_by_session, **options)
         self.plan = BatchPlan(
-            trials_by_session, batch_size, days_per_batch, seed, must_include_days
+            trials_by_session,
+            batch_size,
+            days_per_batch,
+            seed,
+            must_include_days,
+            n_time_steps=self._n_time_steps,
+            length_groups=length_groups,
         )
         self._n_batches = n_batches
 
@@ -203,6 +211,7 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             n_batches=config.num_training_batches,
             seed=config.dataset.seed,
             must_include_days=config.dataset.must_include_days or (),
+            length_groups=config.dataset.length_groups,
             **_shared_settings(config.dataset, 1 - VALIDATION_SHARE),
             **placement,
         )

@@ -147,7 +147,12 @@ class BrainToTextDecoder_Trainer_S3:
                     age = process_seconds()
                     read = age - (time.perf_counter() - run.batches.first_ready)
                     run.log.info(f"First batch after {age:.2f} s, read after {read:.2f} s")
-                result = run.train_step(batch, state.step, run.config.dataset.batch_size)
+                result = run.train_step(
+                    batch,
+                    state.step,
+                    run.config.dataset.batch_size,
+                    run.train_set.plan.bins_over_mean(state.step),
+                )
                 run.interval.n_bins += int(batch.n_time_steps.sum())
                 run.interval.n_frames += result.n_frames
                 if state.step % run.config.batches_per_train_log == 0:
