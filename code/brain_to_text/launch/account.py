@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import JobError
 from ..storage.aws_remedies import DENIED, remedy
+from ..storage.store import check_aws_variables
 
 # What refusals mean to somebody at the launcher.
 _MAY_NOT = "your user may not do this: attach code/aws/launcher_policy.json"
@@ -33,6 +34,7 @@ class AwsAccount:
 
     Raises:
         JobError: no region is known, the profile does not exist, or boto3 is not installed.
+        StorageError: see `check_aws_variables`.
     """
 
     def __init__(self, region: str | None = None, profile: str | None = None) -> None:
@@ -41,6 +43,7 @@ class AwsAccount:
             from botocore.exceptions import ProfileNotFound
         except ImportError as error:
             raise JobError("Talking to AWS needs boto3: run `pip install boto3 pyyaml`.") from error
+        check_aws_variables()
         chosen = region or os.environ.get("AWS_REGION") or None
         try:
             self.session = boto3.Session(region_name=chosen, profile_name=profile)
