@@ -24,13 +24,8 @@ from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.fetch import fetch
 from brain_to_text.launch.jobs import EXIT_CODES, job_state, list_jobs, release_job, stop_job
 from brain_to_text.launch.pricing import estimate
-from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings, resolve_config
-from brain_to_text.launch.submit import (
-    completed,
-    launch_training_job,
-    preflight,
-    submit_training_job,
-)
+from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings
+from brain_to_text.launch.submit import launch_training_job, preflight, prepare, submit
 from brain_to_text.launch.watch import watch
 from brain_to_text.redaction import one_line
 
@@ -110,19 +105,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _dry_run(settings: dict[str, Any]) -> int:
+def _dry_run(settings: JobSettings) -> int:
     """The request on standard output, what it would cost on standard error."""
-    request = launch_training_job(**settings, dry_run=True).request
-    print(json.dumps(request, indent=2))
-    job = JobSettings(**settings)
-    lines = estimate(resolve_config(job)[2], job.instance_type, job.instance_count).lines()
+    job = prepare(settings)
+    print(json.dumps(job.request, indent=2))
+    lines = estimate(job.config, settings.instance_type, settings.instance_count).lines()
     print(*lines, sep="\n", file=sys.stderr)
-    print("Not looked at: role, image, bucket, quota (--check does)", file=sys.stderr)
+    print("Not checked: role, image, bucket, quota (use --check)", file=sys.stderr)
     return 0
 
 
-def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsAccount) -> int:
-    job = completed(JobSettings(**settings), account)
+def _launch(settings: JobSettings, options: argparse.Namespace, account: AwsAccount) -> int:
+    job = prepare(settings, account)
     if options.check or not options.skip_checks:
         report = preflight(job, account)
         print(*report.lines(), sep="\n", file=sys.stderr)
@@ -132,14 +126,14 @@ def _launch(settings: dict[str, Any], options: argparse.Namespace, account: AwsA
             return 1
     if options.check:
         return 0
-    launched = submit_training_job(job, account)
-    print(f"Launched {launched.name}; outputs go to {launched.output_uri}")
-    if job.debug_shell:
-        target = f"sagemaker-training-job:{launched.name}_algo-1"
+    submit(job, account)
+    print(f"Launched {job.name}; outputs go to {job.output_uri}")
+    if settings.debug_shell:
+        target = f"sagemaker-training-job:{job.name}_algo-1"
         print(f"A shell in it, once it runs: aws ssm start-session --target {target}")
     if options.wait:
-        return _follow(launched.name, account)
-    print(f"Follow it: {COMMAND} --watch {launched.name}")
+        return _follow(job.name, account)
+    print(f"Follow it: {COMMAND} --watch {job.name}")
     return 0
 
 
@@ -184,8 +178,8 @@ def _follow(name: str, account: AwsAccount) -> int:
     return EXIT_CODES.get(state.status, EXIT_CODES["Failed"])
 
 
-def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:
-    """The options given, as arguments of launch_training_job."""
+def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> JobSettings:
+    """The options given, as settings of a job."""
     names = [entry.name for entry in fields(JobSettings) if entry.name != "overrides"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     for name in ("tags", "environment"):
@@ -199,7 +193,7 @@ def job_settings(options: argparse.Namespace, changes: dict[str, str]) -> dict[s
     for name in ("subnets", "security_group_ids"):
         if name in given:
             given[name] = tuple(given[name])
-    return {**given, "overrides": changes}
+    return JobSettings(**{"s3_bucket": "", **given}, overrides=changes)
 
 
 def _refuse_misspelt(name: str, parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ require(
 )
 
 from brain_to_text.config import config_keys
-from brain_to_text.config_reader import load_config, split_overrides
+from brain_to_text.config_reader import SCHEMA_DEFAULTS, load_config, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError, InUseError
 from brain_to_text.storage.locations import s3_url
 from brain_to_text.training.container import SageMakerEnvironment, failure_text
@@ -55,7 +55,9 @@ def parse_arguments(
     text("--s3-data-prefix", default=DEFAULT_PREFIX, help="prefix of the SESSION folders")
     text("--data-dir", help="a folder instead of a bucket (File or FastFile channels, local data)")
     text(
-        "--config-file", default=DEFAULT_CONFIG, help="YAML: a path, or a name beside this program"
+        "--config-file",
+        default=DEFAULT_CONFIG,
+        help=f"YAML: a path, or a name beside this program; '{SCHEMA_DEFAULTS}': no file",
     )
     text("--model-dir", default=str(environment.model_dir), help="becomes model.tar.gz")
     text(
@@ -192,7 +194,9 @@ def _log_url(options: argparse.Namespace, environment: SageMakerEnvironment) -> 
     return None
 
 
-def _find_config(name: str) -> Path:
+def _find_config(name: str) -> Path | None:
+    if name == SCHEMA_DEFAULTS:
+        return None
     path = Path(name)
     return path if path.exists() or path.is_absolute() else HERE / name
 

@@ -59,6 +59,7 @@ LEGACY_VALUES = {
     "use_composite_loss": False,
     "model.type": "gru",
 }
+SCHEMA_DEFAULTS = "defaults"  # as --config-file: no file, every key as the schema has it
 # Keys of earlier code for the joint loss (use_composite_loss, alpha_schedule_start, ...).
 _JOINT_LOSS = re.compile(r"(^|[._])(composite|alpha)(_|$)")
 

@@ -14,10 +14,22 @@ _SECRET_VARIABLES = (
 )
 _SECRET_PATTERN = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # an access key's id
+    r"|\b(?:hf_|gh[pousr]_|github_pat_|xox[abeoprs]-|sk-)[\w-]{16,}"  # tokens of web services
     r"|(?<=://)[^/\s@]+(?=@)"  # user and password inside a URL
     r"|(?i:(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)"
     r"=[^&\s'\"]+)"  # what signs a presigned URL
 )
+
+
+_SECRET_NAME = re.compile(
+    r"secret|token|passw|credential|private|(?:^|[^a-z])(?:pass|pat|(?:api|access)?key)(?![a-z])",
+    re.I,
+)
+
+
+def looks_secret(name: str, value: str) -> bool:
+    """Whether a setting's name or value has the form of a secret."""
+    return bool(_SECRET_NAME.search(name)) or redact(value) != value
 
 
 def redact(text: str) -> str:

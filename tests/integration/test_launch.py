@@ -81,6 +81,7 @@ CASES = {
             "OutputDataConfig.KmsKeyId": "k1",
             "ResourceConfig.VolumeKmsKeyId": "k2",
             "ResourceConfig.KeepAlivePeriodInSeconds": 600,
+            "Environment": {"S3_KMS_KEY_ID": "k1"},
         },
     ),
     "MLflow": (
@@ -107,10 +108,16 @@ CASES = {
             "HyperParameters": {
                 "s3-bucket": BUCKET,
                 "s3-data-prefix": "data/hdf5_data_diphone_encoded",
-                "config-file": "rnn_args_diphone_sagemaker.yaml",
+                "config-file": "defaults",
                 "output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1",
-                "model.n_units": "768",
+                "batches_per_val_step": "1500",
                 "dataset.batch_size": "32",
+                "dataset.n_classes": "1681",
+                "lr_max": "0.004",
+                "model.classifier": "factored",
+                "model.rnn_dropout": "0.5",
+                "num_training_batches": "150000",
+                "weight_decay": "0.002",
             },
             "RetryStrategy": None,
         },
@@ -311,17 +318,37 @@ def edited(monkeypatch, tmp_path):
     return tmp_path / "code"
 
 
-def test_768_units_edited_in_code_train_768(aws, edited, capsys):
+def test_units_edited_in_code_are_trained(aws, edited):
+    """Without a rebuild: the configuration travels with the request."""
     path = edited / DEFAULT_CONFIG
-    path.write_text(path.read_text().replace("n_units: 1024", "n_units: 768"))
+    path.write_text(path.read_text().replace("n_units: 1024", "n_units: 1536"))
     assert run(*basics(aws), "b2t-1") == 0
-    said = capsys.readouterr().err
-    assert f"{DEFAULT_CONFIG} was edited after the image was made" in said
     sent = aws.sent[0]["HyperParameters"]
-    in_image = load_config(CODE_FOLDER / sent["config-file"])
-    assert int(sent.get("model.n_units", in_image.model.n_units)) == 768
     dotted = {name: text for name, text in sent.items() if name not in NOT_KEYS}
-    assert load_config(CODE_FOLDER / sent["config-file"], dotted) == load_config(path)
+    assert sent["model.n_units"] == "1536" and load_config(None, dotted) == load_config(path)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--job-name", "no_underscores"], "--job-name is 'no_underscores'"),
+        (["--job-name", "b2t-1", "--volume-gb", "0"], "--volume-gb is 0"),
+        (["--job-name", "b2t-1", "--retries", "99"], "--retries is '99'"),
+        (
+            ["--job-name", "b2t-1", "--instance-type", "ml.g5.3xlarge"],
+            "nearest: ml.g5.xlarge, ml.g5.",
+        ),
+    ],
+)
+def test_a_check_refuses_what_the_service_would_refuse_before_it_asks_aws(
+    aws, capsys, monkeypatch, options, said
+):
+    monkeypatch.setattr("brain_to_text.launch.submit.preflight", None)
+    where = ["--s3-bucket", BUCKET, "--role", ROLE, "--image-uri", aws.image_uri]
+    for action in (["--check"], ["--dry-run"], []):
+        assert run(*where, *options, *action) == 1
+        assert said in capsys.readouterr().err
+    assert aws.sent == []
 
 
 def test_a_touched_file_of_the_trainer_is_refused_by_name(aws, edited, capsys):

@@ -478,6 +478,7 @@ def put_image(
     emulated: EmulatedAccount,
     labels: dict[str, str] | None = None,
     architecture: str = "amd64",
+    tag: str | None = None,
 ) -> str:
     """Push an image as build_and_push.sh does; returns its digest URI."""
     config = {"architecture": architecture, "config": {"Labels": labels or {}}}
@@ -497,7 +498,7 @@ def put_image(
     text = json.dumps(manifest)
     own = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     emulated.client("ecr").put_image(
-        repositoryName=REPOSITORY, imageManifest=text, imageTag=own[7:15], imageDigest=own
+        repositoryName=REPOSITORY, imageManifest=text, imageTag=tag or own[7:15], imageDigest=own
     )
     return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{REPOSITORY}@{own}"
 

@@ -1,16 +1,20 @@
 """Every way a job can be doomed before it starts, provoked one at a time."""
 
+import importlib
 import json
+import subprocess
+from collections import Counter
 
 import pytest
 from botocore.parsers import ResponseParserError
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import JobError
 from brain_to_text.launch.account_checks import check_quota, check_role
-from brain_to_text.launch.checks import check_data, check_image, check_machine
-from brain_to_text.launch.image import LABEL, fingerprints
-from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings, resolve_config
-from brain_to_text.launch.submit import preflight
+from brain_to_text.launch.checks import check_bucket, check_data, check_image, check_machine
+from brain_to_text.launch.image import LABEL, fingerprints, look_at
+from brain_to_text.launch.image import REPOSITORY as REPOSITORY_FOLDER
+from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings, job_config
+from brain_to_text.launch.submit import preflight, prepare, submit
 from support.aws_emulation import (
     ACCOUNT,
     BUCKET,
@@ -18,6 +22,7 @@ from support.aws_emulation import (
     REPOSITORY,
     ROLE,
     allow_role,
+    archive,
     deploy_stack,
     emulated_aws,
     log_in,
@@ -62,21 +67,45 @@ def text_of(findings, name):
 
 
 def test_a_job_that_is_ready_has_no_findings(ready):
-    report = preflight(job(image_uri=ready.image_uri), ready.account)
+    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
     assert report.lines()[-1] == "Checked: 0 errors, 0 warnings"
     assert report.findings == ()
     assert "AWS Price List, us-east-1" in "\n".join(report.lines())
 
 
-def test_several_errors_are_reported_together(ready):
-    report = preflight(job(role=None, s3_data_prefix="nowhere"), ready.account)
+def test_several_errors_are_reported_together(aws, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
+    aws.client("s3").create_bucket(Bucket=BUCKET)
+    report = preflight(prepare(job(role=None), aws.account), aws.account)
     assert names(report.findings) == ["role-missing", "image-missing", "data-missing"]
 
 
-def test_a_wrong_configuration_is_the_only_finding(ready):
-    report = preflight(job(overrides={"model.n_unit": "3"}), ready.account)
-    assert names(report.findings) == ["config"]
-    assert "model.n_units" in report.findings[0].reason
+def test_one_launch_makes_each_thing_once(ready, monkeypatch):
+    """Configuration, rules between settings, the service's model, the image: one look at each."""
+    counts = Counter()
+    for module, name in (
+        ("submit", "job_config"),
+        ("submit", "check_settings"),
+        ("submit", "look_at"),
+        ("request", "load_config"),
+        ("request", "breaches"),
+    ):
+        place = f"brain_to_text.launch.{module}"
+        real = getattr(importlib.import_module(place), name)
+
+        def counted(*given, _name=name, _real=real, **more):
+            counts[_name] += 1
+            return _real(*given, **more)
+
+        monkeypatch.setattr(f"{place}.{name}", counted)
+    tagged = ready.image_uri.split("@")[0]
+    made = prepare(job(image_uri=ready.image_uri), ready.account)
+    assert preflight(made, ready.account).of("error") == []
+    submit(made, ready.account)
+    assert set(counts.values()) == {1} and len(counts) == 5
+    (sent,) = ready.sent
+    assert sent == made.request
+    assert sent["AlgorithmSpecification"]["TrainingImage"].startswith(f"{tagged}@sha256:")
 
 
 def test_no_credentials(ready, monkeypatch):
@@ -86,7 +115,9 @@ def test_no_credentials(ready, monkeypatch):
     monkeypatch.setattr(
         type(ready.account), "identity", property(lambda self: refuse()), raising=False
     )
-    assert names(preflight(job(), ready.account).findings) == ["credentials"]
+    assert names(preflight(prepare(job(), ready.account), ready.account).findings) == [
+        "credentials"
+    ]
 
 
 @pytest.mark.parametrize("call", ["sts.GetCallerIdentity", "ecr.BatchGetImage"])
@@ -96,7 +127,7 @@ def test_a_page_of_a_proxy_instead_of_an_answer(ready, call):
 
     service = call.split(".")[0]
     ready.account.client(service).meta.events.register(f"before-call.{call}", page)
-    report = preflight(job(image_uri=ready.image_uri), ready.account)
+    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
     if service == "sts":
         assert names(report.findings) == ["credentials"]
     else:
@@ -119,7 +150,7 @@ def test_a_page_of_a_proxy_instead_of_an_answer(ready, call):
 )
 def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
     asked = job(**settings)
-    findings = list(check_machine(asked, resolve_config(asked)[2]))
+    findings = list(check_machine(asked, job_config(asked)))
     assert name in names(findings, severity)
     assert said in findings[0].reason
 
@@ -239,12 +270,11 @@ def test_spot_and_warm_pools_have_quotas_of_their_own(role, settings, use):
         ("servicequotas:ListServiceQuotas", "quota"),
         ("ecr:BatchGetImage", "image"),
         ("s3:GetObject", "data"),
-        ("s3:ListBucket", "data"),
     ],
 )
 def test_what_you_may_not_look_at_is_a_warning(ready, monkeypatch, action, what):
     log_in(ready, monkeypatch, policy_document("launcher_policy.json", action))
-    report = preflight(job(image_uri=ready.image_uri), ready.account)
+    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
     assert names(report.findings) == []
     assert names(report.findings, "warning") == [f"{what}-unchecked"]
     assert "attach code/aws/launcher_policy.json" in report.findings[0].reason
@@ -260,7 +290,8 @@ def registry(aws):
 
 
 def image_findings(aws, uri, **settings):
-    return list(check_image(job(image_uri=uri, **settings), aws.account))
+    image = uri and look_at(uri, aws.account)
+    return list(check_image(job(image_uri=uri, **settings), image, aws.account))
 
 
 def ours(**labels):
@@ -281,6 +312,19 @@ def test_image_that_is_not_there(registry):
     assert names(image_findings(registry, other)) == ["image-unknown"]
     unknown = uri.split("@")[0] + "@sha256:" + "0" * 64
     assert names(image_findings(registry, unknown)) == ["image-unknown"]
+
+
+def test_the_image_that_a_colleague_pushed_is_found(ready, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
+    made = prepare(job(), ready.account)
+    assert made.image is None and made.settings.image_uri is None
+    git = ["git", "-C", str(REPOSITORY_FOLDER), "rev-parse", "--short=12", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    pushed = put_image(ready, ours(), tag=revision)
+    made = prepare(job(), ready.account)
+    assert made.settings.image_uri == pushed
+    found = preflight(made, ready.account)
+    assert names(found.findings) == [] and "pushed from this revision" in found.findings[-1].reason
 
 
 def test_image_for_another_processor(registry):
@@ -348,7 +392,8 @@ def bucket(aws):
 
 def data_findings(aws, **settings):
     asked = job(**settings)
-    return list(check_data(asked, resolve_config(asked)[2], aws.account))
+    bucket = list(check_bucket(asked, aws.account))
+    return bucket or list(check_data(asked, job_config(asked), aws.account))
 
 
 def test_data_as_it_should_be(bucket):
@@ -363,6 +408,24 @@ def test_bucket_that_is_not_there_or_far_away(bucket):
     )
     findings = data_findings(bucket, s3_bucket="far-away")
     assert "--region eu-west-1" in text_of(findings, "bucket-region")
+
+
+def test_a_bucket_that_cannot_be_used_is_the_only_finding(aws, monkeypatch):
+    made = prepare(job(s3_bucket="no-such-bucket-here"), aws.account)
+    assert names(preflight(made, aws.account).findings) == ["bucket-unknown"]
+    ready_to_train(aws, monkeypatch)
+    aws.foreign_buckets.add(BUCKET)
+    report = preflight(prepare(job(), aws.account), aws.account)
+    assert names(report.findings) == ["bucket-forbidden"]
+    said = report.findings[0].reason
+    assert "belongs to another account" in said and "AccessDenied: User: arn:aws:iam" in said
+
+
+def test_archived_objects_are_counted_with_what_restores_them(bucket):
+    archive(bucket, f"{PREFIX}/t15.2023.08.11/data_train.hdf5")
+    archive(bucket, f"{PREFIX}/t15.2023.08.12/data_train.hdf5", "DEEP_ARCHIVE")
+    said = text_of(data_findings(bucket), "data-archived")
+    assert said.startswith("2 of ") and "aws s3api restore-object" in said
 
 
 def test_no_data_under_the_prefix(bucket):

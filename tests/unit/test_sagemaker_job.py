@@ -8,17 +8,17 @@ import unicodedata
 import hypothesis
 import launch_sagemaker_job
 import pytest
-from brain_to_text.config_reader import load_config
+from brain_to_text.config_reader import SCHEMA_DEFAULTS, load_config
 from brain_to_text.errors import ConfigError, JobError
 from brain_to_text.launch import request_validation
 from brain_to_text.launch.request import (
     CODE_FOLDER,
-    DEFAULT_CONFIG,
     METRIC_DEFINITIONS,
     JobSettings,
+    check_settings,
     hyperparameter_text,
+    job_config,
     new_job_name,
-    resolve_config,
     training_request,
 )
 from brain_to_text.launch.request_validation import Breach, breaches
@@ -30,6 +30,18 @@ KNOWN = {
     "role": "arn:aws:iam::123456789012:role/brain-to-text-training",
     "image_uri": "123456789012.dkr.ecr.us-east-1.amazonaws.com/b2t@sha256:" + "ab" * 32,
     "job_name": "b2t-diphone-1",
+}
+
+DIPHONES = {  # in what the diphone file differs from the schema
+    "batches_per_val_step": "1500",
+    "dataset.batch_size": "48",
+    "dataset.n_classes": "1681",
+    "lr_max": "0.004",
+    "model.classifier": "factored",
+    "model.n_units": "1024",
+    "model.rnn_dropout": "0.5",
+    "num_training_batches": "150000",
+    "weight_decay": "0.002",
 }
 
 # The log contract, literally: every line after a timestamp.
@@ -58,7 +70,9 @@ OTHER_LINES = (
 
 
 def request(**settings):
-    return training_request(JobSettings(**{**KNOWN, **settings}))
+    asked = JobSettings(**{**KNOWN, **settings})
+    check_settings(asked)
+    return training_request(asked, job_config(asked))
 
 
 @pytest.mark.parametrize("metric", METRIC_DEFINITIONS, ids=lambda metric: metric["Name"])
@@ -84,8 +98,9 @@ def test_the_shortest_command_makes_the_reference_job():
         "HyperParameters": {
             "s3-bucket": "my-bucket",
             "s3-data-prefix": "data/hdf5_data_diphone_encoded",
-            "config-file": "rnn_args_diphone_sagemaker.yaml",
+            "config-file": "defaults",
             "output-s3-uri": "s3://my-bucket/sagemaker-outputs/b2t-diphone-1",
+            **DIPHONES,
         },
         "OutputDataConfig": {"S3OutputPath": "s3://my-bucket/sagemaker-outputs"},
         "ResourceConfig": {
@@ -128,29 +143,26 @@ def test_short_options_and_dotted_keys_become_the_same_hyperparameters():
     assert short["dataset.batch_size"] == "32"
 
 
-def test_an_own_config_file_travels_as_its_differences(tmp_path):
-    own = tmp_path / "mine.yaml"
-    text = (CODE_FOLDER / DEFAULT_CONFIG).read_text()
-    own.write_text(text.replace("n_units: 1024", "n_units: 512").replace("[512]", "[512]"))
-    made = request(config_file=str(own))["HyperParameters"]
-    assert made["config-file"] == DEFAULT_CONFIG
-    assert made["model.n_units"] == "512"
-    assert sorted(name for name in made if "." in name) == ["model.n_units"]
+@pytest.mark.parametrize("kind", ["diphone_sagemaker", "phoneme_sagemaker", "smoke"])
+def test_a_job_carries_what_differs_from_the_schemas_defaults(kind):
+    """The phoneme file is the public baseline, which is the schema's default."""
+    made = request(config_file=f"rnn_args_{kind}.yaml")["HyperParameters"]
+    assert made.pop("config-file") == SCHEMA_DEFAULTS
+    for place in ("s3-bucket", "s3-data-prefix", "output-s3-uri"):
+        del made[place]
+    assert (made == {}) == (kind == "phoneme_sagemaker")
+    assert load_config(None, made) == load_config(CODE_FOLDER / f"rnn_args_{kind}.yaml")
 
 
-def test_what_travels_makes_the_same_config_in_the_image(tmp_path):
-    own = tmp_path / "mine.yaml"
-    own.write_text(
+def test_what_a_job_carries_makes_the_same_config_in_the_image(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
         "dataset: {n_classes: 1681, bad_trials_dict: {t15.2023.08.11: {2: [1, 4]}}}\n"
         "objective: {schedule: [[0.5, 1], [90000, 0.4]]}\nlr_min: 1.0e-05\nuse_amp: false\n"
     )
-    base, changed, config = resolve_config(JobSettings(**{**KNOWN, "config_file": str(own)}))
-    received = {}
-    for name, value in changed.items():
-        decoded = through_toolkit(hyperparameter_text(value))
-        received[name] = decoded
-    again = load_config(CODE_FOLDER / base, received)
-    ours, theirs = config.to_dict(), again.to_dict()
+    made = request(config_file=str(path))["HyperParameters"]
+    received = {name: through_toolkit(text) for name, text in made.items() if "-" not in name}
+    ours, theirs = load_config(path).to_dict(), load_config(None, received).to_dict()
     for settings in (ours, theirs):  # JSON has text keys only
         bad = settings["dataset"].pop("bad_trials_dict")
         settings["bad"] = {s: {int(b): t for b, t in v.items()} for s, v in bad.items()}
@@ -209,6 +221,11 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"data_channel": "pipe"}, "fastfile"),
         ({"environment": {"HF_TOKEN": "x"}}, "looks like a secret"),
         ({"environment": {"A": "AKIAIOSFODNN7EXAMPLE"}}, "looks like a secret"),
+        ({"tags": {"a": "ghp_0123456789abcdefghij"}}, "The tag 'a' looks like a secret"),
+        ({"tags": {"db-pass": "x"}}, "The tag 'db-pass' looks like a secret"),
+        ({"environment": {"GIT_PAT": "x"}}, "looks like a secret"),
+        ({"environment": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
+        ({"volume_gb": 0}, "--volume-gb is 0"),
         ({"environment": {"A": "https://b/k?X-Amz-Signature=0a1b"}}, "looks like a secret"),
         ({"overrides": {"model.n_units": "https://me:pw@host"}}, "looks like a secret"),
         ({"mlflow_tracking_uri": "https://me:pw@host"}, "password"),
@@ -303,11 +320,6 @@ def exotic_number(text):
     return any(
         unicodedata.category(c) not in ("Lu", "Ll", "Nd", "Zs") and not c.isascii() for c in text
     )
-
-
-def test_an_image_without_any_of_our_configurations_is_refused():
-    with pytest.raises(JobError, match=r"build_and_push\.sh"):
-        training_request(JobSettings(**KNOWN), {"code/train_model_sagemaker.py": "0"})
 
 
 @pytest.mark.parametrize("name", ["role", "image_uri", "job_name"])

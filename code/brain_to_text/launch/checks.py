@@ -19,15 +19,16 @@ from ..storage.locations import (
     DATA_FILE,
     MANIFEST_NAME,
     ObjectInfo,
+    archived_sentence,
     not_taken_sentence,
     s3_url,
     shortened,
     split_s3_url,
 )
 from .account import AwsAccount, error_code
-from .image import ECR_URI, Image, code_differences, look_at
+from .image import ECR_URI, Image, code_differences
 from .pricing import cheaper_choice, gpu_of, instance_types, step_seconds
-from .request import JobSettings, resolve_config
+from .request import JobSettings
 
 LONG_TRIAL_BINS = 2500  # 50 s of attempted speech: about the longest trials of the public corpus
 _PUSH = "./build_and_push.sh"
@@ -105,34 +106,44 @@ def memory_gib(config: TrainingConfig, n_gpus: int = 1, batch_size: int | None =
 # --- the image ------------------------------------------------------------------------------------
 
 
-def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
-    """Is the image where the job looks, for its processor, and made of the code that is here?"""
-    if job.image_uri is None:
+def check_image(
+    settings: JobSettings, image: Image | None, account: AwsAccount
+) -> Iterator[Finding]:
+    """Is the image where the job looks, for its processor, and made of the code that is here?
+
+    Args:
+        image: what ECR says of it (`image.look_at`).
+
+    Raises:
+        Exception: of botocore, when ECR refused to answer.
+    """
+    if image is None:
         yield error("image-missing", f"The job has no image: run {_PUSH}, or give --image-uri.")
         return
-    place = ECR_URI.fullmatch(job.image_uri)
-    if place is None:
+    parts = ECR_URI.fullmatch(image.uri)
+    if parts is None:
         yield error(
             "image-not-ecr",
-            f"Image {job.image_uri} is not in ECR and SageMaker pulls from nowhere else: run "
-            f"{_PUSH} and leave --image-uri away.",
+            f"Image {image.uri} is not in ECR, and SageMaker pulls from nowhere else: run "
+            f"{_PUSH} and leave out --image-uri.",
         )
         return
-    if place["region"] != account.region:
+    if parts["region"] != account.region:
         yield error(
             "image-region",
-            f"The image lies in {place['region']} and the job runs in {account.region}: run "
+            f"The image lies in {parts['region']} and the job runs in {account.region}: run "
             f"{_PUSH} --region {account.region}.",
         )
         return
-    try:
-        image = look_at(job.image_uri, account)
-    except LookupError as missing:
+    if image.refusal:
+        raise image.refusal
+    if image.missing:
+        repository = parts["repository"]
         yield error(
             "image-unknown",
-            f"ECR in {account.region} of account {place['account']} has no image {missing} in a "
-            f"repository {place['repository']}: run {_PUSH}, or choose one of "
-            f"`aws ecr list-images --repository-name {place['repository']}`.",
+            f"ECR in {account.region} of account {parts['account']} has no image {image.missing} "
+            f"in a repository {repository}: run {_PUSH}, or choose one of "
+            f"`aws ecr list-images --repository-name {repository}`.",
         )
         return
     if image.architectures and "amd64" not in image.architectures:
@@ -141,17 +152,17 @@ def check_image(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
             f"The image is for {', '.join(sorted(image.architectures))} and SageMaker's GPU "
             f"instances are amd64: run {_PUSH}, which builds for linux/amd64 everywhere.",
         )
-    if job.mlflow_tracking_uri and (image.labels or {}).get("brain-to-text.mlflow") == "no":
+    if settings.mlflow_tracking_uri and (image.labels or {}).get("brain-to-text.mlflow") == "no":
         yield error(
             "image-without-mlflow",
             "--mlflow-tracking-uri is given and the image holds no MLflow client, so nothing would "
             f"be tracked: run {_PUSH} --mlflow, or drop the option.",
         )
-    yield from _code(job, image)
+    yield from _code(settings, image)
 
 
-def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
-    """Whether what was looked at here is what will run there."""
+def _code(settings: JobSettings, image: Image) -> Iterator[Finding]:
+    """Whether the code here, which was checked, is the code that will run."""
     if image.code is None:
         yield warning(
             "image-code-unknown",
@@ -167,56 +178,69 @@ def _code(job: JobSettings, image: Image) -> Iterator[Finding]:
             f"The image was made of other code than is here ({named}): run {_PUSH}, or launch what "
             "the image holds with --accept-code-difference.",
         )
-        yield replace(finding, severity="warning") if job.accept_code_difference else finding
-    base, changed, _ = resolve_config(job, image.code)
-    if (base, changed) != resolve_config(job)[:2]:
-        yield note(
-            "config-travels",
-            f"{job.config_file} was edited after the image was made, so the job gets yours as "
-            f"{len(changed)} values: {', '.join(f'{k}={v}' for k, v in list(changed.items())[:6])}"
-            f"{', …' if len(changed) > 6 else ''}.",
-        )
+        accepted = settings.accept_code_difference
+        yield replace(finding, severity="warning") if accepted else finding
 
 
 # --- the data -------------------------------------------------------------------------------------
 
 
-def check_data(job: JobSettings, config: TrainingConfig, account: AwsAccount) -> Iterator[Finding]:
-    """Is the data where the job will look, indexed, and what the configuration says it is?"""
-    s3 = account.client("s3")
-    problem = _bucket(job, account, s3)
-    if problem is not None:
-        yield problem
-        return
-    yield from _dataset(job, config, s3)
-    yield from _starting_points(job, s3)
+def check_bucket(settings: JobSettings, account: AwsAccount) -> Iterator[Finding]:
+    """Is the bucket there, open to you, and in the job's region?"""
+    from botocore.exceptions import ClientError
+
+    s3, bucket = account.client("s3"), settings.s3_bucket
+    try:
+        answer = s3.head_bucket(Bucket=bucket)
+    except ClientError as problem:
+        code, answer = error_code(problem), problem.response
+        if code in ("404", "NoSuchBucket"):
+            yield error(
+                "bucket-unknown",
+                f"Bucket {bucket} does not exist: check --s3-bucket against `aws s3 ls`, or create "
+                "it.",
+            )
+            return
+        if code in ("403", "AccessDenied"):
+            yield error(
+                "bucket-forbidden",
+                f"S3 refused access to bucket {bucket} ({_why_refused(s3, bucket)}): it belongs to "
+                "another account, or a policy keeps you out. Check --s3-bucket, ask the bucket's "
+                "owner to admit you and the job's role, or attach code/aws/launcher_policy.json.",
+            )
+            return
+        if code != "301":
+            raise
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")
+    if region and region != account.region:
+        yield error(
+            "bucket-region",
+            f"Bucket {bucket} lies in {region} and the job would run in {account.region}: every "
+            f"byte would cross regions, slowly and at a price; use --region {region}.",
+        )
 
 
-def _bucket(job: JobSettings, account: AwsAccount, s3: Any) -> Finding | None:
+def _why_refused(s3: Any, bucket: str) -> str:
+    """What S3 says to a request whose answer has a body, which HEAD's has not."""
     from botocore.exceptions import ClientError
 
     try:
-        answer = s3.head_bucket(Bucket=job.s3_bucket)
+        s3.list_objects_v2(Bucket=bucket, MaxKeys=1)
     except ClientError as problem:
-        code = error_code(problem)
-        if code in ("404", "NoSuchBucket"):
-            return error(
-                "bucket-unknown",
-                f"Bucket {job.s3_bucket} does not exist: check --s3-bucket against `aws s3 ls`, "
-                "or create it.",
-            )
-        if code != "301":
-            raise
-        answer = problem.response
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")
-    if not region or region == account.region:
-        return None
-    return error(
-        "bucket-region",
-        f"Bucket {job.s3_bucket} lies in {region} and the job would run in {account.region}: every "
-        f"byte would cross regions, slowly and at a price; use --region {region}.",
-    )
+        return f"{error_code(problem)}: {problem.response['Error'].get('Message', '')}".rstrip(
+            ": ."
+        )
+    return "403 to HeadBucket"
+
+
+def check_data(
+    settings: JobSettings, config: TrainingConfig, account: AwsAccount
+) -> Iterator[Finding]:
+    """Is the data where the job will look, indexed, and what the configuration says it is?"""
+    s3 = account.client("s3")
+    yield from _dataset(settings, config, s3)
+    yield from _starting_points(settings, s3)
 
 
 def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Finding]:
@@ -240,6 +264,9 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
             f"{url} has no data_val.hdf5, so no best model can be chosen: upload validation data, "
             "or set --save_final_model true.",
         )
+    if archived := archived_sentence(listing, url):
+        yield error("data-archived", archived)
+        return
     overlooked = not_taken_sentence(listing)
     if overlooked:
         yield warning("data-not-taken", f"{url}: {overlooked}.")
@@ -303,10 +330,23 @@ def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
 def _listing(s3: Any, bucket: str, prefix: str, everything: bool = True) -> dict[str, Any]:
     """Objects under a prefix by their key relative to it, as the store's listings."""
     found: dict[str, Any] = {}
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    for page in s3.get_paginator("list_objects_v2").paginate(
+        Bucket=bucket, Prefix=prefix, OptionalObjectAttributes=["RestoreStatus"]
+    ):
         for entry in page.get("Contents", []):
             key = entry["Key"].removeprefix(prefix)
-            found[key] = ObjectInfo(key, int(entry["Size"]), entry.get("ETag", "").strip('"'))
+            found[key] = ObjectInfo(
+                key,
+                int(entry["Size"]),
+                entry.get("ETag", "").strip('"'),
+                "STANDARD" if _restored(entry) else entry.get("StorageClass", ""),
+            )
         if not everything:
             break
     return found
+
+
+def _restored(entry: dict[str, Any]) -> bool:
+    """Whether an archived object has a copy that can be read now."""
+    status = entry.get("RestoreStatus", {})
+    return "RestoreExpiryDate" in status and not status.get("IsRestoreInProgress")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..errors import JobError
 from .account import AwsAccount, no_answer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+STACK_REPOSITORY = "brain-to-text-training"  # in code/aws/stack.yaml and build_and_push.sh
 LABEL = "brain-to-text.code-fingerprints"
 _CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache")
-# what only the desk uses or leaves behind, and a job's result cannot depend on
-_DESK = (
+# what only your machine uses or leaves behind, so that a job's result cannot depend on it
+_LOCAL = (
     "*/.*",
     "code/*.md",
     "code/NOTICE",
@@ -31,7 +34,7 @@ _DESK = (
     "code/launch_sagemaker_job.py",
     "code/brain_to_text/launch/*",
 )
-_CONFIGURATIONS = "code/*.yaml"  # these travel as hyperparameters where they differ
+_CONFIGURATIONS = "code/*.yaml"  # a job gets its whole configuration as hyperparameters
 
 ECR_URI = re.compile(
     r"(?P<account>[0-9]{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
@@ -44,12 +47,18 @@ class Image:
     """What ECR lets us see of an image.
 
     Attributes:
+        uri: by digest where it is known, so that a tag that moves changes nothing.
         architectures: of processors; empty when it could not be seen.
         labels: None when they could not be seen.
+        missing: the tag or digest that ECR does not have.
+        refusal: why ECR could not be asked.
     """
 
+    uri: str
     architectures: frozenset[str] = frozenset()
     labels: Mapping[str, str] | None = None
+    missing: str | None = None
+    refusal: Exception | None = None
 
     @property
     def code(self) -> dict[str, str] | None:
@@ -79,63 +88,70 @@ def fingerprints() -> dict[str, str]:
 def code_differences(image: Mapping[str, str]) -> list[str]:
     """Files whose difference a job would feel: changed, new here, or only in the image.
 
-    Configurations are left out, since they travel; so is what only the desk uses, and locks that
-    this kind of image was not made of.
+    Left out: configurations, which every job gets as hyperparameters; what only your machine uses;
+    locks that this kind of image was not made of.
     """
     here = fingerprints()
     return [
         path
         for path in sorted(here.keys() | image.keys())
         if here.get(path) != image.get(path)
-        and not any(fnmatch(path, pattern) for pattern in _DESK)
+        and not any(fnmatch(path, pattern) for pattern in _LOCAL)
         and not (fnmatch(path, _CONFIGURATIONS) and path.count("/") == 1)
         and not (path.startswith("docker/") and path not in image)
     ]
 
 
-def unchanged_in_image(path: Path, image: Mapping[str, str] | None) -> bool:
-    """Whether the image holds this file of code/ as it is here; True where nothing is known."""
-    if image is None:
-        return True
-    return image.get(path.relative_to(REPOSITORY).as_posix()) == _fingerprint(path)
-
-
 def look_at(uri: str, account: AwsAccount) -> Image:
-    """Ask ECR for an image's manifest and configuration.
-
-    Raises:
-        ClientError: ECR refused.
-        LookupError: there is no such repository, or no such image in it.
-    """
-    place = ECR_URI.fullmatch(uri)
-    if place is None:
-        return Image()
-    ecr = account.client("ecr", place["region"])
-    digest, tag = place["digest"], place["tag"] or "latest"
+    """Ask ECR for an image's manifest and configuration."""
+    parts = ECR_URI.fullmatch(uri)
+    if parts is None:
+        return Image(uri)
+    ecr = account.client("ecr", parts["region"])
+    digest, tag = parts["digest"], parts["tag"] or "latest"
+    wanted = {"imageDigest": digest} if digest else {"imageTag": tag}
+    where = {"registryId": parts["account"], "repositoryName": parts["repository"]}
     try:
-        images = ecr.batch_get_image(
-            registryId=place["account"],
-            repositoryName=place["repository"],
-            imageIds=[{"imageDigest": digest} if digest else {"imageTag": tag}],
-        )["images"]
+        images = ecr.batch_get_image(**where, imageIds=[wanted])["images"]
     except ecr.exceptions.RepositoryNotFoundException:
         images = []
+    except no_answer() as error:
+        return Image(uri, refusal=error)
     if not images:
-        raise LookupError(digest or tag)
+        return Image(uri, missing=digest or tag)
+    found = images[0]["imageId"].get("imageDigest", digest)
+    uri = f"{uri.partition('@')[0].removesuffix(f':{tag}')}@{found}" if found else uri
     manifest = json.loads(images[0]["imageManifest"])
     if "manifests" in manifest:  # an index: what it lists is not opened
         platforms = (entry.get("platform", {}) for entry in manifest["manifests"])
-        found = {platform.get("architecture", "") for platform in platforms}
-        return Image(frozenset(found - {"", "unknown"}))
-    config = _configuration(ecr, place, manifest)
+        seen = {platform.get("architecture", "") for platform in platforms}
+        return Image(uri, frozenset(seen - {"", "unknown"}))
+    config = _configuration(ecr, parts, manifest)
     if config is None:
-        return Image()
+        return Image(uri)
     labels = config.get("config", {}).get("Labels") or {}
-    return Image(frozenset({config.get("architecture", "")} - {""}), labels)
+    return Image(uri, frozenset({config.get("architecture", "")} - {""}), labels)
+
+
+def pushed_image(account: AwsAccount) -> Image | None:
+    """The image that a push from this revision made, by anybody; None where there is none.
+
+    Its tag is the git revision, as in build_and_push.sh; whether its code is that on this machine
+    is for `code_differences` to say.
+    """
+    try:
+        git = ("git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD")
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        owner = account.identity["Account"]
+    except (OSError, subprocess.CalledProcessError, JobError):
+        return None
+    host = f"{owner}.dkr.ecr.{account.region}.{account.dns_suffix}"
+    image = look_at(f"{host}/{STACK_REPOSITORY}:{revision}", account)
+    return None if image.missing or image.refusal else image
 
 
 def _configuration(
-    ecr: Any, place: re.Match[str], manifest: dict[str, Any]
+    ecr: Any, parts: re.Match[str], manifest: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The image's configuration object; None when ECR does not let us look."""
     digest = manifest.get("config", {}).get("digest")
@@ -143,7 +159,7 @@ def _configuration(
         return None
     try:
         url = ecr.get_download_url_for_layer(
-            registryId=place["account"], repositoryName=place["repository"], layerDigest=digest
+            registryId=parts["account"], repositoryName=parts["repository"], layerDigest=digest
         )["downloadUrl"]
         with urllib.request.urlopen(url, timeout=10) as answer:
             return dict(json.load(answer))

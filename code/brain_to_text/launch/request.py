@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import TrainingConfig, changed
-from ..config_reader import load_config
+from ..config_reader import SCHEMA_DEFAULTS, load_config
 from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
-from ..redaction import redact
-from ..storage.locations import s3_url
-from .image import unchanged_in_image
+from ..redaction import looks_secret, redact
+from ..storage.locations import KMS_KEY_VARIABLE, s3_url
 from .request_validation import breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
@@ -35,7 +34,6 @@ _MLFLOW_SERVER = re.compile(
     r"https?://\S+|arn:[\w-]+:sagemaker:[a-z0-9-]+:[0-9]{12}:mlflow-(tracking-server|app)/[\w.-]+"
 )
 PROJECT_TAG = {"project": "brain-to-text"}  # by which `jobs.list_jobs` finds what we launched
-_SECRET_NAME = re.compile(r"secret|token|passw|credential|private|access_key|api_?key", re.I)
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -106,9 +104,6 @@ class JobSettings:
         None, "MLflow server: ARN of SageMaker's, or an http(s):// address; needs a --mlflow image"
     )
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def output_uri(self, job_name: str) -> str:
         """s3:// folder that holds everything one job leaves."""
         return s3_url(self.s3_bucket, self.output_prefix, job_name)
@@ -125,60 +120,35 @@ def new_job_name(config_file: str) -> str:
     return f"b2t-{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def resolve_config(
-    settings: JobSettings, image: Mapping[str, str] | None = None
-) -> tuple[str, dict[str, Any], TrainingConfig]:
-    """What the job trains with.
-
-    A file that the image holds unchanged travels by name. Any other one, edited since the image was
-    pushed or of your own, travels as its differences from the nearest file that the image holds.
-
-    Args:
-        image: fingerprints of the code in the image (`image.code_in`); None: taken to be that here.
-
-    Returns:
-        (name of a file in the image, values by dotted key that differ from it, whole config)
+def job_config(settings: JobSettings) -> TrainingConfig:
+    """What the job trains with: the file, then the overrides, then the short options.
 
     Raises:
-        ConfigError: the file or an override is wrong; nothing is sent to AWS.
-        JobError: the image holds none of the files in code/ as they are here.
+        ConfigError: the file or an override is wrong.
     """
-    given = Path(settings.config_file)
-    shipped = CODE_FOLDER / given.name
-    if not given.is_file() and len(given.parts) == 1:
-        given = shipped
-    own = {
+    path = Path(settings.config_file)
+    if not path.is_file() and len(path.parts) == 1:
+        path = CODE_FOLDER / path.name
+    model = settings.init_from_checkpoint
+    options = {
         "num-training-batches": settings.num_training_batches,
         "batch-size": settings.batch_size,
-        "init-from-checkpoint": None if settings.init_from_checkpoint is None else True,
-        "init-checkpoint-path": settings.init_from_checkpoint,
+        "init-from-checkpoint": None if model is None else True,
+        "init-checkpoint-path": model,
     }
-    given_here = {name: value for name, value in own.items() if value is not None}
-    config = load_config(given, {**settings.overrides, **given_here})
-    bases = [path for path in sorted(CODE_FOLDER.glob("*.yaml")) if unchanged_in_image(path, image)]
-    if given.resolve() == shipped.resolve() and shipped in bases:
-        bases = [shipped]
-    if not bases:
-        raise JobError(
-            "The image holds none of the configurations in code/ as they are here: run "
-            "./build_and_push.sh."
-        )
-    changes = {path: changed(load_config(path).to_dict(), config.to_dict()) for path in bases}
-    base = min(bases, key=lambda path: (len(changes[path]), path.name != DEFAULT_CONFIG))
-    return base.name, {key: value for key, (_, value) in changes[base].items()}, config
+    given = {name: value for name, value in options.items() if value is not None}
+    return load_config(path, {**settings.overrides, **given})
 
 
-def training_request(
-    settings: JobSettings, image: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The CreateTrainingJob request, complete: role, image and name must be known by now.
+def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str, Any]:
+    """The CreateTrainingJob request, held against the service's own model.
 
     Args:
-        image: as in `resolve_config`.
+        settings: with role, image and name filled in; text in "<…>" stands for what is not known.
+        config: of these settings (`job_config`).
 
     Raises:
-        ConfigError: the training configuration is wrong.
-        JobError: role, image or name is missing, or a value breaks a limit of the API.
+        JobError: a value breaks a limit of the API.
     """
     job_name = str(settings.job_name)
     output_uri = settings.output_uri(job_name)
@@ -190,7 +160,7 @@ def training_request(
             "TrainingInputMode": "FastFile" if settings.data_channel == "fastfile" else "File",
             "MetricDefinitions": [dict(metric) for metric in METRIC_DEFINITIONS],
         },
-        "HyperParameters": _hyperparameters(settings, output_uri, image),
+        "HyperParameters": _hyperparameters(settings, config, output_uri),
         "OutputDataConfig": {"S3OutputPath": output_uri.rsplit("/", 1)[0]},
         "ResourceConfig": {
             "InstanceType": settings.instance_type,
@@ -234,7 +204,7 @@ def training_request(
     if environment:
         request["Environment"] = environment
     for breach in breaches("CreateTrainingJob", request):
-        if not str(breach.value).startswith("<"):  # a reminder of a dry run (`launch.MISSING`)
+        if not str(breach.value).startswith("<"):  # a reminder of a dry run (`submit.MISSING`)
             raise JobError(breach.sentence())
     return request
 
@@ -257,15 +227,16 @@ def hyperparameter_text(value: Any) -> str:
 
 
 def _hyperparameters(
-    settings: JobSettings, output_uri: str, image: Mapping[str, str] | None
+    settings: JobSettings, config: TrainingConfig, output_uri: str
 ) -> dict[str, str]:
-    base, changes, _ = resolve_config(settings, image)
+    """Where the data is, and every value of the configuration that is not the schema's default."""
+    differences = changed(TrainingConfig().to_dict(), config.to_dict())
     values: dict[str, Any] = {
         "s3-bucket": settings.s3_bucket,
         "s3-data-prefix": settings.s3_data_prefix.strip("/"),
-        "config-file": base,
+        "config-file": SCHEMA_DEFAULTS,
         "output-s3-uri": output_uri,
-        **changes,
+        **{key: value for key, (_, value) in differences.items()},
     }
     if settings.accept_changes:
         values["accept-changes"] = True
@@ -276,6 +247,8 @@ def _hyperparameters(
 
 def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
     environment = dict(settings.environment)
+    if settings.output_kms_key:
+        environment.setdefault(KMS_KEY_VARIABLE, settings.output_kms_key)
     if settings.mlflow_tracking_uri:
         environment.setdefault("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri)
         environment.setdefault("MLFLOW_EXPERIMENT_NAME", "brain-to-text")
@@ -297,7 +270,13 @@ def _data_channel(settings: JobSettings) -> dict[str, Any]:
     }
 
 
-def _check(settings: JobSettings) -> None:
+def check_settings(settings: JobSettings) -> None:
+    """What the service's model does not hold: rules between settings, and no secrets.
+
+    Raises:
+        JobError: names the option, and what to type instead.
+    """
+
     def refuse(what: str) -> None:
         raise JobError(what)
 
@@ -308,6 +287,8 @@ def _check(settings: JobSettings) -> None:
         )
     if settings.instance_count < 1:
         refuse(f"--instance-count is {settings.instance_count} but a job needs at least one.")
+    if settings.volume_gb < 1:
+        refuse(f"--volume-gb is {settings.volume_gb} but a job needs a volume: give at least 1.")
     if settings.data_channel not in ("stream", "fastfile", "file"):
         refuse(f"--data-channel is '{settings.data_channel}': choose stream, fastfile or file.")
     if settings.max_wait_hours is not None:
@@ -327,12 +308,16 @@ def _check(settings: JobSettings) -> None:
         refuse("Spot jobs cannot keep instances warm: drop --keep-alive-minutes or --spot.")
     if taken := PROJECT_TAG.keys() & settings.tags.keys():
         refuse(f"The tag '{taken.pop()}' is how --list finds our jobs: give yours another name.")
-    for kind, values in (("variable", settings.environment), ("setting", settings.overrides)):
+    for kind, values in (
+        ("variable", settings.environment),
+        ("setting", settings.overrides),
+        ("tag", settings.tags),
+    ):
         for name, value in values.items():
-            if _SECRET_NAME.search(name) or redact(str(value)) != str(value):
+            if looks_secret(name, str(value)):
                 refuse(
-                    f"The {kind} '{name}' looks like a secret, and a job's request can be read by "
-                    "everybody who may describe it: give the role access instead."
+                    f"The {kind} '{name}' looks like a secret, and everybody who may describe the "
+                    "job can read its request: give the job's role access instead."
                 )
     if server := settings.mlflow_tracking_uri:
         if redact(server) != server:

@@ -91,8 +91,8 @@ class Breach:
         if place.endswith("InSeconds"):
             shown, rule = f"{value:,} seconds", f"{rule} seconds"
         if rule.startswith("one of ") and len(rule) > 200:
-            near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=1, cutoff=0.5)
-            rule = "one that this boto3 knows" + (f" (nearest: {near[0]})" if near else "")
+            near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=3, cutoff=0.5)
+            rule = "one that this boto3 knows" + (f" (nearest: {', '.join(near)})" if near else "")
         return f"{option} is {shown} and SageMaker wants it to be {rule}."
 
 

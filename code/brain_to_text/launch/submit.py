@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BrainToTextError, Finding, JobError, error, warning
+from ..config import TrainingConfig
+from ..errors import Finding, JobError, error, note, warning
 from .account import AwsAccount, error_code, explained, no_answer, sentence
 from .account_checks import check_quota, check_role
-from .checks import check_data, check_image, check_machine
-from .image import look_at
+from .checks import check_bucket, check_data, check_image, check_machine
+from .image import Image, look_at, pushed_image
 from .pricing import Estimate, estimate
-from .request import CODE_FOLDER, JobSettings, new_job_name, resolve_config, training_request
+from .request import (
+    CODE_FOLDER,
+    JobSettings,
+    check_settings,
+    job_config,
+    new_job_name,
+    training_request,
+)
 
 ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")
 IMAGE_VARIABLE = "BRAIN_TO_TEXT_IMAGE_URI"
@@ -29,12 +37,79 @@ MISSING = {
 
 
 @dataclass(frozen=True)
-class LaunchedJob:
-    """A job's name, where its outputs go, and the request that made it."""
+class TrainingJob:
+    """A job from settings to request: what is checked is what is sent.
 
-    name: str
-    output_uri: str
+    Attributes:
+        settings: with name, role and image filled in where they are known.
+        config: what the job trains with.
+        request: of CreateTrainingJob; it has passed the service's own model.
+        image: what ECR says of the image; None where AWS was not asked.
+        image_found: how the image was chosen, where nobody named one.
+    """
+
+    settings: JobSettings
+    config: TrainingConfig
     request: dict[str, Any]
+    image: Image | None = None
+    image_found: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.job_name)
+
+    @property
+    def output_uri(self) -> str:
+        """s3:// folder that holds everything the job leaves."""
+        return self.settings.output_uri(self.name)
+
+
+def prepare(settings: JobSettings, account: AwsAccount | None = None) -> TrainingJob:
+    """Everything that is known of a job before it is checked and sent; each part is made once.
+
+    Args:
+        account: where it will run; None asks AWS nothing.
+
+    Raises:
+        ConfigError: the training configuration is wrong.
+        JobError: a setting is wrong, the service would refuse the request, or the role is given by
+            name and does not exist.
+    """
+    check_settings(settings)  # first: it keeps secrets out of every later message
+    config = job_config(settings)
+    name = settings.job_name or new_job_name(settings.config_file)
+    uri, image, found = settings.image_uri or os.environ.get(IMAGE_VARIABLE), None, None
+    if uri is None and (uri := _last_image()):
+        found = f"Image: the last one pushed from this clone ({uri})."
+    if account is not None:
+        if uri is not None:
+            image = look_at(uri, account)
+        elif image := pushed_image(account):
+            found = f"Image: the one in ECR that was pushed from this revision ({image.uri})."
+        uri = image.uri if image else None
+    role = settings.role
+    role = role or next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
+    if account is not None:
+        role = role_arn(role, account)
+    settings = dataclasses.replace(settings, job_name=name, image_uri=uri, role=role)
+    reminders: dict[str, Any] = {
+        key: text for key, text in MISSING.items() if getattr(settings, key) is None
+    }
+    request = training_request(dataclasses.replace(settings, **reminders), config)
+    return TrainingJob(settings, config, request, image, found)
+
+
+def submit(job: TrainingJob, account: AwsAccount) -> None:
+    """Start a job; does not wait for it.
+
+    Raises:
+        JobError: it has no role or no image, or AWS refused.
+    """
+    for key, text in MISSING.items():
+        if getattr(job.settings, key) is None:
+            raise JobError(f"The job has no {text.strip('<>').replace(': ', ': use ', 1)}.")
+    with explained(f"creating training job {job.name}"):
+        account.client("sagemaker").create_training_job(**job.request)
 
 
 def launch_training_job(
@@ -45,7 +120,7 @@ def launch_training_job(
     dry_run: bool = False,
     account: AwsAccount | None = None,
     **settings: Any,
-) -> LaunchedJob:
+) -> TrainingJob:
     """Start a training job (what `code/launch_sagemaker_job.py` does after its checks).
 
     Args:
@@ -59,34 +134,13 @@ def launch_training_job(
         ConfigError: the training configuration is wrong.
         JobError: a setting is wrong or missing, or AWS refused.
     """
-    job = JobSettings(s3_bucket=s3_bucket, **settings)
-    if not dry_run:
-        account = account or AwsAccount(region, profile)
-        return submit_training_job(completed(job, account), account)
-    job = completed(job, None)
-    unknown: dict[str, Any] = {
-        name: text for name, text in MISSING.items() if getattr(job, name) is None
-    }
-    request = training_request(dataclasses.replace(job, **unknown))
-    name = request["TrainingJobName"]
-    return LaunchedJob(name, job.output_uri(name), request)
-
-
-def submit_training_job(job: JobSettings, account: AwsAccount) -> LaunchedJob:
-    """Start a job whose settings are complete (`completed`); does not wait for it.
-
-    Raises:
-        ConfigError, JobError: as `launch_training_job`.
-    """
-    try:
-        code = look_at(str(job.image_uri), account).code
-    except no_answer() + (LookupError,):  # ECR does not let us look
-        code = None
-    request = training_request(job, code)
-    name = str(request["TrainingJobName"])
-    with explained(f"creating training job {name}"):
-        account.client("sagemaker").create_training_job(**request)
-    return LaunchedJob(name, job.output_uri(name), request)
+    asked = JobSettings(s3_bucket=s3_bucket, **settings)
+    if dry_run:
+        return prepare(asked)
+    account = account or AwsAccount(region, profile)
+    job = prepare(asked, account)
+    submit(job, account)
+    return job
 
 
 @dataclass(frozen=True)
@@ -113,30 +167,31 @@ class Report:
         return [*said, f"Checked: {errors} errors, {warnings} warnings"]
 
 
-def preflight(job: JobSettings, account: AwsAccount) -> Report:
+def preflight(job: TrainingJob, account: AwsAccount) -> Report:
     """Check what can stop `job`, without starting or changing anything.
 
-    Args:
-        job: settings with role, image and name filled in (`completed`).
-        account: where the job would run.
+    A bucket that cannot be used is the only finding: most others would follow from it.
     """
-    try:
-        _, _, config = resolve_config(job)
-    except BrainToTextError as problem:
-        return Report((error("config", str(problem)),), None)
+    settings, config = job.settings, job.config
+    made = estimate(config, settings.instance_type, settings.instance_count, account)
     try:
         _ = account.identity
     except JobError as problem:
-        return Report((error("credentials", str(problem)),), estimate(config, job.instance_type))
+        return Report((error("credentials", str(problem)),), made)
+    bucket = tuple(_of("bucket", lambda: check_bucket(settings, account)))
+    if any(finding.severity == "error" for finding in bucket):
+        return Report(bucket, made)
     groups = {
-        "machine": lambda: check_machine(job, config),
-        "permissions": lambda: check_role(job, account),
-        "quota": lambda: check_quota(job, account),
-        "image": lambda: check_image(job, account),
-        "data": lambda: check_data(job, config, account),
+        "machine": lambda: check_machine(settings, config),
+        "permissions": lambda: check_role(settings, account),
+        "quota": lambda: check_quota(settings, account),
+        "image": lambda: check_image(settings, job.image, account),
+        "data": lambda: check_data(settings, config, account),
     }
-    findings = tuple(finding for what, check in groups.items() for finding in _of(what, check))
-    return Report(findings, estimate(config, job.instance_type, job.instance_count, account))
+    findings = [finding for what, check in groups.items() for finding in _of(what, check)]
+    if job.image_found:
+        findings.append(note("image-found", job.image_found))
+    return Report((*bucket, *findings), made)
 
 
 def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -147,24 +202,6 @@ def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield warning(f"{what}-unchecked", sentence(problem, f"checking the {what}"))
     except JobError as problem:
         yield error(what, str(problem))
-
-
-def completed(job: JobSettings, account: AwsAccount | None) -> JobSettings:
-    """`job` with name, image and role filled in from the environment and, if given, the account.
-
-    Raises:
-        JobError: the role is given by name and does not exist.
-    """
-    known: dict[str, Any] = {}
-    if job.job_name is None:
-        known["job_name"] = new_job_name(job.config_file)
-    if job.image_uri is None:
-        known["image_uri"] = os.environ.get(IMAGE_VARIABLE) or _last_image()
-    role = job.role or next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
-    if account is not None:
-        role = role_arn(role, account)
-    known["role"] = role
-    return dataclasses.replace(job, **known)
 
 
 def role_arn(role: str | None, account: AwsAccount) -> str | None:
