@@ -203,9 +203,13 @@ def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str,
     environment = _environment(settings, job_name)
     if environment:
         request["Environment"] = environment
-    for breach in breaches("CreateTrainingJob", request):
-        if not str(breach.value).startswith("<"):  # a reminder of a dry run (`submit.MISSING`)
-            raise JobError(breach.sentence())
+    refused = [
+        breach.sentence()
+        for breach in breaches("CreateTrainingJob", request)
+        if not str(breach.value).startswith("<")  # a reminder of what is not known yet
+    ]
+    if refused:
+        raise JobError(" ".join(refused))
     return request
 
 
