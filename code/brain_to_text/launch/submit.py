@@ -97,11 +97,15 @@ def prepare(settings: JobSettings, account: AwsAccount | None = None) -> Trainin
     if account is None:
         return TrainingJob(settings, config, request, None, found)
 
-    image = look_at(uri, account) if uri else pushed_image(account)
+    image = (
+        look_at(uri, account)
+        if uri
+        else pushed_image(account, mlflow=settings.mlflow_tracking_uri is not None)
+    )
     if uri is None and image is not None:
         found = f"Image: the one in ECR that was pushed from this revision ({image.uri})."
     role = role_arn(settings.role, account)
-    settings = dataclasses.replace(settings, image_uri=image and image.uri, role=role)
+    settings = dataclasses.replace(settings, image_uri=image.uri if image else None, role=role)
     request["RoleArn"] = settings.role
     request["AlgorithmSpecification"]["TrainingImage"] = settings.image_uri
     return TrainingJob(settings, config, request, image, found)
