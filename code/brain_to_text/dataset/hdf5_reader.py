@@ -29,6 +29,7 @@ from .hdf5_values import (
     read_dataset,
     read_number,
     read_text,
+    refuse_external_link,
     text_of,
 )
 from .lost_data import LostData
@@ -123,6 +124,7 @@ def _inspect_trial(
 ) -> tuple[TrialRecord, str | None, np.ndarray]:
     """Record, label form and features of a sound trial."""
     session, split = session_and_split(key)
+    refuse_external_link(file, trial)
     group = file[trial]
     if not isinstance(group, h5py.Group):
         raise DataError("is not a group")
@@ -201,6 +203,7 @@ def is_labelled(group: h5py.Group, split: str) -> bool:
     """Whether a trial must have labels, or has some though its split (test) need not."""
     if split != "test":
         return True
+    refuse_external_link(group, "seq_class_ids")
     return "seq_class_ids" in group and read_number(group, "seq_len") not in (None, 0)
 
 
@@ -213,6 +216,7 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
         DataError: missing, impossible, or contradicting each other.
     """
     labels = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES)
+    refuse_external_link(group, "seq_class_ids_phoneme")
     if "seq_class_ids_phoneme" not in group:
         if labels.max() < N_PHONEMES:
             return labels, labels, "phoneme"
@@ -268,6 +272,7 @@ def read_sentence(group: h5py.Group, warn: Callable[[str], object]) -> str | Non
         warn: is told when one is missing or they say different things.
     """
     label, transcription = read_text(group, "sentence_label"), None
+    refuse_external_link(group, "transcription")
     if "transcription" in group:
         dataset = read_dataset(group, "transcription")
         if dataset.size > MOST_LABELS:

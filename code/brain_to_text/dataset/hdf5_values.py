@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import h5py
@@ -20,6 +22,21 @@ HDF5_ERRORS = (
 )
 MOST_LABELS = 100_000  # elements of a label array; the schema has 500
 _MOST_ATTRIBUTE_BYTES = 2**20
+_MOST_LINKS = 16  # soft links followed one after the other, as HDF5 does
+# Registered numbers of the filters that the package hdf5plugin brings.
+_HDF5PLUGIN = {
+    307: "bzip2",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstd",
+    32017: "sz",
+    32018: "fcidecomp",
+    32024: "sz3",
+    32026: "blosc2",
+    32028: "sperr",
+}
 
 
 def read_number(holder: h5py.Group, name: str) -> int | None:
@@ -58,8 +75,10 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     """A dataset of a trial; one without any value counts as missing.
 
     Raises:
-        DataError: it is missing or something else.
+        DataError: it is missing, something else, kept in another file, or compressed by a filter
+            that is not installed.
     """
+    refuse_external_link(group, name)
     if name not in group:
         raise DataError(f"dataset {name} is missing")
     dataset = group[name]
@@ -67,7 +86,60 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
         raise DataError(f"{name} is not a dataset")
     if dataset.shape is None:
         raise DataError(f"dataset {name} is missing: it holds no value")
+    _refuse_missing_filter(dataset, name)
     return dataset
+
+
+def refuse_external_link(group: h5py.Group, path: str | bytes) -> None:
+    """Check that no step of a path from `group` leads into another file, soft links followed.
+
+    A file that is read from memory has no folder: HDF5 would follow such a link into the file
+    itself, and find another trial's values there.
+
+    Raises:
+        DataError: names the link, and the file and the object it leads to.
+    """
+    steps, followed = _steps(path), 0
+    while steps:
+        step = steps.pop(0)
+        if not isinstance(group, h5py.Group) or not group.id.links.exists(step):
+            return
+        kind = group.id.links.get_info(step).type
+        if kind == h5py.h5l.TYPE_EXTERNAL:
+            file, target = group.id.links.get_val(step)
+            raise DataError(
+                f"{printable(step)} is a link to {printable(target)} in another file, "
+                f"{printable(file)}: copy the values into this file"
+            )
+        if kind == h5py.h5l.TYPE_SOFT and followed < _MOST_LINKS:
+            followed += 1
+            target = group.id.links.get_val(step)
+            group = group.file if target.startswith(b"/") else group
+            steps = _steps(target) + steps
+        elif steps:
+            group = group[step]
+
+
+def _steps(path: str | bytes) -> list[bytes]:
+    whole = path.encode() if isinstance(path, str) else path
+    return [step for step in whole.split(b"/") if step not in (b"", b".")]
+
+
+def _refuse_missing_filter(dataset: h5py.Dataset, name: str) -> None:
+    with suppress(ImportError):
+        import_module("hdf5plugin")  # where it is installed, it registers its filters
+    for number, label in filters_of(dataset):
+        if not h5py.h5z.filter_avail(number):
+            way = (
+                "type 'pip install hdf5plugin'"
+                if number in _HDF5PLUGIN
+                else "set HDF5_PLUGIN_PATH to the folder that has the filter"
+            )
+            called = _HDF5PLUGIN.get(number, printable(label)) or "without a name"
+            raise DataError(
+                f"{name} is compressed by HDF5 filter {number} ({called}), which is not installed: "
+                f"{way}, then rewrite the file with 'python code/prepare_dataset.py encode'"
+            )
 
 
 def _attribute(holder: h5py.Group, name: str) -> Any:
