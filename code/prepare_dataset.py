@@ -14,6 +14,7 @@ require(
 
 import argparse
 import json
+import shlex
 import signal
 import threading
 import time
@@ -43,7 +44,9 @@ _OVERWRITE = "replace files of these names in the target that this command did n
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 with one sentence on an error, 2 on wrong usage."""
-    options = _parser().parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(typed)
+    options.typed = shlex.join(["python", "code/prepare_dataset.py", *typed])
     try:
         with _stoppable():
             code = int(options.run(options))
@@ -79,7 +82,13 @@ def run_synthesize(options: argparse.Namespace) -> int:
     )
     store = open_store(options.target)
     with _progress("Sessions", "session") as report:
-        manifest = synthesize(store, dataset, overwrite=options.overwrite, progress=report)
+        manifest = synthesize(
+            store,
+            dataset,
+            overwrite=options.overwrite,
+            typed=options.typed,
+            progress=report,
+        )
     print(manifest.summary(store.url))
     return 0
 
@@ -118,6 +127,7 @@ def run_encode(options: argparse.Namespace) -> int:
             chosen,
             processes=options.processes,
             overwrite=options.overwrite,
+            typed=options.typed,
             progress=report,
             log=lambda line: print(line, flush=True),
         )

@@ -23,7 +23,7 @@ from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.labels.diphones import decode_diphones
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
-from support.commands import run
+from support.commands import run, tree
 from support.small_data import SESSIONS, span_of, write_small_dataset
 from support.tiny_data import append_in_turns
 
@@ -189,7 +189,10 @@ def test_an_interrupted_encode_continues(phoneme_set: Path, tmp_path: Path, caps
 
     with pytest.raises(KeyboardInterrupt):
         encode_dataset(str(phoneme_set), open_store(target), EncodingOptions(), progress=interrupt)
-    assert not (target / MANIFEST_NAME).exists(), "no manifest of half a dataset"
+    for command in ("index", "validate"):
+        capsys.readouterr()
+        assert run(command, target) == 1
+        assert "is unfinished" in capsys.readouterr().err
     assert len(list(target.rglob("*.hdf5"))) == 3
     capsys.readouterr()
     assert run("encode", phoneme_set, target) == 0
@@ -219,12 +222,20 @@ def test_a_killed_encode_leaves_only_whole_files(tmp_path: Path) -> None:
     assert run("validate", target) == 0
 
 
-def test_a_damaged_target_file_is_encoded_again(phoneme_set: Path, tmp_path: Path, capsys) -> None:
+def test_a_file_that_somebody_changed_is_replaced_only_on_demand(
+    phoneme_set: Path, tmp_path: Path, capsys
+) -> None:
     target = tmp_path / "new"
     assert run("encode", phoneme_set, target) == 0
-    (target / SESSIONS[0] / "data_train.hdf5").write_bytes(b"oops")
-    capsys.readouterr()
-    assert run("encode", phoneme_set, target) == 0
+    with h5py.File(target / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+        file["trial_0000"].attrs["sentence_label"] = "as corrected by hand"
+    before = tree(target)
+    assert run("encode", phoneme_set, target) == 1
+    assert "data_train.hdf5, which 'prepare_dataset.py encode' did not write, or which was" in (
+        capsys.readouterr().err
+    )
+    assert tree(target) == before
+    assert run("encode", phoneme_set, target, "--overwrite") == 0
     assert "4 of 5 files are encoded already" in capsys.readouterr().out
     assert run("validate", target) == 0
 
@@ -240,7 +251,7 @@ def test_other_options_or_another_source_are_refused(
     with h5py.File(copy / SESSIONS[0] / "data_train.hdf5", "r+") as file:
         file["trial_0000/input_features"][0, 0] += 1
     assert run("encode", copy, target) == 1
-    assert "is another than that of" in capsys.readouterr().err
+    assert "was encoded from another content of" in capsys.readouterr().err
     assert run("encode", copy, target, "--overwrite") == 0
     assert run("encode", phoneme_set, target, "--overwrite") == 0
     shutil.rmtree(phoneme_set / SESSIONS[1])

@@ -6,7 +6,7 @@ import io
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from ..labels.pronunciation import (
     text_phonemes,
 )
 from ..storage.locations import data_files, session_and_split
-from ..storage.ownership import Target
 from ..storage.store import ObjectStore, open_store
 from .hdf5_reader import (
     TRIAL_NAME,
@@ -33,10 +32,17 @@ from .hdf5_reader import (
     read_labels,
     read_sentence,
 )
-from .hdf5_values import HDF5_ERRORS, cause_of, check_stored, printable, read_dataset
+from .hdf5_values import (
+    HDF5_ERRORS,
+    cause_of,
+    check_stored,
+    printable,
+    read_dataset,
+    refuse_external_link,
+)
 from .hdf5_writer import FeatureType, write_features, write_labels
-from .indexing import keep_index
 from .isolation import Progress, limited, sound_answers
+from .making import DatasetInMaking, Origin, signed
 from .manifest import TrialManifest
 
 _REPAIR = "repair it, or leave such trials out with --exclude-damaged."
@@ -82,18 +88,6 @@ class EncodingOptions:
         return read_lexicon(Path(self.lexicon)) if self.lexicon else {}
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A file done, and for a repeated run: its source and sums, what was compared, left out.
-
-    again: it was done by an earlier run.
-    """
-
-    inspection: FileInspection
-    note: Mapping[str, Any]
-    again: bool = False
-
-
 def encode_dataset(
     source: str, target: ObjectStore, options: EncodingOptions, **how: Any
 ) -> TrialManifest:
@@ -122,6 +116,7 @@ def encode_files(
     *,
     processes: int = 1,
     overwrite: bool = False,
+    typed: str | None = None,
     progress: Progress = lambda done, total: None,
     log: Callable[[str], None] = print,
 ) -> TrialManifest:
@@ -134,33 +129,43 @@ def encode_files(
     Args:
         sources: what messages call a file, and how it is read.
         place: folder or URL of the sources.
-        command: as typed.
+        command: e.g. "prepare_dataset.py encode". typed: all of it, to be repeated.
         processes: files encoded at once, each in memory.
-        overwrite: replace files of these names that this command did not write.
+        overwrite: replace files of these names that this command did not write, or from other
+            content.
         log: receives one line per thing left out, about files skipped, and what was compared.
     """
-    purpose = options.purpose()
-    with Target(target, command, purpose, sources, reads=[place], overwrite=overwrite) as claimed:
+    origin = Origin(command, options.purpose())
+    done: list[tuple[Origin, FileInspection]] = []
+    again = 0
+    with DatasetInMaking(
+        target,
+        command,
+        typed or command,
+        origin.options,
+        sources,
+        reads=[place],
+        overwrite=overwrite,
+    ) as making:
         jobs = {
-            name: (key, name, read, place, target.url, options, claimed.notes.get(key))
+            name: (key, name, read, target.url, options, origin, making.done.get(key), overwrite)
             for key, (name, read) in sources.items()
         }
-        done: list[_Encoded] = []
         with closing(sound_answers(_encode_job, jobs, processes, progress)) as answers:
-            for encoded in answers:
-                done.append(encoded)
-                for line in (*encoded.note["not_copied"], *encoded.note["damaged"]):
+            for made, inspection, written in answers:
+                making.check()
+                again += not written
+                done.append((made, inspection))
+                for line in (*made.not_copied, *made.damaged):
                     log(f"Left out: {line}")
-                claimed.notes[encoded.inspection.key] = encoded.note
-                claimed.save()
-        again = sum(encoded.again for encoded in done)
         if again:
             log(f"{again} of {len(sources)} files are encoded already and are skipped")
-        manifest = keep_index(target, [encoded.inspection for encoded in done])
-    trials, labelled = np.sum([encoded.note["compared"] for encoded in done], axis=0)
+        manifest = making.finish(inspection for _, inspection in done)
+    records = [record for _, inspection in done for record in inspection.records]
+    labelled = sum(record.class_ids is not None for record in records)
     log(
-        f"Compared with the source: the features of {trials:,} trials value by value, the labels "
-        f"of {labelled:,} by decoding them; all are equal"
+        f"Compared with the source: the features of {len(records):,} trials value by value, the "
+        f"labels of {labelled:,} by decoding them; all are equal"
     )
     return manifest
 
@@ -202,6 +207,7 @@ def encode_file(
             not_copied += [f"{name}: {what}" for what in _copy(old, new, {*old} - trials)]
             for trial in sorted(trials.difference(without)):
                 try:
+                    refuse_external_link(old, trial)
                     lost = _encode_trial(key, old[trial], new.create_group(trial), options, lexicon)
                     stored = h5py.h5o.get_info(old[trial]["input_features"].id)
                     other = first.setdefault((stored.fileno, stored.addr), trial)
@@ -279,54 +285,60 @@ def _encode_job(
     key: str,
     name: str,
     read: Callable[[], bytes],
-    place: str,
     target_url: str,
     options: EncodingOptions,
-    note: Mapping[str, Any] | None,
-) -> _Encoded:
-    """Read, encode, prove and write one file, unless that was done, as `note` says."""
-    original, target = read(), open_store(target_url)
-    crc32 = zlib.crc32(original)
-    if note and note["source"] != crc32 and note["place"] != place:
+    origin: Origin,
+    done: tuple[Origin, FileInspection] | None,
+    overwrite: bool,
+) -> tuple[Origin, FileInspection, bool]:
+    """Read, encode, sign, prove and write one file; False if that is `done`."""
+    original = read()
+    origin = replace(origin, source_crc32=zlib.crc32(original))
+    if done and done[0].source_crc32 == origin.source_crc32:
+        if options.exclude_damaged or not done[0].damaged:
+            return (*done, False)
+    elif done and not overwrite:
         raise DataError(
-            f"{target_url} was encoded from {note['place']}, whose {name} is another than that of "
-            f"{place}: give an empty target, or say --overwrite."
+            f"{key} in the target was encoded from another content of {name}: give an empty target,"
+            " or say --overwrite."
         )
-    if note and note["source"] == crc32 and (options.exclude_damaged or not note["damaged"]):
-        encoded = target.read(key) if target.exists(key) else b""
-        if zlib.crc32(encoded) == note["target"]:
-            with limited(len(encoded)):
-                return _Encoded(inspect_file(key, encoded), note, again=True)
     with limited(len(original)):
-        encoded, not_copied, damaged = encode_file(key, original, options, name=name)
-        inspection = inspect_file(key, encoded)
+        encoded, origin, inspection = _signed_file(key, original, options, origin, (), name)
         broken = _broken(inspection)
         if broken and options.exclude_damaged and None not in broken:
-            encoded, not_copied, damaged = encode_file(key, original, options, broken, name)
-            damaged += [f"{name}:{trial}: {reason}" for trial, reason in broken.items()]
+            encoded, origin, inspection = _signed_file(key, original, options, origin, broken, name)
+            origin.damaged.extend(f"{name}:{trial}: {why}" for trial, why in broken.items())
+            encoded = signed(encoded, origin)
             inspection = inspect_file(key, encoded)
             broken = _broken(inspection)
         if broken:
             trial, reason = next(iter(broken.items()))
-            if damaged:
+            if origin.damaged:
                 raise DataError(
-                    f"{name} has no sound trial ({damaged[0]}): repair it, or take it out of the "
-                    "source."
+                    f"{name} has no sound trial ({origin.damaged[0]}): repair it, or take it out "
+                    "of the source."
                 )
             raise DataError(
                 f"{name}:{trial}: {reason}; {_REPAIR}" if trial else f"{name}: {reason}."
             )
-        compared = _prove(original, encoded, inspection, options)
-    target.write(key, encoded)
-    note = {
-        "place": place,
-        "source": crc32,
-        "target": zlib.crc32(encoded),
-        "compared": compared,
-        "not_copied": not_copied,
-        "damaged": damaged,
-    }
-    return _Encoded(inspection, note)
+        _prove(original, encoded, inspection, options)
+    open_store(target_url).write(key, encoded)
+    return origin, inspection, True
+
+
+def _signed_file(
+    key: str,
+    original: bytes,
+    options: EncodingOptions,
+    origin: Origin,
+    without: Collection[str],
+    name: str,
+) -> tuple[bytes, Origin, FileInspection]:
+    """The encoded file, what it says of its making, and what it holds."""
+    encoded, not_copied, damaged = encode_file(key, original, options, without, name)
+    origin = replace(origin, not_copied=not_copied, damaged=damaged)
+    encoded = signed(encoded, origin)
+    return encoded, origin, inspect_file(key, encoded)
 
 
 def _broken(inspection: FileInspection) -> dict[Any, str]:
@@ -336,16 +348,13 @@ def _broken(inspection: FileInspection) -> dict[Any, str]:
 
 def _prove(
     original: bytes, encoded: bytes, inspection: FileInspection, options: EncodingOptions
-) -> tuple[int, int]:
+) -> None:
     """Decode every encoded trial by the manifest's record and compare it with the source.
-
-    Returns how many features and how many label sequences were compared.
 
     Raises:
         DataError: labels or features differ.
     """
     lexicon = options.words()
-    labelled = 0
     with h5py.File(io.BytesIO(original), "r") as file:
         for record in inspection.records:
             trial = file[record.trial]
@@ -360,5 +369,3 @@ def _prove(
                 decode_diphones(record.class_ids, options.form), phonemes
             ):
                 raise DataError(f"{record.name}: the encoded labels do not decode to the source's.")
-            labelled += 1
-    return len(inspection.records), labelled

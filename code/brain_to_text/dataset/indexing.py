@@ -26,7 +26,7 @@ from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
 from .lost_data import LOST, lost_sentence
-from .manifest import TrialManifest, load_manifest, write_manifest
+from .manifest import TrialManifest, load_manifest, refuse_unfinished, write_manifest
 from .trial_record import TrialRecord
 from .trial_table import N_CLASSES
 
@@ -144,9 +144,11 @@ def index_dataset(
         processes: worker processes; None decides by size.
 
     Raises:
-        StorageError: a file cannot be read. DataError: no data files.
+        StorageError: a file cannot be read. DataError: no data files, or an unfinished dataset.
     """
-    files = data_files(store.list() if listing is None else listing, store.url)
+    listing = store.list() if listing is None else listing
+    refuse_part(store, listing)
+    files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, progress=progress)
     return manifest_from_inspections(files, inspections)
 
@@ -221,6 +223,13 @@ def keep_index(store: ObjectStore, inspections: Sequence[FileInspection]) -> Tri
     manifest = manifest_from_inspections(files, sorted(inspections, key=lambda i: i.key))
     write_manifest(store, manifest)
     return manifest
+
+
+def refuse_part(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> None:
+    """Raise a DataError if the dataset is unfinished, as the command that makes it noted there."""
+    if MANIFEST_NAME in listing:
+        data = store.read(MANIFEST_NAME, 0, listing[MANIFEST_NAME].size)
+        refuse_unfinished(data, store.url)
 
 
 def refuse_damage(url: str, damaged: Sequence[Finding]) -> None:

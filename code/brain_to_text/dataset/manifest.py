@@ -173,6 +173,7 @@ class TrialManifest:
             f"make it again with 'python code/prepare_dataset.py index {url or 'FOLDER-OR-S3-URL'}'"
         )
         text = gunzipped(data, name, again)
+        refuse_unfinished(data, url)
         try:
             document = json.loads(text)
             version = document["version"]
@@ -181,6 +182,47 @@ class TrialManifest:
         except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{name} is no trial manifest ({error!r}): {again}.") from error
         raise DataError(f"{name} has version {version!r}, not {VERSION}: {again}.")
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What stands in a manifest's stead while a command makes the dataset.
+
+    command: e.g. "prepare_dataset.py encode". typed: all of it, to be repeated.
+    options: what decides the files' content. files: keys of all that the dataset is to have.
+    run: tells one run of the command from another.
+    """
+
+    command: str
+    typed: str
+    options: Mapping[str, Any]
+    files: list[str]
+    run: str
+
+    def to_bytes(self) -> bytes:
+        document = {"version": VERSION, "unfinished": asdict(self)}
+        return gzip.compress(json.dumps(document).encode(), mtime=0)
+
+    @staticmethod
+    def of(data: bytes) -> Unfinished | None:
+        """The inverse of `to_bytes`; None for anything else, like a manifest."""
+        try:
+            document = json.loads(gunzipped(data, MANIFEST_NAME, "make it again"))
+            return Unfinished(**document["unfinished"])
+        except (DataError, ValueError, LookupError, TypeError):
+            return None
+
+
+def refuse_unfinished(data: bytes, url: str) -> None:
+    """Raise a DataError if these bytes of a manifest say that its dataset is unfinished."""
+    unfinished = Unfinished.of(data)
+    if unfinished is not None:
+        raise DataError(
+            f"{url or 'The dataset'} is unfinished: '{unfinished.command}' has not ended, which was"
+            f" to write {len(unfinished.files)} files ({shortened(unfinished.files)}). Repeat "
+            f"'{unfinished.typed}', which skips what is done; if this is a copy, copy it again "
+            "then."
+        )
 
 
 def _from_document(document: dict[str, Any]) -> TrialManifest:

@@ -10,7 +10,7 @@ power is gamma noise around the same rate, both z-scored per block.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,11 @@ from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
 from ..labels.recording_blocks import recording_blocks
-from ..storage.ownership import Target
 from ..storage.store import ObjectStore
 from .hdf5_reader import FileInspection, inspect_file
 from .hdf5_writer import TrialContents, data_file_bytes
-from .indexing import keep_index
 from .isolation import Progress
+from .making import DatasetInMaking, Origin, signed
 from .manifest import TrialManifest
 
 PATCH_SIZE, PATCH_STRIDE = 14, 4  # trials are long enough for CTC at this patching
@@ -90,11 +89,15 @@ def synthesize(
     dataset: SyntheticDataset | None = None,
     *,
     overwrite: bool = False,
+    typed: str = "prepare_dataset.py synthesize",
     progress: Progress = lambda done, total: None,
 ) -> TrialManifest:
     """Write a dataset and its manifest to `target`; the same description gives the same bytes.
 
+    Sessions that are there already, made by the same description, are skipped.
+
     Args:
+        typed: the whole command, to be repeated if this one does not end.
         overwrite: replace files of these names that this command did not write.
 
     Raises:
@@ -104,13 +107,23 @@ def synthesize(
     dataset = dataset or SyntheticDataset()
     plans = _plan(dataset)
     keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans.items() for trial in plan}
-    command, purpose = "prepare_dataset.py synthesize", asdict(dataset)
+    origin = Origin("prepare_dataset.py synthesize", asdict(dataset))
     inspections: list[FileInspection] = []
-    with Target(target, command, purpose, keys, overwrite=overwrite):
+    with DatasetInMaking(
+        target, origin.command, typed, origin.options, keys, overwrite=overwrite
+    ) as making:
         for index, (session, plan) in enumerate(plans.items()):
-            inspections += _make_session(target, dataset, index, session, plan)
+            wanted = {key for key in keys if key.startswith(f"{session}/")}
+            if wanted <= making.done.keys():
+                inspections += [making.done[key][1] for key in wanted]
+            else:
+                for key, data in _session_files(dataset, index, session, plan):
+                    data = signed(data, origin)
+                    making.check()
+                    target.write(key, data)
+                    inspections.append(inspect_file(key, data))
             progress(index + 1, len(plans))
-        return keep_index(target, inspections)
+        return making.finish(inspections)
 
 
 # --- which sentences are said when ----------------------------------------------------------------
@@ -156,14 +169,10 @@ def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]
 # --- one session ----------------------------------------------------------------------------------
 
 
-def _make_session(
-    store: ObjectStore,
-    dataset: SyntheticDataset,
-    index: int,
-    session: str,
-    plan: list[_PlannedTrial],
-) -> list[FileInspection]:
-    """Make and write the files of one session; returns what they hold."""
+def _session_files(
+    dataset: SyntheticDataset, index: int, session: str, plan: list[_PlannedTrial]
+) -> Iterator[tuple[str, bytes]]:
+    """Key and bytes of each file of one session."""
     rng = np.random.default_rng([dataset.seed, 2, index])
     mixing = session_mixing(dataset, index)
     by_split: dict[str, list[TrialContents]] = {}
@@ -173,13 +182,8 @@ def _make_session(
         for trial, features in zip(trials, block_features, strict=True):
             made = by_split.setdefault(trial.split, [])
             made.append(_contents(dataset, session, trial, features, len(made)))
-    inspections = []
     for split, contents in by_split.items():
-        key = f"{session}/data_{split}.hdf5"
-        data = data_file_bytes(contents)
-        store.write(key, data)
-        inspections.append(inspect_file(key, data))
-    return inspections
+        yield f"{session}/data_{split}.hdf5", data_file_bytes(contents)
 
 
 def session_mixing(dataset: SyntheticDataset, index: int) -> np.ndarray:

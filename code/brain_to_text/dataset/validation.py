@@ -19,7 +19,7 @@ from ..redaction import one_line
 from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
 from ..storage.store import ObjectInfo, ObjectStore
 from .hdf5_reader import FileInspection
-from .indexing import inspect_dataset, manifest_from_inspections
+from .indexing import inspect_dataset, manifest_from_inspections, refuse_part
 from .isolation import Progress
 from .manifest import TrialManifest, load_manifest
 from .selection import ctc_problem
@@ -153,9 +153,11 @@ def validate_dataset(
         processes: worker processes; None decides by size.
 
     Raises:
-        StorageError: the place cannot be read. DataError: there are no data files.
+        StorageError: the place cannot be read. DataError: there are no data files, or not
+            all of them yet.
     """
     listing = store.list()
+    refuse_part(store, listing)
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
