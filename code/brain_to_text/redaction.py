@@ -35,8 +35,8 @@ def looks_secret(name: str, value: str) -> bool:
 def redact(text: str) -> str:
     """`text` with this process's credentials, and anything shaped like some, masked."""
     for name in _SECRET_VARIABLES:
-        secret = os.environ.get(name)
-        if secret and len(secret) > 7:
+        secret = os.environ.get(name, "").strip()
+        if len(secret) > 7:
             text = text.replace(secret, "***")
     return _SECRET_PATTERN.sub("***", text)
 

@@ -205,7 +205,7 @@ def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Findi
         )
     usable = [session for session in dataset.sessions or present if session in present]
     n = len(usable)
-    if dataset.days_per_batch > n:
+    if dataset.days_per_batch > n > 0:
         yield error(
             "data-few-sessions",
             f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {n} "

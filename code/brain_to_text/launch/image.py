@@ -133,20 +133,24 @@ def look_at(uri: str, account: AwsAccount) -> Image:
     return Image(uri, frozenset({config.get("architecture", "")} - {""}), labels)
 
 
-def pushed_image(account: AwsAccount) -> Image | None:
+def pushed_image(account: AwsAccount, *, mlflow: bool = False) -> Image | None:
     """The image that a push from this revision made, by anybody; None where there is none.
 
     Its tag is the git revision, as in build_and_push.sh; whether its code is that on this machine
     is for `code_differences` to say.
+
+    Args:
+        mlflow: the one with MLflow's client.
     """
     try:
-        git = ("git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD")
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        git = ("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout[:12]
         owner = account.identity["Account"]
     except (OSError, subprocess.CalledProcessError, JobError):
         return None
+    tag = f"{revision}-mlflow" if mlflow else revision
     host = f"{owner}.dkr.ecr.{account.region}.{account.dns_suffix}"
-    image = look_at(f"{host}/{STACK_REPOSITORY}:{revision}", account)
+    image = look_at(f"{host}/{STACK_REPOSITORY}:{tag}", account)
     return None if image.missing or image.refusal else image
 
 

@@ -7,6 +7,7 @@ is checked by hand are rules between settings, which no model holds.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -203,9 +204,13 @@ def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str,
     environment = _environment(settings, job_name)
     if environment:
         request["Environment"] = environment
-    for breach in breaches("CreateTrainingJob", request):
-        if not str(breach.value).startswith("<"):  # a reminder of a dry run (`submit.MISSING`)
-            raise JobError(breach.sentence())
+    refused = [
+        breach.sentence()
+        for breach in breaches("CreateTrainingJob", request)
+        if not str(breach.value).startswith("<")  # a reminder of what is not known yet
+    ]
+    if refused:
+        raise JobError(" ".join(refused))
     return request
 
 
@@ -287,6 +292,10 @@ def check_settings(settings: JobSettings) -> None:
         )
     if settings.instance_count < 1:
         refuse(f"--instance-count is {settings.instance_count} but a job needs at least one.")
+    for name in ("max_run_hours", "max_wait_hours"):
+        hours = getattr(settings, name)
+        if hours is not None and not 0 < hours < math.inf:
+            refuse(f"--{name.replace('_', '-')} is {hours:g}: give a number of hours above 0.")
     if settings.volume_gb < 1:
         refuse(f"--volume-gb is {settings.volume_gb} but a job needs a volume: give at least 1.")
     if settings.data_channel not in ("stream", "fastfile", "file"):

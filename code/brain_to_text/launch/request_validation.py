@@ -56,6 +56,11 @@ _OPTIONS = {
     "VpcConfig.SecurityGroupIds": "--security-group-ids",
     "VpcConfig.Subnets": "--subnets",
 }
+# The way out for a configuration value that no hyperparameter holds.
+_IN_IMAGE = (
+    " A longer one must be in the image: write it into a file in code/, run ./build_and_push.sh, "
+    "and start the job as README_SAGEMAKER.md shows for the SageMaker SDK, which names the file."
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ class Breach:
 
     def sentence(self) -> str:
         """What is wrong, in terms of the option that gave the value."""
-        place = ".".join(str(part) for part in self.path if isinstance(part, str))
+        field = ".".join(str(part) for part in self.path if isinstance(part, str))
         option = next(
-            (flag for name, flag in _OPTIONS.items() if f"{place}.".startswith(f"{name}.")), place
+            (flag for name, flag in _OPTIONS.items() if f"{field}.".startswith(f"{name}.")), field
         )
         if option in ("--env", "configuration value") and len(self.path) > 1:
             option = f"{option} {self.path[1]}"
@@ -88,12 +93,13 @@ class Breach:
             shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
         else:
             shown = f"{len(value)} entries long"
-        if place.endswith("InSeconds"):
+        if field.endswith("InSeconds"):
             shown, rule = f"{value:,} seconds", f"{rule} seconds"
         if rule.startswith("one of ") and len(rule) > 200:
             near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=3, cutoff=0.5)
             rule = "one that this boto3 knows" + (f" (nearest: {', '.join(near)})" if near else "")
-        return f"{option} is {shown} and SageMaker wants it to be {rule}."
+        too_long = option.startswith("configuration value ") and rule.startswith("at most ")
+        return f"{option} is {shown} and SageMaker wants it to be {rule}.{_IN_IMAGE * too_long}"
 
 
 def breaches(operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
@@ -122,7 +128,7 @@ def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breac
     ):
         yield Breach(path, value, f"a {shape.type_name}")
         return
-    for rule in _own_rules(shape, value):
+    for rule in _broken_rules(shape, value):
         yield Breach(path, value, rule)
     if shape.type_name == "structure":
         for name, inner in (dict.fromkeys(shape.required_members) | value).items():
@@ -139,7 +145,7 @@ def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breac
             yield from _walk(shape.value, inner, (*path, name))
 
 
-def _own_rules(shape: Any, value: Any) -> Iterator[str]:
+def _broken_rules(shape: Any, value: Any) -> Iterator[str]:
     rules = shape.metadata
     if "enum" in rules and value not in rules["enum"]:
         yield f"one of {', '.join(rules['enum'])}"

@@ -30,6 +30,7 @@ ROLE_VARIABLES = ("SAGEMAKER_ROLE_ARN", "SAGEMAKER_ROLE")
 IMAGE_VARIABLE = "BRAIN_TO_TEXT_IMAGE_URI"
 STACK_ROLE = "brain-to-text-training"  # the name in code/aws/stack.yaml
 LAST_IMAGE = CODE_FOLDER.parent / ".local" / "image_uri"  # written by build_and_push.sh
+_ROLE_ARN = re.compile(r"arn:[\w-]+:iam::")
 MISSING = {
     "role": "<role ARN: --role or SAGEMAKER_ROLE_ARN>",
     "image_uri": "<image URI: --image-uri or ./build_and_push.sh>",
@@ -77,25 +78,36 @@ def prepare(settings: JobSettings, account: AwsAccount | None = None) -> Trainin
     """
     check_settings(settings)  # first: it keeps secrets out of every later message
     config = job_config(settings)
-    name = settings.job_name or new_job_name(settings.config_file)
-    uri, image, found = settings.image_uri or os.environ.get(IMAGE_VARIABLE), None, None
+    role = next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
+    uri, found = settings.image_uri or os.environ.get(IMAGE_VARIABLE), None
     if uri is None and (uri := _last_image()):
         found = f"Image: the last one pushed from this clone ({uri})."
-    if account is not None:
-        if uri is not None:
-            image = look_at(uri, account)
-        elif image := pushed_image(account):
-            found = f"Image: the one in ECR that was pushed from this revision ({image.uri})."
-        uri = image.uri if image else None
-    role = settings.role
-    role = role or next((os.environ[v] for v in ROLE_VARIABLES if os.environ.get(v)), None)
-    if account is not None:
-        role = role_arn(role, account)
-    settings = dataclasses.replace(settings, job_name=name, image_uri=uri, role=role)
+    settings = dataclasses.replace(
+        settings,
+        job_name=settings.job_name or new_job_name(settings.config_file),
+        role=settings.role or role,
+        image_uri=uri,
+    )
     reminders: dict[str, Any] = {
         key: text for key, text in MISSING.items() if getattr(settings, key) is None
     }
+    if settings.role and not _ROLE_ARN.match(settings.role):
+        reminders["role"] = f"<role {settings.role}>"
     request = training_request(dataclasses.replace(settings, **reminders), config)
+    if account is None:
+        return TrainingJob(settings, config, request, None, found)
+
+    image = (
+        look_at(uri, account)
+        if uri
+        else pushed_image(account, mlflow=settings.mlflow_tracking_uri is not None)
+    )
+    if uri is None and image is not None:
+        found = f"Image: the one in ECR that was pushed from this revision ({image.uri})."
+    role = role_arn(settings.role, account)
+    settings = dataclasses.replace(settings, image_uri=image.uri if image else None, role=role)
+    request["RoleArn"] = settings.role
+    request["AlgorithmSpecification"]["TrainingImage"] = settings.image_uri
     return TrainingJob(settings, config, request, image, found)
 
 
@@ -206,7 +218,7 @@ def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 def role_arn(role: str | None, account: AwsAccount) -> str | None:
     """The ARN of an execution role given by ARN, by name, or not at all (the stack's role)."""
-    if role is not None and re.match(r"arn:[\w-]+:iam::", role):
+    if role is not None and _ROLE_ARN.match(role):
         return role
     from botocore.exceptions import ClientError
 
