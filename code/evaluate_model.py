@@ -21,12 +21,10 @@ require(
 
 from brain_to_text.errors import BrainToTextError, ConfigError
 from brain_to_text.redaction import one_line
-from brain_to_text.storage.locations import s3_url
+from brain_to_text.storage.locations import DEFAULT_PREFIX, s3_url
 
 if TYPE_CHECKING:
     from brain_to_text.scoring.sentences import WordOptions
-
-DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,13 +26,12 @@ require(
 from brain_to_text.config import config_keys
 from brain_to_text.config_reader import SCHEMA_DEFAULTS, load_config, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError, InUseError
-from brain_to_text.storage.locations import s3_url
+from brain_to_text.storage.locations import DEFAULT_PREFIX, s3_url
 from brain_to_text.training.container import SageMakerEnvironment, failure_text
 
 if TYPE_CHECKING:
     from brain_to_text.training.run import Run
 
-DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
 
 

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.aws
 
 # By case: options, the same as keyword arguments, and what the request then holds by dotted path.
 CASES = {
-    "on demand": ([], {}, {}),
     "spot with checkpoints": (
         ["--spot", "--max-run-hours", "30", "--max-wait-hours", "40"],
         {"spot": True, "max_run_hours": 30.0, "max_wait_hours": 40.0},
@@ -38,11 +37,6 @@ CASES = {
             "StoppingCondition": {"MaxRuntimeInSeconds": 108000, "MaxWaitTimeInSeconds": 144000},
             "CheckpointConfig.S3Uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1/checkpoints",
         },
-    ),
-    "two nodes": (
-        ["--instance-count", "2"],
-        {"instance_count": 2},
-        {"ResourceConfig.InstanceCount": 2},
     ),
     "FastFile": (
         ["--data-channel", "fastfile"],
@@ -174,16 +168,23 @@ def test_a_bare_launch_checks_first_and_launches(aws, capsys):
     assert [request["TrainingJobName"] for request in aws.sent] == ["b2t-1"]
 
 
+@pytest.mark.parametrize("action", ["--check", "--dry-run", "--skip-checks"])
+def test_what_the_service_would_refuse_is_said_at_once_and_aws_is_not_asked(
+    aws, capsys, monkeypatch, action
+):
+    monkeypatch.setattr(aws.account, "client", None)
+    wrong = ["--retries", 99, "--instance-type", "ml.g5.3xlarge"]
+    assert run(*basics(aws), "no_underscores", *wrong, action) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for said in ("is 'no_underscores'", "is '99'", "nearest: ml.g5.xlarge, ml.g5."):
+        assert said in line
+
+
 def test_errors_found_by_the_checks_prevent_the_launch(aws, capsys):
     assert run(*basics(aws), "b2t-1", "--s3-data-prefix", "nowhere") == 1
     said = capsys.readouterr()
     assert "error: There is no SESSION/data_*.hdf5" in said.err
     assert "Nothing was launched" in said.out
-    assert aws.sent == []
-
-
-def test_check_only_checks(aws, capsys):
-    assert run(*basics(aws), "b2t-1", "--check") == 0
     assert aws.sent == []
 
 
@@ -239,11 +240,6 @@ def test_wrong_usage_ends_with_code_2(arguments, said, capsys):
         run(*arguments)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def test_an_error_is_one_line_and_code_1(aws, capsys):
-    assert run("--s3-bucket", "NOT-A-BUCKET") == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # --- jobs that exist
@@ -326,29 +322,6 @@ def test_units_edited_in_code_are_trained(aws, edited):
     sent = aws.sent[0]["HyperParameters"]
     dotted = {name: text for name, text in sent.items() if name not in NOT_KEYS}
     assert sent["model.n_units"] == "1536" and load_config(None, dotted) == load_config(path)
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        (["--job-name", "no_underscores"], "--job-name is 'no_underscores'"),
-        (["--job-name", "b2t-1", "--volume-gb", "0"], "--volume-gb is 0"),
-        (["--job-name", "b2t-1", "--retries", "99"], "--retries is '99'"),
-        (
-            ["--job-name", "b2t-1", "--instance-type", "ml.g5.3xlarge"],
-            "nearest: ml.g5.xlarge, ml.g5.",
-        ),
-    ],
-)
-def test_a_check_refuses_what_the_service_would_refuse_before_it_asks_aws(
-    aws, capsys, monkeypatch, options, said
-):
-    monkeypatch.setattr("brain_to_text.launch.submit.preflight", None)
-    where = ["--s3-bucket", BUCKET, "--role", ROLE, "--image-uri", aws.image_uri]
-    for action in (["--check"], ["--dry-run"], []):
-        assert run(*where, *options, *action) == 1
-        assert said in capsys.readouterr().err
-    assert aws.sent == []
 
 
 def test_a_touched_file_of_the_trainer_is_refused_by_name(aws, edited, capsys):

@@ -147,15 +147,6 @@ def test_a_mistake_is_the_one_error_of_the_check(aws, tmp_path, mistake):
     assert "unchecked" not in done.stderr and "no module" not in done.stderr
 
 
-def test_what_the_service_would_refuse_is_said_before_aws_is_asked(aws, tmp_path):
-    wrong = {"--job-name": "no_underscores", "--retries": 99}
-    done = check(aws, tmp_path, {**wrong, "--instance-type": "ml.g5.2xlrge"}, AWS_ENDPOINT_URL="")
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    for part in ("'no_underscores'", "--retries is '99'", "ml.g5.2xlarge"):
-        assert part in line
-
-
 @pytest.mark.parametrize(
     "name, stray", [("AWS_SESSION_TOKEN", "\n"), ("AWS_SECRET_ACCESS_KEY", "\r")]
 )

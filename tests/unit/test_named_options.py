@@ -112,25 +112,17 @@ EVERYTHING = [*sorted(CODE.rglob("*.py")), *DOCUMENTS]
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: p.relative_to(TOP).as_posix())
-def test_every_option_that_is_named_exists(path, known):
-    said = texts(path) if path.suffix == ".py" else [path.read_text(encoding="utf-8")]
-    strange = {}
-    for text in said:
-        for name in OPTION.findall(text):
-            if name not in known:
-                strange[name] = difflib.get_close_matches(name, known, n=1)
-    assert strange == {}
-
-
-@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: p.relative_to(TOP).as_posix())
-def test_every_command_that_is_named_exists(path):
+def test_every_option_and_command_that_is_named_exists(path, known):
     (commands,) = [
         action.choices
         for action in prepare_dataset._parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     ]
-    said = texts(path) if path.suffix == ".py" else [path.read_text(encoding="utf-8")]
-    named = {name for text in said for _, name in COMMAND.findall(text)}
+    text = path.read_text(encoding="utf-8")
+    text = "\n".join(texts(path)) if path.suffix == ".py" else text
+    missing = {name for name in OPTION.findall(text) if name not in known}
+    assert {name: difflib.get_close_matches(name, known, n=1) for name in missing} == {}
+    named = {name for _, name in COMMAND.findall(text)}
     assert named <= {*commands, "and", "or", "with", "in", "once", "needs"}, named - set(commands)
 
 

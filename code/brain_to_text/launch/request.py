@@ -21,12 +21,11 @@ from ..config_reader import SCHEMA_DEFAULTS, load_config
 from ..errors import JobError
 from ..log_lines import METRIC_DEFINITIONS
 from ..redaction import looks_secret, redact
-from ..storage.locations import KMS_KEY_VARIABLE, s3_url
+from ..storage.locations import DEFAULT_PREFIX, KMS_KEY_VARIABLE, s3_url
 from .request_validation import breaches
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "rnn_args_diphone_sagemaker.yaml"
-DEFAULT_DATA_PREFIX = "data/hdf5_data_diphone_encoded"
 OUTPUT_PREFIX = "sagemaker-outputs"
 CHANNEL_FOLDER = "/opt/ml/input/data/training"
 CHECKPOINT_FOLDER = "/opt/ml/checkpoints"
@@ -50,7 +49,7 @@ class JobSettings:
     """Everything a user may decide about a job; each field is a launcher option of that name."""
 
     s3_bucket: str = field(metadata={"help": "bucket with the dataset; outputs go there too"})
-    s3_data_prefix: str = option(DEFAULT_DATA_PREFIX, "prefix of the dataset in the bucket")
+    s3_data_prefix: str = option(DEFAULT_PREFIX, "prefix of the dataset in the bucket")
     config_file: str = option(DEFAULT_CONFIG, "training configuration, one in code/ or your own")
     num_training_batches: int | None = option(None, "training steps, instead of the config's")
     batch_size: int | None = option(None, "trials per step, instead of the config's")

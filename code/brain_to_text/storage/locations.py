@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import DataError, StorageError
 
+DEFAULT_PREFIX = "data/hdf5_data_diphone_encoded"  # of the dataset in its bucket
 MANIFEST_NAME = "trial_manifest.json.gz"
 # a session is one folder's name: no "..", nothing that could break a line or is not UTF-8
 DATA_FILE = re.compile(
