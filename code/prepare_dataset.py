@@ -14,6 +14,7 @@ require(
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import threading
@@ -29,17 +30,23 @@ from brain_to_text.dataset.indexing import index_dataset, refuse_damage
 from brain_to_text.dataset.manifest import write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
-from brain_to_text.errors import BrainToTextError, DataError
+from brain_to_text.errors import BrainToTextError, ConfigError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.redaction import one_line
 from brain_to_text.scoring.report_pages import dataset_page
-from brain_to_text.storage.locations import MANIFEST_NAME, not_taken_sentence
+from brain_to_text.storage.locations import (
+    KMS_KEY_VARIABLE,
+    MANIFEST_NAME,
+    is_s3,
+    not_taken_sentence,
+)
 from brain_to_text.storage.ownership import check_own, replace_own
 from brain_to_text.storage.store import open_store
 
 _PLACE = "folder or s3://BUCKET/PREFIX"
 _BY_SIZE = "worker processes; default by size"
-_OVERWRITE = "replace files of these names in the target that this command did not write"
+_OVERWRITE = "replace files of these names that this command did not write, or that changed since"
+_KMS_KEY = "KMS key (id or ARN) that encrypts what is written to S3; default: as the bucket does"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(typed)
     options.typed = shlex.join(["python", "code/prepare_dataset.py", *typed])
     try:
-        with _stoppable():
+        with _stoppable(), _encrypted(options):
             code = int(options.run(options))
             print(end="", flush=True)
             return code
@@ -168,6 +175,25 @@ def _stoppable() -> Iterator[None]:
 
 
 @contextmanager
+def _encrypted(options: argparse.Namespace) -> Iterator[None]:
+    """Write to S3 with the key of --kms-key, in worker processes, too."""
+    key, before = getattr(options, "kms_key", None), os.environ.get(KMS_KEY_VARIABLE)
+    if key is None:
+        yield
+        return
+    written = options.target if "target" in options else options.source
+    if not is_s3(written):
+        raise ConfigError(f"--kms-key is for what is written to S3, and {written} is a folder.")
+    os.environ[KMS_KEY_VARIABLE] = key
+    try:
+        yield
+    finally:
+        del os.environ[KMS_KEY_VARIABLE]
+        if before is not None:
+            os.environ[KMS_KEY_VARIABLE] = before
+
+
+@contextmanager
 def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal's stderr, as the callback (done, in all)."""
     from tqdm import tqdm
@@ -205,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", type=int, default=0, help="equal seeds make equal files")
     made.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    made.add_argument("--kms-key", metavar="ARN", help=_KMS_KEY)
     made.set_defaults(run=run_synthesize)
 
     imported = commands.add_parser(
@@ -254,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="name damaged trials in the manifest and go on, instead of stopping",
     )
+    indexed.add_argument("--kms-key", metavar="ARN", help=_KMS_KEY)
     indexed.set_defaults(run=run_index)
 
     checked = commands.add_parser(
@@ -283,6 +311,7 @@ def _of_another(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--processes", type=int, default=1, help="files made at once")
     command.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    command.add_argument("--kms-key", metavar="ARN", help=_KMS_KEY)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,9 @@ def test_words_that_nobody_knows_are_named_given_or_left_out(benchmark_folder, t
     path = benchmark_folder / "train" / f"{SESSIONS[0]}.mat"
     savemat(path, variables(["Turn it up", "the zzqrk", "", "Go 2 it"]))
     assert run("import-mat", benchmark_folder, tmp_path / "a") == 1
-    assert f"{path}:trial_0001: " in (error := capsys.readouterr().err)
-    assert "how to pronounce zzqrk" in error
+    assert "how to pronounce 2 words (and how often they occur): zzqrk (1), 2 (1);" in (
+        capsys.readouterr().err
+    )
     lexicon = tmp_path / "words.txt"
     lexicon.write_text("zzqrk Z ER K\n")
     options = ["--lexicon", lexicon, "--exclude-damaged"]

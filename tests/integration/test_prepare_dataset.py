@@ -309,6 +309,27 @@ def test_sentences_become_labels(tmp_path: Path) -> None:
         assert np.array_equal(a.class_ids, b.class_ids)
 
 
+def test_unknown_words_are_named_all_at_once_and_test_trials_stay(phoneme_set, tmp_path, capsys):
+    unknown = {"train": "zorbify", "val": "quaxtle", "test": "flimbert"}
+    for split, word in unknown.items():
+        for path in phoneme_set.rglob(f"data_{split}.hdf5"):
+            with h5py.File(path, "r+") as file:
+                for trial in file.values():
+                    trial.attrs["sentence_label"] = f"the {word}"
+                    if "transcription" in trial:
+                        del trial["transcription"]
+    target = tmp_path / "new"
+    assert run("encode", phoneme_set, target, "--from-text") == 1
+    refusal = capsys.readouterr().err
+    assert re.search(r"2 words .*: zorbify \(\d\), quaxtle \(\d\); add lines", refusal)
+    assert not target.exists()
+    lexicon = tmp_path / "words.txt"
+    lexicon.write_text("zorbify Z ER\nquaxtle K W AA\n")
+    assert run("encode", phoneme_set, target, "--from-text", "--lexicon", lexicon) == 0
+    trials = index_dataset(open_store(target)).trials
+    assert len(trials) == 15 and sum(trial.class_ids is None for trial in trials) == 3
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

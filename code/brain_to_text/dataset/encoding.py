@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..labels.pronunciation import (
     dictionary_fingerprint,
     read_lexicon,
     text_phonemes,
+    unknown_words,
 )
 from ..storage.locations import data_files, session_and_split
 from ..storage.store import ObjectStore, open_store
@@ -136,6 +138,8 @@ def encode_files(
         log: receives one line per thing left out, about files skipped, and what was compared.
     """
     origin = Origin(command, options.purpose())
+    if options.from_text and not options.exclude_damaged:
+        _refuse_unknown_words(sources, options, processes)
     done: list[tuple[Origin, FileInspection]] = []
     again = 0
     with DatasetInMaking(
@@ -168,6 +172,43 @@ def encode_files(
         f"labels of {labelled:,} by decoding them; all are equal"
     )
     return manifest
+
+
+def _refuse_unknown_words(
+    sources: Mapping[str, tuple[str, Callable[[], bytes]]], options: EncodingOptions, processes: int
+) -> None:
+    """Name every word that nobody can pronounce at once, before anything is written.
+
+    Raises:
+        DataError: there are some.
+    """
+    jobs = {
+        name: (read, options)
+        for key, (name, read) in sources.items()
+        if session_and_split(key)[1] != "test"  # whose trials need no labels
+    }
+    counts: Counter[str] = Counter()
+    with closing(sound_answers(_words_job, jobs, processes)) as answers:
+        for answer in answers:
+            counts += answer
+    if counts:
+        words = ", ".join(f"{word} ({count})" for word, count in counts.most_common())
+        raise DataError(
+            f"Nobody says how to pronounce {len(counts)} words (and how often they occur): "
+            f"{words}; add lines 'word PHONEME PHONEME …' to a file and give it with --lexicon, or leave "
+            "such trials out with --exclude-damaged."
+        )
+
+
+def _words_job(read: Callable[[], bytes], options: EncodingOptions) -> Counter[str]:
+    """Unknown words of one file and how often they occur; damage is for encoding to name."""
+    counts: Counter[str] = Counter()
+    data, lexicon = read(), options.words() or {}
+    with limited(len(data)), suppress(*HDF5_ERRORS), h5py.File(io.BytesIO(data), "r") as file:
+        for trial in file.values():
+            with suppress(DataError, *HDF5_ERRORS):
+                counts.update(unknown_words(read_sentence(trial, lambda *_: None) or "", lexicon))
+    return counts
 
 
 def _read(url: str, key: str, size: int) -> bytes:
@@ -274,9 +315,10 @@ def _source_phonemes(key: str, trial: h5py.Group, lexicon: Lexicon | None) -> np
     if lexicon is None:
         return read_labels(trial)[1] if is_labelled(trial, split) else None
     sentence = read_sentence(trial, lambda *_: None)
-    if sentence is not None:
+    needless = split == "test" and not is_labelled(trial, split)
+    if sentence is not None and not (needless and unknown_words(sentence, lexicon)):
         return text_phonemes(sentence, lexicon)
-    if split == "test":
+    if needless:
         return None
     raise DataError("attribute sentence_label is missing, so there is no text to label")
 

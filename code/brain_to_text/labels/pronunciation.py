@@ -89,9 +89,9 @@ def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray
     own = own_words or {}
     labels: list[int] = []
     unknown = []
-    words = [word for word in _BETWEEN_WORDS.split(typed_text(sentence)) if word.strip("'-.")]
+    words = _words(sentence)
     for word in words:
-        odd = "" if word in own else re.sub(r"[a-z'.-]", "", _without_accents(word))
+        odd = _odd_characters(word, own)
         if any(unicodedata.category(character)[0] == "N" for character in odd):
             raise DataError(f"{wrong}'{word}' has digits; spell numbers out.")
         if odd:
@@ -109,6 +109,20 @@ def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray
             "'word PHONEME PHONEME …' to a file and give it with --lexicon."
         )
     return np.asarray(labels, dtype=np.int32)
+
+
+def unknown_words(sentence: str, own_words: Lexicon) -> list[str]:
+    """The words of a sentence that `text_phonemes` would refuse, as they stand there."""
+    return [w for w in _words(sentence) if _odd_characters(w, own_words) or not _ways(w, own_words)]
+
+
+def _words(sentence: str) -> list[str]:
+    return [word for word in _BETWEEN_WORDS.split(typed_text(sentence)) if word.strip("'-.")]
+
+
+def _odd_characters(word: str, own_words: Lexicon) -> str:
+    """What of a word no English word has, unless it is one's own word."""
+    return "" if word in own_words else re.sub(r"[a-z'.-]", "", _without_accents(word))
 
 
 def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
