@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,8 +16,9 @@ import numpy as np
 import prepare_dataset
 import pytest
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
-from brain_to_text.dataset.indexing import index_dataset
+from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import load_manifest
+from brain_to_text.errors import DataError
 from brain_to_text.labels.diphones import decode_diphones
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
@@ -179,47 +178,54 @@ def test_encode_repeats_nothing_that_is_done(phoneme_set: Path, tmp_path: Path, 
     assert written == {p: p.stat().st_mtime_ns for p in target.rglob("*.hdf5")}
 
 
-def test_an_interrupted_encode_continues(phoneme_set: Path, tmp_path: Path, capsys) -> None:
-    whole, target = tmp_path / "whole", tmp_path / "new"
+@pytest.mark.parametrize("where", ["folder", "S3"])
+def test_a_target_killed_again_and_again_is_refused_until_it_is_whole(
+    where, phoneme_set: Path, s3_prefix: str, tmp_path: Path, capsys
+) -> None:
+    """SIGKILL after each file; every repeat goes on; the end equals an uninterrupted one."""
+    whole, target = tmp_path / "whole", str(tmp_path / "new") if where == "folder" else s3_prefix
     assert run("encode", phoneme_set, whole) == 0
+    store = open_store(target)
 
-    def interrupt(done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
+    def written() -> int:
+        return sum(key.endswith(".hdf5") for key in store.list())
 
-    with pytest.raises(KeyboardInterrupt):
-        encode_dataset(str(phoneme_set), open_store(target), EncodingOptions(), progress=interrupt)
-    for command in ("index", "validate"):
+    for before in range(5):
+        typed = [sys.executable, str(FRONT_DOOR), "encode", str(phoneme_set), target]
+        process = subprocess.Popen(typed, stdout=subprocess.DEVNULL)
+        while written() == before and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        if process.wait() == 0:
+            break
         capsys.readouterr()
-        assert run(command, target) == 1
-        assert "is unfinished" in capsys.readouterr().err
-    assert len(list(target.rglob("*.hdf5"))) == 3
-    capsys.readouterr()
+        for command in ("index", "validate"):
+            assert run(command, target) == 1
+            refusal = capsys.readouterr().err
+            assert "is unfinished" in refusal and f"encode {phoneme_set} {target}'" in refusal
+        with pytest.raises(DataError, match="is unfinished"):
+            load_or_build_manifest(store, print)
     assert run("encode", phoneme_set, target) == 0
-    assert "3 of 5 files are encoded already" in capsys.readouterr().out
-    first, second = (load_manifest(open_store(x)) for x in (whole, target))
+    assert re.search(r"[1-5] of 5 files are encoded already", capsys.readouterr().out)
+    for key in open_store(whole).list():
+        if key != MANIFEST_NAME:  # which has the times of files, or their ETags
+            assert store.read(key) == (whole / key).read_bytes()
+    first, second = load_manifest(open_store(whole)), load_manifest(store)
     assert first is not None and second is not None
     assert first.fingerprint() == second.fingerprint()
 
 
-def test_a_killed_encode_leaves_only_whole_files(tmp_path: Path) -> None:
-    source, target = tmp_path / "old", tmp_path / "new"
-    sizes = ["--sessions", 3, "--trials", 20]
-    assert run("synthesize", source, "--phonemes", *sizes) == 0
-    command = [sys.executable, str(FRONT_DOOR), "encode", str(source), str(target)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(target.rglob("*.hdf5")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = list(open_store(target).list())
-    for key in done:
-        if key.endswith(".hdf5"):
-            with h5py.File(target / key) as file:
-                assert len(file) in (20, 4, 1)
-    assert run("encode", source, target) == 0
-    assert run("validate", target) == 0
+def test_a_copy_of_an_unfinished_dataset_is_unfinished(phoneme_set: Path, tmp_path, capsys) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(
+            str(phoneme_set), open_store(tmp_path / "new"), EncodingOptions(), progress=interrupt
+        )
+    shutil.copytree(tmp_path / "new", tmp_path / "copy")
+    assert run("index", tmp_path / "copy") == 1
+    assert "if this is a copy, copy it again" in capsys.readouterr().err
 
 
 def test_a_file_that_somebody_changed_is_replaced_only_on_demand(

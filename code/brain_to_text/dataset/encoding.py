@@ -195,8 +195,8 @@ def _refuse_unknown_words(
         words = ", ".join(f"{word} ({count})" for word, count in counts.most_common())
         raise DataError(
             f"Nobody says how to pronounce {len(counts)} words (and how often they occur): "
-            f"{words}; add lines 'word PHONEME PHONEME …' to a file and give it with --lexicon, or leave "
-            "such trials out with --exclude-damaged."
+            f"{words}; add lines 'word PHONEME PHONEME …' to a file and give it with --lexicon, or "
+            "leave such trials out with --exclude-damaged."
         )
 
 
