@@ -124,6 +124,8 @@ def _launch(settings: JobSettings, options: argparse.Namespace, account: AwsAcco
             if not options.check:
                 print("Nothing was launched: correct the errors, or use --skip-checks.")
             return 1
+    elif job.image_found:
+        print(job.image_found, file=sys.stderr)
     if options.check:
         return 0
     submit(job, account)

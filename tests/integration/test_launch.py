@@ -189,12 +189,13 @@ def test_errors_found_by_the_checks_prevent_the_launch(aws, capsys):
 
 
 def test_the_role_of_the_stack_and_the_last_pushed_image_are_the_defaults(
-    aws, monkeypatch, tmp_path
+    aws, monkeypatch, tmp_path, capsys
 ):
     pushed = tmp_path / "image_uri"
     pushed.write_text(f"{aws.image_uri}\n")
     monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", pushed)
-    assert run("--s3-bucket", BUCKET) == 0
+    assert run("--s3-bucket", BUCKET, "--skip-checks") == 0
+    assert f"the last one pushed from this clone ({aws.image_uri})" in capsys.readouterr().err
     assert aws.sent[0]["RoleArn"] == ROLE
     assert aws.sent[0]["AlgorithmSpecification"]["TrainingImage"] == aws.image_uri
 

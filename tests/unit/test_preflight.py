@@ -331,7 +331,7 @@ def test_image_of_other_code_names_the_files(registry):
     assert names(accepted) == [] and names(accepted, "warning") == ["code-differs"]
 
 
-def test_what_only_the_desk_uses_may_differ(registry):
+def test_what_only_your_machine_uses_may_differ(registry):
     files = fingerprints()
     for path in files:
         if path.endswith(".md") or path.startswith(("code/aws/", "code/brain_to_text/launch/")):

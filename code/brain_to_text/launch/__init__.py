@@ -1,1 +1,1 @@
-"""The desk: jobs requested, checked, watched, fetched. Knows top to `dataset` only."""
+"""Training jobs: requested, checked, watched, fetched. Knows top to `dataset` only."""

@@ -291,7 +291,7 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
 def _against_config(
     job: JobSettings, config: TrainingConfig, s3: Any, listing: dict[str, Any], url: str
 ) -> Iterator[Finding]:
-    """What the trainer would say of manifest and configuration, said now."""
+    """What the trainer would refuse in manifest and configuration, before the job is paid for."""
     key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST_NAME}"
     content = s3.get_object(Bucket=job.s3_bucket, Key=key)["Body"].read()
     try:

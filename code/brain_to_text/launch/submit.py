@@ -168,15 +168,15 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for people: errors, warnings, notes, then time and price."""
-        said = [
+        lines = [
             f"{severity}: {finding.reason}"
             for severity in ("error", "warning", "note")
             for finding in self.of(severity)
         ]
         if self.estimate is not None:
-            said += self.estimate.lines()
+            lines += self.estimate.lines()
         errors, warnings = len(self.of("error")), len(self.of("warning"))
-        return [*said, f"Checked: {errors} errors, {warnings} warnings"]
+        return [*lines, f"Checked: {errors} errors, {warnings} warnings"]
 
 
 def preflight(job: TrainingJob, account: AwsAccount) -> Report:
