@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -337,6 +338,20 @@ def test_unknown_words_are_named_all_at_once_and_test_trials_stay(phoneme_set, t
 
 
 # --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["synthesize", "import-mat", "encode", "index"])
+def test_the_key_of_the_command_line_encrypts_what_is_written(command, monkeypatch, capsys) -> None:
+    def opened(url: str) -> None:
+        raise DataError(f"{url} with {os.environ.get('S3_KMS_KEY_ID')}")
+
+    monkeypatch.setattr(prepare_dataset, "open_store", opened)
+    source = ["src"] if command in ("import-mat", "encode") else []
+    assert run(command, *source, "s3://bucket/new", "--kms-key", "some-key") == 1
+    assert "s3://bucket/new with some-key" in capsys.readouterr().err
+    assert "S3_KMS_KEY_ID" not in os.environ
+    assert run(command, *source, "folder", "--kms-key", "some-key") == 1
+    assert "for what is written to S3, and folder is a folder" in capsys.readouterr().err
 
 
 def test_every_command_has_help(capsys) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
+from brain_to_text.errors import DataError
 from brain_to_text.labels.recording_blocks import corpus_of
+from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
 from support.small_data import span_of
 
@@ -54,6 +56,23 @@ def test_a_manifest_is_written_that_fits(tmp_path):
     assert kept is not None and kept.to_bytes() == manifest.to_bytes()
     kept.check_fresh(open_store(tmp_path).list())
     assert [len(kept.select(split)) for split in ("train", "val", "test")] == [12, 6, 4]
+
+
+def test_an_interrupted_set_is_unfinished_until_it_is_repeated(tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    store = open_store(tmp_path / "new")
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(store, SMALL, progress=interrupt)
+    with pytest.raises(DataError, match=r"is unfinished.*Repeat 'prepare_dataset.py synthesize'"):
+        load_manifest(store)
+    there = {key: info.etag for key, info in store.list().items() if key != MANIFEST_NAME}
+    again, whole = synthesize(store, SMALL), synthesize(open_store(tmp_path / "whole"), SMALL)
+    assert there and there.items() <= {k: i.etag for k, i in store.list().items()}.items()
+    for key in whole.files:
+        assert store.read(key) == (tmp_path / "whole" / key).read_bytes()
+    assert again.fingerprint() == whole.fingerprint()
 
 
 def test_a_seed_decides_everything(tmp_path):
