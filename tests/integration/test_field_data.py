@@ -195,7 +195,7 @@ def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
 def test_what_cannot_be_copied_is_said(source, capsys) -> None:
     with h5py.File(source / FILE, "r+") as file:
         file["trial_0000"]["nowhere"] = h5py.SoftLink("/nothing")
-        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/x")
+        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/trial_0001")  # a name in src, too
     assert run("encode", "src", "new") == 0
     printed = capsys.readouterr().out
     assert f"Left out: {FILE}:trial_0000: nowhere cannot be copied" in printed

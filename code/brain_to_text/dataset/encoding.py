@@ -295,8 +295,9 @@ def _copy(old: Any, new: Any, names: set[str]) -> Iterator[str]:
             yield f"attribute {printable(name)} cannot be copied ({cause_of(error)})"
     for name in sorted(names, key=printable):
         try:
+            refuse_external_link(old, name)
             old.copy(name, new)
-        except HDF5_ERRORS as error:
+        except (DataError, *HDF5_ERRORS) as error:
             yield f"{printable(name)} cannot be copied ({cause_of(error)})"
 
 
