@@ -257,8 +257,10 @@ def test_other_options_or_another_source_are_refused(
     copy = shutil.copytree(phoneme_set, tmp_path / "copy")
     with h5py.File(copy / SESSIONS[0] / "data_train.hdf5", "r+") as file:
         file["trial_0000/input_features"][0, 0] += 1
+    before = tree(target)
     assert run("encode", copy, target) == 1
     assert "was encoded from another content of" in capsys.readouterr().err
+    assert tree(target) == before, "a refused command leaves a whole dataset whole"
     assert run("encode", copy, target, "--overwrite") == 0
     assert run("encode", phoneme_set, target, "--overwrite") == 0
     shutil.rmtree(phoneme_set / SESSIONS[1])

@@ -1,9 +1,10 @@
 """A dataset while a command makes it: unfinished until its last file, each signed by its maker.
 
 From the first moment until the manifest is written, another document stands in its stead: it says
-that the dataset is unfinished, which files are to come and which command makes them. Every file
-says in its attribute `made_by` what made it from what, and in `file_crc32` whether it is still as
-it was written. So a repeated command knows what is done, and leaves alone what others wrote.
+that the dataset is unfinished, which files are to come and which command makes them. A whole
+dataset, of which the same command may skip everything, keeps its manifest. Every file says in its
+attribute `made_by` what made it from what, and in `file_crc32` whether it is still as it was
+written. So a repeated command knows what is done, and leaves alone what others wrote.
 """
 
 from __future__ import annotations
@@ -113,8 +114,10 @@ class DatasetInMaking:
                     check_apart(source, folder)
         self._take_lock()
         try:
-            self._look(overwrite)
-            store.write(MANIFEST_NAME, self._mark.to_bytes())
+            self._manifest = self._look(overwrite)
+            if overwrite or self._manifest is None or len(self.done) < len(self._mark.files):
+                self._manifest = self._mark.to_bytes()
+                store.write(MANIFEST_NAME, self._manifest)
         except BaseException:
             self.close()
             raise
@@ -125,13 +128,11 @@ class DatasetInMaking:
         Raises:
             DataError: one has. StorageError: the target cannot be read.
         """
-        if self._lock is None:
-            now = Unfinished.of(self.store.read(MANIFEST_NAME))
-            if now is None or now.run != self._mark.run:
-                raise DataError(
-                    f"Another command has begun to write to {self.store.url}: let it end, then "
-                    "repeat this one."
-                )
+        if self._lock is None and self.store.read(MANIFEST_NAME) != self._manifest:
+            raise DataError(
+                f"Another command has begun to write to {self.store.url}: let it end, then "
+                "repeat this one."
+            )
 
     def finish(self, inspections: Iterable[FileInspection]) -> TrialManifest:
         """Write the manifest: the dataset is whole.
@@ -154,8 +155,8 @@ class DatasetInMaking:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, overwrite: bool) -> None:
-        """Refuse what others made; find what is done."""
+    def _look(self, overwrite: bool) -> bytes | None:
+        """Refuse what others made; find what is done. Returns the manifest of a whole dataset."""
         url, mark, listing = self.store.url, self._mark, self.store.list()
         for key in listing:
             if DATA_FILE.fullmatch(key) and key not in mark.files:
@@ -163,10 +164,9 @@ class DatasetInMaking:
                     f"{url} already holds {key}, which '{mark.command}' would not write now: give "
                     "an empty target, or remove what is there."
                 )
-        earlier = None
-        if MANIFEST_NAME in listing and not overwrite:
-            earlier = Unfinished.of(self.store.read(MANIFEST_NAME))
-        if earlier is not None:
+        manifest = self.store.read(MANIFEST_NAME) if MANIFEST_NAME in listing else None
+        earlier = Unfinished.of(manifest) if manifest is not None else None
+        if earlier is not None and not overwrite:
             self._refuse_another(earlier.command, earlier.options)
         for key in (key for key in mark.files if key in listing):
             data = self.store.read(key, 0, listing[key].size)
@@ -180,6 +180,7 @@ class DatasetInMaking:
                 self._refuse_another(origin.command, origin.options)
             if origin and (origin.command, origin.options) == (mark.command, mark.options):
                 self.done[key] = origin, inspect_file(key, data)
+        return manifest if earlier is None else None
 
     def _refuse_another(self, command: str, options: Mapping[str, Any]) -> None:
         if command != self._mark.command:
