@@ -195,21 +195,6 @@ def test_a_killed_and_resumed_run_is_one_mlflow_run(tracked, client, request, tm
     assert run["info"]["status"] == "FINISHED"
 
 
-@pytest.mark.slow
-def test_a_server_that_is_away_costs_a_warning_and_nothing_else(data, tmp_path, mlflow_packages):
-    variables = {
-        "MLFLOW_TRACKING_URI": "http://somebody:hidden-password@127.0.0.1:9",
-        "MLFLOW_TRACKING_TOKEN": "a-hidden-token",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
-    job = AlteredJob(data, tmp_path, packages=mlflow_packages, variables=variables, **SHORT)
-    said = finish(job)
-    assert "Finished at step 12" in said
-    assert said.count("MLflow does not answer as it should, training goes on") == 1
-    assert said.count("MLflow did not get all of this run") == 1
-    assert "hidden" not in said
-
-
 @pytest.mark.parametrize(
     "uri, module",
     [("http://127.0.0.1:9", "mlflow"), ("arn:aws:sagemaker:x", "sagemaker_mlflow")],

@@ -1,5 +1,6 @@
 """What a process says when another is gone, and that a process alone asks nobody."""
 
+import re
 import time
 
 import pytest
@@ -72,14 +73,16 @@ def test_a_stop_of_one_is_a_stop_of_all(board):
         raise RuntimeError(CLOSED)
 
 
-def test_a_board_that_is_gone_too_takes_no_time():
+def test_a_board_that_is_gone_too_is_asked_once():
+    asked = []
+
     class Gone:
-        def check(self, _):
+        def check(self, keys):
+            asked.append(keys)
             raise RuntimeError("connection refused")
 
-    started = time.monotonic()
     assert lost(world(Gone())).startswith("Lost contact with host algo-2")
-    assert time.monotonic() - started < 5
+    assert len(asked) == 1
 
 
 def test_running_out_of_memory_is_no_lost_contact():
@@ -106,6 +109,7 @@ def test_whoever_waits_says_for_whom(board, monkeypatch, caplog):
     with pytest.raises(TrainingError) as raised, one.in_contact():
         until(lambda: "Waiting for rank 2 on algo-2 since" in caplog.text)
         raise RuntimeError("[unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation")
-    assert str(raised.value).startswith("Rank 2 on algo-2 did not answer for 0 s: a GPU that hangs")
+    said = r"Rank 2 on algo-2 did not answer for \d+ s: a GPU that hangs"
+    assert re.match(said, str(raised.value))
     here.close()
     there.close()

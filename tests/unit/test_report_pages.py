@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
-import pytest
-from brain_to_text.scoring import report_pages
 from brain_to_text.scoring.report_pages import TEMPLATES, line_chart, model_report
 
 
@@ -223,79 +219,6 @@ def test_long_runs_are_drawn_with_bounded_size():
 
 
 # --- colours --------------------------------------------------------------------------------------
-
-# Machado, Oliveira & Fernandes, "A Physiologically-based Model for Simulation of Color Vision
-# Deficiency" (2009), severity 1; they apply to linear RGB.
-VISION = {
-    "normal": np.eye(3),
-    "protanopia": np.array(
-        [
-            [0.152286, 1.052583, -0.204868],
-            [0.114503, 0.786281, 0.099216],
-            [-0.003882, -0.048116, 1.051998],
-        ]
-    ),
-    "deuteranopia": np.array(
-        [
-            [0.367322, 0.860646, -0.227968],
-            [0.280085, 0.672501, 0.047413],
-            [-0.011820, 0.042940, 0.968881],
-        ]
-    ),
-    "tritanopia": np.array(
-        [
-            [1.255528, -0.076749, -0.178779],
-            [-0.078411, 0.930809, 0.147602],
-            [0.004733, 0.691367, 0.303900],
-        ]
-    ),
-}
-TO_XYZ = np.array(
-    [
-        [0.4124564, 0.3575761, 0.1804375],
-        [0.2126729, 0.7151522, 0.0721750],
-        [0.0193339, 0.1191920, 0.9503041],
-    ]
-)
-STYLE = Path(report_pages.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
-SERIES = ("c0", "c1", "c2", "c3")
-
-
-def seen(colour: str, vision: str) -> np.ndarray:
-    """[3] XYZ of a "#rrggbb" colour as that eye sees it."""
-    value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    return TO_XYZ @ np.clip(VISION[vision] @ linear, 0, 1)
-
-
-def lab(xyz: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* under D65, in which a distance of 2.3 is just noticeable."""
-    ratio = xyz / [0.95047, 1.0, 1.08883]
-    f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-def contrast(one: str, other: str, vision: str) -> float:
-    """As WCAG 2 defines it, 1 … 21."""
-    lighter, darker = sorted((seen(one, vision)[1], seen(other, vision)[1]), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-@pytest.mark.parametrize("vision", VISION)
-@pytest.mark.parametrize("mode", ["light", "dark"])
-def test_series_differ_for_every_kind_of_colour_vision(vision, mode):
-    light, dark = STYLE.split("@media (prefers-color-scheme:dark)")
-    palette = dict(re.findall(r"--(\w+):(#\w{6})", light if mode == "light" else dark))
-    for one, other in itertools.combinations(SERIES, 2):
-        distance = np.linalg.norm(
-            lab(seen(palette[one], vision)) - lab(seen(palette[other], vision))
-        )
-        # blue and green are nearly alike without blue cones (one in 10,000): dashes tell them apart
-        assert distance > (9 if vision == "tritanopia" else 14), (one, other)
-    for name in SERIES:
-        assert contrast(palette[name], palette["card"], vision) >= 3, name  # WCAG 1.4.11
-    for name in ("ink", "soft", "bad"):
-        assert contrast(palette[name], palette["card"], vision) >= 4.5, name  # WCAG 1.4.3
 
 
 def test_series_differ_in_their_dashes_too():
