@@ -7,6 +7,7 @@ input gives, or asks for one sentence and for nothing changed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,33 +52,19 @@ def source(tmp_path: Path, monkeypatch) -> Path:
 
 # --- nothing is written where data is read --------------------------------------------------------
 
-PLACES = ["./src", "src/", "src/../src", "link", "{here}/src", "src/new", f"src/{SESSIONS[0]}", "."]
 
-
-@pytest.mark.parametrize("target", PLACES)
+@pytest.mark.parametrize("target", ["link", "{here}/src", f"src/{SESSIONS[0]}", "."])
 def test_encode_never_writes_into_its_source(target, source, capsys) -> None:
     (source.parent / "link").symlink_to("src")
     before = tree(source)
+    spelt = target.format(here=source.parent)
     for options in ([], ["--overwrite", "--exclude-damaged", "--dtype", "float16"]):
-        spelt = target.format(here=source.parent)
         assert run("encode", "src", spelt, *options) == 1
-        assert "give a" in sentence(capsys)
-        assert run("encode", source, spelt, *options) == 1
         assert "give a" in sentence(capsys)
     assert tree(source) == before
 
 
-@pytest.mark.parametrize("target", ["/{p}/", "//{p}", "{p}/new"])
-def test_encode_never_writes_into_its_prefix(target, s3_prefix, s3_bucket, upload, source, capsys):
-    upload(source, s3_prefix)
-    before = open_store(s3_prefix).list()
-    prefix = s3_prefix.split("/", 3)[3]
-    assert run("encode", s3_prefix, f"s3://{s3_bucket}/{target.format(p=prefix)}") == 1
-    assert "give a" in sentence(capsys)
-    assert open_store(s3_prefix).list() == before
-
-
-def test_what_others_wrote_is_replaced_only_aloud(source, tmp_path, capsys) -> None:
+def test_what_others_wrote_is_replaced_only_with_overwrite(source, tmp_path, capsys) -> None:
     theirs = tmp_path / "theirs"
     write_small_dataset(theirs, form=None)
     before = tree(theirs)
@@ -192,7 +179,7 @@ def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
         assert new["notes"][()] == b"of the day"
 
 
-def test_what_cannot_be_copied_is_said(source, capsys) -> None:
+def test_what_cannot_be_copied_is_named(source, capsys) -> None:
     with h5py.File(source / FILE, "r+") as file:
         file["trial_0000"]["nowhere"] = h5py.SoftLink("/nothing")
         file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/trial_0001")  # a name in src, too
@@ -252,76 +239,44 @@ def test_a_filter_that_is_not_installed_is_named_with_its_package(source, capsys
 # --- attributes and labels as tools write them ----------------------------------------------------
 
 
-def padded_text(text: str) -> Callable[[h5py.Group, str], None]:
-    def write(trial: h5py.Group, name: str) -> None:
-        kind = h5py.h5t.C_S1.copy()
-        kind.set_size(40)
-        kind.set_strpad(h5py.h5t.STR_SPACEPAD)
-        attribute = h5py.h5a.create(trial.id, name.encode(), kind, h5py.h5s.create(h5py.h5s.SCALAR))
-        attribute.write(np.array(text.encode().ljust(40), "S40"))
-
-    return write
-
-
 TEXTS = {
     "one-element array": lambda t: np.array([t], h5py.string_dtype()),
-    "one in a table": lambda t: np.array([[t]], h5py.string_dtype()),
     "bytes": lambda t: t.encode(),
-    "numpy bytes": lambda t: np.bytes_(t.encode()),
     "array of bytes": lambda t: np.array([t.encode()]),
     "fixed length, zeros after it": lambda t: np.array(t.encode(), "S64"),
     "ASCII text": lambda t: np.array(t, h5py.string_dtype("ascii")),
     "spaces around": lambda t: f" {t}  ",
-    "fixed length, spaces after it": padded_text,
     "letters": lambda t: np.array(list(t), "S1"),
-    "character codes, as MATLAB": lambda t: np.array([ord(c) for c in t], np.uint16),
-    "a row of codes": lambda t: np.array([[ord(c) for c in t]], np.uint16),
+    "a row of character codes, as MATLAB": lambda t: np.array([[ord(c) for c in t]], np.uint16),
 }
 NUMBERS = {
     "one-element array": lambda n: np.array([n]),
-    "one in a table": lambda n: np.array([[n]], np.int16),
-    "double": float,
-    "numpy scalar": np.uint8,
+    "small": np.uint8,
     "a double in a table, as MATLAB": lambda n: np.array([[float(n)]]),
-    "text": str,
     "bytes": lambda n: np.bytes_(str(n).encode()),
     "text in an array": lambda n: np.array([str(n)], h5py.string_dtype()),
     "big-endian": lambda n: np.array(n, ">i4"),
 }
 
 
-def rewritten(write: Callable, *names: str) -> Callable[[h5py.Group], None]:
-    def change(trial: h5py.Group) -> None:
-        for name in names:
-            if name in trial.attrs:
-                value = write(trial.attrs[name])
-                del trial.attrs[name]
-                if callable(value):
-                    value(trial, name)
-                else:
-                    trial.attrs[name] = value
-
-    return change
+ATTRIBUTES = [
+    *((("session", "sentence_label"), kind, write) for kind, write in TEXTS.items()),
+    *((("n_time_steps", "seq_len", "block_num", "trial_num"), *kind) for kind in NUMBERS.items()),
+]
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_texts_are_read_however_they_are_stored(kind, source) -> None:
+@pytest.mark.parametrize(("names", "kind", "write"), ATTRIBUTES)
+def test_attributes_are_read_however_they_are_stored(names, kind, write, source) -> None:
+    def rewrite(trial: h5py.Group) -> None:
+        for name in {*names} & {*trial.attrs}:
+            trial.attrs[name] = write(trial.attrs.pop(name))
+
     plain = index_dataset(open_store(source))
-    in_every_trial(source, rewritten(TEXTS[kind], "session", "sentence_label"))
+    in_every_trial(source, rewrite)
     found = index_dataset(open_store(source))
     assert found.fingerprint() == plain.fingerprint()
-    assert [t.sentence_label for t in found.trials] == [t.sentence_label for t in plain.trials]
-
-
-@pytest.mark.parametrize("kind", NUMBERS)
-def test_numbers_are_read_however_they_are_stored(kind, source) -> None:
-    plain = index_dataset(open_store(source))
-    names = ("n_time_steps", "seq_len", "block_num", "trial_num")
-    in_every_trial(source, rewritten(NUMBERS[kind], *names))
-    found = index_dataset(open_store(source))
-    assert found.fingerprint() == plain.fingerprint()
-    assert [(t.block_num, t.trial_num) for t in found.trials] == [
-        (t.block_num, t.trial_num) for t in plain.trials
+    assert [(t.sentence_label, t.block_num, t.trial_num) for t in found.trials] == [
+        (t.sentence_label, t.block_num, t.trial_num) for t in plain.trials
     ]
 
 
@@ -329,26 +284,19 @@ def test_numbers_are_read_however_they_are_stored(kind, source) -> None:
     ("name", "value", "reason"),
     [
         ("session", h5py.Empty("S1"), "attribute session is missing"),
-        ("session", "", "attribute session is missing"),
         ("session", np.array(["ab", "c"], "S3"), "holds 2 texts, not one"),
         ("session", 5, r"attribute session is .*5.*, not a text"),
         ("session", float("nan"), "attribute session is missing"),
         ("sentence_label", np.bytes_(b"na\xefve"), "attribute sentence_label is not UTF-8 text"),
-        ("sentence_label", np.array(["a", "cat"], "S3"), "holds 2 texts, not one"),
         ("block_num", np.array([], "i4"), "attribute block_num is missing"),
-        ("block_num", h5py.Empty("i4"), "attribute block_num is missing"),
         ("block_num", "two", "attribute block_num is 'two', not a whole number"),
         ("block_num", float("inf"), "not a whole number"),
-        ("block_num", 1e300, "not a whole number"),
         ("block_num", float("nan"), "not a whole number"),
         ("block_num", np.bool_(True), "not a whole number"),
-        ("seq_len", "many", "not a whole number"),
         ("n_time_steps", np.array([[1, 2], [3, 4]]), "not a whole number"),
     ],
 )
 def test_attributes_without_one_meaning_are_one_sentence(name, value, reason, source, capsys):
-    import re
-
     with h5py.File(source / FILE, "r+") as file:
         file["trial_0001"].attrs[name] = value
     assert run("index", source) == 1
@@ -359,10 +307,7 @@ def test_attributes_without_one_meaning_are_one_sentence(name, value, reason, so
 def test_the_sentence_comes_from_whichever_is_there(source, capsys) -> None:
     plain = [t.sentence_label for t in index_dataset(open_store(source)).trials]
 
-    def only_codes(trial: h5py.Group) -> None:
-        trial.attrs.pop("sentence_label", None)
-
-    in_every_trial(source, only_codes)
+    in_every_trial(source, lambda trial: trial.attrs.pop("sentence_label", None))
     assert [t.sentence_label for t in index_dataset(open_store(source)).trials] == plain
     assert run("encode", "src", "new", "--from-text") == 0
 
@@ -486,14 +431,6 @@ def never_written(trial: h5py.Group) -> None:
     trial.create_dataset("input_features", shape, "f8")
 
 
-def virtual(trial: h5py.Group) -> None:
-    shape = trial["input_features"].shape
-    layout = h5py.VirtualLayout(shape, "f4")
-    layout[:10] = h5py.VirtualSource("elsewhere.hdf5", "x", (10, shape[1]))
-    del trial["input_features"]
-    trial.create_virtual_dataset("input_features", layout)
-
-
 def virtual_of_itself(trial: h5py.Group) -> None:
     """Of values in the same file, but not of all."""
     old = trial["input_features"]
@@ -510,12 +447,7 @@ def external(trial: h5py.Group) -> None:
     trial.create_dataset("input_features", shape, "f4", external=[("raw.bin", 0, size)])
 
 
-def external_link(trial: h5py.Group) -> None:
-    del trial["input_features"]
-    trial["input_features"] = h5py.ExternalLink("other.hdf5", "/features")
-
-
-HOLES = [hole, never_written, virtual, virtual_of_itself, external, external_link]
+HOLES = [hole, never_written, virtual_of_itself, external]
 
 
 @pytest.mark.parametrize("make", HOLES, ids=lambda make: make.__name__)
@@ -551,18 +483,6 @@ def test_what_is_done_is_known_by_content_not_by_clock_or_path(source, capsys) -
     for place in ("new", "copy"):
         assert run("encode", "moved", place) == 0
         assert "5 of 5 files are encoded already" in capsys.readouterr().out
-
-    path = Path("moved", FILE)
-    status = path.stat()
-    data = bytearray(path.read_bytes())
-    with h5py.File(path) as file:
-        data[file["trial_0000/input_features"].id.get_offset()] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert run("encode", "moved", "new") == 1
-    assert f"was encoded from another content of {FILE}: give" in sentence(capsys)
-    assert run("encode", "moved", "new", "--overwrite") == 0
-    assert "4 of 5 files are encoded already" in capsys.readouterr().out
 
 
 def test_a_lexicon_edited_between_two_runs_is_noticed(source, capsys) -> None:

@@ -123,10 +123,8 @@ HOSTILE = {
     "a group in itself": instead(lambda trial: trial),
     "a named type": instead(lambda trial: np.dtype("f4")),
     "no value": instead(lambda trial: h5py.Empty("f4")),
-    "a scalar": instead(lambda trial: 1.0),
     "complex numbers": instead(lambda trial: trial["input_features"][:].astype("c8")),
     "ragged": ragged,
-    "records": instead(lambda trial: np.zeros((90, 6), [("a", "f4"), ("b", "i4")])),
     "no labels' value": instead(lambda trial: h5py.Empty("i4"), "seq_class_ids"),
 }
 
@@ -155,13 +153,6 @@ def test_odd_names_cannot_break_a_line(name, tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert printed.count("is not named trial_NNNN") == 2
     assert all(line.isprintable() for line in printed.splitlines())
-
-
-def test_a_session_of_dots_leads_nowhere(tmp_path, capsys) -> None:
-    write_small_dataset(tmp_path / "a" / "src", form=None)
-    (tmp_path / "a" / "src" / FILE).rename(tmp_path / "a" / "data_train.hdf5")
-    assert run("encode", tmp_path / "a" / "src", tmp_path / "new") == 0
-    assert not list(tmp_path.glob("data_*"))
 
 
 # --- processes ------------------------------------------------------------------------------------
