@@ -22,6 +22,12 @@ def test_a_crash_is_known_by_its_job_and_the_others_go_on(number):
     assert answers["good"] is None
 
 
+def test_a_worker_that_ends_is_not_explained_by_what_an_earlier_job_printed():
+    list(in_workers(os.write, {"earlier": (2, b"a warning\n")}))
+    ((_, lost),) = in_workers(os._exit, {"file": (3,)})
+    assert not lost.detail
+
+
 def test_what_needs_more_memory_than_there_is_is_a_sentence():
     ((_, lost),) = in_workers(bytearray, {"file": (1 << 60,)})
     assert "takes more memory than a sound file" in lost.damage
