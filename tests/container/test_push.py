@@ -168,13 +168,6 @@ def test_push_skip_pull_and_train(
     assert list((logs / "tensorboard").iterdir())
 
 
-def test_without_push_no_account_is_asked(image, build_and_push):
-    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    done = build_and_push("--no-push", "--tag", "local-only", **nowhere)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{REPOSITORY}:local-only"
-
-
 def test_each_way_to_fail_is_one_sentence(build_and_push, ecr):
     def repositories():  # those of other tests too: one process has one emulated account
         return [r["repositoryName"] for r in ecr.describe_repositories()["repositories"]]

@@ -124,14 +124,6 @@ def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkey
     assert list(result.text) == [9]
 
 
-def test_trials_without_a_sentence_are_decoded_and_not_scored(decoders):
-    trials = [*decoders[2][:2], trial(9, None, decoders[2][0].phoneme_log_probs)]
-    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=10))
-    result = decode_sentences(options, decoders[1], {}, trials)
-    settings = result.summary(trials)["settings"]
-    assert settings["Scored"] == "2 of 3 trials, those with a sentence"
-
-
 # --- language models and vocabularies -------------------------------------------------------------
 
 SENTENCES = ["i see the cat", "i see the dog", "you see the cat"]

@@ -7,8 +7,7 @@ from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.classifier import FactoredClassifier, folded, unfolded
 from brain_to_text.model.optimizer import build_optimizer
 from brain_to_text.model.rnn_model import GRUDecoder, load_public_state_dict
-from brain_to_text.model.weights_file import state_to_cpu
-from support.training_examples import build, example_batch, small_config
+from support.training_examples import small_config
 
 SETTINGS = {"model__classifier": "factored", "objective__schedule": [[0.3, 1.0], [0.7, 0.4]]}
 INPUTS = 5
@@ -104,20 +103,3 @@ def test_biases_of_all_factors_are_not_decayed() -> None:
         for factor in ("residual", "previous", "current")
         for kind in ("weight", "bias")
     }
-
-
-def test_averaged_factors_fold_to_the_average_of_folded_weights() -> None:
-    step = build(small_config(**SETTINGS, ema_decay=0.5, lr_max=0.05, lr_warmup_steps=0))
-    batch = example_batch([40, 31, 38], [0, 1, 2])
-    kept = [state_to_cpu(folded(step.model))]
-    for k in range(4):
-        step(batch, k)
-        kept.append(state_to_cpu(folded(step.model)))
-    average = kept[0]
-    for k, weights in enumerate(kept[1:]):
-        decay = min(0.5, (1 + k) / (10 + k))
-        average = {n: decay * average[n] + (1 - decay) * weights[n] for n in average}
-    with step.averaged_weights():
-        found = state_to_cpu(folded(step.model))
-    for name, value in found.items():
-        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)

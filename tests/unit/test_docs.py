@@ -123,19 +123,6 @@ def test_the_launcher_needs_no_torch_numpy_or_h5py():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_trainer_loads_nothing_that_writes_reports_or_decodes_words():
-    script = (
-        f"import sys; sys.path.insert(0, {str(CODE_FOLDER)!r}); "
-        "import brain_to_text.training.rnn_trainer_s3; "
-        "print(*(m for m in sys.modules if m.startswith('brain_to_text.')))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    loaded = {name.rsplit(".", 1)[-1] for name in done.stdout.split()}
-    assert "decoding" in loaded, done.stderr
-    reports = {"report", "charts", "tables", "words", "word_decoder", "language_model", "ngram"}
-    assert not loaded & {*reports, "evaluate", "summary"}
-
-
 def test_the_guide_fills_every_blank_of_the_launchers_policy():
     (command,) = re.findall(r"^(sed .*\\\n.*) > policy\.json$", text_of(GUIDE), re.M)
     done = subprocess.run(["bash", "-c", command], cwd=TOP, capture_output=True, text=True)

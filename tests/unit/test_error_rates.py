@@ -13,9 +13,6 @@ from brain_to_text.scoring.error_rates import (
     bootstrap_interval,
     compare_paired,
     confusion_matrix,
-    length_group,
-    rates_by,
-    worst_diphones,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,17 +106,3 @@ def test_confusion_matrix_keeps_insertions_and_deletions_apart():
     assert matrix[0, 5] == 1
     assert matrix[7, 0] == 1
     assert matrix.trace() == 2
-
-
-def test_diphone_errors_count_the_context_of_the_reference():
-    alignments = [align([1, 2, 3], [1, 9, 3]), align([1, 2], [1])]
-    assert worst_diphones(alignments, at_least=1) == [((1, 2), 2, 2)]
-    assert worst_diphones(alignments, at_least=3) == []
-
-
-def test_groups_are_sorted_and_add_up():
-    table = rates_by(["b", "a", "b"], [1, 2, 3], [10, 10, 10])
-    assert list(table) == ["a", "b"]
-    assert table["b"]["value"] == 0.2
-    assert table["b"]["n_trials"] == 2
-    assert [length_group(n) for n in (1, 10, 11)] == ["01–10", "01–10", "11–20"]

@@ -138,14 +138,3 @@ def test_a_phoneme_model_has_one_term() -> None:
     batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
     terms = objective(n_classes=41)(logits[:, :41], packing, batch, 0)
     assert terms.alpha == 0 and terms.phoneme is None and math.isfinite(float(terms.total))
-
-
-def test_shares_of_a_global_batch_add_up_to_its_mean() -> None:
-    logits, packing, batch = case()
-    whole = fixed(0.4)(logits, packing, batch, 0).total
-    parts = 0.0
-    for rows in ([0, 2], [1]):
-        share = Packing.of(packing.frame_lengths[rows], 14, CPU)
-        own = packing.padded(logits)[rows].flatten(0, 1)[share.rows]
-        parts += fixed(0.4)(own, share, batch.take(rows), 0, global_batch_size=3).total
-    torch.testing.assert_close(parts, whole)

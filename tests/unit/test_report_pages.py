@@ -104,16 +104,6 @@ def test_groups_have_every_rate_in_their_table_and_per_in_their_chart():
     assert cells == ["3", "40.00 %", "31.23 to 50.00 %", "121", "10.00 %", "5.00 to 20.00 %", "60"]
 
 
-def test_bars_stand_over_an_axis_with_their_values_beside_their_names():
-    chart = model_report(contents()).split("PER by session</figcaption>")[1].split("</figure>")[0]
-    shown = re.findall(r'<text x="([\d.]+)"[^>]*>([^<]*)</text>', chart)
-    at = {text: float(x) for x, text in shown}
-    (bar,) = set(re.findall(r'<rect class="fill s0" x="([\d.]+)"', chart))
-    (value,) = set(re.findall(r'<text x="([\d.]+)"[^>]*class="value"', chart))
-    assert at["t15.2023.08.13"] < float(value) < float(bar) == at["0 %"]
-    assert len(at) > 4, "ticks"
-
-
 def test_a_comparison_says_which_is_which_and_on_which_trials():
     comparison = {
         "other": "last <week>",
@@ -153,14 +143,6 @@ def test_doubts_stand_before_the_numbers_and_what_was_left_out_is_folded():
     assert '<p class="warning">WARNING: two &lt;forms&gt;</p>' in html.split("<nav")[0]
     folded = html.split("<summary>Remarks (1)</summary>")[1].split("</details>")[0]
     assert "Left out: a &lt;trial&gt;" in folded
-
-
-def test_prose_in_tables_wraps_and_numbers_do_not():
-    row = {"reference": "a long sentence", "decoded": "another", "errors": 3}
-    html = model_report({"words": {"settings": {}, "examples": [row]}})
-    assert '<td class="text">a long sentence</td><td class="text">another</td><td>3</td>' in html
-    assert '<th scope="col" class="text">sentence</th>' in html
-    assert '<th scope="col">errors</th>' in html
 
 
 def test_no_waiting_is_drawn_on_an_axis_from_zero():
