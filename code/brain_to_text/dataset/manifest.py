@@ -166,21 +166,22 @@ class TrialManifest:
             url: of its dataset, for messages.
 
         Raises:
-            DataError: the bytes are damaged, no manifest, or one of another version.
+            DataError: the bytes are damaged, no manifest, one of another version, or say that the
+                dataset is unfinished.
         """
         name = f"{url}/{MANIFEST_NAME}" if url else MANIFEST_NAME
         again = (
             f"make it again with 'python code/prepare_dataset.py index {url or 'FOLDER-OR-S3-URL'}'"
         )
         text = gunzipped(data, name, again)
-        refuse_unfinished(data, url)
         try:
             document = json.loads(text)
             version = document["version"]
-            if version == VERSION:
+            if version == VERSION and "unfinished" not in document:
                 return _from_document(document)
         except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{name} is no trial manifest ({error!r}): {again}.") from error
+        refuse_unfinished(data, url)
         raise DataError(f"{name} has version {version!r}, not {VERSION}: {again}.")
 
 
