@@ -42,7 +42,7 @@ from .hdf5_values import (
     read_dataset,
     refuse_external_link,
 )
-from .hdf5_writer import FeatureType, write_features, write_labels
+from .hdf5_writer import FeatureType, declare_features, fill_features, write_labels
 from .isolation import Progress, limited, sound_answers
 from .making import DatasetInMaking, Origin, signed
 from .manifest import TrialManifest
@@ -241,6 +241,7 @@ def encode_file(
     not_copied: list[str] = []
     damaged: list[str] = []
     first: dict[Any, str] = {}  # trial by the place of its features
+    features: dict[str, np.ndarray] = {}
     buffer = io.BytesIO()
     try:
         with h5py.File(io.BytesIO(data), "r") as old, h5py.File(buffer, "w") as new:
@@ -249,7 +250,8 @@ def encode_file(
             for trial in sorted(trials.difference(without)):
                 try:
                     refuse_external_link(old, trial)
-                    lost = _encode_trial(key, old[trial], new.create_group(trial), options, lexicon)
+                    group = new.create_group(trial)
+                    values, lost = _encode_trial(key, old[trial], group, options, lexicon)
                     stored = h5py.h5o.get_info(old[trial]["input_features"].id)
                     other = first.setdefault((stored.fileno, stored.addr), trial)
                     if other != trial:
@@ -261,7 +263,9 @@ def encode_file(
                     damaged.append(reason)
                     del new[trial]
                 else:
+                    features[trial] = values
                     not_copied += [f"{name}:{trial}: {what}" for what in lost]
+            fill_features(new, features)
     except HDF5_ERRORS as error:
         raise DataError(
             f"{name}: cannot be read as HDF5 ({cause_of(error)}); copy it again."
@@ -271,19 +275,19 @@ def encode_file(
 
 def _encode_trial(
     key: str, old: h5py.Group, new: h5py.Group, options: EncodingOptions, lexicon: Lexicon | None
-) -> list[str]:
-    """Fill `new`; returns what of `old` could not be copied."""
+) -> tuple[np.ndarray, list[str]]:
+    """Fill `new` but for its features, which are returned, and what of `old` cannot be copied."""
     if not isinstance(old, h5py.Group):
         raise DataError("is not a group")
     features = _source_features(old)
     phonemes = _source_phonemes(key, old, lexicon)
     anew = {"input_features"} if phonemes is None else {"input_features", *_LABELS}
     left_out = list(_copy(old, new, {*old} - anew))
-    write_features(new, features, options.dtype)
+    values = declare_features(new, features, options.dtype)
     left_out += _copy(old["input_features"], new["input_features"], set())
     if phonemes is not None:
         write_labels(new, encode_diphones(phonemes, options.form), phonemes)
-    return left_out
+    return values, left_out
 
 
 def _copy(old: Any, new: Any, names: set[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,10 +42,11 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
         DataError: labels longer than the schema's arrays.
     """
     buffer = io.BytesIO()
+    features: dict[str, np.ndarray] = {}
     with h5py.File(buffer, "w") as file:
         for trial in trials:
             group = file.create_group(trial.name)
-            write_features(group, trial.features, "float32")
+            features[trial.name] = declare_features(group, trial.features, "float32")
             group.attrs["n_time_steps"] = len(trial.features)
             group.attrs["session"] = trial.session
             group.attrs["block_num"] = trial.block_num
@@ -56,11 +57,15 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
                     codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
                     group["transcription"] = padded(codes)
                 group.attrs["sentence_label"] = trial.sentence
+        fill_features(file, features)
     return buffer.getvalue()
 
 
-def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType) -> None:
-    """Store `input_features` [T, C] as one run of bytes.
+def declare_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType) -> np.ndarray:
+    """Make the dataset `input_features` [T, C], to be stored as one run of bytes.
+
+    Returns:
+        its values, for `fill_features`.
 
     Raises:
         DataError: values that float16 cannot hold.
@@ -69,7 +74,17 @@ def write_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType) 
         values = np.asarray(features).astype(dtype)
     if dtype == "float16" and not np.isfinite(values).all():
         raise DataError("a feature exceeds what float16 can hold (65,504): say --dtype float32.")
-    group.create_dataset("input_features", data=values)
+    group.create_dataset("input_features", values.shape, values.dtype)
+    return values
+
+
+def fill_features(file: h5py.File, features: Mapping[str, np.ndarray]) -> None:
+    """Write the features of all trials, by name, after everything else in the file.
+
+    So labels lie together, and a few requests to S3 read them all.
+    """
+    for trial, values in features.items():
+        file[trial]["input_features"][...] = values
 
 
 def write_labels(
