@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from botocore.parsers import ResponseParserError
 from brain_to_text.config_reader import load_config
+from brain_to_text.dataset.manifest import Unfinished
 from brain_to_text.launch.account_checks import check_quota, check_role
 from brain_to_text.launch.checks import check_bucket, check_data, check_image, check_machine
 from brain_to_text.launch.image import LABEL, fingerprints, look_at
@@ -411,6 +412,13 @@ def test_no_manifest(bucket):
 def test_manifest_that_is_damaged_or_of_files_that_changed(bucket, name):
     bucket.client("s3").put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=b"other bytes")
     assert names(data_findings(bucket)) == ["manifest-stale"]
+
+
+def test_a_dataset_that_is_still_being_made(bucket):
+    mark = Unfinished("encode", "encode OLD NEW", {}, ["s/data_train.hdf5"], "1").to_bytes()
+    bucket.client("s3").put_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz", Body=mark)
+    refusal = text_of(data_findings(bucket), "manifest-stale")
+    assert "is unfinished" in refusal and "Repeat 'encode OLD NEW'" in refusal
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import h5py
 import numpy as np
 import pytest
+from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
 from brain_to_text.errors import DataError
@@ -18,6 +19,18 @@ SMALL = SyntheticDataset(sessions=2, train_trials=6, val_trials=3, test_trials=2
 
 def made(folder, **changes):
     return synthesize(open_store(folder), dataclasses.replace(SMALL, **changes))
+
+
+def test_labels_lie_together_before_the_features_as_encode_leaves_them(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    made(old, phoneme_set=True)
+    encode_dataset(str(old), open_store(new), EncodingOptions())
+    for folder in (old, new):
+        for path in folder.rglob("*.hdf5"):
+            with h5py.File(path) as file:
+                labels = [d for t in file.values() for n, d in t.items() if n != "input_features"]
+                last = max((array.id.get_offset() for array in labels), default=0)
+                assert all(last < t["input_features"].id.get_offset() for t in file.values())
 
 
 def test_files_have_the_public_schema(tmp_path):
