@@ -104,11 +104,27 @@ def run_harness(kills: int, seed: int, folder: Path) -> Report:
 
 
 class Job:
-    """One training process on the run's folder, as SageMaker would start it."""
+    """One training process on the run's folder, as SageMaker would start it.
 
-    def __init__(self, data: Path | str, run: Path, **settings: Any) -> None:
+    Args:
+        missing: modules that cannot be imported in it.
+        packages: a folder that goes to the end of its module path.
+        variables: environment variables of the job alone.
+    """
+
+    def __init__(
+        self,
+        data: Path | str,
+        run: Path,
+        *,
+        missing: tuple[str, ...] = (),
+        packages: Path | None = None,
+        variables: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
         self.data, self.run = str(data), run
         self.settings = SETTINGS | settings
+        self.missing, self.packages, self.variables = missing, packages, variables or {}
         self.checkpoints = run / "checkpoints"
 
     def start(self) -> Job:
@@ -120,7 +136,9 @@ class Job:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["brain_to_text.training.rnn_trainer_s3", "torch._dynamo"])
         self.process = context.Process(
-            target=train, args=(self.data, self.run, self.settings, dict(os.environ))
+            target=train,
+            args=(self.data, self.run, self.settings, {**os.environ, **self.variables}),
+            kwargs={"missing": self.missing, "packages": self.packages},
         )
         self.process.start()
         return self
@@ -175,9 +193,19 @@ class Job:
         assert self.finished(), self.said()[-3000:]
 
 
-def train(data: str, run: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
+def train(
+    data: str,
+    run: Path,
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    missing: tuple[str, ...] = (),
+    packages: Path | None = None,
+) -> None:
     """The job itself, in the child process; `data` is a folder or an s3:// URL."""
     os.environ.update(environment)
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]
+    if packages is not None:
+        sys.path.append(str(packages))
     with (run / "said").open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)

@@ -11,7 +11,6 @@ from brain_to_text.model.trained_model import open_model
 from brain_to_text.training.log_files import scalars
 from brain_to_text.training.run import RunPaths
 from integration.kill_harness import JOB_SECONDS, Job
-from support.altered_job import AlteredJob
 from support.mlflow_server import MlflowRest, provide_client, serve_mlflow
 from support.tiny_data import write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,7 +102,7 @@ def test_a_copy_of_the_file_goes_to_s3(data, tmp_path, s3_prefix, s3_environment
 
 
 def test_without_tensorboardx_a_run_says_so_in_one_line(data, tmp_path):
-    said = finish(AlteredJob(data, tmp_path, missing=("tensorboardX",), **SHORT))
+    said = finish(Job(data, tmp_path, missing=("tensorboardX",), **SHORT))
     assert said.count("No TensorBoard events are written: no module tensorboardX") == 1
     assert "Finished at step 12" in said
 
@@ -146,7 +145,7 @@ def tracked(data, tmp_path, server, mlflow_packages, request):
             **(variables or {}),
         }
         settings = {**SHORT, **settings}
-        return AlteredJob(data, tmp_path, packages=mlflow_packages, variables=given, **settings)
+        return Job(data, tmp_path, packages=mlflow_packages, variables=given, **settings)
 
     return make
 
@@ -202,7 +201,7 @@ def test_a_killed_and_resumed_run_is_one_mlflow_run(tracked, client, request, tm
 def test_a_missing_client_is_said_before_the_first_step(
     data, tmp_path, mlflow_packages, uri, module
 ):
-    job = AlteredJob(
+    job = Job(
         data,
         tmp_path,
         missing=(module,),

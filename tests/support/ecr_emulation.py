@@ -103,7 +103,7 @@ def serve_registry(folder: Path, account: str, region: str) -> Iterator[Registry
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         with contextlib.suppress(OSError), socket.create_connection((ADDRESS, 443), timeout=1):
             return

@@ -36,7 +36,7 @@ build)
 image) echo "REGISTRY/other@sha256:00"; echo "REGISTRY/brain-to-text-training@DIGEST" ;;
 --config)
     cat "$2/config.json" > "$NOTES/login"; echo "$DOCKER_HOST" > "$NOTES/host"
-    test ! -e "$ANSWERS/slow" || { touch "$NOTES/pushing"; exec sleep 60; }
+    test ! -e "$ANSWERS/slow" || { touch "$NOTES/pushing"; exec sleep 600; }
     test ! -e "$ANSWERS/push" || { cat "$ANSWERS/push" >&2; exit 1; } ;;
 *) exit 1 ;;
 esac
@@ -115,7 +115,7 @@ class Desk:
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **variables)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert list(self.scratch.iterdir()) == [], "something was left behind"
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -461,7 +461,7 @@ def test_a_refused_push_says_why(desk):
 def test_a_signal_during_the_push_leaves_no_password(desk, number):
     (desk.answers / "slow").touch()
     process = desk.start("--region", "eu-west-1")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (desk.notes / "pushing").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -469,6 +469,6 @@ def test_a_signal_during_the_push_leaves_no_password(desk, number):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert "QVdTOnBhc3N3b3Jk" in (folder / "login/config.json").read_text()
     os.kill(process.pid, number)
-    process.communicate(timeout=60)  # ends when the push, which holds its stderr, has ended too
+    process.communicate(timeout=300)  # ends when the push, which holds its stderr, has ended too
     assert process.returncode == 128 + number
     assert list(desk.scratch.iterdir()) == []

@@ -108,14 +108,14 @@ if mode == "full":  # the output volume is, before the sentence can be written
         print("ERROR: The output volume is full.", file=sys.stderr)
         sys.exit(1)
 if mode == "import":
-    time.sleep(60)
+    time.sleep(600)
 if mode == "wait":
     def stop(*_):
         open(os.environ["SM_CHECKPOINT_DIR"] + f"/saved{rank}", "w").close()
         sys.exit(0)
     signal.signal(signal.SIGTERM, stop)
     open(f"{base}/listening{rank}", "w").close()
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -158,7 +158,7 @@ def toolkit(tmp_path):
 
 def test_success_passes_hyperparameters_as_arguments(toolkit):
     process, base = toolkit("fine")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert (base / "started0").read_text() == "--flag True --mode fine"
     assert not (base / "output" / "failure").exists()
@@ -170,7 +170,7 @@ def test_success_passes_hyperparameters_as_arguments(toolkit):
 )
 def test_a_failure_leaves_its_reason_and_a_non_zero_exit(toolkit, mode, failure):
     process, base = toolkit(mode)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert (base / "output" / "failure").read_text().startswith(failure)
 
@@ -191,7 +191,7 @@ def test_a_failure_leaves_its_reason_and_a_non_zero_exit(toolkit, mode, failure)
 )
 def test_a_job_for_another_program_is_refused_in_one_sentence(toolkit, asked, refused):
     process, base = toolkit("fine", **asked)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == (1 if refused else 0), output
     assert (base / "started0").exists() == (refused is None)
     if refused:
@@ -208,7 +208,7 @@ def mount(folder: Path, *options: str) -> None:
 def test_a_full_output_volume_still_leaves_its_reason(toolkit):
     mount(toolkit.base / "output", "-o", "size=128k")
     process, base = toolkit("full")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert (base / "output" / "failure").read_text() == "The output volume is full."
     assert sorted(path.name for path in (base / "output").iterdir()) == ["big", "failure"]
@@ -217,7 +217,7 @@ def test_a_full_output_volume_still_leaves_its_reason(toolkit):
 def test_an_output_volume_that_cannot_be_written_is_a_failure_in_words(toolkit):
     mount(toolkit.base / "output", "-o", "ro")
     process, _ = toolkit("raise")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "RuntimeError: the bolts came off" in output
     assert "output/failure cannot be written" in output
@@ -228,7 +228,7 @@ def test_sigterm_reaches_every_trainer_process(toolkit, processes):
     process, base = toolkit("wait", processes)
     _await(lambda: len(list(base.glob("listening*"))) == processes)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert len(list((base / "checkpoints").glob("saved*"))) == processes
     assert not (base / "output" / "failure").exists()
@@ -239,7 +239,7 @@ def test_a_stop_before_the_trainer_listens_is_no_failure(toolkit, processes):
     process, base = toolkit("import", processes)
     _await(lambda: len(list(base.glob("started*"))) == processes)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert not (base / "output" / "failure").exists()
 
@@ -248,7 +248,7 @@ def test_a_stop_that_finds_only_torchrun_is_no_failure(toolkit):
     process, base = toolkit("fine", 2)
     _await(lambda: "torch.distributed.run" in _children_of(process.pid))
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert not (base / "output" / "failure").exists()
 
@@ -258,7 +258,7 @@ def _children_of(pid: int) -> str:
     return " ".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
 
 
-def _await(condition, seconds: float = 60) -> None:
+def _await(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
