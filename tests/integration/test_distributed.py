@@ -17,7 +17,6 @@ import torch
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.storage.store import open_store
 from integration.kill_harness import SETTINGS
-from support.tiny_data import write_dataset
 from support.training_examples import newest_state
 
 CODE = Path(__file__).parents[2] / "code"
@@ -31,13 +30,6 @@ WITHOUT_NOISE = {
     "num_training_batches": 30,
     "batches_per_val_step": 10,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, n_features=16, bins=(80, 140))
-    return folder
 
 
 def start(data: Path, run: Path, processes: int, **settings: object) -> subprocess.Popen[str]:

@@ -12,20 +12,12 @@ from brain_to_text.training.log_files import scalars
 from brain_to_text.training.run import RunPaths
 from integration.kill_harness import JOB_SECONDS, Job
 from support.mlflow_server import MlflowRest, provide_client, serve_mlflow
-from support.tiny_data import write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SHORT = {"num_training_batches": 12, "batches_per_train_log": 2, "batches_per_val_step": 5}
 LONGER = {**SHORT, "num_training_batches": 60, "batches_per_save": 3}
 FILE_NAME = RunPaths(Path(), Path(), Path()).event_file.name
 EVENTS = f"tensorboard/{FILE_NAME}"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, n_features=16, bins=(80, 140))
-    return folder
 
 
 def finish(job: Job, code: int = 0) -> str:

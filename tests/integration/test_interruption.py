@@ -15,13 +15,6 @@ ENDLESS = {"num_training_batches": 100_000, "batches_per_val_step": 50_000}
 SHORT = {"num_training_batches": 6}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, n_features=16, bins=(80, 140))
-    return folder
-
-
 def stop(job: Job, number: int = signal.SIGTERM) -> int | None:
     os.kill(job.process.pid, number)
     job.process.join(JOB_SECONDS)

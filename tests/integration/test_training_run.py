@@ -24,7 +24,7 @@ from brain_to_text.scoring.decoding import DecodedSplit, decode
 from brain_to_text.training import build_run, rnn_trainer_s3
 from brain_to_text.training.progress import blank_remark
 from support.fault_proxy import FaultProxy, Faults
-from support.tiny_data import TINY_DECODER, write_dataset
+from support.tiny_data import TINY_DECODER
 from support.training_examples import newest_state
 
 SETTINGS = {
@@ -67,13 +67,6 @@ class Run:
 
     def last(self) -> dict:
         return newest_state(self.folder / "checkpoints")[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, n_features=16, bins=(80, 140))
-    return folder
 
 
 @pytest.fixture(scope="module")
