@@ -10,7 +10,7 @@ import gzip
 import io
 import os
 import tarfile
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,22 +71,29 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_a_damaged_archive_is_one_sentence_or_the_very_model(model, tmp_path):
-    whole = open_model(model).weights
-    path = tmp_path / "model.tar.gz"
-    ends: Counter[str] = Counter()
-    for number, bad in enumerate(mutations(packed(model), ROUNDS)):
+def refusals(read: Callable[[Path], object], path: Path, data: bytes, rounds: int) -> int:
+    """How many damaged copies of `data` are refused, each with one sentence."""
+    refused = 0
+    for number, bad in enumerate(mutations(data, rounds)):
         path.write_bytes(bad)
         try:
-            weights = open_model(path).weights
+            read(path)
         except Exception as error:  # noqa: BLE001
             assert one_sentence(error), f"mutation {number}: {error!r}"
-            ends["refused"] += 1
-        else:
-            assert all(torch.equal(weights[name], whole[name]) for name in whole), number
-            ends["whole"] += 1
+            refused += 1
+    return refused
+
+
+def test_a_damaged_archive_is_one_sentence_or_the_very_model(model, tmp_path):
+    whole = open_model(model).weights
+
+    def the_very_model(path: Path) -> None:
+        weights = open_model(path).weights
+        assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
     # what packs everything under one checksum lets next to nothing through
-    assert ends["whole"] < ROUNDS / 20, ends
+    refused = refusals(the_very_model, tmp_path / "model.tar.gz", packed(model), ROUNDS)
+    assert refused > 0.95 * ROUNDS
 
 
 def member(name: str, content: bytes = b"x", **changes: object) -> bytes:
@@ -144,28 +151,13 @@ def test_the_words_of_a_damaged_arpa_file_are_one_sentence_or_words(compressed, 
     path = tmp_path / "lm"
     estimate_ngrams(SENTENCES).write_arpa(path)
     data = gzip.compress(path.read_bytes()) if compressed else path.read_bytes()
-    refused = 0
-    for number, bad in enumerate(mutations(data, 3 * ROUNDS)):
-        path.write_bytes(bad)
-        try:
-            words_of_model(path)
-        except Exception as error:  # noqa: BLE001
-            assert one_sentence(error), f"mutation {number}: {error!r}"
-            refused += 1
+    refused = refusals(words_of_model, path, data, 3 * ROUNDS)
     assert refused > (ROUNDS if compressed else 0)
 
 
 def test_a_damaged_lexicon_is_one_sentence_or_words(tmp_path):
-    path = tmp_path / "lexicon.txt"
     data = b"cat K AE T\nnaive N AY IY V\n# a note\nhello(2) HH EH L OW |\n" * 3
-    refused = 0
-    for number, bad in enumerate(mutations(data, 3 * ROUNDS)):
-        path.write_bytes(bad)
-        try:
-            read_lexicon(path)
-        except Exception as error:  # noqa: BLE001
-            assert one_sentence(error), f"mutation {number}: {error!r}"
-            refused += 1
+    refused = refusals(read_lexicon, tmp_path / "lexicon.txt", data, 3 * ROUNDS)
     assert refused > ROUNDS / 10
 
 
