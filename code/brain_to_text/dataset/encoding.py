@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import h5py
 import numpy as np
@@ -90,8 +90,18 @@ class EncodingOptions:
         return read_lexicon(Path(self.lexicon)) if self.lexicon else {}
 
 
+class Execution(TypedDict, total=False):
+    """How `encode_files` does its work; what each means stands there."""
+
+    processes: int
+    overwrite: bool
+    typed: str | None
+    progress: Progress
+    log: Callable[[str], None]
+
+
 def encode_dataset(
-    source: str, target: ObjectStore, options: EncodingOptions, **how: Any
+    source: str, target: ObjectStore, options: EncodingOptions, **how: Unpack[Execution]
 ) -> TrialManifest:
     """Write the diphone form of every data file in a folder or at a URL to `target`.
 

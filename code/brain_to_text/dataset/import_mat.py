@@ -14,13 +14,13 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..storage.store import ObjectStore, open_store
-from .encoding import EncodingOptions, encode_files
+from .encoding import EncodingOptions, Execution, encode_files
 from .hdf5_values import cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .isolation import limited
@@ -34,7 +34,7 @@ _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
 
 def import_mat(
-    folder: str, target: ObjectStore, options: EncodingOptions, **how: Any
+    folder: str, target: ObjectStore, options: EncodingOptions, **how: Unpack[Execution]
 ) -> TrialManifest:
     """Write every session of the benchmark's `folder` to `target`, and a manifest.
 
