@@ -298,7 +298,8 @@ def test_a_large_object_is_written_in_parts_and_half_of_one_is_given_up(
 
     with pytest.raises(StorageError, match=r"Cannot write .*allow s3:PutObject"):
         at(refused).write("x", BODY)
-    assert server.requests[-1].method == "DELETE", "what was uploaded of it costs money until then"
+    methods = {request.method for request in server.requests}  # a part may still arrive after it
+    assert "DELETE" in methods, "what was uploaded of it costs money until then"
 
 
 def test_writes_carry_the_encryption_header_and_a_policy_that_demands_it_is_named(

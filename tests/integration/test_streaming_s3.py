@@ -52,7 +52,7 @@ def test_one_get_per_distinct_trial_and_nothing_else(
     dataset.close()
     assert counts.requests == counts.ranged_gets == ours.requests <= distinct
     assert counts.body_bytes == ours.bytes_fetched == ours.bytes_needed
-    assert counts.connections <= 6, "connections are not reused"
+    assert counts.connections < counts.requests / 2, "connections are not reused"
 
 
 def test_a_cached_trial_is_never_asked_for_again(

@@ -89,6 +89,6 @@ def test_every_type_is_projected_and_measured_ones_from_the_measurement(capsys, 
     types = instance_types().items()
     assert rows.keys() == {name for name, row in types if row.gpu not in (None, "V100")}
     step = ["200", "8.3", "13"] if measured else ["129", "5.4", "8"]
-    assert rows["ml.g5.2xlarge"][6:13] == ["73", "44", "11", "1", *step]
+    assert rows["ml.g5.2xlarge"][6:13] == ["73", "44", "10", "1", *step]
     assert rows["ml.p5en.48xlarge"][12] == "-", "nobody knows its price"
     assert rows["ml.g4dn.xlarge"][-1] == "estimate"

@@ -167,7 +167,9 @@ def test_every_pass_over_data_copies_on_one_stream(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     dataset_s3._copy_stream.cache_clear()
     feeders = [
-        dataset_s3.DeviceFeeder(GPU, None, None, None, 0, 0, dataset_s3.PrefetchLimits())
+        dataset_s3.DeviceFeeder(
+            None, None, 0, 0, dataset_s3.PrefetchLimits(), device=GPU, stats=None
+        )
         for _ in range(2)
     ]
     assert feeders[0]._copy_stream is feeders[1]._copy_stream is not None

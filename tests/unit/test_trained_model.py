@@ -186,12 +186,14 @@ def test_sessions_that_are_no_names_are_one_sentence(read, listed, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["n_units", "n_layers", "patch_size"])
-def test_a_model_far_larger_than_its_weights_takes_no_memory(key, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_units", 10**4), ("n_layers", 10**5), ("patch_size", 10**5)]
+)
+def test_a_model_far_larger_than_its_weights_takes_no_memory(key, value, tmp_path):
     write_model(tmp_path / "model", SESSIONS)
     path = tmp_path / "model" / "checkpoint" / "args.yaml"
     args = yaml.safe_load(path.read_text())
-    args["model"][key] = 10**7
+    args["model"][key] = value
     path.write_text(yaml.safe_dump(args))
     with pytest.raises(CheckpointError, match=r"describes a model of [0-9,]+ weights"):
         open_model(tmp_path / "model")
