@@ -102,7 +102,11 @@ def test_another_version_or_structure_is_refused_with_the_command(
         TrialManifest.from_bytes(packed(document), URL)
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", packed([]), packed({}), packed({"version": 2})])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"nonsense", packed([]), packed({}), packed({"version": 2})],
+    ids=["empty", "text", "list", "nothing", "version"],
+)
 def test_what_is_no_manifest_is_refused_with_the_command(data: bytes) -> None:
     with pytest.raises(DataError, match=REFUSED):
         TrialManifest.from_bytes(data, URL)
