@@ -26,7 +26,7 @@ from dataclasses import fields
 from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import import_mat
-from brain_to_text.dataset.indexing import index_dataset, refuse_damage
+from brain_to_text.dataset.indexing import index_dataset, missing_files, refuse_damage
 from brain_to_text.dataset.manifest import write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
@@ -108,10 +108,12 @@ def run_index(options: argparse.Namespace) -> int:
     with _progress("Indexing", "file") as report:
         manifest = index_dataset(store, listing, options.processes, report)
     if not options.exclude_damaged:
-        refuse_damage(store.url, manifest.damaged)
+        refuse_damage(store.url, manifest.damaged, "--exclude-damaged")
     overlooked = not_taken_sentence(listing)
     if overlooked:
         print(one_line(overlooked))
+    for warning in missing_files(store, listing):
+        print(one_line(f"Warning: {warning}"))
     for finding in manifest.damaged:
         print(one_line(f"Left out as damaged: {finding}"))
     for finding in (*scattered_chunks(manifest.trials), *manifest.lost):

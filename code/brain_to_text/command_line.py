@@ -5,6 +5,7 @@ Everything up to `require` must be read by Pythons as old as 3.6, here and in th
 """
 
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 OLDEST = (3, 11)
+INTERRUPTIBLE = ("evaluate_model.py", "prepare_dataset.py", "launch_sagemaker_job.py")
 
 
 def require(packages: str = "", remedy: str = "") -> None:
@@ -25,6 +27,8 @@ def require(packages: str = "", remedy: str = "") -> None:
         remedy: what to type where one is missing.
     """
     program = os.path.relpath(sys.argv[0])
+    if os.path.split(program)[1] in INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, _stop)  # until `run`, packages are being imported
     if sys.version_info < OLDEST:
         sys.exit(
             f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}: "
@@ -38,6 +42,12 @@ def require(packages: str = "", remedy: str = "") -> None:
         )
 
 
+def _stop(*_: "Any") -> None:
+    """Ctrl-C during imports, which no command can handle: end at once, nothing has begun."""
+    os.write(2, b"Stopped by Ctrl-C.\n")
+    os._exit(130)
+
+
 def run(main: "Callable[[], int]") -> int:
     """Call a command's `main`; its exit code, or 1 with one sentence where its output is lost.
 
@@ -49,11 +59,16 @@ def run(main: "Callable[[], int]") -> int:
         print("ERROR: Standard output is closed: send it to a file or terminal.", file=sys.stderr)
         return 1
     sys.stdout = _Output(sys.stdout)  # type: ignore[assignment]
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             return main()
         finally:  # also after a help text
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 1
     except OutputError as error:

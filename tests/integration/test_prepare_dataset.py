@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -69,6 +70,22 @@ def test_index_on_s3_agrees_with_the_folder(s3_prefix: str, upload, tmp_path: Pa
     assert there.fingerprint() == index_dataset(open_store(tmp_path / "data")).fingerprint()
     found = read_all(s3_prefix)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_indexing_a_part_says_what_is_gone(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "a part"
+    assert (
+        prepare_dataset.main(["synthesize", str(folder), "--sessions", "2", "--trials", "9"]) == 0
+    )
+    gone = sorted(folder.glob("*/data_train.hdf5"))[0]
+    gone.unlink()
+    with pytest.raises(DataError, match=r"copy the removed files again, or re-index with .*'\"?'"):
+        load_or_build_manifest(open_store(folder), print)
+    capsys.readouterr()
+    assert prepare_dataset.main(["index", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"1 files that were indexed before are gone ({gone.relative_to(folder)})" in said
+    assert f"1 sessions have no data_train.hdf5 ({gone.parent.name})" in said
 
 
 def test_a_folder_indexed_and_then_uploaded_needs_no_new_index(
@@ -197,8 +214,10 @@ def test_a_target_killed_again_and_again_is_refused_until_it_is_whole(
         while written() == before and process.poll() is None:
             time.sleep(0.005)
         process.kill()
-        if process.wait() == 0:
-            break
+        process.wait()
+        with suppress(DataError):
+            if load_manifest(store) is not None:
+                break  # it was killed after its last file, or not at all
         capsys.readouterr()
         for command in ("index", "validate"):
             assert run(command, target) == 1

@@ -556,6 +556,25 @@ def test_another_model_size_is_one_sentence_before_the_first_step(train, finishe
     assert "does not fit this model: h0 is 1x1x16 there and 1x1x24 here" in run.failure
 
 
+def test_a_best_model_that_is_not_this_runs_is_named_and_chosen_anew(train, finished):
+    path = finished.folder / "checkpoints" / "best_checkpoint"
+    save_atomically({**torch.load(path, weights_only=True), "val_DER": 0.125}, path)
+    run = train("finished", "--accept-changes", "true", num_training_batches=7)
+    assert run.code == 0, run.said
+    assert "is not this run's: it is of step" in run.said and run.best()["val_DER"] != 0.125
+
+
+def test_without_its_states_a_run_starts_over_and_another_run_is_refused(train, finished):
+    for path in (finished.folder / "checkpoints").glob("state-*.pt"):
+        path.unlink()
+    before = finished.best()["val_DER"]
+    other = train("finished", lr_max=0.001)
+    assert other.code == 1 and "belongs to a different run (lr_max: " in other.failure
+    assert other.best()["val_DER"] == before
+    again = train("finished")
+    assert again.code == 0 and "holds no state of this run: it starts over" in again.said
+
+
 def test_fewer_steps_than_were_done_are_one_sentence(train, finished):
     run = train("finished", "--accept-changes", "true", num_training_batches=3)
     assert run.code == 1

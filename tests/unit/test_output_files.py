@@ -75,6 +75,15 @@ def test_a_place_that_cannot_be_written_is_told_without_writing(place, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_two_evaluations_at_once_do_not_mix(tmp_path):
+    with complete_or_nothing(tmp_path) as folder:
+        (folder / "a.csv").write_text("first")
+        with pytest.raises(StorageError, match="Another evaluation is writing"):
+            with complete_or_nothing(tmp_path):
+                pass
+    assert (tmp_path / "a.csv").read_text() == "first"
+
+
 def test_an_error_leaves_what_was_there_before(tmp_path):
     (tmp_path / "a.csv").write_text("of an earlier run")
     with pytest.raises(ValueError, match="half way"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ from ..storage.locations import (
     not_taken_sentence,
     refuse_archived,
     session_and_split,
+    shortened,
 )
 from ..storage.store import ObjectStore, open_store
 from .file_content import FileContent
@@ -82,7 +84,7 @@ def load_or_build_manifest(
             except StorageError as error:
                 log(f"The index serves this run only: {error}")
     if on_damage == "stop":
-        refuse_damage(store.url, manifest.damaged)
+        refuse_damage(store.url, manifest.damaged, "--dataset.on_damaged_trial exclude")
     for finding in manifest.damaged:
         log(f"Excluded as damaged: {finding}")
     if manifest.damaged:
@@ -232,14 +234,42 @@ def refuse_part(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> None:
         refuse_unfinished(data, store.url)
 
 
-def refuse_damage(url: str, damaged: Sequence[Finding]) -> None:
-    """Raise a DataError for the first of what is damaged, if anything is."""
+def missing_files(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> list[str]:
+    """One sentence on files of the manifest before that are gone, one on sessions without train."""
+    files = data_files(listing, store.url)
+    try:
+        before = load_manifest(store, listing)
+    except DataError:
+        before = None
+    sentences = []
+    if gone := sorted(before.files.keys() - files.keys() if before else ()):
+        sentences.append(
+            f"{len(gone)} files that were indexed before are gone ({shortened(gone)}): copy them "
+            "again unless you removed them."
+        )
+    places = [session_and_split(key) for key in files]
+    trained = {session for session, split in places if split == "train"}
+    if without := sorted({session for session, _ in places} - trained):
+        sentences.append(
+            f"{len(without)} sessions have no data_train.hdf5 ({shortened(without)}): their day "
+            "layers are not trained."
+        )
+    return sentences
+
+
+def refuse_damage(url: str, damaged: Sequence[Finding], exclude: str) -> None:
+    """Raise a DataError for the first of what is damaged, if anything is.
+
+    Args:
+        exclude: the option that leaves damaged trials out.
+    """
     if not damaged:
         return
     more = f" (and {len(damaged) - 1} more findings)" if len(damaged) > 1 else ""
     raise DataError(
-        f"{url}/{damaged[0]}{more}; see all with 'python code/prepare_dataset.py validate {url}', "
-        "repair them, or train without them by --dataset.on_damaged_trial exclude."
+        f"{url}/{damaged[0]}{more}; see all with "
+        f"'python code/prepare_dataset.py validate {shlex.quote(url)}', repair them, or "
+        f"leave them out with {exclude}."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -279,7 +280,9 @@ def write_manifest(store: ObjectStore, manifest: TrialManifest) -> None:
 def _stale(url: str, **files: Sequence[str]) -> DataError:
     """An error that names files as changed, removed or added."""
     parts = ", ".join(f"{len(k)} {word} ({shortened(k)})" for word, k in files.items() if k)
+    restore = "copy the removed files again, or " if files.get("removed") else ""
+    place = shlex.quote(url) if url else "FOLDER-OR-S3-URL"
     return DataError(
         f"The trial manifest{f' of {url}' if url else ''} no longer fits the data files: {parts}; "
-        f"re-index with 'python code/prepare_dataset.py index {url or 'FOLDER-OR-S3-URL'}'."
+        f"{restore}re-index with 'python code/prepare_dataset.py index {place}'."
     )

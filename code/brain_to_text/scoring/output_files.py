@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -106,7 +107,10 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
     others = False  # whether the block runs, which reads and prints, too
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft:
+        with (
+            _alone_in(folder),
+            tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft,
+        ):
             others = True
             yield Path(draft)
             others = False
@@ -122,6 +126,26 @@ def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[
         if others and not ours and error.errno not in _FULL:
             raise
         raise _unwritable(folder, str(error.strerror or error)) from error
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One evaluation at a time writes into a folder; where its volume has locks."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise StorageError(
+            f"Another evaluation is writing to {folder}: let it end, or give another folder with "
+            "--output-dir."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _place(location: str) -> str:

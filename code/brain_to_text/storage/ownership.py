@@ -93,7 +93,8 @@ def claim_folder(record: Path, folder: Path, patterns: Iterable[str], option: st
         if (file := next((file for file in found if file.stat().st_size), None)) is not None:
             raise InUseError(
                 f"{folder} holds {file.relative_to(path)} of another run, which this run would "
-                f"replace: give this run its own {option}, or move that away."
+                f"replace: give this run its own {option}, or move that away. (If this run's "
+                "folders were moved, moving that away lets it resume and write them anew.)"
             )
         draft = record.with_name(f"{record.name}.tmp")
         draft.write_text("\n".join([*claimed, path]), encoding="utf-8")

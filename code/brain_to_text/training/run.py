@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..model.classifier import folded
 from ..model.rnn_model import GRUDecoder
 from ..model.train_step import TrainStep
-from ..model.weights_file import save_atomically, state_to_cpu, writing
+from ..model.weights_file import load_verified, save_atomically, state_to_cpu, writing
 from ..scoring.decoding import DecodedSplit
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, DeviceFeeder, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
@@ -203,13 +203,34 @@ def bring_back(run: Run) -> None:
             _bring_back(run, run.paths.validated(validation["step"]))
     if state.best_step < 0 or not config.save_best_checkpoint:
         return
-    if not _bring_back(run, run.paths.best_checkpoint):
+    if not (_bring_back(run, run.paths.best_checkpoint) and _is_best(run)):
         run.log.warning("The next validation chooses a best model anew.")
         state.best_value, state.best_step = float("inf"), -1
         if state.finished:
             write_model(run, run.paths.best_checkpoint, None)
     elif config.save_val_logits:
         _bring_back(run, run.paths.val_logits)
+
+
+def _is_best(run: Run) -> bool:
+    """Whether the file that was brought back is the model that the state calls its best.
+
+    A model of a later step was saved after the state; the run comes to that validation again.
+    """
+    state, metric = run.state, run.config.primary_metric
+    content = load_verified(run.paths.best_checkpoint)
+    rate = content.get(f"val_{metric}")
+    if content["step"] > state.step or (content["step"], rate) == (
+        state.best_step,
+        state.best_value,
+    ):
+        return True
+    run.log.warning(
+        f"The best_checkpoint in {run.paths.checkpoint_dir} is not this run's: it is of step "
+        f"{content['step']} with {metric} {rate}, and this run's best was of step "
+        f"{state.best_step} with {metric} {state.best_value}."
+    )
+    return False
 
 
 def _bring_back(run: Run, output: Path) -> bool:
