@@ -19,6 +19,8 @@ import prepare_dataset
 import pytest
 from brain_to_text.dataset import encoding
 from brain_to_text.dataset.hdf5_writer import MAX_SEQ_ELEMENTS
+from brain_to_text.dataset.making import Origin
+from brain_to_text.dataset.manifest import Unfinished
 from brain_to_text.errors import DataError
 from brain_to_text.storage.locations import MANIFEST_NAME
 from support.commands import run, tree
@@ -464,7 +466,7 @@ def test_encode_refuses_damage_and_leaves_no_file(damage, reason, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and f"{FILE}:{TRIAL}" in error and reason in error
     assert not (tmp_path / "new" / FILE).exists()
-    assert not (tmp_path / "new" / MANIFEST_NAME).exists()
+    assert FILE in Unfinished.of((tmp_path / "new" / MANIFEST_NAME).read_bytes()).files
 
 
 def other_features(trial: h5py.Group) -> None:
@@ -503,8 +505,10 @@ def test_encode_proves_every_trial_before_it_writes_a_file(
 
     monkeypatch.setattr(encoding, "encode_file", mistaken)
     read, target = (tmp_path / "old" / FILE).read_bytes, str(tmp_path / "new")
+    options = encoding.EncodingOptions()
+    origin = Origin("encode", options.purpose())
     with pytest.raises(DataError) as stopped:
-        encoding._encode_job(FILE, FILE, read, "old", target, encoding.EncodingOptions(), note=None)
+        encoding._encode_job(FILE, FILE, read, target, options, origin, None, False)
     assert str(stopped.value) == f"{FILE}:{TRIAL}: {reason}."
     assert not (tmp_path / "new" / FILE).exists()
 
