@@ -40,7 +40,7 @@ from brain_to_text.storage.locations import (
     is_s3,
     not_taken_sentence,
 )
-from brain_to_text.storage.ownership import check_own, replace_own
+from brain_to_text.storage.ownership import check_file, replace_file
 from brain_to_text.storage.store import open_store
 
 _PLACE = "folder or s3://BUCKET/PREFIX"
@@ -148,13 +148,13 @@ def run_validate(options: argparse.Namespace) -> int:
     """Check every trial; 0 when there is no error, 1 otherwise."""
     mark = b"<title>Dataset "
     if options.html is not None:
-        check_own(options.html, mark)
+        check_file(options.html, mark)
     with _progress("Validating", "file") as report:
         store = open_store(options.source)
         result = validate_dataset(store, processes=options.processes, progress=report)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result.to_text())
     if options.html is not None:
-        replace_own(options.html, dataset_page(result).encode(), mark)
+        replace_file(options.html, dataset_page(result).encode(), mark)
     return 1 if result.errors else 0
 
 

@@ -225,14 +225,14 @@ def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, t
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for other in (("--model", tmp_path / "b"), ("--model", model_folder, "--split", "train")):
         assert run(*other, *data) == 1
-        assert f"{out} holds the results of {model_folder}" in capsys.readouterr().err
+        assert f"{out} holds trials.csv of {model_folder} on val" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run("--model", model_folder, *data) == 0, "the same again"
     assert not (out / "phoneme_logits.hdf5").exists(), "nothing of the evaluation before stays"
     for name in ("nbest.csv", "trials.csv"):  # not of that evaluation; into which a column went
         (out / name).write_text("somebody's scores")
         assert run("--model", model_folder, *data) == 1
-        assert f"{out} holds {name}, changed since the evaluation" in capsys.readouterr().err
+        assert f"{out} holds {name}, which that evaluation did not write" in capsys.readouterr().err
         assert (out / name).read_text() == "somebody's scores"
         (out / name).write_bytes(before["trials.csv"])
         (out / "nbest.csv").unlink(missing_ok=True)
@@ -251,15 +251,6 @@ def test_nothing_is_written_where_the_data_is(below, model_folder, tiny_dataset,
     assert not (tiny_dataset.folder / "results").exists()
 
 
-@pytest.mark.parametrize("below", ["", "checkpoint"])
-def test_nothing_is_written_among_a_models_files(below, model_folder, tiny_dataset, capsys):
-    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
-    before = sorted(model_folder.rglob("*"))
-    assert run(*arguments, "--output-dir", model_folder / below) == 1
-    assert "holds a model: give a folder beside it" in capsys.readouterr().err
-    assert sorted(model_folder.rglob("*")) == before
-
-
 @pytest.mark.parametrize("name", ["report.html", "submission.csv"])
 def test_what_no_evaluation_wrote_is_left_alone(name, model_folder, tiny_dataset, tmp_path, capsys):
     out = tmp_path / "out"
@@ -268,7 +259,7 @@ def test_what_no_evaluation_wrote_is_left_alone(name, model_folder, tiny_dataset
     (out / "notes.txt").write_text("mine")
     arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder, "--output-dir", out)
     assert run(*arguments) == 1
-    assert f"{name}, which nothing says an evaluation wrote" in capsys.readouterr().err
+    assert f"{name}, which no evaluation wrote" in capsys.readouterr().err
     assert (out / name).read_text() == "somebody's own"
     assert run(*arguments, "--overwrite") == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -395,7 +386,6 @@ def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys)
         (["--device", "cuda:99"], "--device cuda:99 is not there: torch"),
         (["--beam-size", "0", "--language-model", "none"], "--beam-size is 0: give at least 1"),
         (["--lm-weight", "nan", "--language-model", "none"], "--lm-weight is nan: give a finite"),
-        (["--output-dir", __file__], "Results cannot be written to"),
     ],
 )
 def test_bad_options_are_one_sentence_before_anything_is_read(

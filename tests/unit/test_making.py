@@ -5,7 +5,7 @@ import io
 import h5py
 import pytest
 from brain_to_text.dataset.making import DatasetInMaking, Origin, origin_of, signed
-from brain_to_text.errors import DataError, StorageError
+from brain_to_text.errors import DataError, InUseError, StorageError
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
 
@@ -36,7 +36,7 @@ def test_an_origin_is_read_until_a_byte_changes():
 
 
 def test_two_at_once_are_told_apart(tmp_path):
-    with begin(tmp_path), pytest.raises(DataError, match="Another command is writing to"):
+    with begin(tmp_path), pytest.raises(InUseError, match="Another command is writing to"):
         begin(tmp_path)
     begin(tmp_path).close()
 

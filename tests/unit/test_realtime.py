@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from brain_to_text.errors import CheckpointError, DataError, StorageError
+from brain_to_text.errors import CheckpointError, InUseError, StorageError
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.realtime import METADATA, StreamingDecoder, export_streaming
 from brain_to_text.model.trained_model import open_model
@@ -109,7 +109,7 @@ def test_an_unwritable_place_is_one_sentence(artefact, tmp_path):
 def test_only_a_real_time_decoder_is_replaced(artefact, tmp_path):
     target = tmp_path / "best_checkpoint"
     target.write_bytes(b"somebody's weights")
-    with pytest.raises(DataError, match="is there and is something else"):
+    with pytest.raises(InUseError, match="which this command did not write"):
         export_streaming(artefact, target)
     assert target.read_bytes() == b"somebody's weights"
     for _ in range(2):

@@ -9,7 +9,6 @@ written. So a repeated command knows what is done, and leaves alone what others 
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -23,9 +22,9 @@ from typing import Any
 
 import h5py
 
-from ..errors import DataError, StorageError
+from ..errors import DataError, InUseError, StorageError
 from ..storage.locations import DATA_FILE, MANIFEST_NAME, is_s3
-from ..storage.ownership import check_apart
+from ..storage.ownership import check_apart, lock
 from ..storage.store import ObjectStore
 from .hdf5_reader import FileInspection, inspect_file
 from .indexing import keep_index
@@ -85,8 +84,8 @@ class DatasetInMaking:
         overwrite: replace files of these names, whoever wrote them.
 
     Raises:
-        DataError: the target is read, too; another run writes there; files of these names were
-            written by others or changed since; there are other data files.
+        DataError: the target is read, too; files of these names were written by others or changed
+            since; there are other data files. InUseError: another command writes there.
         StorageError: it cannot be read or written.
     """
 
@@ -208,12 +207,11 @@ class DatasetInMaking:
             raise StorageError(
                 f"Cannot write to {url} ({error.strerror}): give a folder that you may write to."
             ) from error
+        refusal = f"Another command is writing to {url}: let it end, then repeat this one."
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            no_locks = lock(self._lock, refusal)
+        except InUseError:
             self.close()
-            raise DataError(
-                f"Another command is writing to {url}: let it end, then repeat this one."
-            ) from error
-        except OSError:  # a file system without locks: `check` tells, as on S3
+            raise
+        if no_locks:  # `check` tells, as on S3
             self.close()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..storage.ownership import replace_own
+from ..storage.ownership import replace_file
 from .augmentations import Augmentation
 from .trained_model import ModelArtefact
 
@@ -130,4 +130,4 @@ def export_streaming(artefact: ModelArtefact, path: Path) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(decoder)
         torch.jit.save(scripted, buffer, _extra_files={METADATA: json.dumps(metadata)})
-    replace_own(path, buffer.getvalue(), METADATA.encode())
+    replace_file(path, buffer.getvalue(), METADATA.encode())

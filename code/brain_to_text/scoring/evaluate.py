@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +17,8 @@ from ..dataset.selection import select_for_evaluation
 from ..errors import ConfigError, DataError
 from ..model.augmentations import Augmentation
 from ..model.device import autocast_dtype
-from ..model.trained_model import CHECKPOINTS, ModelArtefact, open_model
+from ..model.trained_model import ModelArtefact, open_model
+from ..storage.ownership import lies_in
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
@@ -30,7 +30,7 @@ from .decoding import (
     decode,
     merge_frames,
 )
-from .output_files import RESULTS, check_place, complete_or_nothing, write_results
+from .output_files import RESULTS, check_results, result_folder, write_results, writing_to
 from .sentences import (
     DecodedSentences,
     WordOptions,
@@ -83,17 +83,13 @@ def evaluate_model(
     print(f"Using device: {where}")
     if words is not None:
         check_words(words)
-    place, source = (Path(os.path.realpath(p)) for p in (output_dir, data))
-    if "://" not in data and source in (place, *place.parents):
+    if lies_in(str(output_dir), data):
         raise ConfigError(
             f"--output-dir {output_dir} lies in the dataset {data}: give a folder beside it."
         )
-    if any((place / name).exists() for name in CHECKPOINTS):
-        raise ConfigError(f"--output-dir {output_dir} holds a model: give a folder beside it.")
-    purpose = {"model": " + ".join(models), "data": data, "split": split}
     files = (words.language_model, words.lexicon, words.rescored) if words is not None else ()
-    reads = [Path(file) for file in files if file]
-    check_place(output_dir, purpose, overwrite, reads)
+    purpose = {"model": " + ".join(models), "data": data, "split": split}
+    check_results(output_dir, purpose, overwrite, [Path(file) for file in files if file])
 
     artefacts = [open_model(model) for model in models]
     _check_ensemble(artefacts)
@@ -109,12 +105,13 @@ def evaluate_model(
         shared = sorted(set.intersection(*chosen[: len(artefacts)]))
         text = rescored_sentences(words.rescored, {manifest.trials[i].name: i for i in shared})
     with (
-        complete_or_nothing(output_dir, reads) as folder,
+        result_folder(output_dir, RESULTS) as folder,
         closing(TrialStream(store, manifest)) as stream,
     ):
-        decoder, facts = None, {"Sentences": f"those with the best score in {reads and reads[-1]}"}
+        decoder = None
         if words is not None and words.rescored is None:
-            decoder, facts = make_decoder(words, manifest, folder, split)
+            with writing_to(output_dir):
+                decoder, facts = make_decoder(words, manifest, folder, split)
             for name, fact in facts.items():
                 print(f"{name}: {fact}")
         run = partial(run_model, stream=stream, device=where, batch_size=batch_size)
@@ -135,7 +132,8 @@ def evaluate_model(
                 tuning = combine([run(a, split="val") for a in artefacts]).trials
             evaluated = evaluation.members
             if decoder is None:
-                sentences = DecodedSentences(text, facts)
+                source = f"those with the best score in {words.rescored}"
+                sentences = DecodedSentences(text, {"Sentences": source})
             else:
                 sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning)
                 evaluated = tuple(
@@ -326,7 +324,7 @@ def write_run_report(
         CheckpointError: no model there. StorageError: data or results cannot be read or written.
     """
     evaluation = run_model(open_model(model_dir), stream, "val", device, batch_size, decoded)
-    with complete_or_nothing(output_dir, [output_dir / name for name in RESULTS]) as folder:
+    with result_folder(output_dir) as folder:
         write_results(replace(evaluation, job=job or {}), folder)
     return evaluation
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import StorageError
+from ..errors import ConfigError, StorageError
 from ..labels.diphones import N_DIPHONES
 from ..labels.phonemes import BLANK, PHONEMES
-from ..storage.locations import shortened
+from ..storage.ownership import lies_in, lock, refuse_others
 from .decoding import DecodedTrial
 from .error_rates import align
 from .report_pages import model_report
@@ -36,120 +34,98 @@ RESULTS = (
 _SHOWN_CLASSES = 16  # rows of a posterior chart
 
 
-def check_place(
-    folder: Path, purpose: Mapping[str, str], overwrite: bool, reads: Collection[Path] = ()
+def check_results(
+    folder: Path, purpose: Mapping[str, str], overwrite: bool, reads: Iterable[Path] = ()
 ) -> None:
-    """Check, without writing, that results may go to `folder`.
+    """Check, without writing, that an evaluation may replace the results in `folder`.
 
     Args:
-        purpose: the model, data and split, as summary.json names them: results that an evaluation
-            for the same purpose left there are replaced, unless they were changed since.
+        purpose: the model, data and split, as summary.json names them. Results of the same purpose
+            that nobody changed are replaced.
         overwrite: replace any results.
-        reads: files that are read, and which therefore stay.
+        reads: files that the evaluation reads.
 
     Raises:
-        StorageError: it cannot be written, or holds results of something else, or changed ones.
+        ConfigError: a file that is read would be replaced. InUseError: results of another
+            evaluation, changed ones, or what no evaluation wrote. StorageError: unreadable.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise _unwritable(folder, f"{nearest} is {'read-only' if nearest.is_dir() else 'a file'}")
-    stay = {os.path.realpath(path) for path in reads}
-    there = [name for name in RESULTS if (folder / name).exists()]
-    present = [name for name in there if os.path.realpath(folder / name) not in stay]
-    if overwrite or not present:
+    for path in reads:
+        if path.name in RESULTS and lies_in(str(path), str(folder)):
+            raise ConfigError(
+                f"{path} is read and would be replaced: give another folder with --output-dir."
+            )
+    if overwrite:
         return
     try:
         found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         theirs = {name: str(found[name]) for name in ("model", "data", "split")}
-        checksums = {"summary.json": None, **found["files"]}
+        checksums = {**found["files"], "summary.json": _checksum(folder / "summary.json")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        theirs, checksums = {}, {}
-    places = {name: _place(value) for name, value in theirs.items()}
-    if theirs and places == {name: _place(value) for name, value in purpose.items()}:
-        changed = [
-            name
-            for name in present
-            if name not in checksums or checksums[name] not in (None, _checksum(folder / name))
-        ]
-        if not changed:
-            return
-        raise StorageError(
-            f"{folder} holds {shortened(changed)}, changed since the evaluation that wrote its "
-            "summary.json: move it away, give another folder with --output-dir, or --overwrite to "
-            "replace it."
-        )
-    whose = (
-        f"the results of {theirs['model']} on {theirs['split']} of {theirs['data']}"
-        if theirs
-        else f"{shortened(present)}, which nothing says an evaluation wrote"
+        whose, checksums = ", which no evaluation wrote", {}
+    else:
+        whose = ", which that evaluation did not write, or which was changed since"
+        if any(_one_spelling(theirs[name]) != _one_spelling(purpose[name]) for name in theirs):
+            whose = f" of {theirs['model']} on {theirs['split']} of {theirs['data']}"
+            checksums = {}
+    refuse_others(
+        folder,
+        RESULTS,
+        lambda file: checksums.get(file.name) == _checksum(file),
+        whose,
+        "give another folder with --output-dir, or --overwrite to replace it",
     )
-    raise StorageError(
-        f"{folder} holds {whose}: give another folder with --output-dir, or --overwrite to replace "
-        "them."
-    )
-
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only writing fails so
 
 
 @contextmanager
-def complete_or_nothing(folder: Path, reads: Collection[Path] = ()) -> Iterator[Path]:
+def result_folder(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write results into; they appear in `folder` when the block ends without an error.
 
-    Results that lie there are replaced, all of them.
-
     Args:
-        reads: files that the block reads, and which therefore stay.
+        stale: files of an earlier evaluation, which are removed where the block wrote no new ones.
 
     Raises:
         StorageError: `folder` cannot be written, which shows before the block begins, or later.
+        InUseError: another evaluation writes there.
     """
-    others = False  # whether the block runs, which reads and prints, too
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _alone_in(folder),
-            tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft,
-        ):
-            others = True
-            yield Path(draft)
-            others = False
-            written = sorted(Path(draft).iterdir())
+    with ExitStack() as closing:
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = os.open(folder, os.O_RDONLY)
+            closing.callback(os.close, opened)
+            lock(
+                opened,
+                f"Another evaluation is writing to {folder}: let it end, or give another folder "
+                "with --output-dir.",
+            )
+            unfinished = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder)
+        draft = Path(closing.enter_context(unfinished))
+        yield draft
+        with writing_to(folder):
+            written = sorted(draft.iterdir())
             for file in written:
                 file.replace(folder / file.name)
-            kept = {os.path.realpath(path) for path in reads}
-            for name in set(RESULTS) - {file.name for file in written}:
-                if os.path.realpath(folder / name) not in kept:
-                    (folder / name).unlink(missing_ok=True)  # of the evaluation before
-    except OSError as error:
-        ours = others and error.filename and Path(error.filename).parent == Path(draft)
-        if others and not ours and error.errno not in _FULL:
-            raise
-        raise _unwritable(folder, str(error.strerror or error)) from error
+            for name in set(stale) - {file.name for file in written}:
+                (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One evaluation at a time writes into a folder; where its volume has locks."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(opened)
-        raise StorageError(
-            f"Another evaluation is writing to {folder}: let it end, or give another folder with "
-            "--output-dir."
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+def writing_to(folder: Path) -> Iterator[None]:
+    """Around what writes to the output folder and nothing else.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     try:
         yield
-    finally:
-        os.close(opened)
+    except OSError as error:
+        raise StorageError(
+            f"Results cannot be written to {folder} ({error.strerror or error}): give a writable "
+            "folder with --output-dir."
+        ) from error
 
 
-def _place(location: str) -> str:
-    """A location in one spelling."""
+def _one_spelling(location: str) -> str:
+    """Models or data in one spelling."""
     parts = location.split(" + ")
     return " + ".join(p.rstrip("/") if "://" in p else os.path.realpath(p) for p in parts)
 
@@ -160,7 +136,10 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
     submission.csv, too, where words were decoded, and nbest.csv where there are N-best lists.
 
     Args:
-        folder: as `complete_or_nothing` gives it, which says so where it cannot be written.
+        folder: as `result_folder` gives it.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     artefact, sentences = evaluation.artefact, evaluation.sentences
     text = sentences.text if sentences else {}
@@ -192,28 +171,22 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "environment": {**_environment_facts(evaluation), **evaluation.job},
     }
     rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
-    write_table(folder / "trials.csv", rows)
-    if logits:
-        write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
-    if sentences is not None:
-        write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
-        if sentences.n_best:
-            write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
-    (folder / "report.html").write_text(model_report(page), encoding="utf-8")
-    summary["files"] = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-    (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
+    with writing_to(folder.parent):
+        write_table(folder / "trials.csv", rows)
+        if logits:
+            write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
+        if sentences is not None:
+            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
+            if sentences.n_best:
+                write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
+        (folder / "report.html").write_text(model_report(page), encoding="utf-8")
+        summary["files"] = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+        (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _unwritable(folder: Path, reason: str) -> StorageError:
-    return StorageError(
-        f"Results cannot be written to {folder} ({reason}): give a writable folder with "
-        "--output-dir."
-    )
 
 
 def _data_facts(evaluation: Evaluation) -> dict[str, Any]:

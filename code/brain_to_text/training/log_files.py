@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, Protocol, TextIO
 from ..errors import CheckpointError, InUseError, StorageError
 from ..model.weights_file import explain_write_error, writing
 from ..redaction import one_line
+from ..storage.ownership import lock
 from ..storage.store import ObjectStore, open_store
 
 LOGGER = logging.getLogger("brain_to_text")
@@ -256,19 +256,18 @@ def lock_file(path: Path, option: str) -> TextIO:
     """
     with writing(path):
         file = path.open("a")
+    refusal = f"{path.parent} is in use by another run: give this run its own with {option}."
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        no_locks = lock(file.fileno(), refusal)
+    except InUseError:
         file.close()
-        raise InUseError(
-            f"{path.parent} is in use by another run: give this run its own with {option}."
-        ) from None
-    except OSError as error:
+        raise
+    if no_locks:
         LOGGER.warning(
             "The file system of %s has no locks (%s): start no second run there, which nothing "
             "would stop",
             path.parent,
-            error.strerror,
+            no_locks,
         )
     return file
 
