@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--compare-with", help="another model: tested against it, trial by trial")
     option("--batch-size", type=int, default=128, help="trials per forward pass")
-    option("--device", help="cpu, cuda:0, …; default: the first GPU, else the CPU")
     option(
         "--export-logits",
         action="store_true",
@@ -114,18 +113,16 @@ def evaluate(options: argparse.Namespace) -> None:
             raise ConfigError("An ensemble has no real-time decoder: give one --model.")
         export_streaming(open_model(options.model[0]), options.export_streaming)
         print(f"The real-time decoder is in {options.export_streaming}")
-    data = options.data_dir
-    if data == "":
+        if not options.data_dir and not options.s3_bucket:
+            return
+    if options.data_dir == "":
         raise ConfigError("--data-dir is empty: give a folder or an s3:// URL.")
-    if data is None:
-        if not options.s3_bucket:
-            if options.export_streaming is not None:
-                return
-            raise ConfigError(
-                "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
-                "--data-dir FOLDER."
-            )
-        data = s3_url(options.s3_bucket, options.s3_data_prefix)
+    if options.data_dir is None and not options.s3_bucket:
+        raise ConfigError(
+            "No data was named: give --s3-bucket BUCKET (and --s3-data-prefix), or "
+            "--data-dir FOLDER."
+        )
+    data = options.data_dir or s3_url(options.s3_bucket, options.s3_data_prefix)
 
     # After the cheap checks: importing torch takes seconds.
     from brain_to_text.scoring.evaluate import evaluate_model
@@ -137,7 +134,6 @@ def evaluate(options: argparse.Namespace) -> None:
         options.output_dir,
         compare_with=options.compare_with,
         batch_size=options.batch_size,
-        device=options.device,
         export_logits=options.export_logits,
         words=_word_options(options),
         overwrite=options.overwrite,
@@ -148,27 +144,25 @@ def _word_options(options: argparse.Namespace) -> "WordOptions | None":
     from brain_to_text.scoring.sentences import WordOptions
     from brain_to_text.scoring.word_decoder import WordSettings
 
-    names = ("lexicon", "tune_words", "nbest", "lm_weight", "word_score", "beam_size")
-    given = {name: getattr(options, name) for name in names}
-    given = {
-        name: value for name, value in given.items() if value is not None and value is not False
-    }
-    if options.language_model is None and options.rescored is None:
-        for name in given:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is about decoding words: give --language-model, "
-                "too (an ARPA or KenLM file, 'training' or 'none')."
-            )
-        return None
-    weights = {name: given[name] for name in names[3:] if name in given}
-    return WordOptions(
-        options.language_model,
-        options.lexicon,
-        WordSettings(**weights),
-        options.tune_words,
-        given.get("nbest", 1),
-        options.rescored,
-    )
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(options, name) for name in names}
+        return {n: value for n, value in values.items() if value is not None and value is not False}
+
+    weights = given("lm_weight", "word_score", "beam_size")
+    search = given("lexicon", "tune_words", "nbest")
+    if options.language_model is not None or options.rescored is not None:
+        return WordOptions(
+            options.language_model,
+            rescored=options.rescored,
+            settings=WordSettings(**weights),
+            **search,
+        )
+    for name in (*search, *weights):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} is about decoding words: give --language-model, too (an "
+            "ARPA or KenLM file, 'training' or 'none')."
+        )
+    return None
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def in_batches(
         features = pad_features(own, pin=device.type == "cuda")
         batch = collate(0, chosen, records, trials.days[chosen], features).to(device)
         logits = Inference(model, smooth, cast).logits(batch)
-        merged = greedy_decode(logits, model.frame_lengths(batch.n_time_steps))
+        frames = model.frame_lengths(batch.n_time_steps).numpy()
+        merged = greedy_decode(logits.argmax(-1).cpu().numpy(), frames)
         for place, labels in zip(chosen, merged, strict=True):
             found[place] = labels
     return found

@@ -22,8 +22,8 @@ from brain_to_text.labels.diphones import collapse_to_phonemes
 from brain_to_text.labels.phonemes import PHONEMES
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.trained_model import open_model
+from brain_to_text.scoring import evaluate
 from brain_to_text.scoring.decoding import Inference, decode, decode_features
-from brain_to_text.scoring.evaluate import run_model, write_run_report
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.dataset_s3 import EvaluationDatasetS3
 from brain_to_text.streaming.trial_stream import TrialStream
@@ -40,30 +40,61 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def rival_folder(tmp_path_factory):
+    """A phoneme model of two of the sessions, in another order."""
+    folder = tmp_path_factory.mktemp("artefact") / "rival"
+    write_model(folder, SESSIONS[:0:-1], n_classes=41, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(model_folder, tiny_dataset, tmp_path_factory):
+    """The results of the model, for whoever only reads them."""
+    out = tmp_path_factory.mktemp("evaluated")
+    data = ("--data-dir", tiny_dataset.folder, "--output-dir", out, "--export-logits")
+    assert run("--model", model_folder, *data) == 0
+    return out
+
+
 def run(*arguments: object) -> int:
     return evaluate_model.main([str(argument) for argument in arguments])
 
 
-def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_dataset, tmp_path):
-    data = tiny_dataset.folder
-    assert run("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    with (tmp_path / "trials.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def section(folder: Path, name: str) -> str:
+    """One section of the report."""
+    page = (folder / "report.html").read_text()
+    return page.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+@pytest.fixture
+def stream(tiny_dataset):
+    store = open_store(tiny_dataset.folder)
+    opened = TrialStream(store, load_or_build_manifest(store, print))
+    yield opened
+    opened.close()
+
+
+def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, evaluated, stream):
+    summary, rows = summary_of(evaluated), rows_of(evaluated)
     assert len(rows) == 9
     expected = jiwer.wer([r["reference"] for r in rows], [r["hypothesis"] for r in rows])
     assert summary["rates"]["PER"]["value"] == expected
 
     artefact = open_model(model_folder)
-    store = open_store(data)
-    manifest = load_or_build_manifest(store, print)
-    stream = TrialStream(store, manifest)
-    chosen, _ = select_for_evaluation(manifest, artefact.config, SESSIONS, "val")
+    chosen, _ = select_for_evaluation(stream.manifest, artefact.config, SESSIONS, "val")
     dataset = EvaluationDatasetS3(stream, chosen, batch_size=2, device=torch.device("cpu"))
     transforms = artefact.config.dataset.data_transforms
-    inference = Inference(artefact.build(), Augmentation(transforms))
-    result = decode(inference, dataset, loss=True)
-    dataset.close()
+    result = decode(Inference(artefact.build(), Augmentation(transforms)), dataset, loss=True)
     assert result is not None
     numbers = result.numbers
     assert summary["rates"]["DER"]["value"] == numbers["der"]
@@ -75,7 +106,7 @@ def test_rates_equal_jiwer_and_the_trainers_validation(model_folder, tiny_datase
 
 
 def test_the_guides_lines_for_a_notebook_decode_a_session(
-    model_folder, tiny_dataset, tmp_path, monkeypatch
+    model_folder, evaluated, tiny_dataset, tmp_path, monkeypatch
 ):
     guide = Path(evaluate_model.__file__).with_name("README_SAGEMAKER.md").read_text("utf-8")
     lines = guide.split("### In a notebook")[1].split("```python\n")[1].split("```")[0]
@@ -84,9 +115,7 @@ def test_the_guides_lines_for_a_notebook_decode_a_session(
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(lines, found)
-    assert run("--model", model_folder, "--data-dir", "data", "--output-dir", "out") == 0
-    with (tmp_path / "out" / "trials.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["session"] == SESSIONS[0]]
+    rows = [row for row in rows_of(evaluated) if row["session"] == SESSIONS[0]]
     assert found["phonemes"] == [row["hypothesis"] for row in rows]
     model, trials = found["model"], found["trials"]
     with pytest.raises(DataError, match="no day layer for monday: give one of its 3 sessions"):
@@ -97,51 +126,35 @@ def test_the_guides_lines_for_a_notebook_decode_a_session(
 
 
 def test_s3_gives_the_same_tables_as_a_folder(
-    model_folder, tiny_dataset, tiny_dataset_s3, s3_bucket, upload, tmp_path
+    model_folder, evaluated, tiny_dataset_s3, s3_bucket, upload, tmp_path
 ):
     upload(model_folder, f"s3://{s3_bucket}/sagemaker-outputs/job")
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    run("--model", model_folder, "--data-dir", tiny_dataset.folder, "--output-dir", local)
     status = run(
         *("--model", f"s3://{s3_bucket}/sagemaker-outputs/job", "--s3-bucket", s3_bucket),
-        *("--s3-data-prefix", "data", "--output-dir", remote),
+        *("--s3-data-prefix", "data", "--output-dir", tmp_path),
     )
     assert status == 0
-    assert (local / "trials.csv").read_text() == (remote / "trials.csv").read_text()
-
-
-def test_a_rival_is_compared_trial_by_trial(model_folder, tiny_dataset, tmp_path):
-    rival = tmp_path / "phonemes"
-    write_model(rival, SESSIONS, n_classes=41, seed=3)
-    status = run(
-        *("--model", model_folder, "--compare-with", rival),
-        *("--data-dir", tiny_dataset.folder, "--output-dir", tmp_path / "out"),
-    )
-    assert status == 0
-    comparison = json.loads((tmp_path / "out" / "summary.json").read_text())["comparison"]
-    assert list(comparison["metrics"]) == ["PER"]  # a phoneme model has no diphones
-    assert comparison["n_trials"] == 9
-    assert 0 < comparison["metrics"]["PER"]["p_value"] <= 1
-    assert "phonemes" in (tmp_path / "out" / "report.html").read_text()
+    assert rows_of(tmp_path) == rows_of(evaluated)
 
 
 def test_a_comparison_is_on_the_trials_of_both_models_and_names_the_others(
-    model_folder, tiny_dataset, tmp_path, capsys
+    model_folder, rival_folder, tiny_dataset, tmp_path, capsys
 ):
-    write_model(tmp_path / "rival", SESSIONS[1:], seed=3)
     status = run(
-        *("--model", model_folder, "--compare-with", tmp_path / "rival"),
-        *("--data-dir", tiny_dataset.folder, "--output-dir", tmp_path / "out"),
+        *("--model", model_folder, "--compare-with", rival_folder),
+        *("--data-dir", tiny_dataset.folder, "--output-dir", tmp_path),
     )
     assert status == 0
-    comparison = json.loads((tmp_path / "out" / "summary.json").read_text())["comparison"]
+    comparison = summary_of(tmp_path)["comparison"]
+    assert list(comparison["metrics"]) == ["PER"], "a phoneme model has no diphones"
+    assert 0 < comparison["metrics"]["PER"]["p_value"] <= 1
     lost = [f"{SESSIONS[0]}/data_val.hdf5:trial_{n:04d}" for n in range(3)]
     assert comparison["n_trials"] == 6
     assert comparison["left_out"] == {"decoded by this model only": lost}
     assert (
         "Compared on the 6 trials that both models decoded; 3 left out" in capsys.readouterr().out
     )
-    assert lost[2] in (tmp_path / "out" / "report.html").read_text()
+    assert lost[2] in section(tmp_path, "comparison")
 
 
 # --- ensembles ------------------------------------------------------------------------------------
@@ -153,52 +166,37 @@ def log_probs(folder, names):
 
 
 def test_an_ensemble_decodes_the_mean_of_its_members_log_probabilities(
-    model_folder, tiny_dataset, tmp_path
+    model_folder, rival_folder, evaluated, tiny_dataset, tmp_path, capsys
 ):
     """Also when the members number their sessions differently and have other classes."""
-    rival = tmp_path / "phonemes"
-    write_model(rival, SESSIONS[::-1], n_classes=41, seed=3)
-    data = ("--data-dir", tiny_dataset.folder, "--export-logits")
-    for name, models in {"a": [model_folder], "b": [rival], "whole": [model_folder, rival]}.items():
-        named = [word for model in models for word in ("--model", model)]
-        assert run(*named, *data, "--output-dir", tmp_path / name) == 0
-    names = [f"{session}/trial_{n:04d}" for session in SESSIONS for n in range(3)]
-    a, b, whole = (log_probs(tmp_path / name, names) for name in ("a", "b", "whole"))
+    data = ("--data-dir", tiny_dataset.folder, "--export-logits", "--output-dir")
+    assert run("--model", rival_folder, *data, tmp_path / "rival") == 0
+    assert run("--model", model_folder, "--model", rival_folder, *data, tmp_path / "whole") == 0
+    names = [f"{session}/trial_{n:04d}" for session in SESSIONS[1:] for n in range(3)]
+    folders = (evaluated, tmp_path / "rival", tmp_path / "whole")
+    a, b, whole = (log_probs(folder, names) for folder in folders)
     for name in names:
         mean = (a[name] + b[name]) / 2
         expected = mean - np.log(np.exp(mean).sum(1, keepdims=True))
         np.testing.assert_allclose(whole[name], expected, atol=1e-4)
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    summary, alone = summary_of(tmp_path / "whole"), summary_of(tmp_path / "rival")
     assert list(summary["rates"]) == ["PER"], "a mean over phonemes has no diphones"
-    for folder, member in zip(("a", "b"), summary["members"], strict=True):
-        alone = json.loads((tmp_path / folder / "summary.json").read_text())
-        assert member["rates"] == alone["rates"]
-        difference = summary["rates"]["PER"]["value"] - alone["rates"]["PER"]["value"]
-        assert member["comparison"]["difference"]["value"] == pytest.approx(difference)
-    page = (tmp_path / "whole" / "report.html").read_text()
-    section = page.split('<section id="ensemble">')[1].split("</section>")[0]
-    assert str(model_folder) in section and str(rival) in section
-
-
-def test_an_ensemble_is_scored_on_the_trials_of_all_members(
-    model_folder, tiny_dataset, tmp_path, capsys
-):
-    write_model(tmp_path / "rival", SESSIONS[1:], seed=3)
-    models = ("--model", model_folder, "--model", tmp_path / "rival")
-    out = tmp_path / "out"
-    assert run(*models, "--data-dir", tiny_dataset.folder, "--output-dir", out) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["n_trials"] == 6
-    assert any(f"Left out: 3 trials that {model_folder}" in line for line in summary["remarks"])
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(f"{tmp_path / 'rival'}: Left out: 3 trials of 1 sessions" in x for x in lines) == 1
+    assert summary["n_trials"] == 6, "those of all members"
+    member = summary["members"][1]
+    assert member["rates"] == alone["rates"]
+    difference = summary["rates"]["PER"]["value"] - alone["rates"]["PER"]["value"]
+    assert member["comparison"]["difference"]["value"] == pytest.approx(difference)
+    for folder in (model_folder, rival_folder):
+        assert str(folder) in section(tmp_path / "whole", "ensemble")
+    said = capsys.readouterr().out
+    assert f"Left out: 3 trials that {model_folder} decoded and another" in said
+    assert f"{rival_folder}: Left out: 3 trials of 1 sessions" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "sessions", "sentence"),
     [
         ({"patch_stride": 3}, SESSIONS, "model.patch_stride is 2 in"),
-        ({"patch_size": 8}, SESSIONS, "model.patch_size is 6 in"),
         ({}, ("t15.2023.08.13",), "share no trial"),
     ],
 )
@@ -217,52 +215,52 @@ def test_models_that_make_no_ensemble_are_one_sentence(
 # --- what is in the folder already ----------------------------------------------------------------
 
 
-def test_another_models_results_are_not_mixed_with(model_folder, tiny_dataset, tmp_path, capsys):
-    write_model(tmp_path / "b", SESSIONS, seed=3)
+def test_only_unchanged_results_of_the_same_purpose_are_replaced(
+    model_folder, rival_folder, evaluated, tiny_dataset, tmp_path, capsys
+):
     out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
     data = ("--data-dir", tiny_dataset.folder, "--output-dir", out)
-    assert run("--model", model_folder, *data, "--export-logits") == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for other in (("--model", tmp_path / "b"), ("--model", model_folder, "--split", "train")):
-        assert run(*other, *data) == 1
-        assert f"{out} holds trials.csv of {model_folder} on val" in capsys.readouterr().err
+
+    def refused(sentence: str, *arguments: object) -> None:
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert run(*arguments, *data) == 1
+        assert f"{out} holds {sentence}" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    whose = f"trials.csv of {model_folder} on val"
+    refused(whose, "--model", rival_folder)
+    refused(whose, "--model", model_folder, "--split", "train")
+    (out / "notes.txt").write_text("mine")
     assert run("--model", model_folder, *data) == 0, "the same again"
     assert not (out / "phoneme_logits.hdf5").exists(), "nothing of the evaluation before stays"
     for name in ("nbest.csv", "trials.csv"):  # not of that evaluation; into which a column went
+        before = (out / name).read_bytes() if (out / name).exists() else b""
         (out / name).write_text("somebody's scores")
-        assert run("--model", model_folder, *data) == 1
-        assert f"{out} holds {name}, which that evaluation did not write" in capsys.readouterr().err
-        assert (out / name).read_text() == "somebody's scores"
-        (out / name).write_bytes(before["trials.csv"])
-        (out / "nbest.csv").unlink(missing_ok=True)
+        refused(f"{name}, which that evaluation did not write", "--model", model_folder)
+        (out / name).write_bytes(before)
+    (out / "summary.json").unlink()
+    refused("trials.csv, which no evaluation wrote", "--model", model_folder)
     (out / "phoneme_logits.hdf5").write_text("of another evaluation")
-    assert run("--model", tmp_path / "b", *data, "--overwrite") == 0
+    assert run("--model", rival_folder, *data, "--overwrite") == 0
     assert not (out / "phoneme_logits.hdf5").exists()
-    assert json.loads((out / "summary.json").read_text())["model"] == str(tmp_path / "b")
+    assert summary_of(out)["model"] == str(rival_folder)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("below", ["", "results"])
-def test_nothing_is_written_where_the_data_is(below, model_folder, tiny_dataset, tmp_path, capsys):
+def test_nothing_that_is_read_is_written_over(model_folder, tiny_dataset, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tiny_dataset.folder)
-    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder)
-    assert run(*arguments, "--output-dir", tmp_path / "link" / below) == 1
+    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder, "--overwrite")
+    assert run(*arguments, "--output-dir", tmp_path / "link" / "results") == 1
     assert "lies in the dataset" in capsys.readouterr().err
     assert not (tiny_dataset.folder / "results").exists()
+    (tmp_path / "nbest.csv").write_text("file,hypothesis,score\n")
+    rescored = ("--rescored", tmp_path / "nbest.csv", "--output-dir", tmp_path)
+    assert run(*arguments, *rescored) == 1
+    assert "nbest.csv is read and would be replaced" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["report.html", "submission.csv"])
-def test_what_no_evaluation_wrote_is_left_alone(name, model_folder, tiny_dataset, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / name).write_text("somebody's own")
-    (out / "notes.txt").write_text("mine")
-    arguments = ("--model", model_folder, "--data-dir", tiny_dataset.folder, "--output-dir", out)
-    assert run(*arguments) == 1
-    assert f"{name}, which no evaluation wrote" in capsys.readouterr().err
-    assert (out / name).read_text() == "somebody's own"
-    assert run(*arguments, "--overwrite") == 0
-    assert (out / "notes.txt").read_text() == "mine"
+# --- which trials ---------------------------------------------------------------------------------
 
 
 def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
@@ -280,11 +278,9 @@ def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
         *("--output-dir", tmp_path / "out", "--export-logits"),
     )
     assert status == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary, rows = summary_of(tmp_path / "out"), rows_of(tmp_path / "out")
     assert summary["n_trials"] == 6
     assert "rates" not in summary
-    with (tmp_path / "out" / "trials.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     with h5py.File(tmp_path / "out" / "phoneme_logits.hdf5") as file:
         logits = file[f"{SESSIONS[0]}/trial_0000"]
         assert logits.dtype == np.float32
@@ -297,19 +293,8 @@ def test_unlabelled_trials_are_decoded_and_exported(model_folder, tmp_path):
     assert merged == rows[0]["hypothesis"].split()
 
 
-def test_sessions_switched_off_in_training_are_left_out_by_name(
-    model_folder, tiny_dataset, tmp_path
-):
-    config = open_model(model_folder).config
-    config.dataset.dataset_probability_val = [0.0, 1.0, 1.0]
-    manifest = load_or_build_manifest(open_store(tiny_dataset.folder), print)
-    chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
-    assert [len(trials) for trials in chosen] == [0, 3, 3]
-    assert remarks == (f"Left out: {SESSIONS[0]}, 0 in dataset.dataset_probability_val",)
-
-
-def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
-    write_dataset(tmp_path, SESSIONS[:1], {"train": 1, "val": 6})
+def test_what_is_left_out_is_named(model_folder, tmp_path):
+    write_dataset(tmp_path, SESSIONS[:2], {"train": 1, "val": 6})
     path = tmp_path / SESSIONS[0] / "data_val.hdf5"
     with h5py.File(path, "r+") as file:
         trial = file["trial_0003"]
@@ -317,81 +302,60 @@ def test_bad_and_short_trials_are_left_out_by_name(model_folder, tmp_path):
         trial["input_features"] = np.zeros((5, 32), np.float32)  # a patch has 6 bins
         trial.attrs["n_time_steps"] = 5
     config = open_model(model_folder).config
-    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: [4]}, SESSIONS[1]: {1: [0]}}
+    config.dataset.bad_trials_dict = {SESSIONS[0]: {1: [1, 2], 2: [4]}, SESSIONS[2]: {1: [0]}}
+    config.dataset.dataset_probability_val = [1.0, 0.0, 1.0]
     manifest = load_or_build_manifest(open_store(tmp_path), print)
     chosen, remarks = select_for_evaluation(manifest, config, SESSIONS, "val")
     names = [manifest.trials[i].name for i in chosen[0]]
     key = f"{SESSIONS[0]}/data_val.hdf5"
-    assert names == [f"{key}:trial_0000", f"{key}:trial_0005"]
+    assert names == [f"{key}:trial_0000", f"{key}:trial_0005"] and not chosen[1]
     assert remarks == (
+        f"Left out: {SESSIONS[1]}, 0 in dataset.dataset_probability_val",
         *(f"Left out: {key}:trial_000{n}, listed in dataset.bad_trials_dict" for n in (1, 2)),
         f"Left out: {key}:trial_0003, shorter than one patch of 6 bins",
         f"Left out: {key}:trial_0004, listed in dataset.bad_trials_dict",
     )
 
 
-def test_what_was_left_out_is_said_and_in_the_summary_and_the_report(
+def test_diphones_are_read_in_the_form_that_the_model_was_trained_on(
     tiny_dataset, tmp_path, capsys
 ):
     write_model(tmp_path / "model", SESSIONS[:2])
-    out = tmp_path / "out"
-    run("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder, "--output-dir", out)
-    (remark,) = json.loads((out / "summary.json").read_text())["remarks"]
-    assert remark.startswith("Left out: 3 trials of 1 sessions that the model has no day layer for")
-    assert remark in capsys.readouterr().out
-    assert remark in (out / "report.html").read_text()
-
-
-def test_diphones_are_read_in_the_form_that_the_model_was_trained_on(
-    model_folder, tiny_dataset, tmp_path, capsys
-):
-    shutil.copytree(model_folder, tmp_path / "model")
     path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
     torch.save({**torch.load(path), "label_form": "transition"}, path)
-    store = open_store(tiny_dataset.folder)
-    stream = TrialStream(store, load_or_build_manifest(store, print))
-    device = torch.device("cpu")
-    evaluation = run_model(open_model(tmp_path / "model"), stream, "val", device)
-    same = run_model(open_model(model_folder), stream, "val", device)
-    stream.close()
+    data, out = str(tiny_dataset.folder), tmp_path / "out"
+    evaluation = evaluate.evaluate_model([str(tmp_path / "model")], data, "val", out)
     assert list(evaluation.summary["rates"]) == ["PER", "PER (diphone path)"], "and no DER"
-    for trial, other in zip(evaluation.trials, same.trials, strict=True):
-        assert trial.class_hypothesis == other.class_hypothesis
+    for trial in evaluation.trials:
         assert trial.path == collapse_to_phonemes(trial.class_hypothesis, "transition")
-        assert other.path == collapse_to_phonemes(other.class_hypothesis, "self_loop")
-    (remark,) = evaluation.remarks
-    assert "trained on transition labels and the data has self_loop labels" in remark
-    arguments = ("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder)
-    assert run(*arguments, "--output-dir", tmp_path / "out") == 0
-    assert remark in capsys.readouterr().out
+    left_out, doubt = summary_of(out)["remarks"]
+    assert "trained on transition labels and the data has self_loop labels" in doubt
+    assert left_out.startswith("Left out: 3 trials of 1 sessions that the model has no day layer")
+    said, page = capsys.readouterr().out, (out / "report.html").read_text()
+    assert doubt in said and left_out in said and left_out in page
 
 
-def test_mistakes_are_one_sentence(model_folder, tiny_dataset, tmp_path, capsys):
-    assert run("--model", model_folder) == 1
-    assert "give --s3-bucket" in capsys.readouterr().err
-    assert run("--model", tmp_path, "--data-dir", tiny_dataset.folder) == 1
-    assert "best_checkpoint" in capsys.readouterr().err
-    status = run("--model", model_folder, "--data-dir", tiny_dataset.folder, "--split", "test")
-    assert status == 1
-    assert "no test trials" in capsys.readouterr().err
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--batch-size", "0"], "--batch-size is 0: give at least 1"),
-        (["--batch-size", "-3"], "--batch-size is -3: give at least 1"),
-        (["--device", "banana"], "--device banana is no device: give cpu, or cuda:0"),
-        (["--device", "meta"], "--device meta is no device"),
-        (["--device", "cuda:99"], "--device cuda:99 is not there: torch"),
         (["--beam-size", "0", "--language-model", "none"], "--beam-size is 0: give at least 1"),
         (["--lm-weight", "nan", "--language-model", "none"], "--lm-weight is nan: give a finite"),
+        (["--data-dir", ""], "--data-dir is empty: give a folder"),
+        (["--language-model", "training"], "Decoding words needs an optional package (kenlm is"),
     ],
 )
 def test_bad_options_are_one_sentence_before_anything_is_read(
     arguments, sentence, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("brain_to_text.scoring.evaluate.open_model", _not_reached)
+    def not_reached(*_: object) -> None:
+        raise AssertionError("this came too late to be a cheap check")
+
+    monkeypatch.setattr(evaluate, "open_model", not_reached)
+    monkeypatch.setitem(sys.modules, "kenlm", None)
     where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     assert run("--model", tmp_path / "model", *where, *arguments) == 1
     error = capsys.readouterr().err.strip()
@@ -399,32 +363,25 @@ def test_bad_options_are_one_sentence_before_anything_is_read(
     assert "\n" not in error
 
 
-def test_a_missing_package_for_words_shows_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("brain_to_text.scoring.evaluate.open_model", _not_reached)
-    monkeypatch.setitem(sys.modules, "kenlm", None)
-    where = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    assert run("--model", tmp_path / "model", *where, "--language-model", "training") == 1
-    assert "pip install -r docker/requirements_sagemaker_words.txt" in capsys.readouterr().err
-
-
-def _not_reached(*_: object, **__: object) -> None:
-    raise AssertionError("this came too late to be a cheap check")
-
-
-def test_bad_trials_that_are_no_trials_are_one_sentence(
-    model_folder, tiny_dataset, tmp_path, capsys
-):
+def test_what_cannot_be_evaluated_is_one_sentence(model_folder, tiny_dataset, tmp_path, capsys):
     shutil.copytree(model_folder, tmp_path / "model")
     path = tmp_path / "model" / "checkpoint" / "args.yaml"
     args = yaml.safe_load(path.read_text())
     args["dataset"]["bad_trials_dict"] = {SESSIONS[0]: [3]}
     path.write_text(yaml.safe_dump(args))
-    out = tmp_path / "out"
-    arguments = ("--model", tmp_path / "model", "--data-dir", tiny_dataset.folder)
-    assert run(*arguments, "--output-dir", out) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "to block numbers to lists of trial numbers" in error
-    assert not out.exists(), "nothing is made before the inputs are checked"
+    data, out = ("--data-dir", tiny_dataset.folder), tmp_path / "out"
+    for arguments, sentence in (
+        ((model_folder,), "give --s3-bucket"),
+        ((tmp_path, *data), "best_checkpoint"),
+        ((model_folder, *data, "--split", "test"), "no test trials"),
+        ((tmp_path / "model", *data), "to block numbers to lists of trial numbers"),
+    ):
+        assert run("--output-dir", out, "--model", *arguments) == 1
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+        assert not out.exists(), "nothing is made before the inputs are checked"
+
+
+# --- other results --------------------------------------------------------------------------------
 
 
 def test_the_real_time_decoder_is_exported_without_data(model_folder, tmp_path, monkeypatch):
@@ -434,16 +391,13 @@ def test_the_real_time_decoder_is_exported_without_data(model_folder, tmp_path, 
     assert target.stat().st_size > 1000
 
 
-def test_a_finished_run_leaves_its_report(model_folder, tiny_dataset, tmp_path):
-    store = open_store(tiny_dataset.folder)
-    stream = TrialStream(store, load_or_build_manifest(store, print))
-    evaluation = write_run_report(model_folder, tmp_path / "out", stream, torch.device("cpu"))
-    stream.close()
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert "Error rates on validation" in text
-    assert "Phoneme confusions" in text
+def test_a_finished_run_leaves_its_report(model_folder, stream, tmp_path):
+    device = torch.device("cpu")
+    evaluation = evaluate.write_run_report(model_folder, tmp_path, stream, device)
+    assert "Error rates on validation" in section(tmp_path, "training")
+    assert "Phoneme confusions" in section(tmp_path, "which-errors")
     parameters = sum(w.numel() for w in evaluation.artefact.weights.values())
-    for section, shown in (
+    for name, shown in (
         ("data", evaluation.manifest.fingerprint()),
         ("data", "24 train, 9 val"),
         ("environment", torch.__version__),
@@ -453,6 +407,5 @@ def test_a_finished_run_leaves_its_report(model_folder, tiny_dataset, tmp_path):
         ("configuration", "patch_stride: 2"),
         ("examples", "Posteriors of the most probable diphones"),
     ):
-        assert shown in text.split(f'<section id="{section}">')[1].split("</section>")[0]
-    drawn = text.split('<section id="examples">')[1].split("</section>")[0]
-    assert drawn.count('class="alignment"') == 4
+        assert shown in section(tmp_path, name)
+    assert section(tmp_path, "examples").count('class="alignment"') == 4

@@ -30,7 +30,6 @@ from brain_to_text.scoring.language_model import (
     START,
     check_language_model,
     estimate_ngrams,
-    words_of_arpa,
     words_of_model,
 )
 from brain_to_text.scoring.sentences import (
@@ -74,7 +73,6 @@ def decoders(tmp_path_factory):
         trial(i, sentence, posteriors(sentence, random, noise=2.6))
         for i, sentence in enumerate(held_out)
     ]
-    assert {w for s in training for w in s.split()} <= set(words_of_arpa(path))
     return WordDecoder(lexicon, None), WordDecoder(lexicon, path), trials
 
 
@@ -103,7 +101,7 @@ def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
     monkeypatch.setattr("brain_to_text.scoring.sentences.LM_WEIGHTS", (0.0, 2.0))
     monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
     decoder, trials = decoders[1], decoders[2][:8]
-    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
+    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune_words=True)
     result = decode_sentences(options, decoder, {"Language model": "lm.arpa"}, trials)
     expected = jiwer.wer(
         [t.record.sentence_label for t in trials], [result.text[t.index] for t in trials]
@@ -118,7 +116,7 @@ def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkey
     monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
     known = decoders[2][:3]
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
-    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune=True)
+    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune_words=True)
     result = decode_sentences(options, decoders[1], {}, unlabelled, tuning=known)
     assert result.facts["lm_weight"] == "2"
     assert list(result.text) == [9]
@@ -141,22 +139,17 @@ def test_language_model_scores_are_log10(tmp_path):
     assert score == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lm.arpa", "lm.txt", "lm"])
-def test_the_words_of_a_model_are_told_by_its_content(name, tmp_path):
-    estimate_ngrams(SENTENCES).write_arpa(tmp_path / name)
+def test_the_words_of_a_model_are_told_by_its_content(tmp_path):
+    estimate_ngrams(SENTENCES).write_arpa(tmp_path / "lm")
+    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "lm").read_bytes()))
+    assert words_of_model(tmp_path / "packed") == words_of_model(tmp_path / "lm")
     lexicon = tmp_path / "mine.txt"
     lexicon.write_text("qqrx K ER K S\n")
     empty = TrialManifest((), {}, 4, 1681, "self_loop")
-    decoder, facts = make_decoder(WordOptions(str(tmp_path / name), lexicon), empty, tmp_path)
+    decoder, facts = make_decoder(WordOptions(str(tmp_path / "lm"), lexicon), empty, tmp_path)
     assert decoder.words == ["cat", "dog", "i", "qqrx", "see", "the", "you"]
     assert facts["Words that can be decoded"] == "7"
-    assert facts["Vocabulary"] == f"6 words of the ARPA file, and 1 of {lexicon}"
-
-
-def test_the_words_of_compressed_arpa_text_are_read(tmp_path):
-    estimate_ngrams(SENTENCES).write_arpa(tmp_path / "plain")
-    (tmp_path / "lm").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
-    assert words_of_model(tmp_path / "lm") == words_of_model(tmp_path / "plain")
+    assert facts["Vocabulary"] == f"6 words of the language model, and 1 of {lexicon}"
 
 
 def test_a_binary_model_is_asked_for_the_words_of_the_dictionary(tmp_path, monkeypatch):
@@ -165,9 +158,7 @@ def test_a_binary_model_is_asked_for_the_words_of_the_dictionary(tmp_path, monke
     with pytest.raises(DataError, match="cannot be used as a language model"):
         check_language_model(path)  # KenLM refuses what only begins like one of its files
     monkeypatch.setattr("kenlm.Model", lambda _: {"cat", "dog", "zzyzzx"})
-    words, _, what = words_of_model(path)
-    assert words == {"cat": ["cat"], "dog": ["dog"]}
-    assert what == "2 words of the CMU dictionary that the KenLM binary knows"
+    assert words_of_model(path) == ({"cat": ["cat"], "dog": ["dog"]}, [])
 
 
 def test_the_words_of_training_sentences_and_a_lexicon_add_up(tmp_path):
@@ -207,7 +198,6 @@ def test_a_model_in_capitals_decodes_what_the_same_model_in_lower_case_does(tmp_
             found[name, own] = [decoder.hypotheses(h, WordSettings())[0] for h in heard]
             known = facts["Words of the transcripts that can be decoded"]
             assert known.startswith("100.0 % of ")
-            assert ("Case of the language model" in facts) == (name != "lower")
     assert [h.text for h in found["lower", None]] == SPOKEN
     for own in (None, lexicon):
         for name in ("upper", "Title"):
@@ -219,26 +209,24 @@ def test_a_model_in_capitals_decodes_what_the_same_model_in_lower_case_does(tmp_
 def test_words_in_several_cases_are_each_worth_their_own_score(tmp_path):
     sentences = ["the Cat sat", "the cat sat", "a Cat", "CAT"]
     path = arpa(tmp_path / "mixed", sentences, str)
-    words, strange, what = words_of_model(path)
-    assert sorted(words["cat"]) == ["CAT", "Cat", "cat"] and not strange
-    assert what == "4 words of the ARPA file"
-    decoder, facts = make_decoder(WordOptions(str(path)), manifest_of([record()]), tmp_path)
+    words, foreign = words_of_model(path)
+    assert sorted(words["cat"]) == ["CAT", "Cat", "cat"] and not foreign
+    decoder, _ = make_decoder(WordOptions(str(path)), manifest_of([record()]), tmp_path)
     assert decoder.words == ["a", "cat", "sat", "the"]
-    assert facts["Case of the language model"] == "folded: 2 words are not in lower case"
 
 
 @pytest.mark.parametrize("alphabet", ["кот сидит тут", "die Größe zählt für Mädchen", "猫 が 座る"])
 def test_a_model_of_another_language_is_refused_with_its_share(alphabet, tmp_path):
     path = arpa(tmp_path / "lm", [alphabet, alphabet], str)
     manifest = manifest_of([record(split="train", sentence="the dog is near the tree")])
-    with pytest.raises(DataError, match=r"knows 0\.0 % of 6 in train \(not the, dog"):
+    with pytest.raises(DataError, match=r"knows 0\.0 % of 6 in train, not \(the, dog"):
         make_decoder(WordOptions(str(path)), manifest, tmp_path)
 
 
 def test_a_word_that_loses_letters_is_no_other_word(tmp_path):
     path = arpa(tmp_path / "lm", ["naïve we’ll cat3", "it's Größe кот"], str)
-    words, strange, _ = words_of_model(path)
-    assert set(strange) == {"cat3", "кот"}
+    words, foreign = words_of_model(path)
+    assert set(foreign) == {"cat3", "кот"}
     assert words == {
         w: [f]
         for w, f in zip(
@@ -282,31 +270,55 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Test trials of three sessions; one is shorter than a patch, one session has no day layer."""
-    folder = tmp_path / "data"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three sessions, one without a day layer.
+
+    A test trial is shorter than a patch; a validation trial has no sentence, another one that
+    training has not seen.
+    """
+    folder = tmp_path_factory.mktemp("data")
     write_dataset(folder, SESSIONS, {"train": 2, "val": 2, "test": 3})
     with h5py.File(folder / SESSIONS[0] / "data_test.hdf5", "r+") as file:
         trial = file["trial_0001"]
         del trial["input_features"]
         trial["input_features"] = np.zeros((5, 32), np.float32)
         trial.attrs["n_time_steps"] = 5
+    with h5py.File(folder / SESSIONS[0] / "data_val.hdf5", "r+") as file:
+        del file["trial_0000"].attrs["sentence_label"]
+    with h5py.File(folder / SESSIONS[1] / "data_val.hdf5", "r+") as file:
+        file["trial_0000"].attrs["sentence_label"] = "Never said before."
     return folder
+
+
+WORDS = ("--language-model", "training", "--beam-size", "20")
+
+
+@pytest.fixture(scope="module")
+def evaluated(model_folder, data, tmp_path_factory):
+    """The results on val, with five sentences of each trial."""
+    out = tmp_path_factory.mktemp("evaluated")
+    arguments = ("--model", model_folder, "--data-dir", data, "--nbest", "5")
+    assert run(*arguments, *WORDS, "--output-dir", out) == 0
+    return out
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_submission_has_a_row_for_every_test_trial(model_folder, data, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--model", model_folder, "--data-dir", data, "--split", "test")
-    options = ("--language-model", "training", "--beam-size", "20", "--output-dir", out)
-    assert run(*arguments, *options) == 0
-    with (out / "submission.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert run(*arguments, *WORDS, "--output-dir", out) == 0
+    rows = rows_of(out / "submission.csv")
     assert [row["id"] for row in rows] == [str(number) for number in range(9)]
-    decoded = {
-        row["file"]: row["decoded_sentence"]
-        for row in csv.DictReader((out / "trials.csv").read_text().splitlines())
-    }
+    decoded = {row["file"]: row["decoded_sentence"] for row in rows_of(out / "trials.csv")}
     names = [f"{s}/data_test.hdf5:trial_{n:04d}" for s in SESSIONS for n in range(3)]
     assert [row["text"] for row in rows] == [decoded.get(name, "") for name in names]
     assert sorted(names[i] for i in (0, 2, 3, 4, 5)) == sorted(decoded)
@@ -319,130 +331,79 @@ def test_the_submission_has_a_row_for_every_test_trial(model_folder, data, tmp_p
     assert (out / "language_model.arpa").exists()
 
 
-def test_a_first_trial_without_a_sentence_spoils_no_table(model_folder, data, tmp_path):
-    with h5py.File(data / SESSIONS[0] / "data_val.hdf5", "r+") as file:
-        del file["trial_0000"].attrs["sentence_label"]
-    out = tmp_path / "out"
-    arguments = ("--model", model_folder, "--data-dir", data, "--language-model", "training")
-    assert run(*arguments, "--beam-size", "20", "--output-dir", out) == 0
-    with (out / "trials.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["words"] for row in rows] == ["", "2", "2", "2"]
-    words = json.loads((out / "summary.json").read_text())["words"]
-    assert words["settings"]["Scored"] == "3 of 4 trials, those with a sentence"
+def test_trials_without_a_sentence_or_with_a_new_one_are_told_apart(evaluated):
+    rows, summary = rows_of(evaluated / "trials.csv"), summary_of(evaluated)
+    assert [row["words"] for row in rows] == ["", "2", "3", "2"]
+    assert summary["words"]["settings"]["Scored"] == "3 of 4 trials, those with a sentence"
+    for rate, unlabelled in (("PER", {"unknown": 1}), ("DER", {"unknown": 1}), ("WER", {})):
+        found = summary["groups"][rate]["sentence"]
+        trials = {name: row["n_trials"] for name, row in found.items()}
+        assert trials == {"seen": 2, "unseen": 1, **unlabelled}
+    assert summary["groups"]["WER"]["sentence"]["unseen"]["tokens"] == 3
+    assert "on sentences seen in training, and others" in (evaluated / "report.html").read_text()
 
 
-def too_late(*_: object, **__: object) -> None:
-    raise AssertionError("decoded first")
-
-
-@pytest.mark.parametrize(
-    ("model", "lexicon", "sentence"),
-    [
-        ("absent.arpa", None, "does not exist: give --language-model"),
-        ("uni.arpa", None, "cannot be used as a language model"),
-        ("training", "absent.txt", "cannot be read"),
-        ("training", "bad.txt", "'QQ' is not a phoneme"),
-        ("none", "bad.txt", "'QQ' is not a phoneme"),
-    ],
-)
-def test_files_that_do_not_serve_are_found_before_anything_is_decoded(
-    model, lexicon, sentence, model_folder, data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", too_late)
-    monkeypatch.chdir(tmp_path)
-    estimate_ngrams(SENTENCES, 1).write_arpa(tmp_path / "uni.arpa")
-    (tmp_path / "bad.txt").write_text("cat K QQ T\n")
-    out = tmp_path / "out"
-    words = ("--language-model", model, *(("--lexicon", lexicon) if lexicon else ()))
-    assert run("--model", model_folder, "--data-dir", data, *words, "--output-dir", out) == 1
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
-    assert not out.exists() or list(out.iterdir()) == []
-
-
-def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, tmp_path):
-    out, again = tmp_path / "out", tmp_path / "again"
-    arguments = ("--model", model_folder, "--data-dir", data)
-    options = ("--language-model", "training", "--beam-size", "20", "--nbest", "5")
-    assert run(*arguments, *options, "--output-dir", out) == 0
-    with (out / "nbest.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    first = json.loads((out / "summary.json").read_text())["rates"]["WER"]
+def test_n_best_lists_go_out_and_come_back_rescored(model_folder, data, evaluated, tmp_path):
+    arguments = ("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path / "again")
+    rows = rows_of(evaluated / "nbest.csv")
     assert {row["file"] for row in rows} == {
         f"{s}/data_val.hdf5:trial_{n:04d}" for s in SESSIONS[:2] for n in range(2)
     }
     # as it went out, it gives the same sentences
-    assert run(*arguments, "--rescored", out / "nbest.csv", "--output-dir", again) == 0
-    assert json.loads((again / "summary.json").read_text())["rates"]["WER"] == first
+    assert run(*arguments, "--rescored", evaluated / "nbest.csv") == 0
+    assert summary_of(tmp_path / "again")["rates"]["WER"] == summary_of(evaluated)["rates"]["WER"]
     # a rescoring program prefers the truth
     for row in rows:
         row["score"] = "-1"
-    truth = {"file": rows[0]["file"], "hypothesis": "Hello, world!", "score": "0"}
+    truth = {"file": rows[-1]["file"], "hypothesis": "Hello, world!", "score": "0"}
     with (tmp_path / "mine.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), restval="")
         writer.writeheader()
         writer.writerows([*rows, truth])
-    mine = ("--rescored", tmp_path / "mine.csv", "--output-dir", again)
-    assert run(*arguments, *mine) == 0
-    with (again / "trials.csv").open(newline="") as file:
-        trials = {row["file"]: row for row in csv.DictReader(file)}
+    assert run(*arguments, "--rescored", tmp_path / "mine.csv") == 0
+    trials = {row["file"]: row for row in rows_of(tmp_path / "again" / "trials.csv")}
     assert trials[truth["file"]]["decoded_sentence"] == "hello world"
     assert trials[truth["file"]]["word_errors"] == "0"
 
 
-def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, tmp_path):
+def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, evaluated, tmp_path):
     write_model(tmp_path / "rival", SESSIONS[:2], n_classes=41, seed=4)
-    words = ("--data-dir", data, "--language-model", "training", "--beam-size", "20")
-    alone = []
-    for name, model in (("a", model_folder), ("b", tmp_path / "rival")):
-        assert run("--model", model, *words, "--output-dir", tmp_path / name) == 0
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        alone.append(summary["rates"]["WER"])
-    both = ("--model", model_folder, "--model", tmp_path / "rival")
-    assert run(*both, *words, "--output-dir", tmp_path / "both") == 0
-    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
-    assert [member["rates"]["WER"] for member in summary["members"]] == alone
+    both = ("--model", model_folder, "--model", tmp_path / "rival", "--data-dir", data)
+    assert run(*both, *WORDS, "--output-dir", tmp_path / "both") == 0
+    members = summary_of(tmp_path / "both")["members"]
+    assert members[0]["rates"]["WER"] == summary_of(evaluated)["rates"]["WER"]
     assert not (tmp_path / "both" / "nbest.csv").exists(), "only where it was asked for"
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--nbest", "0", "--language-model", "none"), "--nbest is 0: give 1 to 200"),
-        (("--nbest", "201", "--language-model", "none"), "--nbest is 201: give 1 to 200"),
-        (("--nbest", "3"), "--nbest is about decoding words: give --language-model"),
-        (("--lexicon", "a.txt"), "--lexicon is about decoding words"),
-        (("--tune-words",), "--tune-words is about decoding words"),
-        (("--lm-weight", "3"), "--lm-weight is about decoding words"),
-        (("--rescored", "a.csv", "--language-model", "none"), "Sentences come from one place"),
-        (("--rescored", "a.csv", "--nbest", "3"), "leave out --lexicon, --tune-words, --nbest"),
-        (("--rescored", "a.csv", "--lm-weight", "5"), "and the search's weights"),
-        (("--rescored", "absent.csv"), "absent.csv cannot be read"),
-        (("--rescored", "short.csv"), "has no row for 4 of 4 decoded trials"),
+        ("--nbest 0 --language-model none", "--nbest is 0: give 1 to 200"),
+        ("--nbest 201 --language-model none", "--nbest is 201: give 1 to 200"),
+        ("--tune-words", "--tune-words is about decoding words: give --language-model"),
+        ("--lm-weight 0", "--lm-weight is about decoding words"),
+        ("--rescored a.csv --language-model none", "FILE holds the sentences"),
+        ("--rescored a.csv --lm-weight 5", "FILE holds the sentences"),
+        ("--rescored absent.csv", "absent.csv cannot be read"),
+        ("--rescored short.csv", "has no row for 4 of 4 decoded trials"),
+        ("--language-model absent.arpa", "does not exist: give --language-model"),
+        ("--language-model uni.arpa", "cannot be used as a language model"),
+        ("--language-model training --lexicon absent.txt", "cannot be read"),
+        ("--language-model none --lexicon bad.txt", "'QQ' is not a phoneme"),
     ],
 )
-def test_options_about_words_that_say_nothing_are_one_sentence(
+def test_what_does_not_serve_is_one_sentence_before_anything_is_decoded(
     options, sentence, model_folder, data, tmp_path, monkeypatch, capsys
 ):
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("decoded first")
+
     monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", too_late)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.csv").write_text("file,hypothesis,score\n")
-    assert run("--model", model_folder, "--data-dir", data, *options) == 1
+    (tmp_path / "bad.txt").write_text("cat K QQ T\n")
+    estimate_ngrams(SENTENCES, 1).write_arpa(tmp_path / "uni.arpa")
+    arguments = ("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path / "out")
+    assert run(*arguments, *options.split()) == 1
     assert sentence in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_seen_and_unseen_sentences_are_scored_apart(model_folder, data, tmp_path, capsys):
-    with h5py.File(data / SESSIONS[0] / "data_val.hdf5", "r+") as file:
-        file["trial_0000"].attrs["sentence_label"] = "Never said before."
-    out = tmp_path / "out"
-    arguments = ("--model", model_folder, "--data-dir", data, "--language-model", "training")
-    assert run(*arguments, "--beam-size", "20", "--output-dir", out) == 0
-    groups = json.loads((out / "summary.json").read_text())["groups"]
-    for rate in ("PER", "DER", "WER"):
-        found = {name: row["n_trials"] for name, row in groups[rate]["sentence"].items()}
-        assert found == {"seen": 3, "unseen": 1}
-    assert groups["WER"]["sentence"]["unseen"]["tokens"] == 3
-    said = capsys.readouterr().out
-    assert "on the 3 trials whose sentence training has seen" in said
-    assert "on the 1 trials whose sentence training has not seen" in said
-    assert "on sentences seen in training, and others" in (out / "report.html").read_text()
+    assert not (tmp_path / "out").exists()

@@ -66,11 +66,12 @@ def contents() -> dict:
         "confusion": confusion.tolist(),
         "examples": [
             {
-                "name": "t15.2023.08.11/data_val.hdf5:trial_0001",
+                "heading": "t15.2023.08.11/data_val.hdf5:trial_0001",
                 "sentence": "fish & chips",
                 "alignment": [("F", "F"), ("IH", None), (None, "S")],
                 "posteriors": np.full((2, 6), 0.5),
                 "labels": ["#→F", "F→IH"],
+                "kind": "diphones",
                 "seconds_per_frame": 0.08,
             }
         ],
@@ -158,19 +159,10 @@ def test_report_loads_nothing_from_anywhere():
     html = model_report(contents())
     outline = Outline(html)
     assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
-    assert all(
-        (value or "").startswith("#")
-        for name, value in outline.attributes
-        if name in ("src", "href", "xlink:href")
-    )
+    ids = {f"#{value}" for name, value in outline.attributes if name == "id"}
+    links = {v for name, v in outline.attributes if name in ("src", "href", "xlink:href")}
+    assert links <= ids
     assert not re.search(r"url\(|@import|https?://", html)
-
-
-def test_every_link_has_a_target():
-    outline = Outline(model_report(contents()))
-    ids = {value for name, value in outline.attributes if name == "id"}
-    links = {value for name, value in outline.attributes if name == "href"}
-    assert links <= {f"#{name}" for name in ids}
 
 
 def test_an_empty_report_is_still_a_page():
@@ -185,25 +177,15 @@ def drawn(lines: dict, **options) -> str:
 
 def test_charts_leave_out_what_cannot_be_drawn():
     assert drawn({"a": ([], [])}) == ""
-    assert drawn({"a": ([1, 2], [float("nan"), -1])}, log_y=True) == ""
+    assert drawn({"a": ([1], [float("nan")])}) == ""
     one_point = drawn({"a": ([3], [0.5])}, percent=True)
     assert "<circle" in one_point
     assert "NaN" not in one_point
-    bars = TEMPLATES.get_template("charts.html").module.bar_chart
-    bar = {"name": "a", "value": 0.0, "low": 0.0, "high": float("nan")}
-    assert bars("t", [{**bar, "value": float("nan")}]) == ""
-    assert "<rect" in bars("t", [bar]) and "nan" not in bars("t", [bar])
 
 
-def test_long_runs_are_drawn_with_bounded_size():
+def test_long_runs_are_drawn_with_bounded_size_and_series_in_dashes():
     x = np.arange(100_000)
-    assert len(drawn({"a": (x, 1.0 + x)})) < 20_000
-
-
-# --- colours --------------------------------------------------------------------------------------
-
-
-def test_series_differ_in_their_dashes_too():
-    lines = drawn({name: ([1, 2], [3, 4]) for name in "abcd"})
+    lines = drawn(dict.fromkeys("abcd", (x, 1.0 + x)))
+    assert len(lines) < 60_000
     dashes = re.findall(r'<polyline class="line s\d" stroke-dasharray="(.*?)"', lines)
     assert len(set(dashes)) == 4

@@ -175,11 +175,6 @@ def test_the_terminal_has_every_rate_with_its_interval_and_edits():
         "1 deletions, 0 insertions in 19 labels)"
     )
     assert [line.split(":")[0] for line in lines] == ["DER", "PER", "PER (diphone path)"]
-    wer = {"value": 0.25, "low": 0.1, "high": 0.4}
-    with_words = {**summary, "rates": {**summary["rates"], "WER": wer}}
-    assert describe(with_words)[3] == "WER: 0.2500 (95 % interval 0.1000 to 0.4000)"
-    only_words = {"n_trials": 3, "rates": {"WER": wer}}  # sentences, but no labels
-    assert describe(only_words) == ["WER: 0.2500 (95 % interval 0.1000 to 0.4000)"]
     assert describe({"n_trials": 3}) == ["3 trials without labels: no error rates"]
 
 

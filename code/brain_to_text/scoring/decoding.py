@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -72,23 +72,18 @@ class Inference:
             self.model.train(was_training)
 
 
-def greedy_decode(scores: torch.Tensor, frame_lengths: torch.Tensor) -> list[list[int]]:
-    """Best class per frame, repeats merged, then blanks dropped.
+def greedy_decode(classes: np.ndarray, frame_lengths: np.ndarray) -> list[list[int]]:
+    """CTC's mapping from frames to labels: repeats merged, then blanks dropped.
 
     Args:
-        scores: [B, T', C] logits or log-probabilities; one transfer of [B, T'] class ids follows.
-        frame_lengths: [B] CPU; frames beyond a trial's own do not count.
+        classes: [B, T'] ids of the best class of each frame.
+        frame_lengths: [B]; frames beyond a trial's own do not count.
     """
-    return merge_frames(scores.argmax(-1).cpu().numpy(), frame_lengths.numpy())
-
-
-def merge_frames(classes: np.ndarray, frame_lengths: np.ndarray) -> list[list[int]]:
-    """CTC's mapping from frames to labels, for a whole batch: [B, T'] ids to B lists of ids."""
-    kept = np.ones(classes.shape, dtype=bool)
-    kept[:, 1:] = classes[:, 1:] != classes[:, :-1]
-    kept &= (classes != 0) & (np.arange(classes.shape[1]) < frame_lengths[:, None])
-    labels = classes[kept].tolist()
-    ends = np.cumsum(kept.sum(1)).tolist()
+    label = np.ones(classes.shape, dtype=bool)
+    label[:, 1:] = classes[:, 1:] != classes[:, :-1]
+    label &= (classes != 0) & (np.arange(classes.shape[1]) < frame_lengths[:, None])
+    labels = classes[label].tolist()
+    ends = np.cumsum(label.sum(1)).tolist()
     return [labels[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -127,6 +122,7 @@ class DecodedTrial:
     n_frames: int = 0
     nats: float | None = None
 
+    @cached_property
     def errors(self) -> dict[str, ErrorCounts]:
         """Edits by error rate (DER, PER, PER of the diphone path), of those that have labels."""
         sides = {
@@ -163,55 +159,48 @@ class DecodedSplit:
         output frame, per_session, counts, n_trials, seconds. The same in any order of the trials
         and for any number of processes.
         """
-        by_session: dict[str, list[tuple[DecodedTrial, dict[str, ErrorCounts]]]] = {}
+        names = {"classes": "PER"}
+        if any(trial.class_hypothesis is not None for trial in self.trials):
+            names = {"classes": "DER", "phonemes": "PER", "path": "PER (diphone path)"}
+        by_session: dict[str, list[DecodedTrial]] = {}
         for trial in self.trials:
-            by_session.setdefault(trial.record.session, []).append((trial, trial.errors()))
-        everything = [row for rows in by_session.values() for row in rows]
-        total, counts = _rates(everything)
-        classes = "DER" if any(t.class_hypothesis is not None for t in self.trials) else "PER"
-        names = {"classes": classes}
-        if classes == "DER":
-            names |= {"phonemes": "PER", "path": "PER (diphone path)"}
+            by_session.setdefault(trial.record.session, []).append(trial)
+        rates = _rates(self.trials)
         numbers = {
-            "der": total.get(classes, math.nan),
-            "per": total.get("PER", math.nan),
-            "per_path": total.get("PER_path"),
-            "ctc_loss": total["CTC_loss"],
-            "per_session": {session: _rates(rows)[0] for session, rows in by_session.items()},
-            "counts": {
-                name: asdict(counts.get(rate, ErrorCounts())) for name, rate in names.items()
-            },
+            "der": rates.get(names["classes"], math.nan),
+            "per": rates.get("PER", math.nan),
+            "per_path": rates.get("PER_path"),
+            "ctc_loss": rates["CTC_loss"],
+            "per_session": {session: _rates(trials) for session, trials in by_session.items()},
+            "counts": {name: asdict(total_errors(self.trials, of)) for name, of in names.items()},
             "n_trials": len(self.trials),
             "seconds": self.seconds,
         }
         return {name: value for name, value in numbers.items() if value is not None}
 
 
-def _rates(
-    rows: list[tuple[DecodedTrial, dict[str, ErrorCounts]]],
-) -> tuple[dict[str, Any], dict[str, ErrorCounts]]:
-    """DER and PER (PER alone for a phoneme model), loss and number of trials; the edits by rate."""
-    counts: dict[str, ErrorCounts] = {}
-    for _, errors in rows:
-        for name, count in errors.items():
-            counts[name] = counts.get(name, ErrorCounts()) + count
+def total_errors(trials: Iterable[DecodedTrial], rate: str) -> ErrorCounts:
+    """The edits of all trials together."""
+    return sum((t.errors[rate] for t in trials if rate in t.errors), ErrorCounts())
+
+
+def _rates(trials: Sequence[DecodedTrial]) -> dict[str, Any]:
+    """DER and PER (PER alone for a phoneme model), loss and number of trials."""
+    names = dict.fromkeys(name for trial in trials for name in trial.errors)
     rates: dict[str, Any] = {
-        name.replace(" (diphone path)", "_path"): count.rate for name, count in counts.items()
+        name.replace(" (diphone path)", "_path"): total_errors(trials, name).rate for name in names
     }
-    n_frames = sum(trial.n_frames for trial, _ in rows)
-    nats = math.fsum(trial.nats or 0.0 for trial, _ in rows)
-    return rates | {"CTC_loss": nats / max(n_frames, 1), "n_trials": len(rows)}, counts
+    n_frames = sum(trial.n_frames for trial in trials)
+    nats = math.fsum(trial.nats or 0.0 for trial in trials)
+    return rates | {"CTC_loss": nats / max(n_frames, 1), "n_trials": len(trials)}
 
 
 # --- the pass -------------------------------------------------------------------------------------
 
-# index in the manifest, frames, decoded classes, decoded phonemes, nats, phoneme log-probabilities
-_Answer = tuple[int, int, list[int], list[int], float | None, np.ndarray]
-
 
 @dataclass(frozen=True)
 class _Waiting:
-    """What is kept of a batch until the pass is over, on the device: two bytes a frame and output.
+    """What is left of a batch until the pass is over, on the device: two bytes a frame and output.
 
     Attributes:
         indices, frames: [B] on the CPU.
@@ -227,16 +216,21 @@ class _Waiting:
     nats: torch.Tensor | None
     log_probs: np.ndarray | None
 
-    def answers(self) -> Iterator[_Answer]:
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Of each trial the fields of `DecodedTrial` that the model decides."""
         frames = self.frames.numpy()
-        classes = merge_frames(self.classes.cpu().numpy(), frames)
+        classes = greedy_decode(self.classes.cpu().numpy(), frames)
         phonemes = classes
         if self.phonemes is not self.classes:
-            phonemes = merge_frames(self.phonemes.cpu().numpy(), frames)
+            phonemes = greedy_decode(self.phonemes.cpu().numpy(), frames)
         nats = [None] * len(frames) if self.nats is None else self.nats.tolist()
         for row, (index, n) in enumerate(zip(self.indices.tolist(), frames.tolist(), strict=True)):
-            own = _no_frames() if self.log_probs is None else self.log_probs[row, :n].copy()
-            yield index, n, classes[row], phonemes[row], nats[row], own
+            answer = {"index": index, "n_frames": n, "nats": nats[row], "hypothesis": phonemes[row]}
+            if phonemes is not classes:
+                answer["class_hypothesis"] = classes[row]
+            if self.log_probs is not None:
+                answer["phoneme_log_probs"] = self.log_probs[row, :n].copy()
+            yield answer
 
 
 def decode(
@@ -247,9 +241,9 @@ def decode(
     loss: bool = False,
     probabilities: bool = False,
     keep_logits: bool = False,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda count: None,
-    gather: Callable[[Any], list[Any]] = lambda own: [own],
+    gather: Callable[[Any], list[Any]] = lambda part: [part],
 ) -> DecodedSplit | None:
     """Decode every trial of `dataset` greedily: validation, evaluation and reports alike.
 
@@ -273,7 +267,7 @@ def decode(
     logits_of: dict[int, torch.Tensor] = {}
     with closing(inference.over(dataset)) as batches:
         for batch, logits, frames in batches:
-            if stop is not None and stop():
+            if stop():
                 return None
             if keep_logits:
                 indices = batch.trial_indices.tolist()
@@ -282,22 +276,10 @@ def decode(
             waiting.append(_best(logits, batch, frames, inference, loss, probabilities))
             progress(len(batch.trial_indices))
     parts = gather([answer for batch in waiting for answer in batch.answers()])
-    answers = sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])
-    form, n_classes = label_form, inference.model.n_classes
-    trials = [_trial(answer, dataset.manifest, n_classes, form) for answer in answers]
+    answers = sorted((a for part in parts for a in part), key=lambda answer: answer["index"])
+    trials = [_trial(answer, dataset.manifest, label_form) for answer in answers]
     merged = {i: row for part in gather(logits_of) for i, row in part.items()}
     return DecodedSplit(trials, time.perf_counter() - started, merged if keep_logits else None)
-
-
-def class_log_probs(inference: Inference, dataset: EvaluationDatasetS3) -> dict[int, np.ndarray]:
-    """Class log-probabilities [T', C] float32 of every trial by its index; for a few."""
-    found = {}
-    with closing(inference.over(dataset)) as batches:
-        for batch, logits, frames in batches:
-            rows = logits.float().log_softmax(-1).cpu().numpy()
-            for index, row, n in zip(batch.trial_indices.tolist(), rows, frames, strict=True):
-                found[index] = row[: int(n)]
-    return found
 
 
 def _best(
@@ -316,45 +298,34 @@ def _best(
         assert batch.labels is not None and batch.label_lengths is not None
         kernel = inference.ctc_kernel
         nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths, kernel)
-    best = log_probs.argmax(-1).to(torch.int16)
-    of_phonemes = log_probs
+    classes = phonemes = log_probs.argmax(-1).to(torch.int16)
     if logits.shape[-1] == N_DIPHONES:
         if probabilities:
-            of_phonemes = marginalise_log_probs(log_probs)
+            log_probs = marginalise_log_probs(log_probs)
         else:
             # the best phoneme needs no logarithm: sums of probabilities
-            of_phonemes = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
-    same = of_phonemes is log_probs
-    return _Waiting(
-        batch.trial_indices,
-        frames,
-        best,
-        best if same else of_phonemes.argmax(-1).to(torch.int16),
-        nats,
-        of_phonemes.cpu().numpy() if probabilities else None,
-    )
+            log_probs = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
+        phonemes = log_probs.argmax(-1).to(torch.int16)
+    of_phonemes = log_probs.cpu().numpy() if probabilities else None
+    return _Waiting(batch.trial_indices, frames, classes, phonemes, nats, of_phonemes)
 
 
 def _trial(
-    answer: _Answer, manifest: TrialManifest, n_classes: int, label_form: LabelForm | None
+    answer: dict[str, Any], manifest: TrialManifest, model_form: LabelForm | None
 ) -> DecodedTrial:
-    index, n_frames, classes, phonemes, nats, log_probs = answer
-    record = manifest.trials[index]
-    diphones = n_classes == N_DIPHONES
-    comparable = manifest.n_classes == n_classes and label_form in (None, manifest.label_form)
-    form = label_form or ("transition" if manifest.label_form == "transition" else "self_loop")
-    labels = record.class_ids if diphones and comparable else None
+    record, diphones = manifest.trials[answer["index"]], answer.get("class_hypothesis")
+    labels = path = None
+    if diphones is not None:
+        form = model_form or ("transition" if manifest.label_form == "transition" else "self_loop")
+        path = collapse_to_phonemes(diphones, form)
+        if manifest.n_classes == N_DIPHONES and model_form in (None, manifest.label_form):
+            labels = record.class_ids
     return DecodedTrial(
-        index=index,
         record=record,
         reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
-        hypothesis=phonemes,
-        phoneme_log_probs=log_probs,
         class_reference=None if labels is None else labels.tolist(),
-        class_hypothesis=classes if diphones else None,
-        path=collapse_to_phonemes(classes, form) if diphones else None,
-        n_frames=n_frames,
-        nats=nats,
+        path=path,
+        **answer,
     )
 
 
@@ -407,6 +378,7 @@ def decode_features(
         log_probs = inference.logits(batch.to(device)).float().log_softmax(-1)
         if log_probs.shape[-1] == N_DIPHONES:
             log_probs = marginalise_log_probs(log_probs)
-        frames = inference.model.frame_lengths(lengths)
-        phonemes += [" ".join(phoneme_symbols(ids)) for ids in greedy_decode(log_probs, frames)]
+        best, frames = log_probs.argmax(-1).cpu(), inference.model.frame_lengths(lengths)
+        decoded = greedy_decode(best.numpy(), frames.numpy())
+        phonemes += [" ".join(phoneme_symbols(ids)) for ids in decoded]
     return phonemes

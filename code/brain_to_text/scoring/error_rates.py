@@ -110,9 +110,9 @@ def bootstrap_interval(
 ) -> Interval:
     """Token-weighted rate and its interval over trials drawn with replacement.
 
-    The percentiles are taken a little further out than 2.5 and 97.5, so that few trials do not give
-    too narrow an interval: the expanded percentile interval of Hesterberg, "What Teachers Should
-    Know About the Bootstrap" (2015), section 3.3.
+    Where resampling says nothing there is a bound instead. Without any error it is the exact
+    binomial bound on trials with an error (Clopper & Pearson 1934), at one error in each of them.
+    Of one trial every rate up to 1 is possible.
 
     Args:
         errors, tokens: [n_trials] counts.
@@ -120,12 +120,13 @@ def bootstrap_interval(
         seed: of the draws; equal seeds give equal intervals.
     """
     error_counts, token_counts = np.asarray(errors), np.asarray(tokens)
-    value = float(error_counts.sum() / token_counts.sum())
+    n, value = len(error_counts), float(error_counts.sum() / token_counts.sum())
     if not error_counts.any():
-        return Interval(value, 0.0, _upper_without_errors(token_counts))
-    rates = _resampled(error_counts, token_counts, resamples, seed)
-    low, high = _expanded_percentiles(rates, len(error_counts))
-    return Interval(value, low, high)
+        trials_with_an_error = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+        return Interval(value, 0.0, float(trials_with_an_error / token_counts.mean()))
+    if n == 1:
+        return Interval(value, 0.0, max(value, 1.0))
+    return Interval(value, *_resampled(error_counts, token_counts, resamples, seed))
 
 
 def compare_paired(
@@ -143,14 +144,15 @@ def compare_paired(
     (all patterns when few trials differ, else `resamples` random ones, plus one).
     """
     a, b, token_counts = np.asarray(errors_a), np.asarray(errors_b), np.asarray(tokens)
-    difference = b - a
-    total = int(token_counts.sum())
-    rates = _resampled(difference, token_counts, resamples, seed)
-    low, high = _expanded_percentiles(rates, len(a))
+    difference, total = b - a, int(token_counts.sum())
+    value = float(difference.sum() / total)
+    low, high = min(value, -1.0), max(value, 1.0)
+    if len(a) > 1:
+        low, high = _resampled(difference, token_counts, resamples, seed)
     return PairedComparison(
         rate_a=float(a.sum() / total),
         rate_b=float(b.sum() / total),
-        difference=Interval(float(difference.sum() / total), low, high),
+        difference=Interval(value, low, high),
         p_value=_sign_flip_p_value(difference, resamples, seed),
         trials_better=int((difference < 0).sum()),
         trials_worse=int((difference > 0).sum()),
@@ -158,33 +160,24 @@ def compare_paired(
     )
 
 
-def _resampled(errors: np.ndarray, tokens: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """[resamples] rates of trials drawn with replacement; draws without tokens are left out."""
-    random = np.random.default_rng(seed)
-    n = len(errors)
-    rates = []
-    for start in range(0, resamples, max(1, _BLOCK // n)):
-        rows = min(max(1, _BLOCK // n), resamples - start)
+def _resampled(
+    errors: np.ndarray, tokens: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentiles of the rate over trials drawn with replacement, of at least two trials.
+
+    They are taken a little further out than 2.5 and 97.5, so that few trials do not give too narrow
+    an interval: the expanded percentile interval of Hesterberg, "What Teachers Should Know About
+    the Bootstrap" (2015), section 3.3.
+    """
+    random, n, rates = np.random.default_rng(seed), len(errors), []
+    for rows in _blocks(resamples, n):
         drawn = random.integers(0, n, size=(rows, n))
         totals = tokens[drawn].sum(axis=1)
         some = totals > 0
         rates.append(errors[drawn].sum(axis=1)[some] / totals[some])
-    return np.concatenate(rates)
-
-
-def _upper_without_errors(tokens: np.ndarray) -> float:
-    """Resampling says nothing when no error was seen: the exact binomial bound on trials with an
-    error (Clopper & Pearson 1934), at one error in each of them."""
-    trials_with_an_error = 1 - ((1 - LEVEL) / 2) ** (1 / len(tokens))
-    return float(trials_with_an_error / tokens.mean())
-
-
-def _expanded_percentiles(rates: np.ndarray, n: int) -> tuple[float, float]:
-    if n < 2:
-        return float("nan"), float("nan")
-    widened = _t_quantile((1 + LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
-    tail = 1 - NormalDist().cdf(float(widened))
-    low, high = np.quantile(rates, [tail, 1 - tail])
+    widened = _t_quantile((1 + LEVEL) / 2, n - 1) * (n / (n - 1)) ** 0.5
+    tail = 1 - NormalDist().cdf(widened)
+    low, high = np.quantile(np.concatenate(rates), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -200,21 +193,22 @@ def _t_quantile(probability: float, degrees: int) -> float:
 
 
 def _sign_flip_p_value(difference: np.ndarray, resamples: int, seed: int) -> float:
-    moved = difference[difference != 0]
-    observed = abs(int(moved.sum()))
-    if not moved.size:
-        return 1.0
-    if moved.size <= EXACT_PAIRS:
-        signs = np.array(list(itertools.product((-1, 1), repeat=int(moved.size))))
-        return float(np.mean(np.abs(signs @ moved) >= observed))
-    random = np.random.default_rng([seed, 1])
-    extreme = 0
-    rows = max(1, _BLOCK // moved.size)
-    for start in range(0, resamples, rows):
-        shape = (min(rows, resamples - start), moved.size)
-        signs = random.integers(0, 2, size=shape, dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(signs @ moved) >= observed).sum())
+    changed = difference[difference != 0]
+    observed = abs(int(changed.sum()))
+    if changed.size <= EXACT_PAIRS:
+        patterns = np.array(list(itertools.product((-1, 1), repeat=changed.size)), dtype=np.int64)
+        return float(np.mean(np.abs(patterns @ changed) >= observed))
+    random, extreme = np.random.default_rng([seed, 1]), 0
+    for rows in _blocks(resamples, changed.size):
+        signs = random.integers(0, 2, size=(rows, changed.size), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ changed) >= observed).sum())
     return (extreme + 1) / (resamples + 1)
+
+
+def _blocks(resamples: int, n: int) -> list[int]:
+    """Sizes of the blocks in which `resamples` rows of `n` random numbers are drawn."""
+    rows = max(1, _BLOCK // n)
+    return [min(rows, resamples - start) for start in range(0, resamples, rows)]
 
 
 # --- where the errors are -------------------------------------------------------------------------
@@ -224,19 +218,15 @@ def rates_by(
     keys: Sequence[str], errors: Sequence[int], tokens: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Per group of trials: its rate with interval, trials, tokens and errors; groups sorted."""
-    groups: dict[str, list[int]] = {}
-    for position, name in enumerate(keys):
-        groups.setdefault(name, []).append(position)
-    error_counts, token_counts = np.asarray(errors), np.asarray(tokens)
+    names, errors_of, tokens_of = np.asarray(keys), np.asarray(errors), np.asarray(tokens)
     table = {}
-    for name in sorted(groups):
-        members = groups[name]
-        interval = bootstrap_interval(error_counts[members], token_counts[members], resamples=2000)
+    for name in sorted(set(keys)):
+        group = names == name
         table[name] = {
-            **asdict(interval),
-            "n_trials": len(members),
-            "tokens": int(token_counts[members].sum()),
-            "errors": int(error_counts[members].sum()),
+            **asdict(bootstrap_interval(errors_of[group], tokens_of[group], resamples=2000)),
+            "n_trials": int(group.sum()),
+            "tokens": int(tokens_of[group].sum()),
+            "errors": int(errors_of[group].sum()),
         }
     return table
 

@@ -22,22 +22,9 @@ from ..storage.ownership import lies_in
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
-from .decoding import (
-    DecodedSplit,
-    DecodedTrial,
-    Inference,
-    class_log_probs,
-    decode,
-    merge_frames,
-)
+from .decoding import DecodedSplit, DecodedTrial, Inference, decode, greedy_decode
 from .output_files import RESULTS, check_results, result_folder, write_results, writing_to
-from .sentences import (
-    DecodedSentences,
-    WordOptions,
-    check_words,
-    decode_sentences,
-    make_decoder,
-)
+from .sentences import DecodedSentences, WordOptions, decode_sentences, make_decoder
 from .summary import Evaluation, compare, describe, label_form_remark
 from .tables import rescored_sentences, submission_remark
 
@@ -52,12 +39,11 @@ def evaluate_model(
     *,
     compare_with: str | None = None,
     batch_size: int = 128,
-    device: str | None = None,
     export_logits: bool = False,
     words: WordOptions | None = None,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Decode a split, score it, write tables and the report.
+    """Decode a split, score it, write tables and the report; on the first GPU, else on the CPU.
 
     What can be known to fail fails before anything is decoded or written, and results are written
     completely or not at all.
@@ -69,7 +55,6 @@ def evaluate_model(
         output_dir: where tables and the report go.
         compare_with: another model to test against, or None.
         batch_size: trials per forward pass.
-        device: None for the first GPU, else the CPU.
         export_logits: also write phoneme logits for the public language-model server.
         words: decode or score sentences too, or None.
         overwrite: replace results of another model, dataset or split in output_dir.
@@ -79,10 +64,10 @@ def evaluate_model(
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: give at least 1 trial.")
-    where = _device(device)
-    print(f"Using device: {where}")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    print(f"Using device: {device}")
     if words is not None:
-        check_words(words)
+        words.check()
     if lies_in(str(output_dir), data):
         raise ConfigError(
             f"--output-dir {output_dir} lies in the dataset {data}: give a folder beside it."
@@ -93,28 +78,30 @@ def evaluate_model(
 
     artefacts = [open_model(model) for model in models]
     _check_ensemble(artefacts)
-    rivals = [open_model(compare_with)] if compare_with else []
+    rival = open_model(compare_with) if compare_with else None
     store = open_store(data)
     manifest = load_or_build_manifest(store, print, splits=(split,))
     chosen = [
         set(np.concatenate(select_for_evaluation(manifest, a.config, a.sessions, split)[0]))
-        for a in (*artefacts, *rivals)
+        for a in (*artefacts, *([rival] if rival else []))
     ]
-    text: dict[int, str] = {}
+    sentences: DecodedSentences | None = None
     if words is not None and words.rescored is not None:
         shared = sorted(set.intersection(*chosen[: len(artefacts)]))
         text = rescored_sentences(words.rescored, {manifest.trials[i].name: i for i in shared})
+        sentences = DecodedSentences(
+            text, {"Sentences": f"those with the best score in {words.rescored}"}
+        )
     with (
         result_folder(output_dir, RESULTS) as folder,
         closing(TrialStream(store, manifest)) as stream,
     ):
-        decoder = None
-        if words is not None and words.rescored is None:
+        if words is not None and sentences is None:
             with writing_to(output_dir):
                 decoder, facts = make_decoder(words, manifest, folder, split)
             for name, fact in facts.items():
                 print(f"{name}: {fact}")
-        run = partial(run_model, stream=stream, device=where, batch_size=batch_size)
+        run = partial(run_model, stream=stream, device=device, batch_size=batch_size)
         members = [run(artefact, split=split) for artefact in artefacts]
         seconds = sum(member.seconds for member in members)
         print(
@@ -122,34 +109,24 @@ def evaluate_model(
             f"{sum(len(m.trials) for m in members) / max(seconds, 1e-9):.1f} trials/s"
         )
         evaluation = combine(members)
-        for rival in rivals:
-            others = run(rival, split=split).trials
-            comparison = compare(evaluation.trials, others, rival.location)
+        if rival is not None:
+            comparison = compare(evaluation.trials, run(rival, split=split).trials, rival.location)
             evaluation = replace(evaluation, comparison=comparison)
-        if words is not None:
+        if words is not None and sentences is None:
             tuning = None
-            if words.tune and split != "val":
+            if words.tune_words and split != "val":
                 tuning = combine([run(a, split="val") for a in artefacts]).trials
-            evaluated = evaluation.members
-            if decoder is None:
-                source = f"those with the best score in {words.rescored}"
-                sentences = DecodedSentences(text, {"Sentences": source})
-            else:
-                sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning)
-                evaluated = tuple(
-                    replace(member, sentences=sentences.of(decoder, member.trials))
-                    for member in evaluated
-                )
-            remark = submission_remark(manifest, split, sentences.text)
-            evaluation = replace(
-                evaluation,
-                sentences=sentences,
-                remarks=(*evaluation.remarks, remark),
-                members=evaluated,
+            sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning)
+            members_with_text = (
+                replace(member, sentences=sentences.of(decoder, member.trials))
+                for member in evaluation.members
             )
-        for sentence in evaluation.remarks:
-            print(sentence)
-        for line in describe(evaluation.summary):
+            evaluation = replace(evaluation, members=tuple(members_with_text))
+        if sentences is not None:
+            remark = submission_remark(manifest, split, sentences.text)
+            remarks = (*evaluation.remarks, remark)
+            evaluation = replace(evaluation, sentences=sentences, remarks=remarks)
+        for line in (*evaluation.remarks, *describe(evaluation.summary)):
             print(line)
         write_results(evaluation, folder, logits=export_logits)
     print(f"Tables and report.html are in {output_dir}")
@@ -164,10 +141,10 @@ def _check_ensemble(artefacts: Sequence[ModelArtefact]) -> None:
     first = artefacts[0]
     for other in artefacts[1:]:
         for key in ("patch_size", "patch_stride"):
-            mine, theirs = (getattr(a.config.model, key) for a in (first, other))
-            if mine != theirs:
+            one, another = (getattr(a.config.model, key) for a in (first, other))
+            if one != another:
                 raise ConfigError(
-                    f"model.{key} is {mine} in {first.location} and {theirs} in {other.location}: "
+                    f"model.{key} is {one} in {first.location} and {another} in {other.location}: "
                     "models of an ensemble need frames at the same times; evaluate them apart, "
                     "with --compare-with."
                 )
@@ -182,7 +159,7 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
     Raises:
         DataError: the members share no trial.
     """
-    first, manifest = members[0], members[0].manifest
+    first = members[0]
     if len(members) == 1:
         return first
     by_index = [{trial.index: trial for trial in member.trials} for member in members]
@@ -196,17 +173,16 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
     for index in shared:
         mean = np.mean([trials_of[index].phoneme_log_probs for trials_of in by_index], axis=0)
         mean -= np.logaddexp.reduce(mean, axis=-1, keepdims=True)
-        record, best = manifest.trials[index], mean.argmax(-1)[None]
+        alike = by_index[0][index]
         trials.append(
             DecodedTrial(
                 index=index,
-                record=record,
-                reference=None if record.phoneme_ids is None else record.phoneme_ids.tolist(),
-                hypothesis=merge_frames(best, np.array([len(mean)]))[0],
+                record=alike.record,
+                reference=alike.reference,
+                hypothesis=greedy_decode(mean.argmax(-1)[None], np.array([len(mean)]))[0],
                 phoneme_log_probs=mean,
             )
         )
-    probabilities = {trial.index: trial.phoneme_log_probs for trial in trials}
     remarks = []
     for member in members:
         remarks += [f"{member.artefact.location}: {remark}" for remark in member.remarks]
@@ -215,10 +191,11 @@ def combine(members: Sequence[Evaluation]) -> Evaluation:
                 f"Left out: {lost:,} trials that {member.artefact.location} decoded and another "
                 "model of the ensemble did not"
             )
+    shown = set(example_trials(trials))
     return replace(
         first,
         trials=trials,
-        examples={index: probabilities[index] for index in example_trials(trials)},
+        examples={t.index: t.phoneme_log_probs for t in trials if t.index in shown},
         seconds=sum(member.seconds for member in members),
         remarks=tuple(remarks),
         members=tuple(
@@ -239,7 +216,7 @@ def run_model(
     batch_size: int = 128,
     decoded: DecodedSplit | None = None,
 ) -> Evaluation:
-    """Decode one split with one model and score it.
+    """Decode one split with one model.
 
     Args:
         decoded: the trials, where this model has decoded them already.
@@ -257,21 +234,15 @@ def run_model(
         device=device,
         feature_subset=config.dataset.feature_subset,
     )
+    run = partial(decode, inference, label_form=artefact.label_form)
     if decoded is None:
         n_trials = sum(map(len, chosen))
         with tqdm(total=n_trials, unit="trial", disable=None, desc="Decoding") as bar:
-            decoded = decode(
-                inference,
-                dataset_of(chosen),
-                label_form=artefact.label_form,
-                probabilities=True,
-                progress=bar.update,
-            )
+            decoded = run(dataset_of(chosen), probabilities=True, progress=bar.update)
         assert decoded is not None  # nothing stops it
     shown = example_trials(decoded.trials)
-    probabilities = class_log_probs(
-        inference, dataset_of([np.intersect1d(trials, shown) for trials in chosen])
-    )
+    again = run(dataset_of([np.intersect1d(trials, shown) for trials in chosen]), keep_logits=True)
+    assert again is not None and again.logits is not None
     doubt = label_form_remark(artefact.label_form, manifest.label_form)
     return Evaluation(
         artefact,
@@ -280,7 +251,7 @@ def run_model(
         manifest,
         decoded.trials,
         decoded.seconds,
-        examples={index: probabilities[index] for index in shown},
+        examples={i: again.logits[i].float().log_softmax(-1).numpy() for i in shown},
         remarks=(*remarks, *([doubt] if doubt else [])),
     )
 
@@ -290,14 +261,13 @@ def example_trials(trials: Sequence[DecodedTrial]) -> list[int]:
 
     Without labels they are spread over the recording.
     """
-    rates = {trial.index: trial.errors()["PER"].rate for trial in trials if trial.reference}
+    rates = {trial.index: trial.errors["PER"].rate for trial in trials if trial.reference}
     if not rates:
-        places = np.linspace(0, len(trials) - 1, min(N_EXAMPLES, len(trials)))
-        return [trials[int(place)].index for place in places]
+        spread = np.linspace(0, len(trials) - 1, min(N_EXAMPLES, len(trials)))
+        return [trials[int(position)].index for position in spread]
     worst = sorted(rates, key=lambda index: -rates[index])[: N_EXAMPLES // 2]
     median = float(np.median(list(rates.values())))
-    rest = [index for index in rates if index not in worst]
-    typical = sorted(rest, key=lambda index: abs(rates[index] - median))
+    typical = sorted(rates.keys() - worst, key=lambda index: (abs(rates[index] - median), index))
     return worst + typical[: N_EXAMPLES - len(worst)]
 
 
@@ -327,24 +297,3 @@ def write_run_report(
     with result_folder(output_dir) as folder:
         write_results(replace(evaluation, job=job or {}), folder)
     return evaluation
-
-
-def _device(name: str | None) -> torch.device:
-    """The named device, or the first GPU, else the CPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda:0" if n_gpus else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name} is no device: give cpu, or cuda:0 for the first GPU.")
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise ConfigError(
-            f"--device {name} is not there: torch {torch.__version__} sees {n_gpus} GPUs; give "
-            "cpu, or leave --device away."
-        )
-    return device

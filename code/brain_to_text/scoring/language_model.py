@@ -8,6 +8,7 @@ shorter history. Good enough for a few thousand sentences; for more, train with 
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import re
 import subprocess
@@ -126,110 +127,80 @@ def check_language_model(path: Path) -> None:
         )
     size = path.stat().st_size
     command = [sys.executable, "-c", _TRIAL_LOAD, str(path), str((4 << 30) + 30 * size)]
-    deadline = 60 + size / 1e6
+    seconds = 60 + size / 1e6
     try:
-        done = subprocess.run(command, capture_output=True, timeout=deadline, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _not_a_model(path, f"KenLM read it for {deadline:.0f} s without an end") from error
+        raise _unusable(path, f"KenLM read it for {seconds:.0f} s without an end") from error
     if done.returncode:
-        said = _reason(done.stdout.decode("utf-8", "replace"))
-        raise _not_a_model(path, said or f"KenLM ended with status {done.returncode}")
+        # without the places in KenLM's own source that its messages begin with
+        text = " ".join(done.stdout.decode("utf-8", "replace").split())
+        reason = re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
+        raise _unusable(path, reason or f"KenLM ended with status {done.returncode}")
 
 
-def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str], str]:
-    """The words that a language model knows, told by its content.
+def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The words that a language model knows: an ARPA file's, or a KenLM binary's.
 
-    A KenLM binary names no words but knows them when asked: it is asked for every word of the CMU
+    A binary names no words but knows them when asked: it is asked for every word of the CMU
     dictionary, in lower case, in capitals and with a capital.
 
     Returns:
-        (normalised word → the ways in which the model writes it; what the model knows and nothing
-        here can say, as it has other letters; what all these words are, as a phrase).
+        (normalised word → the ways in which the model writes it; what has other letters than
+        English words and cannot be decoded).
 
     Raises:
         DataError: neither ARPA text nor a KenLM binary. StorageError: unreadable.
     """
     try:
         with path.open("rb") as file:
-            first = file.read(len(_KENLM_BINARY))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if first == _KENLM_BINARY:
-        import kenlm
+            start = file.read(len(_KENLM_BINARY))
+        if start == _KENLM_BINARY:
+            import kenlm
 
-        model = kenlm.Model(str(path))
-        forms: Iterable[str] = (
-            form
-            for word in dictionary_words()
-            for form in dict.fromkeys((word, word.upper(), word.capitalize()))
-            if form in model
-        )
-        what = "words of the CMU dictionary that the KenLM binary knows"
-    else:
-        forms = words_of_arpa(path, compressed=first.startswith(_GZIP))
-        what = "words of the ARPA file"
+            model = kenlm.Model(str(path))
+            words = ({word, word.upper(), word.capitalize()} for word in dictionary_words())
+            written = [form for forms in words for form in sorted(forms) if form in model]
+        else:
+            written = _words_of_arpa(path, compressed=start.startswith(_GZIP))
+    except OSError as error:
+        raise StorageError(
+            f"Language model {path} cannot be read ({error.strerror or error}): check the path."
+        ) from error
     known: dict[str, list[str]] = {}
-    strange = []
-    for form in forms:
+    foreign = []
+    for form in written:
         word = normalise_text(form)
         if word and " " not in word and _letters(word) == _letters(typed_text(form)):
             known.setdefault(word, []).append(form)
         else:
-            strange.append(form)
-    count = len(known) + len(strange)
-    return known, strange, f"{count:,} {what}"
+            foreign.append(form)
+    return known, foreign
 
 
-def words_of_arpa(path: Path, *, compressed: bool = False) -> list[str]:
-    """The vocabulary of an ARPA file, as it is written there.
-
-    Raises:
-        DataError: not ARPA text. StorageError: unreadable.
-    """
-    words: list[str] = []
-    inside = False
-    number = 0
+def _words_of_arpa(path: Path, *, compressed: bool) -> list[str]:
+    """The words of an ARPA file's 1-grams, as they are written there."""
     try:
-        with (gzip.open if compressed else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.startswith(b"\\"):
-                    if inside:
-                        break
-                    inside = line.startswith(b"\\1-grams")
-                elif inside and line.strip():
-                    fields = line.split(b"\t")
-                    if len(fields) < 2 or not fields[1].strip():
-                        raise _not_a_model(path, f"line {number} is no 1-gram")
-                    words.append(fields[1].strip(b" \r\n").decode("utf-8"))
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _not_a_model(path, f"it is damaged after line {number}: {error}") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not inside:
-        raise _not_a_model(path, "it holds no list of 1-grams")
-    return [word for word in words if not word.startswith("<")]
+        with (gzip.open if compressed else open)(
+            path, "rt", encoding="utf-8", newline="\n"
+        ) as lines:
+            after = itertools.dropwhile(lambda line: not line.startswith("\\1-grams"), lines)
+            if next(after, None) is None:
+                raise _unusable(path, "it holds no list of 1-grams")
+            grams = itertools.takewhile(lambda line: not line.startswith("\\"), after)
+            words = [line.split("\t")[1].strip(" \r\n") for line in grams if line.strip()]
+    except (UnicodeDecodeError, IndexError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _unusable(path, f"its list of 1-grams is damaged: {error}") from error
+    return [word for word in words if word and not word.startswith("<")]
 
 
-def _not_a_model(path: Path, reason: str) -> DataError:
-    """The error that says why KenLM cannot use a file."""
+def _unusable(path: Path, reason: str) -> DataError:
     return DataError(
         f"{path} cannot be used as a language model ({reason}): give ARPA text with 2-grams or "
         "longer, or a KenLM binary."
     )
 
 
-def _reason(complaint: str) -> str:
-    """KenLM's complaint without the places in its own source that it begins with."""
-    text = " ".join(complaint.split())
-    return re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
-
-
 def _letters(text: str) -> int:
     """Letters and digits, of which none may get lost where a word is normalised."""
     return sum(character.isalnum() for character in text)
-
-
-def _unreadable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"Language model {path} cannot be read ({error.strerror or error}): check the path."
-    )

@@ -130,6 +130,9 @@ def _one_spelling(location: str) -> str:
     return " + ".join(p.rstrip("/") if "://" in p else os.path.realpath(p) for p in parts)
 
 
+# --- what is written ------------------------------------------------------------------------------
+
+
 def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False) -> None:
     """trials.csv, summary.json, report.html; on request the logits.
 
@@ -141,47 +144,47 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
     Raises:
         StorageError: it cannot be written.
     """
-    artefact, sentences = evaluation.artefact, evaluation.sentences
+    artefact, sentences, numbers = evaluation.artefact, evaluation.sentences, evaluation.summary
     text = sentences.text if sentences else {}
-    model, numbers = evaluation.model, evaluation.summary
-    summary = {
-        "model": model,
-        "step": artefact.step,
-        "data": evaluation.data,
-        "split": evaluation.split,
-        "fingerprint": evaluation.manifest.fingerprint(),
-        "remarks": evaluation.remarks,
-        **numbers,
-    }
     by_index = {trial.index: trial for trial in evaluation.trials}
     seconds_per_frame = artefact.config.model.patch_stride * BIN_SECONDS
+    examples = [
+        example(by_index[index], log_probs, seconds_per_frame, text.get(index))
+        for index, log_probs in evaluation.examples.items()
+    ]
     page = {
         **numbers,
-        "title": f"{model} on {evaluation.split}",
+        "title": f"{evaluation.model} on {evaluation.split}",
         "subtitle": f"{evaluation.data}, evaluated {time.strftime('%Y-%m-%d %H:%M')}",
         "split": evaluation.split,
         "metrics": artefact.metrics,
-        "examples": [
-            example(by_index[index], log_probs, seconds_per_frame, text.get(index))
-            for index, log_probs in evaluation.examples.items()
-        ],
+        "examples": examples,
         "config": artefact.config.to_yaml(),
         "data": _data_facts(evaluation),
         "remarks": evaluation.remarks,
         "environment": {**_environment_facts(evaluation), **evaluation.job},
     }
-    rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
     with writing_to(folder.parent):
+        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
         write_table(folder / "trials.csv", rows)
         if logits:
             write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
         if sentences is not None:
             write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
-            if sentences.n_best:
+            if sentences.nbest:
                 write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
         (folder / "report.html").write_text(model_report(page), encoding="utf-8")
-        summary["files"] = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-        (folder / "summary.json").write_text(_strict_json(summary), encoding="utf-8")
+        summary = {
+            "model": evaluation.model,
+            "step": artefact.step,
+            "data": evaluation.data,
+            "split": evaluation.split,
+            "fingerprint": evaluation.manifest.fingerprint(),
+            "remarks": evaluation.remarks,
+            **numbers,
+            "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _checksum(path: Path) -> str:
@@ -207,18 +210,17 @@ def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:
     """What the numbers were made with."""
     artefact = evaluation.artefact
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    parameters = sum(weight.numel() for weight in artefact.weights.values())
     speed = len(evaluation.trials) / max(evaluation.seconds, 1e-9)
     return {
-        "Parameters": f"{parameters:,}",
+        "Parameters": f"{sum(weight.numel() for weight in artefact.weights.values()):,}",
         "Training steps": artefact.step,
         "Label form": artefact.label_form,
         "Decoding": f"{speed:.1f} trials/s",
         "Git revision": os.environ.get("BRAIN_TO_TEXT_REVISION"),
         "Processor": gpu or platform.processor() or platform.machine(),
         "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": str(np.__version__),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
     }
 
 
@@ -228,50 +230,33 @@ def example(
     seconds_per_frame: float,
     decoded: str | None = None,
 ) -> dict[str, Any]:
-    """One trial for the report: its alignment, and its most probable classes over time."""
+    """One trial for the report: its alignment, and its most probable classes over time.
+
+    Args:
+        log_probs: [T', C] of diphones or phonemes.
+        decoded: the decoded words, where words were decoded.
+    """
     probabilities = np.exp(log_probs)
-    diphones = probabilities.shape[1] == N_DIPHONES
     peaks = probabilities.max(axis=0)
     peaks[BLANK] = 0
     shown = np.argsort(-peaks, kind="stable")[:_SHOWN_CLASSES]
     shown = shown[peaks[shown] >= 0.02]
     shown = shown[np.argsort(probabilities[:, shown].argmax(axis=0), kind="stable")]
-    labels = [
-        diphone_name(*divmod(int(c), len(PHONEMES))) if diphones else PHONEMES[c].strip()
-        for c in shown
-    ]
-    pairs = (
-        align(trial.reference or [], trial.hypothesis)
-        if trial.reference
-        else [(p, p) for p in trial.hypothesis]
-    )
-    errors = trial.errors().get("PER")
-    score = (
-        f", PER {100 * errors.rate:.0f} % of {errors.reference_labels} phonemes" if errors else ""
-    )
+    if probabilities.shape[1] == N_DIPHONES:
+        kind, labels = "diphones", [diphone_name(*divmod(int(c), len(PHONEMES))) for c in shown]
+    else:
+        kind, labels = "phonemes", [PHONEMES[c].strip() for c in shown]
+    # without labels nothing is marked as wrong
+    pairs = align(trial.reference or trial.hypothesis, trial.hypothesis)
+    per = trial.errors.get("PER")
+    score = f", PER {100 * per.rate:.0f} % of {per.reference_labels} phonemes" if per else ""
     return {
-        "name": trial.record.name,
         "heading": trial.record.name + score,
         "sentence": trial.record.sentence_label,
         "decoded": decoded,
         "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],
         "posteriors": probabilities[:, shown].T,
         "labels": labels,
-        "kind": "diphones" if diphones else "phonemes",
+        "kind": kind,
         "seconds_per_frame": seconds_per_frame,
     }
-
-
-def _strict_json(value: Any) -> str:
-    """Indented JSON without NaN, which other readers refuse: null instead."""
-
-    def finite(node: Any) -> Any:
-        if isinstance(node, float):
-            return node if np.isfinite(node) else None
-        if isinstance(node, Mapping):
-            return {str(k): finite(v) for k, v in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [finite(v) for v in node]
-        return node
-
-    return json.dumps(finite(value), indent=1) + "\n"

@@ -34,38 +34,27 @@ _GROUPS = {
     "length": "by phonemes in the sentence",
     "block": "by block, worst first",
 }
-# title, name of a line → kind and key of its numbers, how to draw them
-_CURVES: tuple[tuple[str, dict[str, tuple[str, str]], dict[str, Any]], ...] = (
-    (
-        "Loss",
-        {
-            "training": ("train", "loss"),
-            "phoneme term": ("train", "phoneme_loss"),
-            "validation CTC": ("validation", "ctc_loss"),
-        },
-        {"y_label": "nats per frame", "log_y": True},
-    ),
-    (
-        "Error rates on validation",
-        {
-            "DER": ("validation", "der"),
-            "PER": ("validation", "per"),
-            "PER, diphone path": ("validation", "per_path"),
-        },
-        {"percent": True, "from_zero": True},
-    ),
-    ("Learning rate", {"learning rate": ("train", "learning_rate")}, {"from_zero": True}),
-    ("Gradient norm", {"before clipping": ("train", "grad_norm")}, {"log_y": True}),
-    ("Throughput", {"trials per second": ("train", "trials_per_second")}, {"from_zero": True}),
-    (
-        "Waiting for data",
-        {"share of the time": ("train", "data_wait_share")},
-        {"percent": True, "from_zero": True},
-    ),
-)
+# title → name of a line → kind and key of its numbers
+_CURVES: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "Loss (nats per frame)": {
+        "training": ("train", "loss"),
+        "phoneme term": ("train", "phoneme_loss"),
+        "validation CTC": ("validation", "ctc_loss"),
+    },
+    "Error rates on validation": {
+        "DER": ("validation", "der"),
+        "PER": ("validation", "per"),
+        "PER, diphone path": ("validation", "per_path"),
+    },
+    "Learning rate": {"learning rate": ("train", "learning_rate")},
+    "Gradient norm": {"before clipping": ("train", "grad_norm")},
+    "Throughput": {"trials per second": ("train", "trials_per_second")},
+    "Waiting for data": {"share of the time": ("train", "data_wait_share")},
+}
+_IN_PERCENT = ("Error rates on validation", "Waiting for data")
 
 
-# --- charts: where lines, ticks and labels go; templates/charts.html draws them -------------------
+# --- charts: where lines and ticks go; templates/charts.html draws them ---------------------------
 
 # Colours are CSS variables of the page (templates/style.css); series differ in dash pattern and end
 # label too, and cells of a matrix in their opacity: no chart depends on telling hues apart.
@@ -74,115 +63,63 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], dict[str, Any]], ...] = (
 def line_chart(
     title: str,
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    y_label: str = "",
-    log_y: bool = False,
     percent: bool = False,
-    from_zero: bool = False,
 ) -> dict[str, Any] | None:
-    """Lines over a shared axis of training batches; None when there is nothing to draw.
+    """Lines over a shared axis of training batches, from zero; None without anything to draw.
 
     Args:
         title: for the caption and for screen readers.
         series: name → (x, y), both [n]; points where either is not finite are left out.
-        log_y: logarithmic y axis; values not above 0 are left out.
         percent: show y as percentages.
-        from_zero: let the y axis start at 0.
     """
     lines = {}
     for name, one in series.items():
         x, y = (np.asarray(values, dtype=float) for values in one)
-        kept = np.isfinite(x) & np.isfinite(y) & (y > 0 if log_y else True)
-        if kept.any():
-            lines[name] = _thinned(x[kept], y[kept])
+        drawn = np.isfinite(x) & np.isfinite(y)
+        if drawn.any():
+            # where there are too many, neighbours are averaged: a spike still shows as a bump
+            groups = np.array_split(np.flatnonzero(drawn), min(drawn.sum(), _MAX_POINTS))
+            lines[name] = tuple(np.array([v[g].mean() for g in groups]) for v in (x, y))
     if not lines:
         return None
-    all_x, all_y = (np.concatenate(values) for values in zip(*lines.values(), strict=True))
-    x_range = _padded(all_x.min(), all_x.max(), 0)
-    least, most = all_y.min(), all_y.max()
-    y_range: tuple[float, float] = (
-        (least / 2, most * 2) if log_y else _padded(0 if from_zero else least, most, 0.05)
-    )
-    scale = np.log10 if log_y else np.asarray
+    first, last = min(x[0] for x, _ in lines.values()), max(x[-1] for x, _ in lines.values())
+    last = max(last, first + 1)
+    top = 1.05 * max(0.0, *(y.max() for _, y in lines.values())) or 1.0
 
     def place_x(values: Any) -> Any:
-        low, high = x_range
-        return _LEFT + (values - low) / (high - low) * (_RIGHT - _LEFT)
+        return _LEFT + (values - first) / (last - first) * (_RIGHT - _LEFT)
 
     def place_y(values: Any) -> Any:
-        low, high = scale(y_range)
-        return _BOTTOM - (scale(values) - low) / (high - low) * (_BOTTOM - _TOP)
+        return _BOTTOM - values / top * (_BOTTOM - _TOP)
 
     return {
         "title": title,
-        "y_label": y_label,
         "percent": percent,
         "lines": [
             (name, list(zip(place_x(x), place_y(y), x, y, strict=True)))
             for name, (x, y) in lines.items()
         ],
-        "x_ticks": [(place_x(tick), tick) for tick in ticks(*x_range)],
-        "y_ticks": [(place_y(tick), tick) for tick in ticks(*y_range, log=log_y)],
+        "x_ticks": [(place_x(tick), tick) for tick in ticks(first, last)],
+        "y_ticks": [(place_y(tick), tick) for tick in ticks(0, top)],
     }
 
 
 def number(value: float, percent: bool = False) -> str:
-    """At most three significant digits, thousands as k."""
+    """A few significant digits, thousands as k."""
     if percent:
         return f"{100 * value:.3g} %"
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-")
-    if abs(value) >= 10_000:
-        return f"{value / 1000:.4g}k"
-    if float(value).is_integer() or abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}"
+    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from `low` to `high`."""
-    if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        factors = (1, 2, 5) if last - first <= 2 else (1,)
-        found = [f * 10.0**e for e in range(first, last + 1) for f in factors]
-        return [tick for tick in found if low * 0.999 <= tick <= high * 1.001]
-    step = 10 ** math.floor(math.log10((high - low) / about))
-    for factor in (1, 2, 5, 10):
-        if (high - low) / (step * factor) <= about:
-            step *= factor
-            break
-    first_tick = math.ceil(low / step - 1e-9)
-    last_tick = math.floor(high / step + 1e-9)
-    return [tick * step for tick in range(first_tick, last_tick + 1)]
-
-
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    if high <= low:
-        spread = abs(low) * 0.1 or 1.0
-        return low - (spread if share and low else 0), high + spread
-    return low - (share * (high - low) if low else 0), high + share * (high - low)
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MAX_POINTS` points: neighbours averaged, so that a spike still shows as a bump."""
-    if len(x) <= _MAX_POINTS:
-        return x, y
-    groups = np.array_split(np.arange(len(x)), _MAX_POINTS)
-    return np.array([x[g].mean() for g in groups]), np.array([y[g].mean() for g in groups])
+    power = 10 ** math.floor(math.log10((high - low) / about))
+    step = next(power * f for f in (1, 2, 5, 10) if (high - low) / (power * f) <= about)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [tick * step for tick in range(first, last + 1)]
 
 
 # --- templates -----------------------------------------------------------------------------------
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %" if math.isfinite(value) else "–"
-
-
-def _between(rate: Mapping[str, Any]) -> str:
-    low, high = rate.get("low"), rate.get("high")
-    if low is None or high is None or not math.isfinite(low + high):
-        return ""
-    return f"{100 * low:.2f} to {100 * high:.2f} %"
 
 
 # Everything that a page shows but `Markup` is escaped.
@@ -193,12 +130,11 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals["ticks"] = ticks
-TEMPLATES.tests["finite"] = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
 TEMPLATES.filters |= {
     "anchor": lambda heading: "".join(c if c.isalnum() else "-" for c in heading.lower()),
-    "between": _between,
+    "between": lambda rate: f"{100 * rate['low']:.2f} to {100 * rate['high']:.2f} %",
     "number": number,
-    "percent": _percent,
+    "percent": lambda value: f"{100 * value:.2f} %",
     "points": lambda difference: f"{100 * difference:+.2f}",
     "preformatted": lambda text: Markup("<pre>{}</pre>").format(text),
     "thousands": lambda count: f"{count:,}",
@@ -249,12 +185,12 @@ def model_report(contents: Mapping[str, Any]) -> str:
 
 def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any] | None]:
     charts = []
-    for title, lines, options in _CURVES:
+    for title, lines in _CURVES.items():
         series = {}
         for name, (kind, key) in lines.items():
             rows = [r for r in metrics.get(kind, ()) if isinstance(r.get(key), (int, float))]
             series[name] = [row["step"] for row in rows], [row[key] for row in rows]
-        charts.append(line_chart(title, series, **options))
+        charts.append(line_chart(title, series, title in _IN_PERCENT))
     return charts
 
 
@@ -272,11 +208,11 @@ def _groups(rates: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         if kind == "block":
             bars = sorted(bars, key=lambda bar: -bar["value"])[:20]
+        columns = [column for name in rows for column in (name, "95 % interval", "labels")]
         found.append(
             {
                 "heading": heading,
-                "headers": [kind, "trials"]
-                + [column for name in rows for column in (name, "95 % interval", "labels")],
+                "headers": [kind, "trials", *columns],
                 "metric": metric,
                 "bars": bars,
                 "rates": rows,

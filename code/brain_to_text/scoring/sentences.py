@@ -1,4 +1,4 @@
-"""Sentences of decoded trials: from which words, with which language model, tuned how."""
+"""Sentences of decoded trials: from which words, with which language model and weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from .word_decoder import (
 
 FROM_TRAINING = "training"
 LEXICON_ONLY = "none"
-NGRAM_ORDER = 3
 _NAMED = 8  # words that a line names
 
 
@@ -44,8 +43,8 @@ class WordOptions:
         lexicon: a file of `WORD PHONEME …` lines; its words are added to the model's, and its
             pronunciations replace the CMU dictionary's.
         settings: weights of the search.
-        tune: choose the two main weights on the validation split.
-        n_best: hypotheses kept of every trial.
+        tune_words: choose the two main weights on the validation split.
+        nbest: hypotheses written of every trial.
         rescored: a table of hypotheses with new scores, whose best ones are the sentences.
 
     Raises:
@@ -55,27 +54,36 @@ class WordOptions:
     language_model: str | None
     lexicon: Path | None = None
     settings: WordSettings = field(default_factory=WordSettings)
-    tune: bool = False
-    n_best: int = 1
+    tune_words: bool = False
+    nbest: int = 1
     rescored: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.n_best < 1 or self.n_best > self.settings.beam_size:
+        if self.nbest < 1 or self.nbest > self.settings.beam_size:
             raise ConfigError(
-                f"--nbest is {self.n_best}: give 1 to {self.settings.beam_size}, the hypotheses "
+                f"--nbest is {self.nbest}: give 1 to {self.settings.beam_size}, the hypotheses "
                 "that --beam-size keeps."
             )
-        decoding = self.lexicon or self.tune or self.n_best > 1 or self.settings != WordSettings()
-        if self.rescored is not None and decoding:
+        decoding = self.language_model, self.lexicon, self.settings, self.tune_words, self.nbest
+        if self.rescored is not None and decoding != (None, None, WordSettings(), False, 1):
             raise ConfigError(
-                "--rescored FILE holds the sentences: leave out --lexicon, --tune-words, --nbest "
-                "and the search's weights, which are about decoding them."
+                "--rescored FILE holds the sentences: leave out --language-model, --lexicon, "
+                "--tune-words, --nbest and the search's weights, which are about decoding them."
             )
-        if (self.language_model is None) == (self.rescored is None):
-            raise ConfigError(
-                "Sentences come from one place: give --language-model to decode them, or "
-                "--rescored FILE to score those of a table."
-            )
+
+    def check(self) -> None:
+        """Check what can be known before anything is read or decoded.
+
+        Raises:
+            ConfigError: optional packages are missing. DataError, StorageError: no usable file.
+        """
+        if self.rescored is not None:
+            return
+        flashlight()
+        if self.language_model not in (FROM_TRAINING, LEXICON_ONLY):
+            check_language_model(Path(str(self.language_model)))
+        if self.lexicon is not None:
+            read_lexicon(self.lexicon)
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,13 @@ class DecodedSentences:
         text: normalised sentence by trial index.
         facts: about the decoder and its weights, for people.
         settings: of the search, by trial index.
-        n_best: the best hypotheses by trial index, where more than one was asked for.
+        nbest: the best hypotheses by trial index, where more than one was asked for.
     """
 
     text: Mapping[int, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[int, WordSettings] = field(default_factory=dict)
-    n_best: Mapping[int, list[Hypothesis]] = field(default_factory=dict)
+    nbest: Mapping[int, list[Hypothesis]] = field(default_factory=dict)
 
     def of(self, decoder: WordDecoder, trials: Sequence[DecodedTrial]) -> DecodedSentences:
         """What another model's log-probabilities of these trials say at the same weights."""
@@ -103,134 +111,122 @@ class DecodedSentences:
 
     def summary(self, trials: Sequence[DecodedTrial]) -> dict[str, Any]:
         """Facts and examples: the worst sentences, and those in the middle."""
-        known = [trial for trial in trials if trial.record.sentence_label]
-        scored = f"{len(known):,} of {len(trials):,} trials, those with a sentence"
         rows: list[dict[str, Any]] = [
             {
-                "reference": normalise_text(t.record.sentence_label or ""),
+                "reference": normalise_text(t.record.sentence_label),
                 "decoded": self.text[t.index],
-                "errors": word_errors(t.record.sentence_label or "", self.text[t.index]).edits,
+                "errors": word_errors(t.record.sentence_label, self.text[t.index]).edits,
             }
-            for t in known
+            for t in trials
+            if t.record.sentence_label
         ]
         rows.sort(key=lambda row: -row["errors"])
-        middle = len(rows) // 2
+        scored = f"{len(rows):,} of {len(trials):,} trials, those with a sentence"
+        middle = max(len(rows) // 2, 5)
         return {
             "settings": {**self.facts, "Scored": scored},
-            "examples": rows[:5] + rows[max(middle, 5) : middle + 5],
+            "examples": rows[:5] + rows[middle : middle + 5],
         }
 
 
-def check_words(options: WordOptions) -> None:
-    """What can be said before anything is read or decoded: packages and files are there.
+def training_sentences(manifest: TrialManifest) -> list[str]:
+    """Normalised sentences of the training split, in order."""
+    return _sentences(manifest, "train")
 
-    Raises:
-        ConfigError: optional packages are missing. DataError, StorageError: no usable file.
-    """
-    if options.rescored is not None:
-        return
-    flashlight()
-    if options.language_model not in (FROM_TRAINING, LEXICON_ONLY):
-        check_language_model(Path(options.language_model or ""))
-    if options.lexicon is not None:
-        read_lexicon(options.lexicon)
+
+def _sentences(manifest: TrialManifest, split: str) -> list[str]:
+    labels = [manifest.trials[i].sentence_label for i in manifest.select(split)]
+    return [normalise_text(label) for label in labels if label]
+
+
+# --- the decoder ----------------------------------------------------------------------------------
 
 
 def make_decoder(
     options: WordOptions, manifest: TrialManifest, folder: Path, split: str = "val"
 ) -> tuple[WordDecoder, dict[str, Any]]:
-    """The decoder, and facts about it; a model made from training sentences is kept in `folder`.
+    """The decoder, and facts about it; a model made of training sentences is written to `folder`.
 
     Raises:
         ConfigError: optional packages are missing. DataError, StorageError: no usable words, or
-            a language model that speaks other words than the data.
+            a language model that knows other words than the data's. OSError: `folder` cannot be
+            written.
     """
-    source = options.language_model
+    source = str(options.language_model)
+    given = source not in (FROM_TRAINING, LEXICON_ONLY)
     model_file: Path | None = None
     forms: dict[str, list[str]] = {}
-    strange: list[str] = []
-    given = source not in (None, FROM_TRAINING, LEXICON_ONLY)
-    if not given:
+    unknown: list[str] = []
+    if given:
+        model_file = Path(source)
+        forms, unknown = words_of_model(model_file)
+        words = set(forms)
+        vocabulary = f"{len(words) + len(unknown):,} words of the language model"
+    else:
         sentences = training_sentences(manifest)
         words = {word for sentence in sentences for word in sentence.split()}
         vocabulary = f"{len(words):,} words of {len(sentences):,} training sentences"
-        model = "none, the lexicon alone"
         if source == FROM_TRAINING:
-            model = f"{NGRAM_ORDER}-grams of {len(sentences):,} training sentences"
+            source = "3-grams of the training sentences"
             model_file = folder / "language_model.arpa"
-            estimate_ngrams(sentences, NGRAM_ORDER).write_arpa(model_file)
-    else:
-        model, model_file = str(source), Path(str(source))
-        forms, strange, vocabulary = words_of_model(model_file)
-        words = set(forms)
-    own: Lexicon = {}
+            estimate_ngrams(sentences).write_arpa(model_file)
+    added: Lexicon = {}
     for word, ways in (read_lexicon(options.lexicon) if options.lexicon else {}).items():
-        if spelled := normalise_text(word):
-            own.setdefault(spelled, []).extend(ways)
-        else:
-            strange.append(word)
-    if own:
-        vocabulary += f", and {len(own):,} of {options.lexicon}"
-    lexicon, unknown = lexicon_of(words - own.keys())
-    unknown += strange
+        added.setdefault(normalise_text(word), []).extend(ways)
+    added.pop("", None)
+    if added:
+        vocabulary += f", and {len(added):,} of {options.lexicon}"
+    lexicon, unspoken = lexicon_of(words - added.keys())
+    unknown += unspoken
+    known = lexicon.keys() | (added.keys() & forms.keys() if given else added.keys())
+    lexicon |= added
+    decoder = WordDecoder(lexicon, model_file, forms)
     facts = {
-        "Language model": model,
+        "Language model": source,
         "Vocabulary": vocabulary,
-        "Words that can be decoded": f"{len(lexicon | own):,}",
-        "Words without a pronunciation": f"{len(unknown):,}"
-        + (f" ({_some(unknown)})" if unknown else ""),
+        "Words that can be decoded": f"{len(lexicon):,}",
+        "Words without a pronunciation": f"{len(unknown):,}{_named(unknown)}",
     }
-    folded = sum(form != word for word, own_forms in forms.items() for form in own_forms)
-    if folded:
-        facts["Case of the language model"] = f"folded: {folded:,} words are not in lower case"
-    if forms and own:
-        missing = sorted(own.keys() - forms.keys())
-        share = f"{len(own) - len(missing):,} of {len(own):,}"
-        facts["Words of the lexicon that the language model knows"] = share + (
-            f" (not {_some(missing)})" if missing else ""
-        )
-    known = lexicon.keys() | (own.keys() & forms.keys() if forms else own.keys())
-    facts |= _transcripts(known, manifest, split, str(source), strict=given)
-    decoder = WordDecoder(lexicon | own, model_file, forms)
     if decoder.dropped:
-        facts["Left out, as too many words sound alike"] = _some(decoder.dropped)
-    return decoder, facts
+        facts["Left out, as too many words sound alike"] = _named(decoder.dropped)
+    return decoder, facts | _transcripts(known, manifest, split, source if given else None)
 
 
 def _transcripts(
-    known: Collection[str], manifest: TrialManifest, split: str, source: str, *, strict: bool
+    known: Collection[str], manifest: TrialManifest, split: str, source: str | None
 ) -> dict[str, str]:
     """The share of the transcripts' words that decoder and language model know, as a fact.
 
     Raises:
-        DataError: most are unknown though the model is one for words like these (`strict`).
+        DataError: the model `source` does not know most of them.
     """
     for name in (split, "train"):
-        labels = [manifest.trials[i].sentence_label for i in manifest.select(name)]
-        spoken = Counter(word for label in labels for word in normalise_text(label or "").split())
-        if spoken:
+        sentences = _sentences(manifest, name)
+        if any(sentences):
             break
     else:
         return {}
-    total = sum(spoken.values())
+    spoken = Counter(word for sentence in sentences for word in sentence.split())
+    total = spoken.total()
     unknown = Counter({word: n for word, n in spoken.items() if word not in known})
-    share = 1 - sum(unknown.values()) / total
-    examples = [word for word, _ in unknown.most_common(_NAMED)]
-    said = f"{100 * share:.1f} % of {total:,} in {name}"
-    said += f" (not {_some(examples)})" if examples else ""
-    if strict and share < 0.5:
+    share = 1 - unknown.total() / total
+    examples = _named([word for word, _ in unknown.most_common(_NAMED)])
+    fact = f"{100 * share:.1f} % of {total:,} in {name}{examples and f', not{examples}'}"
+    if source is not None and share < 0.5:
         raise DataError(
-            f"The language model {source} does not speak the words of the data: it knows {said}; "
+            f"The language model {source} is not one for the words of the data: it knows {fact}; "
             "give --language-model a model of the transcripts' language, and --lexicon FILE for "
             "words that the CMU dictionary lacks."
         )
-    return {"Words of the transcripts that can be decoded": said}
+    return {"Words of the transcripts that can be decoded": fact}
 
 
-def training_sentences(manifest: TrialManifest) -> list[str]:
-    """Normalised sentences of the training split, in order."""
-    labels = [manifest.trials[i].sentence_label for i in manifest.select("train")]
-    return [normalise_text(label) for label in labels if label]
+def _named(names: Sequence[str]) -> str:
+    """The first of these names, in brackets; nothing without names."""
+    return f" ({shortened([name[:80] for name in names], _NAMED)})" if names else ""
+
+
+# --- the search -----------------------------------------------------------------------------------
 
 
 def decode_sentences(
@@ -253,18 +249,18 @@ def decode_sentences(
         DataError: tuning without labelled trials.
     """
     used = {trial.index: options.settings for trial in trials}
-    if options.tune:
-        known = [t for t in tuning or trials if t.record.sentence_label]
-        points, errors = _grid_errors(decoder, known, options.settings)
+    if options.tune_words:
+        labelled = [t for t in tuning or trials if t.record.sentence_label]
+        points, errors = _grid_errors(decoder, labelled, options.settings)
         if tuning is None:
-            half = np.arange(len(known)) % 2
-            best = [points[errors[:, half != own].sum(1).argmin()] for own in (0, 1)]
-            place = {trial.index: position for position, trial in enumerate(known)}
-            used = {index: best[place.get(index, 1) % 2] for index in used}
+            half = np.arange(len(labelled)) % 2
+            best = [points[errors[:, half != number].sum(1).argmin()] for number in (0, 1)]
+            position_of = {trial.index: position for position, trial in enumerate(labelled)}
+            used = {index: best[position_of.get(index, 1) % 2] for index in used}
         else:
             used = dict.fromkeys(used, points[errors.sum(1).argmin()])
     found = {
-        trial.index: decoder.hypotheses(trial.phoneme_log_probs, used[trial.index], options.n_best)
+        trial.index: decoder.hypotheses(trial.phoneme_log_probs, used[trial.index], options.nbest)
         for trial in tqdm(trials, unit="sentence", desc="Sentences", disable=None)
     }
     weights = {
@@ -275,17 +271,14 @@ def decode_sentences(
         {index: best[0].text for index, best in found.items()},
         {**facts, **weights},
         used,
-        found if options.n_best > 1 else {},
+        found if options.nbest > 1 else {},
     )
 
 
 def _grid_errors(
     decoder: WordDecoder, trials: Sequence[DecodedTrial], settings: WordSettings
 ) -> tuple[list[WordSettings], np.ndarray]:
-    """Every point of the grid of language-model and word weights, and its word errors.
-
-    Returns:
-        (the points, errors [points, trials] int64).
+    """Points of the grid of language-model and word weights, and word errors [points, trials].
 
     Raises:
         DataError: fewer than two trials.
@@ -299,13 +292,11 @@ def _grid_errors(
         replace(settings, lm_weight=lm_weight, word_score=word_score)
         for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
     ]
-    errors = np.zeros((len(points), len(trials)), dtype=np.int64)
-    for row, point in enumerate(tqdm(points, unit="point", desc="Tuning", disable=None)):
-        for column, t in enumerate(trials):
-            text = decoder.decode(t.phoneme_log_probs, point)
-            errors[row, column] = word_errors(t.record.sentence_label or "", text).edits
-    return points, errors
-
-
-def _some(names: Sequence[str]) -> str:
-    return shortened([name[:80] for name in names], _NAMED)
+    errors = [
+        [
+            word_errors(t.record.sentence_label, decoder.decode(t.phoneme_log_probs, point)).edits
+            for t in trials
+        ]
+        for point in tqdm(points, unit="point", desc="Tuning", disable=None)
+    ]
+    return points, np.array(errors)

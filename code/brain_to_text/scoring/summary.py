@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,6 @@ from .sentences import DecodedSentences, training_sentences
 from .word_decoder import word_errors
 
 RATES = ("DER", "PER", "PER (diphone path)", "WER")
-_BY_SENTENCE = ("PER", "WER")  # rates shown on the terminal for seen and unseen sentences
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,31 +108,31 @@ def summarise(
         trained_on: normalised sentences of the training split, for rates on seen and unseen ones.
         text: decoded sentences by trial index, for the word error rate.
     """
-    summary: dict[str, Any] = {"n_trials": len(trials)}
-    scored = {name: _scored(trials, name, text or {}) for name in RATES}
-    scored = {name: rows for name, rows in scored.items() if rows}
-    if not scored:
-        return summary
-    kinds: dict[str, Callable[[DecodedTrial], str]] = {
+    groups: dict[str, Callable[[DecodedTrial], str]] = {
         "session": lambda t: t.record.session,
         "corpus": corpus_name,
         "block": lambda t: f"{t.record.session} block {t.record.block_num}",
         "length": lambda t: length_group(len(t.reference)) if t.reference else "unknown",
     }
     if trained_on:
-        kinds["sentence"] = lambda t: seen_in_training(t, trained_on)
+        groups["sentence"] = lambda t: seen_in_training(t, trained_on)
     by_rate: dict[str, dict[str, Any]] = {"rates": {}, "counts": {}, "groups": {}}
-    for name, rows in scored.items():
-        counts = list(rows.values())
-        total = _errors_and_labels(counts)
-        members = [trial for trial in trials if trial.index in rows]
+    for name in RATES:
+        scored = _scored(trials, name, text)
+        if not scored:
+            continue
+        total = _edits_and_labels(scored.values())
+        members = [trial for trial in trials if trial.index in scored]
         by_rate["rates"][name] = asdict(bootstrap_interval(*total))
-        by_rate["counts"][name] = asdict(sum(counts, ErrorCounts()))
+        by_rate["counts"][name] = asdict(sum(scored.values(), ErrorCounts()))
         by_rate["groups"][name] = {
-            kind: rates_by([key(trial) for trial in members], *total) for kind, key in kinds.items()
+            kind: rates_by([key(trial) for trial in members], *total)
+            for kind, key in groups.items()
         }
-    summary |= by_rate
-    if "PER" in scored:
+    summary: dict[str, Any] = {"n_trials": len(trials)}
+    if by_rate["rates"]:
+        summary |= by_rate
+    if "PER" in by_rate["rates"]:
         alignments = [align(t.reference, t.hypothesis) for t in trials if t.reference]
         summary["confusion"] = confusion_matrix(p for pairs in alignments for p in pairs).tolist()
         summary["worst_diphones"] = [
@@ -165,9 +164,9 @@ def compare(
     Raises:
         DataError: no labelled trial in common.
     """
-    mine = {t.index for t in trials if t.reference}
-    theirs = {t.index for t in other if t.reference}
-    shared = mine & theirs
+    this_one = {t.index for t in trials if t.reference}
+    other_one = {t.index for t in other if t.reference}
+    shared = this_one & other_one
     if not shared:
         raise DataError(
             "The two models share no labelled trial to be compared on: use --split val and models "
@@ -178,20 +177,20 @@ def compare(
         rows, rows_other = _scored(trials, name), _scored(other, name)
         both = sorted(rows.keys() & rows_other.keys())
         if both:
-            errors, labels = _errors_and_labels([rows[i] for i in both])
-            errors_other, _ = _errors_and_labels([rows_other[i] for i in both])
+            errors, labels = _edits_and_labels(rows[i] for i in both)
+            errors_other, _ = _edits_and_labels(rows_other[i] for i in both)
             metrics[name] = asdict(compare_paired(errors_other, errors, labels))
-    decoded = {t.index: t.record.name for t in (*trials, *other)}
+    names = {t.index: t.record.name for t in (*trials, *other)}
     left_out = {
-        "decoded by this model only": mine - theirs,
-        "decoded by the other model only": theirs - mine,
-        "without labels": decoded.keys() - mine - theirs,
+        "decoded by this model only": this_one - other_one,
+        "decoded by the other model only": other_one - this_one,
+        "without labels": names.keys() - this_one - other_one,
     }
     return {
         "other": other_name,
         "n_trials": len(shared),
         "left_out": {
-            reason: [decoded[index] for index in sorted(indices)]
+            reason: [names[index] for index in sorted(indices)]
             for reason, indices in left_out.items()
             if indices
         },
@@ -219,37 +218,26 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """The lines a person reads on the terminal."""
     lines = []
     for name, rate in summary.get("rates", {}).items():
-        c = summary.get("counts", {}).get(name)
-        edits = c and (
-            f"; {c['substitutions']} substitutions, {c['deletions']} deletions, "
-            f"{c['insertions']} insertions in {c['reference_labels']} labels"
-        )
+        c = summary["counts"][name]
         lines.append(
-            f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}"
-            f"{edits or ''})"
+            f"{name}: {rate['value']:.4f} (95 % interval {rate['low']:.4f} to {rate['high']:.4f}; "
+            f"{c['substitutions']} substitutions, {c['deletions']} deletions, "
+            f"{c['insertions']} insertions in {c['reference_labels']} labels)"
         )
-    for name, kinds in summary.get("groups", {}).items():
-        sentences = kinds.get("sentence", {})
-        if name in _BY_SENTENCE and {"seen", "unseen"} <= sentences.keys():
-            parts = (
-                f"{sentences[kind]['value']:.4f} on the {sentences[kind]['n_trials']:,} trials "
-                f"whose sentence training has {kind_said}"
-                for kind, kind_said in (("seen", "seen"), ("unseen", "not seen"))
-            )
-            lines.append(f"{name}: {'; '.join(parts)}")
     if not lines:
         lines.append(f"{summary['n_trials']} trials without labels: no error rates")
-    comparison = summary.get("comparison", {})
-    if comparison:
-        left_out = (
-            f"; {len(names):,} left out, {reason} ({shortened(names)})"
-            for reason, names in comparison.get("left_out", {}).items()
-        )
-        lines.append(
-            f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
-            + "".join(left_out)
-        )
-    for name, c in comparison.get("metrics", {}).items():
+    comparison = summary.get("comparison")
+    if comparison is None:
+        return lines
+    left_out = (
+        f"; {len(names):,} left out, {reason} ({shortened(names)})"
+        for reason, names in comparison["left_out"].items()
+    )
+    lines.append(
+        f"Compared on the {comparison['n_trials']:,} trials that both models decoded"
+        + "".join(left_out)
+    )
+    for name, c in comparison["metrics"].items():
         d = c["difference"]
         lines.append(
             f"{name} against {comparison['other']}: {c['rate_b']:.4f} vs {c['rate_a']:.4f}, "
@@ -275,16 +263,15 @@ def _scored(
     trials: Sequence[DecodedTrial], name: str, text: Mapping[int, str] | None = None
 ) -> dict[int, ErrorCounts]:
     """Errors by trial index, of the trials with labels and an answer of this kind."""
-    found = {}
-    for trial in trials:
-        errors = trial.errors()
-        sentence, decoded = trial.record.sentence_label, (text or {}).get(trial.index)
-        if decoded is not None and normalise_text(sentence or ""):
-            errors["WER"] = word_errors(sentence or "", decoded)
-        if name in errors:
-            found[trial.index] = errors[name]
-    return found
+    if name == "WER":
+        return {
+            trial.index: word_errors(trial.record.sentence_label, text[trial.index])
+            for trial in trials
+            if text and trial.index in text and normalise_text(trial.record.sentence_label or "")
+        }
+    return {trial.index: trial.errors[name] for trial in trials if name in trial.errors}
 
 
-def _errors_and_labels(rows: Sequence[ErrorCounts]) -> tuple[list[int], list[int]]:
-    return [row.edits for row in rows], [row.reference_labels for row in rows]
+def _edits_and_labels(rows: Iterable[ErrorCounts]) -> tuple[list[int], list[int]]:
+    edits, labels = zip(*((row.edits, row.reference_labels) for row in rows), strict=True)
+    return list(edits), list(labels)

@@ -21,7 +21,7 @@ from .sentences import DecodedSentences
 from .summary import corpus_name
 from .word_decoder import word_errors
 
-HYPOTHESES = ("file", "hypothesis")  # columns that a table of sentences to be scored must have
+_NEEDED = ("file", "hypothesis", "score")  # columns of a table of sentences to be scored
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets
 
 
@@ -47,19 +47,16 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
         if record.sentence_label:
             words = word_errors(record.sentence_label, sentence)
             row |= {"words": words.reference_labels, "word_errors": words.edits}
-    errors = trial.errors()
-    if "PER" in errors:
-        counts = errors["PER"]
+    if (per := trial.errors.get("PER")) is not None:
         row |= {
-            "phonemes": counts.reference_labels,
-            "errors": counts.edits,
-            "substitutions": counts.substitutions,
-            "deletions": counts.deletions,
-            "insertions": counts.insertions,
+            "phonemes": per.reference_labels,
+            "errors": per.edits,
+            "substitutions": per.substitutions,
+            "deletions": per.deletions,
+            "insertions": per.insertions,
         }
-    if "DER" in errors:
-        diphones = errors["DER"]
-        row |= {"diphones": diphones.reference_labels, "diphone_errors": diphones.edits}
+    if (der := trial.errors.get("DER")) is not None:
+        row |= {"diphones": der.reference_labels, "diphone_errors": der.edits}
     return row
 
 
@@ -80,7 +77,7 @@ def n_best_rows(
             "score": one.score,
         }
         for trial in trials
-        for rank, one in enumerate(sentences.n_best[trial.index], 1)
+        for rank, one in enumerate(sentences.nbest[trial.index], 1)
     ]
 
 
@@ -88,15 +85,14 @@ def rescored_sentences(path: Path, index_of: Mapping[str, int]) -> dict[int, str
     """The best-scored sentence of every trial in a table of hypotheses.
 
     Args:
-        path: a table as `nbest.csv`: columns file and hypothesis, and score where a trial has more
-            than one row.
+        path: a table like nbest.csv, with the columns file, hypothesis and score.
         index_of: name → index of the trials, all of which must be there, and no others.
 
     Raises:
         DataError: another table. StorageError: unreadable.
     """
     best: dict[int, tuple[float, str]] = {}
-    for number, row in enumerate(read_table(path, HYPOTHESES), 2):
+    for number, row in enumerate(_read_table(path), 2):
         index = index_of.get(row["file"])
         if index is None:
             raise DataError(
@@ -104,13 +100,12 @@ def rescored_sentences(path: Path, index_of: Mapping[str, int]) -> dict[int, str
                 f"{len(index_of):,} decoded trials: rescore the nbest.csv of this very split."
             )
         try:
-            score = float(row["score"]) if "score" in row or index in best else 0.0
-        except (KeyError, ValueError):
+            score = float(row["score"])
+        except ValueError:
             score = math.nan
         if not math.isfinite(score):
             raise DataError(
-                f"{path} row {number} has {row.get('score', 'nothing')!r} as its score: where a "
-                "trial has several hypotheses, a number tells which is best."
+                f"{path} row {number} has {row['score']!r} as its score: give a finite number."
             )
         if index not in best or score > best[index][0]:
             best[index] = (score, normalise_text(row["hypothesis"]))
@@ -139,15 +134,16 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and _runs(value) else value
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
 
 
-def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file, without the apostrophes of `write_table`.
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet would run this, were it not for apostrophes before it."""
+    return text.lstrip("'").startswith(_FORMULA)
 
-    Raises:
-        DataError: no CSV file, or without the columns needed. StorageError: unreadable.
-    """
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, without the apostrophes of `write_table`."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="", strict=True)
@@ -161,25 +157,21 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
         raise StorageError(
             f"{path} cannot be read ({error.strerror or error}): check the path."
         ) from error
-    crooked = next((number for number, row in enumerate(rows, 2) if None in row), None)
-    if crooked or len(set(columns)) < len(columns):
-        wrong = f"row {crooked} has more cells than columns" if crooked else "a column occurs twice"
-        raise DataError(f"{path} is no table ({wrong}): quote cells that hold commas.")
-    lacking = [name for name in needed if name not in columns]
-    if lacking:
-        raise DataError(
-            f"{path} has no column {lacking[0]!r}: give a table like nbest.csv, with the columns "
-            f"{', '.join(needed)}."
-        )
-    return [{name: _bare(cell) for name, cell in row.items()} for row in rows]
-
-
-def _bare(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and _runs(cell) else cell
-
-
-def _runs(text: str) -> bool:
-    return text.lstrip("'").startswith(_FORMULA)
+    for name in _NEEDED:
+        if columns.count(name) != 1:
+            raise DataError(
+                f"{path} has {columns.count(name) or 'no'} columns named {name!r}: give a table "
+                f"like nbest.csv, with the columns {', '.join(_NEEDED)}."
+            )
+    for number, row in enumerate(rows, 2):
+        if None in row:
+            raise DataError(
+                f"{path} row {number} has more cells than columns: quote cells that hold commas."
+            )
+    return [
+        {n: cell[1:] if cell[:1] == "'" and _is_formula(cell) else cell for n, cell in row.items()}
+        for row in rows
+    ]
 
 
 def write_submission(

@@ -188,10 +188,10 @@ class WordDecoder:
         return trie
 
 
-def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
+def word_errors(reference: str | None, hypothesis: str) -> ErrorCounts:
     """Edits between two sentences in words, after the field's normalisation."""
     return ErrorCounts.between(
-        normalise_text(reference).split(), normalise_text(hypothesis).split()
+        normalise_text(reference or "").split(), normalise_text(hypothesis).split()
     )
 
 
