@@ -180,6 +180,7 @@ def make_decoder(
     unknown += unspoken
     known = lexicon.keys() | (added.keys() & forms.keys() if given else added.keys())
     lexicon |= added
+    transcripts = _transcripts(known, manifest, split, source if given else None)
     decoder = WordDecoder(lexicon, model_file, forms)
     facts = {
         "Language model": source,
@@ -189,7 +190,7 @@ def make_decoder(
     }
     if decoder.dropped:
         facts["Left out, as too many words sound alike"] = _named(decoder.dropped)
-    return decoder, facts | _transcripts(known, manifest, split, source if given else None)
+    return decoder, facts | transcripts
 
 
 def _transcripts(

@@ -128,8 +128,8 @@ def lock(opened: int, refusal: str) -> str:
     """
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InUseError(refusal) from error
+    except BlockingIOError:
+        raise InUseError(refusal) from None
     except OSError as error:
         return str(error.strerror or error)
     return ""
