@@ -164,9 +164,6 @@ class TrainingConfig:
         "auto", "mixed-precision type; auto: bfloat16; float16 on any GPU without bfloat16 (T4)"
     )
     allow_tf32: bool = key(True, "TF32 for float32 matrix products on GPUs")
-    compile: Literal["auto", "true", "false"] = key(
-        "auto", "torch.compile of elementwise parts; auto: on GPUs"
-    )
 
     init_from_checkpoint: bool = key(False, "start from init_checkpoint_path's weights")
     init_checkpoint_path: str | None = key(None, "file, folder, model.tar.gz or s3:// URL")

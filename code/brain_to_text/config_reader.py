@@ -47,6 +47,7 @@ LEGACY_KEYS = {
     "model.input_network.n_input_layers": "there is one day layer per session",
     "dataset.data_transforms.random_walk_std": "the public recipe does not use a random walk",
     "dataset.data_transforms.random_walk_axis": "there is no random walk",
+    "compile": "nothing is compiled",
     "use_wandb": "TensorBoard events are written always, MLflow with MLFLOW_TRACKING_URI",
     "use_composite_loss": "set objective.phoneme_weight, or objective.schedule",
     "model.type": "the model is a GRU",

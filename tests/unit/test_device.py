@@ -1,4 +1,4 @@
-"""What is decided from the device and the configuration: precision, and what is compiled."""
+"""What is decided from the device and the configuration: precision, and what the log says of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo
 from brain_to_text.model import gpu_ctc, packed_gru
-from brain_to_text.model.device import (
-    autocast_dtype,
-    compiler,
-    notes,
-    peak_flops,
-)
+from brain_to_text.model.device import autocast_dtype, notes, peak_flops
 from support.training_examples import CPU, small_config
 
 CUDA = torch.device("cuda")
@@ -93,16 +87,6 @@ def test_a_type_in_which_cudnn_fails_is_passed_over_with_its_reason(
     *said, _ctc = notes(config, CUDA)
     ending = f"(CUDNN_STATUS_BAD_PARAM): this run computes in {str(taken or torch.float32)[6:]}"
     assert len(said) == len(refused) and all(sentence.endswith(ending) for sentence in said)
-
-
-def test_compiling_is_for_gpus_unless_it_is_asked_for() -> None:
-    with torch._dynamo.config.patch(suppress_errors=False):
-        assert compiler(small_config(), CPU) is None
-        assert compiler(small_config(compile="false"), CUDA) is None
-        assert compiler(small_config(compile="true"), CPU) is not None
-        assert not torch._dynamo.config.suppress_errors, "who asks for it wants to know"
-        assert compiler(small_config(), CUDA) is not None
-        assert torch._dynamo.config.suppress_errors
 
 
 @pytest.mark.parametrize(

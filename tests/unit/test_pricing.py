@@ -41,7 +41,7 @@ def test_a_measurement_replaces_the_estimate(config, monkeypatch):
 
 
 def test_several_gpus_pay_for_the_exchange_of_gradients(config):
-    """The figures of `bench_scaling.py --plan` by TCP, in tests/benchmarks/RESULTS.md."""
+    """The figures of `plan_scaling.py` by TCP, in tests/benchmarks/RESULTS.md."""
     steps = config.num_training_batches
     for name, instances, hours, usd in (
         ("ml.g5.12xlarge", 1, 4.6, 32),

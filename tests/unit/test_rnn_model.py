@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo
 from brain_to_text.errors import CheckpointError
 from brain_to_text.model.rnn_model import GRUDecoder, Packing, load_public_state_dict
 from support.training_examples import CPU, build, example_batch, small_config

@@ -30,7 +30,6 @@ FULL: dict[str, Any] = {  # everything a step can be made of, but for autocast's
     "objective__phoneme_weight": 0.4,
     "ema_decay": 0.9,
     "use_amp": False,
-    "compile": "false",
 }
 DROPPING = {"model__rnn_dropout": 0.3}
 
@@ -127,7 +126,7 @@ def to_cpu(value: Any) -> Any:
 
 
 def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGpu) -> None:
-    config = small_config(use_amp=False, compile="false")
+    config = small_config(use_amp=False)
 
     def scores(device: torch.device):
         step, given = build(config, device=device), batches(device, 3)

@@ -302,36 +302,6 @@ def test_averaging_switched_on_late_begins_with_the_weights_of_then() -> None:
             torch.testing.assert_close(value, own[name], rtol=0, atol=1e-4)
 
 
-# --- compiling ------------------------------------------------------------------------------------
-
-
-def test_a_compiled_step_is_the_same_and_new_lengths_do_not_compile_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Graphs are traced and differentiated as for a GPU; only the code generator is left out.
-
-    Dropout off: compiled code draws the same distribution in another order.
-    """
-    torch._dynamo.reset()
-    quiet = NOISY | {"model__rnn_dropout": 0.0, "model__input_network__input_layer_dropout": 0.0}
-    eager = build(small_config(**quiet))
-    monkeypatch.setattr(
-        train_step_module,
-        "compiler",
-        lambda *_: lambda part: torch.compile(part, backend="aot_eager", dynamic=True),
-    )
-    compiled = build(small_config(**quiet))
-    compiles = []
-    for k, longest in enumerate((40, 57, 91, 64)):
-        batch = example_batch([longest, 31, 38], [0, 1, 1], seed=k)
-        a, b = eager(batch, k), compiled(batch, k)
-        torch.testing.assert_close(a.terms.total, b.terms.total, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-5)
-        compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert compiles[0] > 0 and compiles[-1] == compiles[0]
-    assert eager.model.state_dict().keys() == compiled.model.state_dict().keys()
-
-
 # --- on a GPU (see test_stand_in_gpu too) ---------------------------------------------------------
 
 

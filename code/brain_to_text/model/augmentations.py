@@ -7,9 +7,6 @@ smoothing; and everything random is a function of (seed, step, rank).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -63,11 +60,6 @@ class Augmentation:
         if config.smooth_data:
             taps = gaussian_kernel(config.smooth_kernel_std, config.smooth_kernel_size)
             self.taps = taps.tolist()
-        self._perturb, self._smooth = _perturb, _smooth
-
-    def compile_with(self, compiler: Callable[..., Any]) -> None:
-        """Compile the tensor parts, e.g. with `torch.compile`."""
-        self._perturb, self._smooth = compiler(_perturb), compiler(_smooth)
 
     def __call__(
         self,
@@ -101,7 +93,7 @@ class Augmentation:
         cut = torch.from_numpy(host.integers(0, max(config.random_cut, 1), size=B))
         cut = torch.minimum(cut, (n_time_steps - 1).clamp_min(0))
         n_time_steps = n_time_steps - cut
-        x = self._perturb(
+        x = _perturb(
             x,
             normal(B, T, C) if config.white_noise_std > 0 else None,
             normal(B, 1, C) if config.constant_offset_std > 0 else None,
@@ -133,11 +125,11 @@ class Augmentation:
             kept &= ~masked
         keep = send(kept, x.device)
         if x.device.type == "cuda":
-            return self._smooth(x, keep, self.taps)
+            return _smooth(x, keep, self.taps)
         # one trial at a time stays in the cache: 5 x faster than the whole batch at once
         out = torch.empty_like(x)
         for one, kept_one, target in zip(x.split(1), keep.split(1), out.split(1), strict=True):
-            target.copy_(self._smooth(one, kept_one, self.taps))
+            target.copy_(_smooth(one, kept_one, self.taps))
         return out
 
 

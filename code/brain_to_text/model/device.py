@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -83,24 +82,6 @@ def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
     if dtype is None:
         return gpu.peak("tf32" if config.allow_tf32 and gpu.tf32 else "float32")
     return gpu.peak("bfloat16" if dtype == torch.bfloat16 else "float16")
-
-
-def compiler(config: TrainingConfig, device: torch.device) -> Callable[..., Any] | None:
-    """What compiles the elementwise parts of a step; None to leave them eager.
-
-    `compile: auto` compiles on GPUs, where each eager operation is a pass over GPU memory, and
-    falls back to eager with torch's warning where a part cannot be compiled; on CPUs it does not,
-    because compiling takes longer than it saves in runs that fit a CPU. What it saves on GPUs is
-    not measured yet. The matrix products and the GRU (cuDNN) are left as they are. Sizes are
-    dynamic from the first call on, so that no length of trials compiles again.
-    """
-    if config.compile == "false" or (config.compile == "auto" and device.type != "cuda"):
-        return None
-    if config.compile == "auto":
-        from torch import _dynamo  # slow to import, and not needed on CPUs
-
-        _dynamo.config.suppress_errors = True
-    return lambda function: torch.compile(function, dynamic=True)
 
 
 def allow_tf32(allowed: bool) -> None:

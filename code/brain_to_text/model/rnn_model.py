@@ -6,7 +6,7 @@ Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -74,11 +74,6 @@ class GRUDecoder(nn.Module):
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, n_units)))
         if for_training and settings.classifier == "factored" and n_classes == N_DIPHONES:
             self.out = FactoredClassifier(n_units * self.n_directions)
-        self._activate = activate
-
-    def compile_with(self, compiler: Callable[..., Any]) -> None:
-        """Compile what is elementwise, e.g. with `torch.compile`; names and weights stay."""
-        self._activate = compiler(activate)
 
     def frame_lengths(self, n_time_steps: torch.Tensor) -> torch.Tensor:
         """Output frames per trial: ⌊(T − patch_size) / patch_stride⌋ + 1, at least 0."""
@@ -131,8 +126,8 @@ class GRUDecoder(nn.Module):
     ) -> tuple[torch.Tensor, Packing]:
         """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
         B, T = x.shape[:2]
-        dropout = self.input_dropout if self.training else 0.0
-        x = self._activate(self._day_layer(x, day_idx.tolist()), dropout)
+        x = F.softsign(self._day_layer(x, day_idx.tolist()))
+        x = F.dropout(x, self.input_dropout, self.training)
         if n_time_steps is None:
             n_time_steps = torch.full((B,), T)
         n_frames = max(int(self.frame_lengths(torch.tensor(T))), 1)
@@ -193,11 +188,6 @@ class _GatherPatches(torch.autograd.Function):
         for k, part in enumerate(padded.split(ctx.shape[2], dim=2)):
             gradient[:, k : k + part.shape[1], : part.shape[2]] += part
         return gradient, None, None
-
-
-def activate(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Softsign, then dropout; always as in training, so that a compiler has nothing to decide."""
-    return F.dropout(F.softsign(x), dropout, training=True)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ..config import TrainingConfig
 from ..errors import TrainingError
 from ..streaming.batch import Batch
 from .augmentations import Augmentation, step_generator
-from .device import autocast_dtype, compiler
+from .device import autocast_dtype
 from .losses import JointObjective, LossTerms
 from .optimizer import apply_update, build_optimizer, clip_and_check, set_learning_rates
 from .rnn_model import GRUDecoder
@@ -82,10 +82,6 @@ class TrainStep:
         self.after_backward = after_backward
         self.on_every_rank = on_every_rank
         self.amp_dtype = autocast_dtype(config, self.device)
-        compile_part = compiler(config, self.device)
-        if compile_part is not None:
-            self.augmentation.compile_with(compile_part)
-            model.compile_with(compile_part)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._state: dict[str, torch.Tensor] = {
             "refused": self._count(0),
