@@ -13,7 +13,7 @@ arms differ in classes, classifier and objective alone:
 - diphones: the factored classifier without the phoneme term
 
 The last weights decode the validation trials. What is in FOLDER already is not done again, so the
-command can be stopped and repeated; `--at-most N` ends it after N trainings. Tables come last.
+command can be stopped and repeated. Tables come last.
 
 `--baseline`: the smoke data at the public recipe's rates, as its own trainer was given them; the
 error rates at every hundred steps.
@@ -44,7 +44,8 @@ from brain_to_text.streaming.trial_stream import TrialStream
 from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
 CODE = Path(__file__).resolve().parents[2] / "code"
-SESSIONS, ELECTRODES = 2, 24
+SESSIONS, VAL_TRIALS = 2, 75  # validation trials per session
+SIZE = {"model.n_units": 128, "dataset.batch_size": 16, "dataset.days_per_batch": SESSIONS}
 FACTORED = {"model.classifier": "factored", "dataset.n_classes": 1681}
 ARMS: dict[str, dict[str, Any]] = {
     "phonemes": {"dataset.n_classes": 41, "objective.schedule": None},
@@ -80,18 +81,16 @@ def train(data: Path, place: Path, overrides: dict[str, Any]) -> list[dict[str, 
 
 def data_folder(options: argparse.Namespace, seed: int, phonemes: bool) -> Path:
     """A dataset of this seed; the two forms have the same features and sentences."""
-    form = "phonemes" if phonemes else options.label_form
-    folder = options.folder / f"seed-{seed}" / f"data-{form}"
+    folder = options.folder / f"seed-{seed}" / f"data-{'phonemes' if phonemes else 'diphones'}"
     if not (folder / "trial_manifest.json.gz").exists():
         dataset = SyntheticDataset(
             sessions=SESSIONS,
             train_trials=options.train_trials,
-            val_trials=options.val_trials,
+            val_trials=VAL_TRIALS,
             test_trials=0,
-            electrodes=ELECTRODES,
+            electrodes=24,
             gain=options.gain,
             bins_per_phoneme=options.bins_per_phoneme,
-            label_form=options.label_form,
             seed=seed,
             phoneme_set=phonemes,
         )
@@ -106,9 +105,7 @@ def train_and_decode(arm: str, seed: int, steps: int, options: argparse.Namespac
         "dataset.seed": seed,
         "num_training_batches": steps,
         "batches_per_val_step": steps,
-        "model.n_units": options.units,
-        "dataset.batch_size": options.batch_size,
-        "dataset.days_per_batch": SESSIONS,
+        **SIZE,
         **(RECIPE if options.recipe else {}),
         **ARMS[arm],
     }
@@ -143,33 +140,22 @@ def compared(pairs: list[tuple[Run, Run]], metric: str) -> PairedComparison:
     )
 
 
-def report(runs: dict[tuple[int, int, str], Run], arms: list[str]) -> None:
+def report(runs: dict[tuple[int, int, str], Run], options: argparse.Namespace) -> None:
     """A table of each budget's rates by seed, then the paired comparisons over all its seeds."""
-    for steps in sorted({steps for steps, _, _ in runs}):
+    for steps in options.steps:
         print(f"\n{steps} steps: PER (DER)")
-        print("| seed | " + " | ".join(arms) + " |\n" + "|---" * (len(arms) + 1) + "|")
-        seeds = sorted({seed for budget, seed, _ in runs if budget == steps})
-        for seed in seeds:
+        print("| seed | " + " | ".join(ARMS) + " |\n" + "|---" * (len(ARMS) + 1) + "|")
+        for seed in options.seeds:
             cells = []
-            for arm in arms:
-                run = runs.get((steps, seed, arm))
-                der = f" ({rate(run, 'DER'):.3f})" if run and "diphones" in run[0] else ""
-                cells.append(f"{rate(run, 'PER'):.3f}{der}" if run else "–")
+            for arm in ARMS:
+                run = runs[steps, seed, arm]
+                der = f" ({rate(run, 'DER'):.3f})" if "diphones" in run[0] else ""
+                cells.append(f"{rate(run, 'PER'):.3f}{der}")
             print(f"| {seed} | " + " | ".join(cells) + " |")
-        for one, other, metric in (
-            ("phonemes", "factored", "PER"),
-            ("plain", "factored", "PER"),
-            ("plain", "factored", "DER"),
-            ("diphones", "factored", "PER"),
-            ("diphones", "factored", "DER"),
-        ):
-            both = [
-                (runs[steps, seed, one], runs[steps, seed, other])
-                for seed in seeds
-                if (steps, seed, one) in runs and (steps, seed, other) in runs
-            ]
-            if both:
-                print(f"{other} against {one}: {_verdict(both, metric)}")
+        for one, metrics in (("phonemes", ["PER"]), ("plain", COUNTS), ("diphones", COUNTS)):
+            both = [(runs[steps, s, one], runs[steps, s, "factored"]) for s in options.seeds]
+            for metric in metrics:
+                print(f"factored against {one}: {_verdict(both, metric)}")
 
 
 def _verdict(pairs: list[tuple[Run, Run]], metric: str) -> str:
@@ -195,15 +181,14 @@ def _verdict(pairs: list[tuple[Run, Run]], metric: str) -> str:
 # --- beside the public baseline -------------------------------------------------------------------
 
 
-def beside_baseline(folder: Path, arm: str) -> None:
-    data = folder / "smoke"
+def beside_baseline(folder: Path) -> None:
+    data, kept = folder / "smoke", folder / "baseline.json"
     if not (data / "trial_manifest.json.gz").exists():
         synthesize(open_store(data), SyntheticDataset())
-    kept = folder / f"baseline-{arm}.json"
     if not kept.exists():
         sizes = {"model.n_units": 96, "dataset.batch_size": 16, "num_training_batches": 400}
-        own = sizes | {"batches_per_val_step": 100}
-        validations = train(data, folder / f"baseline-{arm}", RECIPE | own | ARMS[arm])
+        changes = RECIPE | ARMS["factored"] | sizes | {"batches_per_val_step": 100}
+        validations = train(data, folder / "baseline", changes)
         kept.write_text(json.dumps(validations), encoding="utf-8")
     print("| step | the baseline's DER | ours | PER |\n|---|---|---|---|")
     for validation in json.loads(kept.read_text(encoding="utf-8"))[1:]:
@@ -217,36 +202,25 @@ def main() -> None:
     option = parser.add_argument
     option("--folder", type=Path, required=True, help="for datasets, models and counts")
     option("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    option("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     option("--steps", type=int, nargs="+", default=[600])
-    option("--units", type=int, default=128)
-    option("--batch-size", type=int, default=16)
     option("--recipe", action="store_true", help="the public recipe's rates, not the smoke ones")
-    option("--label-form", default="self_loop", choices=["self_loop", "transition"])
     option("--gain", type=float, default=0.15, help="signal strength of the synthetic data")
     option("--bins-per-phoneme", type=float, default=12.0, help="recordings have about 29")
     option("--train-trials", type=int, default=150, help="per session, of 2")
-    option("--val-trials", type=int, default=75, help="per session, of 2")
-    option("--at-most", type=int, help="end after this many trainings")
     option("--baseline", action="store_true", help="beside the public baseline's own trainer")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.baseline:
-        arm = options.arms[0] if len(options.arms) == 1 else "factored"
-        beside_baseline(options.folder, arm)
+        beside_baseline(options.folder)
         return
-    files = {
-        (steps, seed, arm): options.folder / f"seed-{seed}" / f"{arm}-{steps}.json"
-        for steps, seed, arm in product(options.steps, options.seeds, options.arms)
-    }
-    missing = [key for key, file in files.items() if not file.exists()]
-    for steps, seed, arm in missing[: options.at_most]:
-        run = train_and_decode(arm, seed, steps, options)
-        files[steps, seed, arm].write_text(json.dumps(run), encoding="utf-8")
-    missing = [key for key, file in files.items() if not file.exists()]
-    print(f"{len(missing)} trainings are still to do")
-    done = {key: json.loads(f.read_text("utf-8")) for key, f in files.items() if f.exists()}
-    report(done, options.arms)
+    runs = {}
+    for steps, seed, arm in product(options.steps, options.seeds, ARMS):
+        file = options.folder / f"seed-{seed}" / f"{arm}-{steps}.json"
+        if not file.exists():
+            run = train_and_decode(arm, seed, steps, options)
+            file.write_text(json.dumps(run), encoding="utf-8")
+        runs[steps, seed, arm] = json.loads(file.read_text(encoding="utf-8"))
+    report(runs, options)
 
 
 if __name__ == "__main__":

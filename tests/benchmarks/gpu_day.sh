@@ -50,7 +50,7 @@ failed=0
 if [[ $tiny ]]; then
     device=cpu budget=${BUDGET:-1800}  # the machine may be busy with other tests
     gru=(--units 16 --layers 2 --inputs 56 --batch-size 3 --frames 12 --rounds 1)
-    size=(--units 16 --layers 2 --features 8 --batch-size 4 --bins 90 --rounds 1)
+    size=(--n-units 16 --n-layers 2 --n-input-features 8 --batch-size 4 --bins 90 --rounds 1)
     smoke=(--electrodes 8 --sessions 2 --trials 10)
     full="sessions=2, train_trials=10, val_trials=2, test_trials=0, electrodes=8"
     trainer=(--model.n_units 16 --dataset.batch_size 4 --dataset.days_per_batch 2 --batches_per_train_log 1)
