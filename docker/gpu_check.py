@@ -13,10 +13,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 EXPECT_GPU_VARIABLE = "BRAIN_TO_TEXT_EXPECT_GPU"
 """1: fail without a usable GPU, 0: never ask; unset: decide by the instance type."""
@@ -28,16 +27,15 @@ DRIVER_NEEDED = {"12": 525, "13": 580}
 
 QUESTION = """
 import json, torch
-answer = {"cuda": torch.version.cuda, "version": torch.__version__, "error": "", "devices": []}
+facts = {"torch": torch.__version__, "cuda": torch.version.cuda}
 try:
     torch.cuda.init()
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        answer["devices"].append([p.name, p.major * 10 + p.minor])
-    answer["architectures"] = torch.cuda.get_arch_list()
+    of = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    facts["devices"] = [(p.name, p.major * 10 + p.minor) for p in of]
+    facts["architectures"] = torch.cuda.get_arch_list()
 except (RuntimeError, AssertionError) as cause:
-    answer["error"] = str(cause).splitlines()[0]
-print(json.dumps(answer))
+    facts["error"] = str(cause).splitlines()[0]
+print(json.dumps(facts))
 """
 
 
@@ -58,8 +56,8 @@ class Facts:
     torch: str
     cuda: str | None
     error: str = ""
-    devices: list[tuple[str, int]] = field(default_factory=list)
-    architectures: list[str] = field(default_factory=list)
+    devices: Sequence[tuple[str, int]] = ()
+    architectures: Sequence[str] = ()
     driver: str | None = None
     compat: Path | None = None
     visible: str | None = None
@@ -90,13 +88,8 @@ def find_problem(variables: Mapping[str, str], instance_type: str | None) -> str
     if asked.returncode:
         last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
         return f"torch cannot be imported in this image: {last}"
-    answer: dict[str, Any] = json.loads(asked.stdout)
     facts = Facts(
-        torch=answer["version"],
-        cuda=answer["cuda"],
-        error=answer["error"],
-        devices=[(name, capability) for name, capability in answer["devices"]],
-        architectures=answer.get("architectures", []),
+        **json.loads(asked.stdout),
         driver=host_driver(),
         compat=compat_path(),
         visible=variables.get("CUDA_VISIBLE_DEVICES"),
@@ -125,22 +118,21 @@ def problem(facts: Facts, where: str) -> str | None:
 def _not_reached(facts: Facts, where: str) -> str:
     needed = DRIVER_NEEDED.get(str(facts.cuda).split(".")[0], 0)
     driver = f"driver {facts.driver}" if facts.driver else "driver"
-    said = f"({facts.error or 'torch sees no device'})"
-    code = re.search(r"Error (\d+):", facts.error)
-    if code and code[1] == "803":
+    reason = f"({facts.error or 'torch sees no device'})"
+    if "Error 803:" in facts.error:
         return (
-            f"The driver libraries in this container do not fit the host's {driver} {said}: take "
+            f"The driver libraries in this container do not fit the host's {driver} {reason}: take "
             "LD_LIBRARY_PATH out of the job's environment; on a machine of your own whose driver "
             "was just updated, restart it."
         )
-    if code and code[1] == "804":
+    if "Error 804:" in facts.error:
         return (
             f"The host's {driver} is older than CUDA {facts.cuda} needs, and cuda-compat helps on "
-            f"data-centre GPUs alone {said}: update the driver to {needed} or newer."
+            f"data-centre GPUs alone {reason}: update the driver to {needed} or newer."
         )
-    if code and code[1] == "802":
+    if "Error 802:" in facts.error:
         return (
-            f"The GPUs of this host are not ready {said}: start the job again; on a machine of "
+            f"The GPUs of this host are not ready {reason}: start the job again; on a machine of "
             "your own start the service nvidia-fabricmanager."
         )
     if "too old" in facts.error or (facts.driver and _version(facts.driver)[0] < needed):
@@ -150,7 +142,7 @@ def _not_reached(facts: Facts, where: str) -> str:
             helped = "and this image's base brings no cuda-compat: build it without --base-image"
         return (
             f"The host's {driver} is too old for CUDA {facts.cuda}, which needs {needed} or newer, "
-            f"{helped} {said}: choose another instance type, or update the driver."
+            f"{helped} {reason}: choose another instance type, or update the driver."
         )
     if not facts.driver:
         hidden = "this host has no NVIDIA driver: choose a GPU instance type"
@@ -159,17 +151,17 @@ def _not_reached(facts: Facts, where: str) -> str:
     else:
         hidden = "start the container with --gpus all"
     return (
-        f"A GPU was expected ({where}) but none is visible to torch {said}: {hidden}, or set "
+        f"A GPU was expected ({where}) but none is visible to torch {reason}: {hidden}, or set "
         f"{EXPECT_GPU_VARIABLE}=0 to train on the CPU."
     )
 
 
-def _has_code_for(capability: int, architectures: list[str]) -> bool:
+def _has_code_for(capability: int, architectures: Sequence[str]) -> bool:
     """Machine code runs on its own generation from its own minor version on, PTX on all later."""
-    for architecture in architectures:
-        match = re.match(r"(sm|compute)_(\d+)", architecture)
-        own = match and (match[1] == "compute" or int(match[2]) // 10 == capability // 10)
-        if match and own and int(match[2]) <= capability:
+    for kind, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        version = int(digits)
+        same_generation = version // 10 == capability // 10
+        if version <= capability and (kind == "compute" or same_generation):
             return True
     return False
 

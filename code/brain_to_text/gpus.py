@@ -60,6 +60,10 @@ class Gpu:
         """The 16-bit type that the trainer picks."""
         return "bfloat16" if self.capability >= FIRST_WITH_BFLOAT16 else "float16"
 
+    def exact(self, allow_tf32: bool) -> Precision:
+        """The type of its float32 products."""
+        return "tf32" if allow_tf32 and self.tf32 else "float32"
+
     def peak(self, precision: Precision) -> float | None:
         """FLOP/s in that precision; None where the device has no unit for it."""
         teraflops = getattr(self, precision)
@@ -188,10 +192,7 @@ def step_time(
     """
     model, batch = config.model, config.dataset.batch_size if trials is None else trials
     longest_bins = LONGEST_OVER_MEAN * mean_bins if longest_bins is None else longest_bins
-    if not config.use_amp:
-        precision: Precision = "tf32" if config.allow_tf32 and gpu.tf32 else "float32"
-    else:
-        precision = gpu.half
+    precision = gpu.half if config.use_amp else gpu.exact(config.allow_tf32)
     peak, value_bytes = gpu.peak(precision), 2 if config.use_amp else 4
     assert peak is not None  # every device has these types
     rate, bandwidth = UTILISATION * gpu.sustained * peak, gpu.bandwidth * 1e9

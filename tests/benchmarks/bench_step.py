@@ -94,7 +94,7 @@ class Plain:
     """The plain rendering's step."""
 
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
-        model = PlainDecoder(config, N_SESSIONS).to(device)
+        model = PlainDecoder.of(config, N_SESSIONS).to(device)
         self.step = PlainStep(model, config, device)
         self.dtype = autocast_dtype(config, device)
 

@@ -17,24 +17,53 @@ from torch import nn
 
 
 class PlainDecoder(nn.Module):
-    def __init__(self, config: TrainingConfig, n_days: int) -> None:
+    """The public baseline's GRU decoder, by the names of its arguments and parameters."""
+
+    def __init__(
+        self,
+        neural_dim: int,
+        n_units: int,
+        n_days: int,
+        n_classes: int,
+        rnn_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        n_layers: int = 5,
+        patch_size: int = 14,
+        patch_stride: int = 4,
+        bidirectional: bool = False,
+    ) -> None:
         super().__init__()
-        model = config.model
-        self.patch, self.stride = model.patch_size, model.patch_stride
-        C, H = config.width, model.n_units
-        self.day_weights = nn.ParameterList(nn.Parameter(torch.eye(C)) for _ in range(n_days))
-        self.day_biases = nn.ParameterList(nn.Parameter(torch.zeros(1, C)) for _ in range(n_days))
-        self.dropout = nn.Dropout(model.input_network.input_layer_dropout)
+        self.patch, self.stride = patch_size, patch_stride
+        days = range(n_days)
+        self.day_weights = nn.ParameterList(nn.Parameter(torch.eye(neural_dim)) for _ in days)
+        self.day_biases = nn.ParameterList(nn.Parameter(torch.zeros(1, neural_dim)) for _ in days)
+        self.dropout = nn.Dropout(input_dropout)
         self.gru = nn.GRU(
-            C * self.patch,
-            H,
-            model.n_layers,
-            dropout=model.rnn_dropout if model.n_layers > 1 else 0.0,
+            neural_dim * patch_size,
+            n_units,
+            n_layers,
+            dropout=rnn_dropout if n_layers > 1 else 0.0,
             batch_first=True,
-            bidirectional=model.bidirectional,
+            bidirectional=bidirectional,
         )
-        self.out = nn.Linear(H * (2 if model.bidirectional else 1), config.dataset.n_classes)
-        self.h0 = nn.Parameter(torch.zeros(1, 1, H))
+        self.out = nn.Linear(n_units * (2 if bidirectional else 1), n_classes)
+        self.h0 = nn.Parameter(torch.zeros(1, 1, n_units))
+
+    @classmethod
+    def of(cls, config: TrainingConfig, n_days: int) -> PlainDecoder:
+        model = config.model
+        return cls(
+            config.width,
+            model.n_units,
+            n_days,
+            config.dataset.n_classes,
+            model.rnn_dropout,
+            model.input_network.input_layer_dropout,
+            model.n_layers,
+            model.patch_size,
+            model.patch_stride,
+            model.bidirectional,
+        )
 
     def day_layer(self, x: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
         weights = torch.stack([self.day_weights[d] for d in days])

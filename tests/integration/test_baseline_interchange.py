@@ -1,6 +1,6 @@
 """Models move between this library and the public baseline: same names, shapes and args.yaml keys.
 
-The baseline's side is stated here in plain PyTorch from its documented architecture; its
+The baseline's side is `PlainDecoder`, plain PyTorch from its documented architecture; the public
 evaluation script builds the model from args.yaml and loads the checkpoint exactly as below.
 """
 
@@ -15,39 +15,18 @@ import pytest
 import torch
 import train_model_sagemaker
 import yaml
+from benchmarks.plain_recipe import PlainDecoder
 from brain_to_text.model.augmentations import Augmentation
 from brain_to_text.model.trained_model import open_model
 from support.tiny_models import write_model
-from torch import nn
 
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18")
 C = 32
 
 
-class BaselineDecoder(nn.Module):
-    """The public baseline's GRU decoder: every trial's day matrix, unfolded patches, plain GRU."""
-
-    def __init__(self, neural_dim, n_units, n_days, n_classes, n_layers, patch_size, patch_stride):
-        super().__init__()
-        self.day_weights = nn.ParameterList(torch.eye(neural_dim) for _ in range(n_days))
-        self.day_biases = nn.ParameterList(torch.zeros(1, neural_dim) for _ in range(n_days))
-        self.gru = nn.GRU(neural_dim * patch_size, n_units, n_layers, batch_first=True)
-        self.out = nn.Linear(n_units, n_classes)
-        self.h0 = nn.Parameter(torch.zeros(1, 1, n_units))
-        self.patch_size, self.patch_stride = patch_size, patch_stride
-
-    def forward(self, x, day_idx):
-        weights = torch.stack([self.day_weights[int(i)] for i in day_idx])
-        biases = torch.stack([self.day_biases[int(i)] for i in day_idx])
-        x = nn.functional.softsign(torch.einsum("btc,bcd->btd", x, weights) + biases)
-        patches = x.unfold(1, self.patch_size, self.patch_stride).permute(0, 1, 3, 2).flatten(2)
-        start = self.h0.expand(self.gru.num_layers, len(x), -1).contiguous()
-        return self.out(self.gru(patches, start)[0])
-
-
-def baseline_from(args: dict) -> BaselineDecoder:
+def baseline_from(args: dict) -> PlainDecoder:
     """As the public evaluation script builds it, key by key."""
-    return BaselineDecoder(
+    return PlainDecoder(
         neural_dim=args["model"]["n_input_features"],
         n_units=args["model"]["n_units"],
         n_days=len(args["dataset"]["sessions"]),

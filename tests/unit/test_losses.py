@@ -32,8 +32,8 @@ def objective(*points: tuple[float, float], n_classes: int = 1681) -> JointObjec
     return JointObjective(config)
 
 
-def fixed(weight: float) -> JointObjective:
-    return objective((0, weight))
+def loss(weight: float, *case, n_classes: int = 1681):
+    return objective(n_classes=n_classes)(*case, weight)
 
 
 def test_what_ctc_can_and_cannot_align_is_what_selection_says() -> None:
@@ -54,7 +54,7 @@ def test_what_ctc_can_and_cannot_align_is_what_selection_says() -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
     logits, packing, batch = case()
-    terms = fixed(weight)(logits, packing, batch, step=0)
+    terms = loss(weight, logits, packing, batch)
     log_probs, frames = packing.padded(logits.log_softmax(-1)), packing.frame_lengths
     diphone = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths)
     phoneme = ctc_nll(
@@ -70,7 +70,7 @@ def test_the_loss_is_the_weighted_mean_over_trials(weight: float) -> None:
 def test_what_is_logged_as_loss_begins_at_the_logarithm_of_the_classes_at_every_weight() -> None:
     logits, packing, batch = case()
     for weight in (0.0, 0.4, 1.0):
-        terms = fixed(weight)(logits * 1e-3, packing, batch, 0)
+        terms = loss(weight, logits * 1e-3, packing, batch)
         alignments = 2 * 7 / 11 * math.log(14)  # generously
         assert math.log(1681) - alignments < float(terms.nats_per_frame) < math.log(1681) + 0.01
 
@@ -87,14 +87,14 @@ def test_a_term_of_weight_zero_has_no_gradient(monkeypatch: pytest.MonkeyPatch) 
     )
     logits, packing, batch = case()
     logits.requires_grad_()
-    assert fixed(0.0)(logits, packing, batch, 0).phoneme is None
-    fixed(1.0)(logits, packing, batch, 0).total.backward()
+    assert loss(0.0, logits, packing, batch).phoneme is None
+    loss(1.0, logits, packing, batch).total.backward()
     assert seen == [(1681, True), (1681, False), (41, True)]
 
 
 def test_a_diphone_sequence_that_cannot_fit_does_not_spoil_the_phoneme_term() -> None:
     logits, packing, batch = case(frames=(4, 4, 4))  # three phonemes fit, seven diphones do not
-    terms = fixed(1.0)(logits.requires_grad_(), packing, batch, 0)
+    terms = loss(1.0, logits.requires_grad_(), packing, batch)
     terms.total.backward()
     assert terms.nats_per_frame.isinf() and terms.total.isfinite()
     assert torch.isfinite(logits.grad).all()
@@ -105,8 +105,9 @@ def test_the_weight_is_linear_between_its_points() -> None:
     wanted = {0: 1.0, 300: 1.0, 400: 0.85, 600: 0.55, 700: 0.4, 10**6: 0.4}
     for step, alpha in wanted.items():
         assert scheduled.alpha(step) == pytest.approx(alpha)
-    assert fixed(0.25).alpha(7) == 0.25 and objective().alpha(7) == 0
-    assert scheduled.is_joint and fixed(0.25).is_joint and not objective().is_joint
+    fixed = objective((0, 0.25))
+    assert fixed.alpha(7) == 0.25 and objective().alpha(7) == 0
+    assert scheduled.is_joint and fixed.is_joint and not objective().is_joint
 
 
 def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
@@ -119,22 +120,8 @@ def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
     assert JointObjective(config).alpha(500) == 0.2
 
 
-@pytest.mark.parametrize(
-    ("points", "both"),
-    [([(0, 0.0)], False), ([(300, 1.0), (700, 0.0)], True), ([(0, 0.0), (600, 1.0)], True)],
-)
-def test_the_costliest_step_has_both_terms(points: list[tuple[float, float]], both: bool) -> None:
-    scheduled = objective(*points)
-    for n_steps in (1, 301, 700, 10_000):
-        step = scheduled.costliest_step(n_steps)
-        assert 0 <= step < max(n_steps, 1)
-        possible = any(0 < scheduled.alpha(s) < 1 for s in range(n_steps))
-        assert possible == (0 < scheduled.alpha(step) < 1)
-    assert (0 < scheduled.alpha(scheduled.costliest_step(10_000)) < 1) == both
-
-
 def test_a_phoneme_model_has_one_term() -> None:
     logits, packing, batch = case()
     batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
-    terms = objective(n_classes=41)(logits[:, :41], packing, batch, 0)
+    terms = loss(0.0, logits[:, :41], packing, batch, n_classes=41)
     assert terms.alpha == 0 and terms.phoneme is None and math.isfinite(float(terms.total))

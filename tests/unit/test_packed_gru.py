@@ -9,6 +9,7 @@ import torch
 from brain_to_text.model import packed_gru as module
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.packed_gru import in_one_buffer, packed_gru
+from support import stand_in_gpu as stand_in
 from support.training_examples import CPU
 from torch.nn.utils.rnn import PackedSequence
 
@@ -51,10 +52,9 @@ def ours(gru, frames, sizes, states):
 
 
 @both_ways
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_on_a_cpu_it_is_torchs_gru(bidirectional: bool, dropout: float) -> None:
+def test_on_a_cpu_it_is_torchs_gru(bidirectional: bool) -> None:
     """Exactly, dropout and gradients included."""
-    given = case(bidirectional, dropout)
+    given = case(bidirectional, dropout=0.4)
     expected = outputs_and_gradients(torchs, *given)
     for a, b in zip(outputs_and_gradients(ours, *given), expected, strict=True):
         assert torch.equal(a, b)
@@ -132,79 +132,34 @@ def test_a_precision_that_fails_or_is_wrong_on_the_way_back_alone_is_refused(
     module.reason_against.cache_clear()
 
 
-# --- cuDNN ----------------------------------------------------------------------------------------
+# --- cuDNN (see test_stand_in_gpu too) ------------------------------------------------------------
 
 
-class Cudnn:
-    """Stands in for the two calls of cuDNN that need a GPU: says where weights go, notes a call."""
+def test_tensor_cores_stay_on_around_half_precision_whatever_float32_may_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, seen = stand_in.COMPUTED["_cudnn_rnn"], []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, gap: int = 0) -> None:
-        self.calls: list[tuple] = []
-        self.seeds: list[int] = []
-        self.tf32: list[bool] = []
-        module.cudnn_offsets.cache_clear()
-        monkeypatch.setattr(module, "cudnn_computes", lambda frames: True)
-        monkeypatch.setattr(torch, "_cudnn_rnn", self.rnn, raising=False)
-        monkeypatch.setattr(torch, "_cudnn_init_dropout_state", self.state, raising=False)
-        monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", self.flatten, raising=False)
-        self.gap = gap
+    def noting(*given):
+        seen.append((given[0].dtype, torch.backends.cudnn.allow_tf32))
+        return real(*given)
 
-    def flatten(self, weights, *_) -> torch.Tensor:
-        """Matrices of all layers first, then the biases, as cuDNN has them."""
-        order = sorted(range(len(weights)), key=lambda i: -weights[i].dim())
-        n = sum(w.numel() for w in weights) + self.gap * len(weights)
-        buffer = torch.zeros(n, dtype=weights[0].dtype)
-        start = 0
-        for i in order:
-            shape, count = weights[i].shape, weights[i].numel()
-            weights[i].set_(buffer[start : start + count].view(shape))
-            start += count + self.gap
-        return buffer
-
-    def state(self, dropout, training, seed, *, dtype, device) -> torch.Tensor:
-        self.seeds.append(seed)
-        return torch.tensor([seed % 256], dtype=dtype, device=device)
-
-    def rnn(self, frames, weights, stride, buffer, states, cells, mode, units, *rest):
-        self.calls.append((weights, buffer, mode, units, *rest))
-        self.tf32.append(torch.backends.cudnn.allow_tf32)
-        _, layers, _, dropout, training, both, sizes, _ = rest
-        hidden, last = torch._VF.gru(
-            frames, torch.tensor(sizes), states, weights, True, layers, dropout, training, both
-        )
-        return hidden, last, None, None, None
-
-
-@pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Cudnn:
-    return Cudnn(monkeypatch)
-
-
-@both_ways
-def test_all_layers_are_one_call_with_equal_results(cudnn: Cudnn, bidirectional: bool) -> None:
-    given = case(bidirectional)
-    expected = outputs_and_gradients(torchs, *given)
-    for a, b in zip(outputs_and_gradients(ours, *given), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    ((weights, buffer, mode, units, projections, layers, *_, state),) = cudnn.calls
-    assert (mode, units, projections, layers, state) == (3, 8, 0, 3, None)
-    assert buffer.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
-
-
-def test_tensor_cores_stay_on_around_half_precision_whatever_float32_may_do(cudnn: Cudnn) -> None:
+    monkeypatch.setitem(stand_in.COMPUTED, "_cudnn_rnn", noting)
+    gru, frames, sizes, states = case(False)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    given = case(False)
     try:
-        for allowed in (False, True):
-            allow_tf32(allowed)
-            ours(*given)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                ours(*given)
-            assert torch.backends.cuda.matmul.allow_tf32 is allowed, "products are as they were"
-            ours(*given)
+        with stand_in.stand_in_gpu(), torch.no_grad():
+            gru, frames, states = gru.to(GPU), frames.to(GPU), states.to(GPU)
+            for allowed in (False, True):
+                allow_tf32(allowed)
+                for dtype in (torch.float32, torch.bfloat16, torch.float32):
+                    ours(gru, frames.to(dtype), sizes, states)
+                    assert torch.backends.cuda.matmul.allow_tf32 is allowed, "as it was"
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    assert cudnn.tf32 == [False, True, False, True, True, True]
+    exact, half = torch.float32, torch.bfloat16
+    without = [(exact, False), (half, True), (exact, False)]
+    assert seen == [*without, *((dtype, True) for dtype, _ in without)]
 
 
 @both_ways
@@ -212,10 +167,19 @@ def test_tensor_cores_stay_on_around_half_precision_whatever_float32_may_do(cudn
 def test_copies_lie_as_cudnn_wants_them(
     monkeypatch: pytest.MonkeyPatch, bidirectional: bool, gap: int
 ) -> None:
-    Cudnn(monkeypatch, gap)
+    def flatten(weights, *_) -> None:
+        """Matrices of all layers first, then the biases, as cuDNN has them."""
+        start, buffer = 0, torch.zeros(sum(w.numel() + gap for w in weights))
+        for weight in sorted(weights, key=lambda w: -w.dim()):
+            weight.set_(buffer[start : start + weight.numel()].view(weight.shape))
+            start += weight.numel() + gap
+
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten, raising=False)
+    module.cudnn_offsets.cache_clear()
     gru, *_ = case(bidirectional)
     weights = [weight for layer in gru.all_weights for weight in layer]
     copies, buffer = in_one_buffer(weights, torch.float32, gru)
+    module.cudnn_offsets.cache_clear()
     assert (buffer is None) == (gap > 0), "torch is left to copy them where there are gaps"
     end = 0
     for copy in sorted(copies, key=lambda w: w.storage_offset()):
@@ -227,7 +191,6 @@ def test_copies_lie_as_cudnn_wants_them(
     for k, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
         assert torch.equal(weight, copy)
         assert torch.equal(weight.grad, torch.full_like(weight, k + 1))
-    module.cudnn_offsets.cache_clear()
 
 
 @on_gpu

@@ -147,7 +147,7 @@ def test_the_loss_of_packed_frames_is_that_of_each_trial_alone_in_float64(
         rows, packing, _ = model.packed_logits(features, batch.day_indices, batch.n_time_steps)
         assert rows.shape == (int(packing.frame_lengths.sum()), 1681)
         rows = torch.nn.functional.pad(rows, (0, beyond), value=-math.inf)
-        terms = step.objective(rows, packing, batch, 0)
+        terms = step.objective(rows, packing, batch, 0.3)
         torch.testing.assert_close(terms.total, loss, rtol=1e-10, atol=0)
         for found, wanted in zip(torch.autograd.grad(terms.total, used), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)

@@ -39,33 +39,11 @@ def test_a_trial_alone_and_padded_in_a_batch_has_equal_logits(bidirectional: boo
         torch.testing.assert_close(together[trial, :frames], logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_frames_of_one_trial_do_not_depend_on_the_others_padding(bidirectional: bool) -> None:
-    model = decoder(bidirectional)
-    batch = example_batch([20, 33], [0, 1])
-    n = batch.n_time_steps
-    clean = model(batch.features, batch.day_indices, n_time_steps=n)
-    batch.features[0, 20:] = torch.randn(13, 6)
-    dirty = model(batch.features, batch.day_indices, n_time_steps=n)
-    frames = int(model.frame_lengths(n)[0])
-    assert torch.equal(clean[0, :frames], dirty[0, :frames])
-
-
-@pytest.mark.parametrize(
-    ("bins", "size", "stride", "frames"),
-    [
-        (14, 14, 4, 1),
-        (17, 14, 4, 1),
-        (18, 14, 4, 2),
-        (850, 14, 4, 210),
-        (3, 14, 4, 0),
-    ],
-)
-def test_frame_lengths(bins: int, size: int, stride: int, frames: int) -> None:
-    model = decoder(patch_size=size, patch_stride=stride)
-    assert model.frame_lengths(torch.tensor([bins])).tolist() == [frames]
-    if frames:
-        assert model(torch.zeros(1, bins, 6), torch.tensor([0])).shape == (1, frames, 41)
+def test_frame_lengths() -> None:
+    model = decoder(patch_size=14, patch_stride=4)
+    bins = torch.tensor([3, 14, 17, 18, 850])
+    assert model.frame_lengths(bins).tolist() == [0, 1, 1, 2, 210]
+    assert model(torch.zeros(1, 18, 6), torch.tensor([0])).shape == (1, 2, 41)
 
 
 def test_the_public_call_works_by_position_and_states_continue_a_trial() -> None:
@@ -168,10 +146,9 @@ def test_initialisation_is_the_recipes() -> None:
     assert model.h0.abs().max() > 0
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_public_weights_load_whatever_wrapped_them(prefix: str) -> None:
+def test_public_weights_load_whatever_wrapped_them() -> None:
     source, target = decoder(), fresh()
-    given = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    given = {f"module._orig_mod.{name}": value for name, value in source.state_dict().items()}
     assert load_public_state_dict(target, given) == []
     for name, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[name])
@@ -187,10 +164,7 @@ def test_other_numbers_of_sessions_load_in_order_and_are_reported(theirs: int, o
         assert torch.equal(target.day_weights[2], torch.eye(6))
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"n_layers": 2}, "gru."), ({"n_units": 8}, "gru."), ({"bidirectional": True}, "gru.")],
-)
-def test_another_architecture_is_refused_by_name(changes: dict, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+@pytest.mark.parametrize("changes", [{"n_layers": 2}, {"n_units": 8}, {"bidirectional": True}])
+def test_another_architecture_is_refused_by_name(changes: dict) -> None:
+    with pytest.raises(CheckpointError, match=r"another architecture: gru\.\w+ is .* there and"):
         load_public_state_dict(decoder(**changes), decoder().state_dict())

@@ -8,9 +8,10 @@ import pytest
 import torch
 from brain_to_text.errors import TrainingError
 from brain_to_text.gpus import training_flops
+from brain_to_text.model import rnn_model
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
-from brain_to_text.model.train_step import largest_batch
+from brain_to_text.model.train_step import Health, largest_batch
 from support.training_examples import build, example_batch, small_config
 
 NOISY: dict[str, Any] = {
@@ -69,44 +70,19 @@ def test_trying_a_batch_leaves_no_trace() -> None:
 
 
 def test_trying_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = build(small_config())
-    real = step.augmentation
-
-    def limited(features: torch.Tensor, *rest, **options):
-        if len(features) > 3:
-            raise torch.OutOfMemoryError("does not fit")
-        return real(features, *rest, **options)
-
-    monkeypatch.setattr(step, "augmentation", limited)
-    assert largest_batch(step, 12, 60, 7) == 3
-
-
-def test_trying_counts_what_a_step_finds_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdamW's moments and averaged weights, which no step has made yet, and both loss terms."""
+    """Beside averaged weights, which no step has made yet, and with both loss terms."""
     step = build(small_config(ema_decay=0.9, objective__schedule=[[0.3, 1.0], [0.7, 0.0]]))
-    seen = []
-    objective = step.objective
+    tried, real = [], step.backward
 
-    def spy(*args):
-        seen.append(objective(*args))
-        return seen[-1]
+    def limited(batch, number: int, alpha: float):
+        tried.append((len(batch), alpha))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("does not fit")
+        return real(batch, number, alpha)
 
-    monkeypatch.setattr(step, "objective", spy)
-    spy.costliest_step = objective.costliest_step
-    assert largest_batch(step, 5, 60, 7) == 5
-    assert 0 < seen[0].alpha < 1 and seen[0].phoneme is not None
-    assert step.average is not None
-    moments = sum(m.numel() for m in train_step_module._moments_to_come(step))
-    assert moments == 2 * sum(p.numel() for p in step.parameters)
-    monkeypatch.setattr(train_step_module, "_moments_to_come", out_of_memory)
-    assert largest_batch(step, 5, 60, 7) == 0
-    monkeypatch.undo()
-    step(example_batch([40, 31, 38], [0, 1, 2]), 0)
-    assert train_step_module._moments_to_come(step) == []
-
-
-def out_of_memory(_step):
-    raise torch.OutOfMemoryError("does not fit")
+    monkeypatch.setattr(step, "backward", limited)
+    assert largest_batch(step, 12, 60, 7) == 3
+    assert tried == [(12, 0.5), (6, 0.5), (3, 0.5)] and step.average is not None
 
 
 def test_the_norm_at_which_gradients_are_clipped_follows_the_batchs_bins() -> None:
@@ -122,67 +98,53 @@ def test_the_norm_at_which_gradients_are_clipped_follows_the_batchs_bins() -> No
 
 
 def test_gradients_of_shares_add_up_to_those_of_the_batch() -> None:
-    """What ranks do: sums over local trials / global size, absent day layers given zeros."""
+    """What ranks do: sums over local trials / global size, between backward and clipping."""
     batch = example_batch([40, 31, 38, 22], [0, 1, 1, 2])
     config = small_config(objective__phoneme_weight=0.3, grad_norm_clip_value=0.0)
-    whole = build(config)
-    seen: dict[str, torch.Tensor | None] = {}
 
-    def keep(_batch, step=whole) -> None:
-        seen.update({n: p.grad for n, p in step.model.named_parameters()})
+    def gradients(rows: list[int], rank: int) -> dict[str, torch.Tensor]:
+        step, found = build(config, rank=rank), {}
+        named = list(step.model.named_parameters())
+        step.after_backward = lambda _: found.update({n: p.grad for n, p in named})
+        step(batch.take(rows), 0, global_batch_size=4)
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    whole.after_backward = keep
-    whole(batch, 0)
-    total: dict[str, torch.Tensor] = {}
-    for rank, rows in enumerate(([0, 1], [2, 3])):
-        share = build(config, rank=rank)
-        order: list[str] = []
-
-        def add(_batch, share=share, order=order) -> None:
-            order.append("hook")
-            for name, parameter in share.model.named_parameters():
-                if parameter.grad is not None:
-                    total[name] = total.get(name, 0) + parameter.grad
-
-        share.after_backward = add
-        share(batch.take(rows), 0, global_batch_size=4)
-        assert order == ["hook"]
-    for name, gradient in seen.items():
-        torch.testing.assert_close(total.get(name), gradient, rtol=1e-5, atol=1e-7)
+    whole, one, other = gradients([0, 1, 2, 3], 0), gradients([0, 1], 0), gradients([2, 3], 1)
+    assert whole.keys() == one.keys() | other.keys()
+    for name, gradient in whole.items():
+        total = one.get(name, 0) + other.get(name, 0)
+        torch.testing.assert_close(total, gradient, rtol=1e-5, atol=1e-7)
 
 
 # --- refusing -------------------------------------------------------------------------------------
 
 
-def test_a_non_finite_step_is_refused_counted_and_named() -> None:
+def test_a_non_finite_step_is_refused_and_changes_nothing() -> None:
     step = build(small_config())
-    for k in range(3):
-        step(example_batch([30, 26], [0, 1], seed=k), k)
+    step(example_batch([30, 26], [0, 1]), 0)
     before = weights(step)
-    for k in (3, 4):
-        result = step(spoil(example_batch([30, 26], [0, 1], seed=k)), k)
-        assert not bool(result.finite)
+    assert not bool(step(spoil(example_batch([30, 26], [0, 1])), 1).finite)
     assert_equal(before, weights(step))
-    health = step.health()
-    assert (health.refused_total, health.refused_in_a_row) == (2, 2)
-    assert health.last_refused_step == 4
-    assert bool(step(example_batch([30, 26], [0, 1], seed=5), 5).finite)
-    assert step.health().refused_in_a_row == 0 and step.health().refused_total == 2
+    assert bool(step(example_batch([30, 26], [0, 1]), 2).finite)
     assert not torch.equal(before["out.weight"], weights(step)["out.weight"])
 
 
 def test_the_longest_run_of_refusals_is_remembered_until_somebody_asks() -> None:
+    """Also over a checkpoint."""
     step = build(small_config())
     good, bad = example_batch([30, 26], [0, 1]), spoil(example_batch([30, 26], [0, 1]))
     for k, batch in enumerate((good, bad, bad, good, bad, good)):
         step(batch, k)
-    assert step.health().refused_in_a_row == 2
-    step(good, 6)
-    assert step.health().refused_in_a_row == 0
-    step(bad, 7)
-    assert step.health().refused_in_a_row == 1
-    step(bad, 8)
-    assert step.health().refused_in_a_row == 2, "asking does not end a run"
+    resumed = build(small_config())
+    resumed.load_state_dict(step.state_dict())
+    for each in (step, resumed):
+        assert vars(each.health()) == vars(Health(3, 2, 4))
+        each(good, 6)
+        assert vars(each.health()) == vars(Health(3, 0, 4))
+        each(bad, 7)
+        assert vars(each.health()) == vars(Health(4, 1, 7))
+        each(bad, 8)
+        assert vars(each.health()) == vars(Health(5, 2, 8)), "asking does not end a run"
 
 
 def test_an_infeasible_trial_is_refused_too() -> None:
@@ -214,7 +176,7 @@ def test_float16_scales_the_loss_and_grows_the_scale(monkeypatch: pytest.MonkeyP
         a, b = plain(batch, k), scaled(batch, k)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a.terms.total, b.terms.total)
-    assert float(scaled._state["scale"]) == 2 * train_step_module.INITIAL_SCALE
+    assert float(scaled.scale) == 2 * train_step_module.INITIAL_SCALE
     for a, b in zip(plain.parameters, scaled.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -230,7 +192,7 @@ def test_an_overflow_that_a_smaller_scale_may_cure_is_no_divergence(
     for k in range(1, 17):  # from 2^16 down to 1
         assert not bool(step(batch, k).finite)
     assert_equal(before, weights(step))
-    assert float(step._state["scale"]) == 1 and step.health().refused_total == 0
+    assert float(step.scale) == 1 and step.health().refused_total == 0
     step(batch, 17)
     assert step.health().last_refused_step == 17, "at scale 1 it is the model that diverged"
 
@@ -244,7 +206,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_named_at_any_scale(
     health = step.health()
     assert (health.refused_total, health.refused_in_a_row) == (2, 2)
     assert health.last_refused_step == 1
-    assert float(step._state["scale"]) == train_step_module.INITIAL_SCALE, "it is not to blame"
+    assert float(step.scale) == train_step_module.INITIAL_SCALE, "it is not to blame"
 
 
 def test_a_loss_that_is_not_finite_on_another_rank_counts_on_this_one(
@@ -264,7 +226,7 @@ def test_an_error_of_cudnn_names_the_settings_that_may_avoid_it(
     def refuses(*_):
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
-    monkeypatch.setattr(step.model, "recurrent_frames", refuses)
+    monkeypatch.setattr(rnn_model, "packed_gru", refuses)
     with pytest.raises(TrainingError, match=r"EXECUTION_FAILED.*--amp_dtype float16"):
         step(example_batch([30, 26], [0, 1]), 0)
 
@@ -353,9 +315,7 @@ def test_flops_agree_with_the_products_torch_counts() -> None:
     batch = example_batch([40, 40], [0, 1])
     with FlopCounterMode(display=False) as counter:
         features, n = step.augmentation(batch.features, batch.n_time_steps, torch.Generator())
-        frames, packing = step.model.input_frames(features, batch.day_indices, n)
-        hidden, _ = step.model.recurrent_frames(frames, packing)
-        step.model.out(hidden)
+        step.model(features, batch.day_indices, n_time_steps=n)
     counted = counter.get_total_flops()
     n_frames = int(step.model.frame_lengths(n).sum())
     assert 3 * counted == pytest.approx(training_flops(config, int(n.sum()), n_frames), rel=0.02)

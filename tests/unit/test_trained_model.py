@@ -57,7 +57,7 @@ def test_what_is_not_a_model_is_named(tmp_path):
         open_model(tmp_path / "absent")
     broken = tmp_path / "model.tar.gz"
     broken.write_bytes(b"not an archive")
-    with pytest.raises(CheckpointError, match=r"model\.tar\.gz cannot be read"):
+    with pytest.raises(BrainToTextError, match=r"model\.tar\.gz is damaged"):
         open_model(broken)
     write_model(tmp_path / "model", SESSIONS)
     (tmp_path / "model" / "checkpoint" / "args.yaml").unlink()
@@ -142,20 +142,21 @@ def test_sessions_that_do_not_fit_the_day_layers_are_refused(tmp_path):
         ("args.yaml", b"- a\n- b\n", "must hold keys and values, not a list"),
         ("best_checkpoint", torch.zeros(3), "holds a Tensor"),
         ("best_checkpoint", {"model_state_dict": torch.zeros(3)}, "no model_state_dict"),
-        ("best_checkpoint", {"model_state_dict": {"h0": 3}}, "'h0' as int"),
         ("best_checkpoint", {}, "no model_state_dict"),
-        ("best_checkpoint", {"model_state_dict": {0: torch.zeros(3)}}, "holds 0 as Tensor"),
-        ("best_checkpoint", {"model_state_dict": {"h0": torch.ones(3).int()}}, "'h0' as torch.int"),
-        ("best_checkpoint", {"model_state_dict": {"h0": torch.eye(3).to_sparse()}}, "dense"),
-        (
-            "best_checkpoint",
-            {"model_state_dict": {"h0": torch.tensor([1, float("nan")])}},
-            "in 'h0' that are no finite numbers",
+        *(
+            ("best_checkpoint", {"model_state_dict": weights}, reason)
+            for weights, reason in (
+                ({"h0": 3}, "'h0' as int"),
+                ({0: torch.zeros(3)}, "holds 0 as Tensor"),
+                ({"h0": torch.ones(3).int()}, "'h0' as torch.int"),
+                ({"h0": torch.eye(3).to_sparse()}, "torch.sparse_coo"),
+                ({"h0": torch.zeros(3, device="meta")}, "on meta"),
+                ({"h0": torch.tensor([1, float("nan")])}, "in 'h0' that are no finite numbers"),
+            )
         ),
     ],
 )
-@pytest.mark.parametrize("read", [open_model, initial_weights])
-def test_a_damaged_file_of_a_model_is_one_sentence(read, name, content, reason, tmp_path):
+def test_a_damaged_file_of_a_model_is_one_sentence(name, content, reason, tmp_path):
     public_layout(tmp_path / "model")
     path = tmp_path / "model" / "checkpoint" / name
     if isinstance(content, bytes):
@@ -163,7 +164,7 @@ def test_a_damaged_file_of_a_model_is_one_sentence(read, name, content, reason, 
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=reason) as caught:
-        read(tmp_path / "model")
+        open_model(tmp_path / "model")
     assert "\n" not in str(caught.value)
 
 
@@ -176,27 +177,24 @@ def test_the_label_form_is_read_where_training_kept_it(tmp_path):
 
 
 @pytest.mark.parametrize("listed", [5, "t15.2023.08.11", [["a"], "b"], ["a", "a"], {"a": 1}])
-@pytest.mark.parametrize("read", [open_model, initial_weights])
-def test_sessions_that_are_no_names_are_one_sentence(read, listed, tmp_path):
+def test_sessions_that_are_no_names_are_one_sentence(listed, tmp_path):
     write_model(tmp_path / "model", SESSIONS)
     path = tmp_path / "model" / "checkpoint" / "best_checkpoint"
     torch.save({**torch.load(path), "sessions": listed}, path)
     with pytest.raises(CheckpointError, match="must be a list of different names") as caught:
-        read(tmp_path / "model")
+        initial_weights(tmp_path / "model")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("n_units", 10**4), ("n_layers", 10**5), ("patch_size", 10**5)]
-)
+@pytest.mark.parametrize(("key", "value"), [("n_units", 10**4), ("patch_size", 10**5)])
 def test_a_model_far_larger_than_its_weights_takes_no_memory(key, value, tmp_path):
     write_model(tmp_path / "model", SESSIONS)
     path = tmp_path / "model" / "checkpoint" / "args.yaml"
     args = yaml.safe_load(path.read_text())
     args["model"][key] = value
     path.write_text(yaml.safe_dump(args))
-    with pytest.raises(CheckpointError, match=r"describes a model of [0-9,]+ weights"):
-        open_model(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="made by another architecture"):
+        open_model(tmp_path / "model").build()
 
 
 def test_widths_that_args_leave_to_the_data_are_those_of_the_weights(tmp_path):

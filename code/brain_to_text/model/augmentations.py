@@ -13,7 +13,7 @@ import torch
 from ..config import DataTransformsConfig
 from .device import send
 
-KEPT_TAPS = 0.01  # the public baseline drops taps of the Gaussian below this weight
+SMALLEST_TAP = 0.01  # the public baseline drops taps of the Gaussian below this weight
 TRUNCATION = 4.0  # standard deviations beyond which scipy's Gaussian filter stops
 
 
@@ -36,15 +36,9 @@ def gaussian_kernel(std: float, size: int) -> torch.Tensor:
     offsets = np.arange(-reach, reach + 1)
     taps = np.exp(-0.5 * (offsets / std) ** 2)
     taps /= taps.sum()
-    kept = taps > KEPT_TAPS
-    if not kept.any():  # a Gaussian wider than 40 bins has no tap above the threshold
-        kept[:] = True
-    return torch.tensor(taps[kept] / taps[kept].sum(), dtype=torch.float32)
-
-
-def valid_bins(n_time_steps: torch.Tensor, n_bins: int) -> torch.Tensor:
-    """[B, n_bins] bool: True where a bin belongs to its trial."""
-    return torch.arange(n_bins) < n_time_steps.unsqueeze(1)
+    large = taps > SMALLEST_TAP
+    taps = taps[large] if large.any() else taps  # a Gaussian wider than 40 bins has no large one
+    return torch.tensor(taps / taps.sum(), dtype=torch.float32)
 
 
 class Augmentation:
@@ -78,59 +72,60 @@ class Augmentation:
         Returns:
             (features [B, T, C] float32, zero beyond the new lengths; the new lengths [B], CPU).
         """
+        x, T = features.float(), features.shape[1]
         if generator is None:
-            return self._smoothed(features.float(), n_time_steps), n_time_steps
-        config, device = self.config, features.device
+            return self._smoothed(x, send(_valid_bins(n_time_steps, T), x.device)), n_time_steps
+        x, n_time_steps, keep = self._perturbed(x, n_time_steps, generator)
+        return self._smoothed(x, keep), n_time_steps
+
+    def _perturbed(
+        self, x: torch.Tensor, n_time_steps: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(Features before smoothing, their lengths, [B, T] bool: where they may not be zero)."""
+        config, device, (B, T, C) = self.config, x.device, x.shape
         host = np.random.default_rng(generator.initial_seed())
-        B, T, C = features.shape
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        x = features.float()
         if config.static_gain_std > 0:
             x = torch.baddbmm(x, x, normal(B, C, C), alpha=config.static_gain_std)
+        if config.white_noise_std > 0:
+            x = normal(B, T, C).mul_(config.white_noise_std).add_(x)
+        if config.constant_offset_std > 0:
+            x = torch.add(x, normal(B, 1, C), alpha=config.constant_offset_std)
         cut = torch.from_numpy(host.integers(0, max(config.random_cut, 1), size=B))
         cut = torch.minimum(cut, (n_time_steps - 1).clamp_min(0))
         n_time_steps = n_time_steps - cut
-        x = _perturb(
-            x,
-            normal(B, T, C) if config.white_noise_std > 0 else None,
-            normal(B, 1, C) if config.constant_offset_std > 0 else None,
-            config.white_noise_std,
-            config.constant_offset_std,
-            send(_rows_after_cut(cut, T), device) if config.random_cut > 1 else None,
-            send(valid_bins(n_time_steps, T), device),
-        )
-        masked = None
+        if config.random_cut > 1:
+            bins = (torch.arange(T) + cut.unsqueeze(1)).clamp_max(T - 1)
+            rows = (bins + T * torch.arange(B).unsqueeze(1)).flatten()
+            x = x.flatten(0, 1).index_select(0, send(rows, device)).view(B, T, C)
+        keep = _valid_bins(n_time_steps, T)
+        on_device = send(keep, device)
+        x = x * on_device.unsqueeze(2)
         if config.time_mask_share > 0:
-            masked = time_mask(
-                n_time_steps, T, config.time_mask_share, config.time_mask_max_bins, host
-            )
+            share, longest = config.time_mask_share, config.time_mask_max_bins
+            masked = time_mask(n_time_steps, T, share, longest, host)
+            on_device = send(keep & ~masked, device)
         if config.channel_mask_share > 0:
-            lost = channel_mask(B, C, config.channel_mask_share, host)
-            x = x * send(~lost, device).unsqueeze(1)
-        return self._smoothed(x, n_time_steps, masked), n_time_steps
+            masked = channel_mask(B, C, config.channel_mask_share, host)
+            x = x * send(~masked, device).unsqueeze(1)
+        return x, n_time_steps, on_device
 
-    def _smoothed(
-        self,
-        x: torch.Tensor,
-        n_time_steps: torch.Tensor,
-        masked: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if not self.taps and masked is None:
-            return x
-        kept = valid_bins(n_time_steps, x.shape[1])
-        if masked is not None:
-            kept &= ~masked
-        keep = send(kept, x.device)
+    def _smoothed(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cuda":
             return _smooth(x, keep, self.taps)
         # one trial at a time stays in the cache: 5 x faster than the whole batch at once
         out = torch.empty_like(x)
-        for one, kept_one, target in zip(x.split(1), keep.split(1), out.split(1), strict=True):
-            target.copy_(_smooth(one, kept_one, self.taps))
+        for one, keep_one, target in zip(x.split(1), keep.split(1), out.split(1), strict=True):
+            target.copy_(_smooth(one, keep_one, self.taps))
         return out
+
+
+def _valid_bins(n_time_steps: torch.Tensor, n_bins: int) -> torch.Tensor:
+    """[B, n_bins] bool: True where a bin belongs to its trial."""
+    return torch.arange(n_bins) < n_time_steps.unsqueeze(1)
 
 
 def time_mask(
@@ -166,31 +161,6 @@ def channel_mask(
     """[n_trials, n_channels] bool, True in round(share * n_channels) channels of each trial."""
     order = random.permuted(np.tile(np.arange(n_channels), (n_trials, 1)), axis=1)
     return torch.from_numpy(order < round(share * n_channels))
-
-
-def _rows_after_cut(cut: torch.Tensor, n_bins: int) -> torch.Tensor:
-    """[B * n_bins] row of the flattened batch that moves to each row when leading bins go."""
-    bins = (torch.arange(n_bins) + cut.unsqueeze(1)).clamp_max(n_bins - 1)
-    return (bins + n_bins * torch.arange(len(cut)).unsqueeze(1)).flatten()
-
-
-def _perturb(
-    x: torch.Tensor,
-    noise: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    noise_std: float,
-    offset_std: float,
-    rows: torch.Tensor | None,
-    keep: torch.Tensor,
-) -> torch.Tensor:
-    """x + noise + offset, moved by the cut, zero outside `keep`; consumes `noise`."""
-    if noise is not None:
-        x = noise.mul_(noise_std).add_(x)
-    if offset is not None:
-        x = x + offset_std * offset if noise is None else x.add_(offset, alpha=offset_std)
-    if rows is not None:
-        x = x.flatten(0, 1).index_select(0, rows).view(x.shape)
-    return x * keep.unsqueeze(2)
 
 
 def _smooth(x: torch.Tensor, keep: torch.Tensor, taps: list[float]) -> torch.Tensor:

@@ -80,7 +80,7 @@ def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
         return None
     gpu, dtype = gpus.GPUS[known], autocast_dtype(config, device)
     if dtype is None:
-        return gpu.peak("tf32" if config.allow_tf32 and gpu.tf32 else "float32")
+        return gpu.peak(gpu.exact(config.allow_tf32))
     return gpu.peak("bfloat16" if dtype == torch.bfloat16 else "float16")
 
 
@@ -99,19 +99,19 @@ def notes(config: TrainingConfig, device: torch.device) -> list[str]:
         return [f"No GPU is used: {no_gpu()}"]
     dtype, passed_over = _precision(config, device)
     taken = str(dtype or torch.float32).removeprefix("torch.")
-    said = [f"{reason}: this run computes in {taken}" for reason in passed_over]
+    sentences = [f"{reason}: this run computes in {taken}" for reason in passed_over]
     if config.objective.ctc_kernel != "torch":
         reason = gpu_ctc.reason_against(device)
-        said.append(
+        sentences.append(
             "CTC runs in our Triton kernel, which agrees with torch's on this GPU"
             if reason is None
-            else f"CTC runs in torch's own kernel, which waits for the GPU: {reason}"
+            else f"CTC runs in torch's kernel, which waits for the GPU: {reason}"
         )
-    return said
+    return sentences
 
 
 def no_gpu() -> str:
-    """Why torch sees none, in its own words where it has any."""
+    """Why torch sees none, in its words where it has any."""
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is a build without CUDA."
     if torch.cuda.is_available():

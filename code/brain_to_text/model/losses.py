@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 
 from ..config import TrainingConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
+from ..streaming.batch import Batch
 from .device import send
 from .gpu_ctc import ctc_nll_without_waiting, label_scores, usable
 from .rnn_model import Packing
@@ -105,18 +104,12 @@ class JointObjective:
         """The phoneme term's weight at a global step."""
         return float(np.interp(step, self.steps, self.weights)) if self.marginalises else 0.0
 
-    def costliest_step(self, n_steps: int) -> int:
-        """A step of the first `n_steps` at which both terms have a gradient, if there is one."""
-        corners = [step for step in map(math.ceil, self.steps) if step < n_steps]
-        middles = [sum(pair) // 2 for pair in itertools.pairwise([*corners, n_steps - 1])]
-        return max([*corners, *middles, 0], key=lambda step: 0 < self.alpha(step) < 1)
-
     def __call__(
         self,
         logits: torch.Tensor,
         packing: Packing,
-        batch: Any,
-        step: int,
+        batch: Batch,
+        alpha: float,
         global_batch_size: int | None = None,
     ) -> LossTerms:
         """The loss of one batch (or of one rank's share of it).
@@ -125,35 +118,26 @@ class JointObjective:
             logits: [N, >= C] of the frames that exist, any float type; the loss is float32 at
                 least. Columns beyond the classes have probability 0.
             packing: whose frames they are.
-            batch: a `Batch` with labels.
-            step: global step, for the weight.
+            batch: with labels.
+            alpha: the phoneme term's weight.
             global_batch_size: trials over all ranks; the sum over this rank's trials is divided
                 by it, so that summing gradients over ranks gives the mean over the batch.
         """
-        alpha = self.alpha(step)
-        frame_lengths = packing.frame_lengths
-        n_frames = max(int(frame_lengths.sum()), 1)
-        trials = global_batch_size or len(frame_lengths)
+
+        def nll(log_probs: torch.Tensor, labels: Any, label_lengths: Any) -> torch.Tensor:
+            lengths = (packing.frame_lengths, label_lengths)
+            return ctc_nll(log_probs, labels, *lengths, self.ctc_kernel, packing).sum()
+
+        n_frames = max(int(packing.frame_lengths.sum()), 1)
+        trials = global_batch_size or len(packing.frame_lengths)
         log_probs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
-        nll = ctc_nll(
-            log_probs if alpha < 1 else log_probs.detach(),
-            batch.labels,
-            frame_lengths,
-            batch.label_lengths,
-            self.ctc_kernel,
-            packing,
-        ).sum()
-        terms = LossTerms((1 - alpha) / trials * nll, nll.detach() / n_frames, None, alpha)
+        of_classes = log_probs if alpha < 1 else log_probs.detach()
+        classes = nll(of_classes, batch.labels, batch.label_lengths)
+        terms = LossTerms((1 - alpha) / trials * classes, classes.detach() / n_frames, None, alpha)
         if alpha > 0:
-            nll = ctc_nll(
-                marginalise_log_probs(log_probs[:, :N_DIPHONES]),
-                batch.phoneme_labels,
-                frame_lengths,
-                batch.phoneme_lengths,
-                self.ctc_kernel,
-                packing,
-            ).sum()
-            phoneme_total = alpha / trials * nll
+            marginal = marginalise_log_probs(log_probs[:, :N_DIPHONES])
+            phonemes = nll(marginal, batch.phoneme_labels, batch.phoneme_lengths)
+            phoneme_total = alpha / trials * phonemes
             terms.total = terms.total + phoneme_total if alpha < 1 else phoneme_total
-            terms.phoneme = nll.detach() / n_frames
+            terms.phoneme = phonemes.detach() / n_frames
         return terms

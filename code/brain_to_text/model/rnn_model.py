@@ -117,14 +117,6 @@ class GRUDecoder(nn.Module):
             (logits [N, >= n_classes] (see `frame_logits`), whose frames they are, the last states
             [layers * directions, B, H] in packed order).
         """
-        frames, packing = self.input_frames(x, day_idx, n_time_steps)
-        hidden, states = self.recurrent_frames(frames, packing, states)
-        return frame_logits(self.out, hidden), packing, states
-
-    def input_frames(
-        self, x: torch.Tensor, day_idx: torch.Tensor, n_time_steps: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Packing]:
-        """The GRU's input: day layer, dropout, patches; [N, patch_size * C] real frames, packed."""
         B, T = x.shape[:2]
         x = F.softsign(self._day_layer(x, day_idx.tolist()))
         x = F.dropout(x, self.input_dropout, self.training)
@@ -132,22 +124,14 @@ class GRUDecoder(nn.Module):
             n_time_steps = torch.full((B,), T)
         n_frames = max(int(self.frame_lengths(torch.tensor(T))), 1)
         packing = Packing.of(self.frame_lengths(n_time_steps), n_frames, x.device)
-        return self._patches(x, packing), packing
-
-    def recurrent_frames(
-        self,
-        frames: torch.Tensor,
-        packing: Packing,
-        states: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed hidden states [N, H * directions], last states [layers * directions, B, H]."""
-        B = len(packing.order)
         if states is None:
             states = self.h0.expand(self.n_layers * self.n_directions, B, self.n_units)
             states = states.contiguous()
         else:
             states = states.index_select(1, packing.order)
-        return packed_gru(frames, packing.batch_sizes, states, self.gru)
+        x = self._patches(x, packing)
+        hidden, states = packed_gru(x, packing.batch_sizes, states, self.gru)
+        return frame_logits(self.out, hidden), packing, states
 
     def _day_layer(self, x: torch.Tensor, days: Sequence[int]) -> torch.Tensor:
         """x W + b with each trial's session's weights: one product per run of trials."""
@@ -242,11 +226,17 @@ def without_wrappers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return weights
 
 
-def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+def load_public_state_dict(
+    model: GRUDecoder, state_dict: Mapping[str, torch.Tensor], *, assign: bool = False
+) -> list[str]:
     """Load weights of this library or of the public baseline into `model`.
 
     Prefixes left by wrappers are stripped. A classifier for another number of classes, or day
     layers beyond those the file has, keep their fresh initialisation.
+
+    Args:
+        assign: the given tensors become the model's instead of being copied into them, as for a
+            model on the meta device.
 
     Returns:
         One sentence for each thing that was not taken from `state_dict`.
@@ -255,42 +245,37 @@ def load_public_state_dict(model: GRUDecoder, state_dict: Mapping[str, torch.Ten
         CheckpointError: a weight is missing, unexpected, or has another shape.
     """
     given = without_wrappers(state_dict)
-    expected, said = model.state_dict(), []
+    fresh, remarks = model.state_dict(), []
     if "out.weight" in given and len(given["out.weight"]) != model.n_classes:
-        said.append(
+        remarks.append(
             f"The classifier has {len(given['out.weight'])} classes in the checkpoint and "
             f"{model.n_classes} here: it starts from fresh weights."
         )
-        given = {name: v for name, v in given.items() if name not in PLAIN_NAMES}
-        given |= {name: v for name, v in expected.items() if name.startswith(PREFIX)}
+        given = {name: v for name, v in given.items() if not name.startswith(PREFIX)}
+        given |= {name: v for name, v in fresh.items() if name.startswith(PREFIX)}
     elif isinstance(model.out, FactoredClassifier) and given.keys() >= set(PLAIN_NAMES):
         given = unfolded(given)
     n_days = sum(name.startswith("day_weights.") for name in given)
     if n_days != model.n_days:
-        kept = min(n_days, model.n_days)
-        said.append(
+        common = min(n_days, model.n_days)
+        remarks.append(
             f"The checkpoint has day layers for {n_days} sessions and this run has {model.n_days}: "
-            f"the first {kept} are loaded in order"
-            f"{', the others start as the identity' if kept < model.n_days else ''}."
+            f"the first {common} are loaded in order"
+            f"{', the others start as the identity' if common < model.n_days else ''}."
         )
-        for name in [n for n in given if n.startswith("day_") and int(n.split(".")[1]) >= kept]:
-            del given[name]
-        given |= {n: v for n, v in expected.items() if n.startswith("day_") and n not in given}
-    for problem, names in (
-        ("lacks", expected.keys() - given.keys()),
-        ("has an unknown weight", given.keys() - expected.keys()),
-        (
-            "has another shape for",
-            {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape},
-        ),
-    ):
-        if names:
-            name = min(names)
-            shapes = f" ({tuple(given[name].shape)})" if name in given else ""
+        days = {name: v for name, v in fresh.items() if name.startswith("day_")}
+        given = {n: v for n, v in given.items() if n in days or not n.startswith("day_")}
+        given = days | given
+    for name in sorted(fresh.keys() | given.keys()):
+        there, here = (
+            tuple(weights[name].shape) if name in weights else "absent"
+            for weights in (given, fresh)
+        )
+        if there != here:
             raise CheckpointError(
-                f"The checkpoint {problem} {name}{shapes}: it was made by another architecture; "
-                "set the config's model section (n_units, n_layers, bidirectional, "
+                f"The checkpoint was made by another architecture: {name} is {there} there and "
+                f"{here} here; set the config's model section (n_units, n_layers, bidirectional, "
                 "n_input_features, patch_size) to the checkpoint's."
             )
-    model.load_state_dict(given)
-    return said
+    model.load_state_dict(given, assign=assign)
+    return remarks

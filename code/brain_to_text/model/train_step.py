@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,13 +38,13 @@ class StepResult:
     learning_rate: float  # of this update; day layers have their own
 
 
-@dataclass(frozen=True)
+@dataclass
 class Health:
     """Updates refused because the loss or its gradient was not finite."""
 
-    refused_total: int
-    refused_in_a_row: int  # the longest run of them since this was asked before
-    last_refused_step: int  # -1: none
+    refused_total: int = 0
+    refused_in_a_row: int = 0  # the longest run of them since this was asked before
+    last_refused_step: int = -1  # none
 
 
 class TrainStep:
@@ -81,18 +80,15 @@ class TrainStep:
         self.rank = rank
         self.after_backward = after_backward
         self.on_every_rank = on_every_rank
-        self.amp_dtype = autocast_dtype(config, self.device)
+        self.amp_dtype = autocast_dtype(config, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._state: dict[str, torch.Tensor] = {
-            "refused": self._count(0),
-            "refused_in_a_row": self._count(0),
-            "longest_in_a_row": self._count(0),  # since `health` was asked
-            "last_refused_step": self._count(-1),
-        }
+        self.scale: torch.Tensor | None = None  # of the loss
+        self.good_steps = torch.tensor(0, device=device)  # since the scale changed
         if self.amp_dtype == torch.float16:
-            self._state["scale"] = torch.tensor(INITIAL_SCALE, device=self.device)
-            self._state["good_steps"] = self._count(0)
+            self.scale = torch.tensor(INITIAL_SCALE, device=device)
         self.average: list[torch.Tensor] | None = None  # begins with the first step
+        self._health, self._refused_up_to_now = Health(), 0
+        self._refused: list[tuple[int, torch.Tensor]] = []  # by step, not looked at yet
 
     def __call__(
         self,
@@ -109,46 +105,63 @@ class TrainStep:
             global_batch_size: trials in the batch over all ranks, if there are several.
             bins_over_mean: see `BatchPlan`; the norm at which gradients are clipped follows it.
         """
-        if batch.features.device != self.device:
-            batch = batch.to(self.device)
         self.begin_average()
-        self.model.train()
-        generator = step_generator(self.device, self.config.seed, step, self.rank)
-        torch.manual_seed(generator.initial_seed())  # dropout
-        features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps, generator)
-        scale = self._state.get("scale")
-        self.optimizer.zero_grad(set_to_none=True)
-        with explained_cudnn_errors():
-            with self.autocast():
-                logits, packing, _ = self.model.packed_logits(
-                    features, batch.day_indices, n_time_steps
-                )
-            terms = self.objective(logits, packing, batch, step, global_batch_size)
-            (terms.total if scale is None else terms.total * scale).backward()
+        terms, n_frames = self.backward(batch, step, self.objective.alpha(step), global_batch_size)
         # An infinite loss can have a finite gradient (a trial without frames): let it show there,
         # before gradients are summed over ranks, so that every rank refuses the same steps.
         *_, classifier_bias = self.model.out.parameters()
         if classifier_bias.grad is not None:
-            classifier_bias.grad.add_(terms.total.detach() * 0)
+            classifier_bias.grad.add_(terms.total * 0)
         if self.after_backward is not None:
             self.after_backward(batch)
         norm, finite, divisor = clip_and_check(
             self.parameters,
             self.config.grad_norm_clip_value * bins_over_mean,
-            1.0 if scale is None else scale,
+            1.0 if self.scale is None else self.scale,
         )
         set_learning_rates(self.optimizer, self.config, step)
         apply_update(self.optimizer, divisor, ~finite)
-        terms.total = terms.total.detach()  # lets go of the graph
-        self._count_refusals(finite, terms.total, step)
+        self._refused.append((step, ~finite & ~self._adapt_scale(finite, terms.total)))
         self._update_average(step)
-        return StepResult(
-            terms=terms,
-            grad_norm=norm,
-            finite=finite,
-            n_frames=int(packing.frame_lengths.sum()),
-            learning_rate=self.optimizer.param_groups[-1]["lr"],
-        )
+        rate = self.optimizer.param_groups[-1]["lr"]
+        return StepResult(terms, norm, finite, n_frames, rate)
+
+    def backward(
+        self, batch: Batch, step: int, alpha: float, global_batch_size: int | None = None
+    ) -> tuple[LossTerms, int]:
+        """Give the weights a batch's gradients, and nothing else another value.
+
+        Args:
+            alpha: weight of the phoneme term.
+
+        Returns:
+            (the loss, detached; the batch's output frames).
+
+        Raises:
+            TrainingError: cuDNN refused or failed.
+        """
+        self.model.train()
+        generator = step_generator(self.device, self.config.seed, step, self.rank)
+        torch.manual_seed(generator.initial_seed())  # dropout
+        features, n_time_steps = self.augmentation(batch.features, batch.n_time_steps, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with self.autocast():
+                logits, packing, _ = self.model.packed_logits(
+                    features, batch.day_indices, n_time_steps
+                )
+            terms = self.objective(logits, packing, batch, alpha, global_batch_size)
+            (terms.total if self.scale is None else terms.total * self.scale).backward()
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:300]
+            if "cudnn" not in text.lower():
+                raise
+            raise TrainingError(
+                f"cuDNN failed in a training step ({text}): start again with another precision, "
+                "--amp_dtype float16 or --use_amp false."
+            ) from error
+        terms.total = terms.total.detach()  # lets go of the graph
+        return terms, int(packing.frame_lengths.sum())
 
     def autocast(self) -> torch.autocast:
         """The forward pass's precision, for training and validation alike."""
@@ -158,11 +171,10 @@ class TrainStep:
 
     def health(self) -> Health:
         """Refused updates so far; waits for the device, so do not ask at every step."""
-        state = self._state
-        names = ("refused", "longest_in_a_row", "last_refused_step")
-        health = Health(*torch.stack([state[name] for name in names]).tolist())
-        state["longest_in_a_row"].zero_()
-        return health
+        self._look_at_refusals()
+        asked = self._health
+        self._health = replace(asked, refused_in_a_row=0)
+        return asked
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -170,54 +182,59 @@ class TrainStep:
         if self.average is None:
             yield
             return
-        own = [p.detach().clone() for p in self.parameters]
+        current = [p.detach().clone() for p in self.parameters]
         values = [p.data for p in self.parameters]
         torch._foreach_copy_(values, self.average)
         try:
             yield
         finally:
-            torch._foreach_copy_(values, own)
+            torch._foreach_copy_(values, current)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, loss scale and averaged weights; model and optimiser have theirs."""
-        state: dict[str, Any] = {name: value.clone() for name, value in self._state.items()}
+        self._look_at_refusals()
+        state: dict[str, Any] = {"health": asdict(self._health), "refused": self._refused_up_to_now}
+        if self.scale is not None:
+            state |= {"scale": self.scale.clone(), "good_steps": self.good_steps.clone()}
         if self.average is not None:
             state["average"] = [value.clone() for value in self.average]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; what this configuration does not use is left out."""
-        for name, value in self._state.items():
-            if name in state:
-                value.copy_(state[name])
+        self._health, self._refused_up_to_now = Health(**state["health"]), state["refused"]
+        if self.scale is not None and "scale" in state:
+            self.scale.copy_(state["scale"])
+            self.good_steps.copy_(state["good_steps"])
         if self.config.ema_decay > 0 and "average" in state:
             self.average = [
                 saved.to(parameter.device, copy=True)
                 for parameter, saved in zip(self.parameters, state["average"], strict=True)
             ]
 
-    def _count(self, value: int) -> torch.Tensor:
-        return torch.tensor(value, device=self.device)
+    def _look_at_refusals(self) -> None:
+        flags = torch.stack([flag for _, flag in self._refused]).tolist() if self._refused else []
+        health = self._health
+        for (step, _), refused in zip(self._refused, flags, strict=True):
+            self._refused_up_to_now = self._refused_up_to_now + 1 if refused else 0
+            health.refused_in_a_row = max(health.refused_in_a_row, self._refused_up_to_now)
+            health.refused_total += refused
+            health.last_refused_step = step if refused else health.last_refused_step
+        self._refused.clear()
 
-    def _count_refusals(self, finite: torch.Tensor, loss: torch.Tensor, step: int) -> None:
-        """Count a refused update, unless the loss scale alone is to blame; adapt the scale."""
-        state, refused = self._state, ~finite
-        overflow = torch.zeros_like(refused)
-        if "scale" in state:
-            # no scale makes a finite loss of one that is not: that is the batch's or the model's
-            too_large = refused & self.on_every_rank(torch.isfinite(loss))
-            overflow = too_large & (state["scale"] > 1)
-            good = torch.where(finite, state["good_steps"] + 1, 0)
-            grown = good == GROWTH_INTERVAL
-            factor = torch.where(too_large, 0.5, torch.where(grown, 2.0, 1.0))
-            state["scale"].mul_(factor).clamp_(min=2.0**-14)
-            state["good_steps"].copy_(torch.where(grown, 0, good))
-        counted = refused & ~overflow
-        last = state["last_refused_step"]
-        last.copy_(torch.where(counted, step, last))
-        state["refused"].add_(counted)
-        in_a_row = state["refused_in_a_row"].add_(1).mul_(counted)
-        torch.maximum(state["longest_in_a_row"], in_a_row, out=state["longest_in_a_row"])
+    def _adapt_scale(self, finite: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Whether a smaller loss scale may cure what is not finite; halves or doubles the scale."""
+        if self.scale is None:
+            return torch.zeros_like(finite)
+        # no scale makes a finite loss of one that is not: that is the batch's or the model's
+        too_large = ~finite & self.on_every_rank(torch.isfinite(loss))
+        curable = too_large & (self.scale > 1)
+        good = torch.where(finite, self.good_steps + 1, 0)
+        grown = good == GROWTH_INTERVAL
+        factor = torch.where(too_large, 0.5, torch.where(grown, 2.0, 1.0))
+        self.scale.mul_(factor).clamp_(min=2.0**-14)
+        self.good_steps.copy_(torch.where(grown, 0, good))
+        return curable
 
     def begin_average(self) -> None:
         """From the weights of now: by the first step those of a checkpoint are loaded."""
@@ -232,31 +249,12 @@ class TrainStep:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
 
-@contextmanager
-def explained_cudnn_errors() -> Iterator[None]:
-    """Within it an error of cuDNN names the settings that may avoid it.
-
-    Raises:
-        TrainingError: cuDNN refused or failed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())[:300]
-        if "cudnn" not in text.lower():
-            raise
-        raise TrainingError(
-            f"cuDNN failed in a training step ({text}): start again with another precision, "
-            "--amp_dtype float16 or --use_amp false."
-        ) from error
-
-
 def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> int:
     """The largest batch of trials this long that fits the memory, found by trying.
 
-    Runs forward and backward on zeros at the costliest step of the objective's schedule, beside all
-    that a real step finds in memory, halving the batch while memory runs out; weights, optimizer
-    and counters are left as they were.
+    Runs forward and backward on zeros, with both loss terms where both take part, beside all that a
+    real step finds in memory, halving the batch while memory runs out; weights, optimizer and
+    counters are left as they were.
 
     Returns:
         `batch_size` if it fits, else the first smaller size (by halves) that does; 0 if none.
@@ -264,7 +262,7 @@ def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) 
     fits = batch_size
     while fits > 0:
         try:
-            _forward_and_backward(step, fits, n_bins, n_labels)
+            _try(step, fits, n_bins, n_labels)
             break
         except torch.OutOfMemoryError:
             fits //= 2
@@ -275,31 +273,25 @@ def largest_batch(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) 
     return fits
 
 
-def _forward_and_backward(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> None:
-    model, device = step.model, step.device
-    n_time_steps = torch.full((batch_size,), n_bins)
+def _try(step: TrainStep, batch_size: int, n_bins: int, n_labels: int) -> None:
+    model, n_time_steps = step.model, torch.full((batch_size,), n_bins)
     n_labels = min(n_labels, max(int(model.frame_lengths(n_time_steps)[0]) // 2, 1))
-    labels = torch.ones(batch_size, n_labels, dtype=torch.int64, device=device)
-    lengths = torch.full((batch_size,), n_labels)
-    batch = SimpleNamespace(
-        labels=labels, label_lengths=lengths, phoneme_labels=labels, phoneme_lengths=lengths
-    )
+    labels, lengths = torch.ones(batch_size, n_labels).long(), torch.full((batch_size,), n_labels)
+    batch = Batch(
+        step=0,
+        features=torch.zeros(batch_size, n_bins, model.neural_dim),
+        n_time_steps=n_time_steps,
+        labels=labels,
+        label_lengths=lengths,
+        phoneme_labels=labels,
+        phoneme_lengths=lengths,
+        day_indices=torch.arange(batch_size) * model.n_days // batch_size,
+        trial_indices=torch.arange(batch_size),
+    ).to(step.device)
     step.begin_average()
-    features = torch.zeros(batch_size, n_bins, model.neural_dim, device=device)
-    held = [*_moments_to_come(step), torch.empty_like(features)]  # the next batch travels
-    days = torch.arange(batch_size) * model.n_days // batch_size
-    model.train()
-    generator = step_generator(device, step.config.seed, 0, step.rank)
-    features, n_time_steps = step.augmentation(features, n_time_steps, generator)
-    with step.autocast():
-        logits, packing, _ = model.packed_logits(features, days, n_time_steps)
-    costliest = step.objective.costliest_step(step.config.num_training_batches)
-    terms = step.objective(logits, packing, batch, costliest)
-    terms.total.backward()
-    del held
-
-
-def _moments_to_come(step: TrainStep) -> list[torch.Tensor]:
-    """Room for AdamW's two moments of every parameter that has none yet."""
-    new = [p for p in step.parameters if p not in step.optimizer.state]
-    return [torch.empty_like(p) for p in new for _ in range(2)]
+    beside = [torch.empty_like(batch.features)]  # the next batch travels
+    for parameter in step.parameters:
+        if parameter not in step.optimizer.state:  # AdamW's moments are still to come
+            beside += [torch.empty_like(parameter) for _ in range(2)]
+    step.backward(batch, 0, 0.5 if step.objective.is_joint else 0.0)
+    del beside

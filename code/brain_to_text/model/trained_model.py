@@ -5,10 +5,8 @@ Nothing is unpacked to disk and no pickled code runs.
 
 from __future__ import annotations
 
-import gzip
 import io
 import tarfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +21,18 @@ from ..errors import CheckpointError, StorageError, short_repr
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
 from ..storage.locations import is_s3
-from ..storage.store import open_store
+from ..storage.store import gunzipped, open_store
 from ..strict_yaml import read_yaml
 from .rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from .weights_file import load_verified
 
 CHECKPOINTS = ("checkpoint/best_checkpoint", "best_checkpoint")
-_UNPACKED = "output/model"  # below a job's outputs, where it asked for an uncompressed model
-# last name → where it may lie, in a folder or an archive
-_NAMES: Mapping[str, tuple[str, ...]] = {
-    "best_checkpoint": (*CHECKPOINTS, f"{_UNPACKED}/{CHECKPOINTS[0]}"),
-    "args.yaml": ("checkpoint/args.yaml", "args.yaml", f"{_UNPACKED}/checkpoint/args.yaml"),
-    "training_log": ("training_log", f"{_UNPACKED}/training_log"),
+# name → where it may lie, in a folder or an archive; an uncompressed model lies below output/model
+_PLACES: Mapping[str, tuple[str, ...]] = {
+    "best_checkpoint": (*CHECKPOINTS, "output/model/checkpoint/best_checkpoint"),
+    "args.yaml": ("checkpoint/args.yaml", "args.yaml", "output/model/checkpoint/args.yaml"),
+    "training_log": ("training_log", "output/model/training_log"),
 }
-_MOST_SWELLING = 100  # times a packed archive's size; weights hardly shrink, logs to a twentieth
 _ARCHIVES = ("output/model.tar.gz", "model.tar.gz")
 
 
@@ -68,11 +64,13 @@ class ModelArtefact:
         Raises:
             CheckpointError: the weights do not fit the configuration.
         """
-        model = GRUDecoder(self.config, n_days=len(self.sessions))
-        complaints = load_public_state_dict(model, self.weights)
-        if complaints:
+        with torch.device("meta"):  # takes no memory, whatever args.yaml describes
+            model = GRUDecoder(self.config, n_days=len(self.sessions))
+        weights = {name: value.float() for name, value in self.weights.items()}
+        misfits = load_public_state_dict(model, weights, assign=True)
+        if misfits:
             raise CheckpointError(
-                f"The weights of {self.location} do not fit its args.yaml: {complaints[0]} "
+                f"The weights of {self.location} do not fit its args.yaml: {misfits[0]} "
                 "Evaluate the folder exactly as the training run left it."
             )
         return model.to(device).eval()
@@ -91,7 +89,8 @@ def open_model(location: str | Path) -> ModelArtefact:
         StorageError: the place cannot be read.
         ConfigError: its args.yaml has settings that cannot work here.
     """
-    files, weights, content = _read(str(location))
+    location = str(location)
+    files, weights, content = _read(location)
     args = _args(files, location)
     if args is None:
         raise CheckpointError(
@@ -106,10 +105,13 @@ def open_model(location: str | Path) -> ModelArtefact:
             "dataset.sessions in checkpoint/args.yaml."
         )
     config.dataset.sessions = list(sessions)
-    _check_size(config, len(sessions), weights, location)
+    # widths that args.yaml leaves to the data are those of the day layers
+    width = next((len(w) for name, w in weights.items() if "day_weights." in name), None)
+    config.dataset.neural_dim = config.dataset.neural_dim or width
+    config.model.n_input_features = config.model.n_input_features or width
     form, step = content.get("label_form"), content.get("step")
     return ModelArtefact(
-        location=str(location),
+        location=location,
         config=config,
         sessions=sessions,
         weights=weights,
@@ -137,7 +139,8 @@ def initial_weights(
         CheckpointError: no checkpoint there, a damaged one, or sessions that do not fit the layers.
         StorageError: the place cannot be read.
     """
-    files, weights, content = _read(str(location))
+    location = str(location)
+    files, weights, content = _read(location)
     weights = without_wrappers(weights)
     listed = content.get("sessions")
     if not listed:
@@ -160,15 +163,15 @@ def initial_weights(
 
 
 def _read(location: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor], dict[str, Any]]:
-    """The files of a model by their last names, its weights, and what lies beside these."""
+    """The files of a model by name, its weights, and what lies beside these."""
     files = _files(location)
     if "best_checkpoint" not in files:
         raise CheckpointError(
             f"{location} holds no checkpoint/best_checkpoint: give a model folder, a "
             "model.tar.gz, or the s3:// URL of one."
         )
-    place = location if location.endswith("best_checkpoint") else f"{location}/best_checkpoint"
-    content = load_verified(io.BytesIO(files.pop("best_checkpoint")), place)
+    name = location if location.endswith("best_checkpoint") else f"{location}/best_checkpoint"
+    content = load_verified(io.BytesIO(files.pop("best_checkpoint")), name)
     if not isinstance(content, dict):
         raise _no_weights(location, f"a {type(content).__name__}")
     return files, _weights(content, location), content
@@ -184,36 +187,56 @@ def _files(location: str) -> dict[str, bytes]:
     folder, _, name = location.rpartition("/")
     if location.endswith(".tar.gz"):
         return _untar(open_store(folder or ".").read(name), location)
-    names = _NAMES
+    places = dict(_PLACES)
     if name == "best_checkpoint" if is_s3(location) else Path(location).is_file():
         above, _, last = folder.rpartition("/")
-        in_model = last == "checkpoint"
-        location = above if in_model else folder
-        names = {**_NAMES, "best_checkpoint": (f"checkpoint/{name}" if in_model else name,)}
+        location = above if last == "checkpoint" else folder
+        places["best_checkpoint"] = (f"checkpoint/{name}" if last == "checkpoint" else name,)
     elif not is_s3(location) and not Path(location).is_dir():
         raise StorageError(
             f"{location} does not exist: give a model folder, a model.tar.gz, or the s3:// URL of "
             "one."
         )
     store = open_store(location or ".")
-    files = _named(names, store.exists, store.read)
+    files = _first_of_each(places, store.exists, store.read)
     if "best_checkpoint" not in files:
         for archive in filter(store.exists, _ARCHIVES):
             return _untar(store.read(archive), f"{location.rstrip('/')}/{archive}")
     return files
 
 
-def _named(
-    names: Mapping[str, tuple[str, ...]],
+def _untar(data: bytes, location: str) -> dict[str, bytes]:
+    """The files of a model archive that matter here, in memory.
+
+    Raises:
+        CheckpointError, DataError: damaged.
+    """
+    advice = "download or copy it again"
+    wanted = {key for keys in _PLACES.values() for key in keys}
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(gunzipped(data, location, advice))) as archive:
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if name in wanted and member.isreg():
+                    members[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{location} is damaged ({reason}): {advice}.") from error
+    return _first_of_each(_PLACES, members.__contains__, members.__getitem__)
+
+
+def _first_of_each(
+    places: Mapping[str, tuple[str, ...]],
     exists: Callable[[str], bool],
     read: Callable[[str], bytes],
 ) -> dict[str, bytes]:
-    """The content of each file under the first of its names that exists."""
-    found = {last: next(filter(exists, places), None) for last, places in names.items()}
-    return {last: read(place) for last, place in found.items() if place is not None}
+    """The content of each file at the first of its places where there is one."""
+    found = {name: next(filter(exists, keys), None) for name, keys in places.items()}
+    return {name: read(key) for name, key in found.items() if key is not None}
 
 
-def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
+def _session_names(listed: Any, location: str) -> tuple[str, ...] | None:
     """The sessions of the day layers, None where nothing lists them.
 
     Raises:
@@ -222,7 +245,7 @@ def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
     if not listed:
         return None
     names = tuple(listed) if isinstance(listed, (list, tuple)) else ()
-    if len({name for name in names if isinstance(name, str)}) < max(len(names), 1):
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < max(len(names), 1):
         raise CheckpointError(
             f"The sessions of {location} must be a list of different names, and "
             f"{short_repr(listed)} is not: give the checkpoint and args.yaml of a training run."
@@ -230,41 +253,16 @@ def _session_names(listed: Any, location: str | Path) -> tuple[str, ...] | None:
     return names
 
 
-def _check_size(
-    config: TrainingConfig, n_days: int, weights: Mapping[str, torch.Tensor], location: str | Path
-) -> None:
-    """Hold what args.yaml describes against the weights, before memory is taken for it.
-
-    Widths that args.yaml leaves to the data are those of the day layers.
-
-    Raises:
-        CheckpointError: it describes a model of another size.
-    """
-    model, dataset = config.model, config.dataset
-    width = next((len(w) for name, w in weights.items() if "day_weights." in name), None)
-    dataset.neural_dim = dataset.neural_dim or width
-    C = model.n_input_features = model.n_input_features or width or 0
-    H, directions = model.n_units, 2 if model.bidirectional else 1
-    described = n_days * (C * C + C) + H * directions * dataset.n_classes
-    inputs = C * model.patch_size + (model.n_layers - 1) * H * directions
-    described += 3 * H * directions * (inputs + model.n_layers * H)
-    there = sum(weight.numel() for weight in weights.values())
-    if described > 2 * there + 1_000_000:
-        raise CheckpointError(
-            f"The args.yaml of {location} describes a model of {described:,} weights and its "
-            f"checkpoint holds {there:,}: evaluate the folder exactly as the training run left it."
-        )
-
-
-def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.Tensor]:
+def _weights(content: dict[str, Any], location: str) -> dict[str, torch.Tensor]:
     weights = content.get("model_state_dict", content)
     if not isinstance(weights, dict) or not weights:
         raise _no_weights(location, "no model_state_dict")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _no_weights(location, f"{short_repr(name)} as {type(value).__name__}")
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise _no_weights(location, f"{short_repr(name)} as {value.dtype}, {value.layout}")
+        if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
+            what = f"{value.dtype}, {value.layout} on {value.device}"
+            raise _no_weights(location, f"{short_repr(name)} as {what}")
         if not value.isfinite().all():
             raise CheckpointError(
                 f"The checkpoint of {location} holds values in {short_repr(name)} that are no "
@@ -274,14 +272,14 @@ def _weights(content: dict[str, Any], location: str | Path) -> dict[str, torch.T
     return weights
 
 
-def _no_weights(location: str | Path, found: str) -> CheckpointError:
+def _no_weights(location: str, found: str) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint of {location} holds {found} where a state dict of tensors must be: give "
         "the best_checkpoint that a training run wrote."
     )
 
 
-def _args(files: Mapping[str, bytes], location: str | Path) -> dict[str, Any] | None:
+def _args(files: Mapping[str, bytes], location: str) -> dict[str, Any] | None:
     """args.yaml beside the checkpoint, None where there is none.
 
     Raises:
@@ -302,33 +300,3 @@ def _args(files: Mapping[str, bytes], location: str | Path) -> dict[str, Any] | 
             "it again from the training run."
         )
     return args
-
-
-def _untar(data: bytes, location: str) -> dict[str, bytes]:
-    """The files of a model archive that matter here, by their last names, in memory.
-
-    Raises:
-        CheckpointError: damaged anywhere, swelling beyond what weights do, or a file that is none.
-    """
-    members: dict[str, bytes] = {}
-    try:
-        most = _MOST_SWELLING * len(data) + (1 << 24)
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            data = file.read(most + 1)  # whole, so that its checksum decides before it is parsed
-        if len(data) > most:
-            raise tarfile.TarError(f"it swells to more than {most / 1e6:,.0f} MB")
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if not any(name in places for places in _NAMES.values()):
-                    continue
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is None or member.issparse():
-                    raise tarfile.TarError(f"member {name} is no plain file")
-                members[name] = content.read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"Archive {location} cannot be read ({' '.join(str(error).split())[:200]}): download "
-            "or copy it again."
-        ) from error
-    return _named(_NAMES, members.__contains__, members.__getitem__)

@@ -7,7 +7,6 @@ when it reads.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import pickle
 import shutil
@@ -81,64 +80,38 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise CheckpointError(reason) from error
 
 
-def load_verified(path: Path | IO[bytes], name: str | None = None) -> Any:
+def load_verified(file: Path | IO[bytes], name: str | None = None) -> Any:
     """Read a file of weights; its bytes are checked first, and no pickled code is executed.
 
+    Args:
+        name: of the file, for messages; default: its path.
+
     Raises:
-        CheckpointError: damaged, truncated, not a zip, more than tensors and values, or tensors
-            that take more memory than the file has bytes.
+        CheckpointError: damaged, truncated, not a zip, or more than tensors and values.
     """
-    label = name or str(path)
+    label = name or str(file)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 # torch would leave what the zip calls a folder uninitialised
                 if member.compress_type or member.external_attr & _FOLDER:
-                    raise CheckpointError(
-                        f"Checkpoint {label} is compressed, or damaged at {member.filename}: save "
-                        "it again with torch.save."
-                    )
-            stored = sum(member.file_size for member in archive.infolist())
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"Checkpoint {label} is damaged: {damaged} fails its checksum.")
-        if not isinstance(path, Path):
-            path.seek(0)
+                    raise zipfile.BadZipFile(f"{member.filename} is compressed, or damaged")
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} fails its checksum")
+        if not isinstance(file, Path):
+            file.seek(0)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        needed = _bytes_of(content, set())
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"Checkpoint {label} holds more than tensors and plain values and was not loaded: "
             "save it again with torch.save of a state_dict."
         ) from error
-    except CheckpointError:
-        raise
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise CheckpointError(f"Checkpoint {label} cannot be read: {reason}.") from error
-    if needed > stored:
         raise CheckpointError(
-            f"Checkpoint {label} holds {stored:,} bytes for tensors of {needed:,.0f} bytes: save a "
-            "state_dict whose tensors are dense and share no memory."
-        )
-    return content
-
-
-def _bytes_of(tree: Any, seen: set[int]) -> float:
-    """What the tensors in nested dicts, lists and tuples take, each with memory of its own.
-
-    Infinite where one has none (on the meta device, sparse).
-    """
-    if isinstance(tree, torch.Tensor):
-        dense = tree.device.type == "cpu" and tree.layout == torch.strided
-        return tree.numel() * tree.element_size() if dense else math.inf
-    if id(tree) in seen:  # a list in itself, or many times
-        return 0
-    seen.add(id(tree))
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return sum(_bytes_of(v, seen) for v in tree) if isinstance(tree, (list, tuple)) else 0
+            f"Checkpoint {label} is damaged or none ({reason}): copy it again, or give another."
+        ) from error
 
 
 @contextmanager
