@@ -21,17 +21,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 
-from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset.encoding import EncodingOptions, dataset_sources, encode_files
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
-from brain_to_text.dataset.import_mat import import_mat
+from brain_to_text.dataset.import_mat import mat_sources
 from brain_to_text.dataset.indexing import index_dataset, missing_files, refuse_damage
 from brain_to_text.dataset.manifest import write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, ConfigError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
+from brain_to_text.labels.pronunciation import read_lexicon
 from brain_to_text.redaction import one_line
 from brain_to_text.scoring.report_pages import dataset_page
 from brain_to_text.storage.locations import (
@@ -127,16 +127,25 @@ def run_index(options: argparse.Namespace) -> int:
 def run_encode(options: argparse.Namespace) -> int:
     """Write the diphone form of a phoneme set, or of MATLAB files, and its manifest."""
     target = open_store(options.target)
-    names = {field.name for field in fields(EncodingOptions)}
-    chosen = EncodingOptions(**{k: v for k, v in vars(options).items() if k in names})
+    if options.lexicon and not options.from_text:
+        raise ConfigError("--lexicon is for labels from text: say --from-text, too.")
+    words = read_lexicon(Path(options.lexicon)) if options.lexicon else {}
+    chosen = EncodingOptions(
+        options.form,
+        options.dtype,
+        lexicon=words if options.from_text else None,
+        exclude_damaged=options.exclude_damaged,
+    )
     with _progress("Encoding", "file") as report:
-        manifest = options.make(
+        manifest = encode_files(
+            options.sources(options.source),
             options.source,
             target,
             chosen,
+            command=f"prepare_dataset.py {options.command}",
+            typed=options.typed,
             processes=options.processes,
             overwrite=options.overwrite,
-            typed=options.typed,
             progress=report,
             log=lambda line: print(line, flush=True),
         )
@@ -247,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     imported.add_argument("target", help=_PLACE)
     _of_another(imported)
-    imported.set_defaults(run=run_encode, make=import_mat)
+    imported.set_defaults(
+        run=run_encode, sources=mat_sources, from_text=True, dtype="float32", command="import-mat"
+    )
 
     encoded = commands.add_parser(
         "encode",
@@ -269,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take phonemes from each trial's sentence",
     )
     _of_another(encoded)
-    encoded.set_defaults(run=run_encode, make=encode_dataset)
+    encoded.set_defaults(run=run_encode, sources=dataset_sources, command="encode")
 
     indexed = commands.add_parser(
         "index",

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import prepare_dataset
 import pytest
-from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset.encoding import EncodingOptions, dataset_sources, encode_files
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.errors import DataError
@@ -240,8 +240,12 @@ def test_a_copy_of_an_unfinished_dataset_is_unfinished(phoneme_set: Path, tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_dataset(
-            str(phoneme_set), open_store(tmp_path / "new"), EncodingOptions(), progress=interrupt
+        encode_files(
+            dataset_sources(str(phoneme_set)),
+            str(phoneme_set),
+            open_store(tmp_path / "new"),
+            EncodingOptions(),
+            progress=interrupt,
         )
     shutil.copytree(tmp_path / "new", tmp_path / "copy")
     assert run("index", tmp_path / "copy") == 1
@@ -349,7 +353,7 @@ def test_unknown_words_are_named_all_at_once_and_test_trials_stay(phoneme_set, t
     target = tmp_path / "new"
     assert run("encode", phoneme_set, target, "--from-text") == 1
     refusal = capsys.readouterr().err
-    assert re.search(r"2 words .*: zorbify \(\d\), quaxtle \(\d\); add lines", refusal)
+    assert re.search(r"2 words .*: zorbify \(\d\), quaxtle \(\d\); spell out .* add lines", refusal)
     assert not target.exists()
     lexicon = tmp_path / "words.txt"
     lexicon.write_text("zorbify Z ER\nquaxtle K W AA\n")

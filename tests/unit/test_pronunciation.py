@@ -71,7 +71,7 @@ def test_mistakes_in_a_lexicon_are_named(tmp_path):
     with pytest.raises(DataError, match="line 1: 'QQ'"):
         read_lexicon(path)
     path.write_text("cat\n")
-    with pytest.raises(DataError, match="no phonemes"):
+    with pytest.raises(DataError, match="'cat' has 0 phonemes"):
         read_lexicon(path)
     path.write_bytes(b"na\xefve N AY IY V\n")
     with pytest.raises(DataError, match=r"not UTF-8 text .byte 2."):

@@ -5,7 +5,7 @@ import dataclasses
 import h5py
 import numpy as np
 import pytest
-from brain_to_text.dataset.encoding import EncodingOptions, encode_dataset
+from brain_to_text.dataset.encoding import EncodingOptions, dataset_sources, encode_files
 from brain_to_text.dataset.manifest import load_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, session_mixing, synthesize
 from brain_to_text.errors import DataError
@@ -24,7 +24,7 @@ def made(folder, **changes):
 def test_labels_lie_together_before_the_features_as_encode_leaves_them(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     made(old, phoneme_set=True)
-    encode_dataset(str(old), open_store(new), EncodingOptions())
+    encode_files(dataset_sources(str(old)), str(old), open_store(new), EncodingOptions())
     for folder in (old, new):
         for path in folder.rglob("*.hdf5"):
             with h5py.File(path) as file:

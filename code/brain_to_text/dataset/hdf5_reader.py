@@ -1,11 +1,12 @@
-"""Look into one HDF5 data file held in memory: its trials' records and everything wrong with it."""
+"""Look into one HDF5 data file held in memory: its trials and everything wrong with them."""
 
 from __future__ import annotations
 
 import io
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,22 +21,21 @@ from ..labels.recording_blocks import corpus_of
 from ..storage.locations import session_and_split
 from .file_content import FileContent, content_of
 from .hdf5_values import (
-    HDF5_ERRORS,
-    MOST_LABELS,
-    cause_of,
     check_stored,
     filters_of,
+    open_member,
     printable,
     read_dataset,
     read_number,
     read_text,
-    refuse_external_link,
+    refusing_damage,
     text_of,
 )
+from .hdf5_writer import TrialContents
 from .lost_data import LostData
 from .trial_record import HDF5_FILTERS, ChunkLayout, TrialRecord
 
-TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
+_TRIAL_NAME = re.compile(r"trial_[0-9]{1,9}")
 _ALPHABET = f"only the alphabet of {N_PHONEMES} phoneme classes is read here"
 _REWRITE = "rewrite the file with 'python code/prepare_dataset.py encode'"
 
@@ -76,116 +76,154 @@ def inspect_file(
         result.findings.append(Finding(key, trial, printable(reason), kind, severity))
 
     try:
-        file = h5py.File(io.BytesIO(data), "r")
-        names = [printable(name) for name in file]
-    except HDF5_ERRORS as error:
-        if data.startswith(b"\x89HDF\r\n\x1a\n"):
-            found(None, f"cannot be read as HDF5 ({cause_of(error)})")
-        else:
-            found(None, f"not an HDF5 file ({len(data):,} bytes, wrong signature)")
+        file = DataFile(key, data)
+    except DataError as damage:
+        found(None, str(damage))
         return result
-    with file:
-        for name in names:
-            if not TRIAL_NAME.fullmatch(name):
-                found(name, "is not named trial_NNNN and is not used", "warning")
-        lost = LostData(key)
-        trials = sorted(filter(TRIAL_NAME.fullmatch, names), key=lambda name: (int(name[6:]), name))
-        if not trials:
+    lost = LostData(key)
+    with file.hdf5:
+        for name in file.others:
+            found(printable(name), "is not named trial_NNNN and is not used", "warning")
+        if not file.trials:
             found(None, "holds no trials")
-        for trial in trials:
-            odd: list[str] = []
+        for trial in file.trials:
             try:
-                record, form, features = _inspect_trial(file, key, trial, data, odd.append)
-                looked = None if look is None else look(features)
+                with refusing_damage("cannot be read"):
+                    stored = file.read(trial)
+                    record = _record(stored, key, data)
+                looked = None if look is None else look(stored.contents.features)
             except DataError as damage:
                 found(trial, str(damage).removeprefix(f"{key}:{trial}: ").rstrip("."))
-            except HDF5_ERRORS as error:
-                found(trial, f"cannot be read ({cause_of(error)})")
-            else:
-                result.records.append(record)
-                result.label_forms.append(form)
-                result.looks.append(looked)
-                result.findings += lost.in_trial(trial, features)
-            for reason in odd:
+                continue
+            result.records.append(record)
+            result.label_forms.append(stored.form)
+            result.looks.append(looked)
+            result.findings += lost.in_trial(trial, stored.contents.features)
+            for reason in stored.odd:
                 found(trial, reason, "warning")
         result.findings += lost.in_file()
-        for linked, other in _overlapping(result.records):
-            row = result.records.index(linked)
-            for column in (result.records, result.label_forms, result.looks):
-                column.pop(row)
-            reason = f"its features are the bytes of {other.trial}: a link to them, not a recording"
-            result.findings.append(Finding(key, linked.trial, reason, "shared bytes"))
     result.content = content_of(data, result.records)
     return result
 
 
-def _inspect_trial(
-    file: h5py.File, key: str, trial: str, data: bytes, warn: Callable[[str], object]
-) -> tuple[TrialRecord, str | None, np.ndarray]:
-    """Record, label form and features of a sound trial."""
-    session, split = session_and_split(key)
-    refuse_external_link(file, trial)
-    group = file[trial]
-    if not isinstance(group, h5py.Group):
-        raise DataError("is not a group")
+@dataclass(frozen=True, eq=False)
+class StoredTrial:
+    """A sound trial: its values, and how they lie in the file.
+
+    form: of its labels, see `FileInspection`.
+    odd: a line for each thing about its sentence that deserves a look.
+    runs: first byte and end of each run of its features. chunks: as `check_stored` gives them.
+    """
+
+    group: h5py.Group
+    contents: TrialContents
+    form: str | None
+    odd: list[str]
+    runs: list[tuple[int, int]]
+    chunks: list[Any]
+
+
+class DataFile:
+    """An HDF5 data file in memory.
+
+    hdf5: the open file. trials: names in the order of their numbers. others: names beside them.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, key: str, data: bytes) -> None:
+        signed = data.startswith(b"\x89HDF\r\n\x1a\n")
+        wrong = f"not an HDF5 file: {len(data):,} bytes, wrong signature"
+        with refusing_damage("cannot be read as HDF5" if signed else wrong):
+            self.hdf5 = h5py.File(io.BytesIO(data), "r")
+            names = list(self.hdf5)
+        self.session, self.split = session_and_split(key)
+        trials = [name for name in names if _TRIAL_NAME.fullmatch(printable(name))]
+        self.trials = sorted(trials, key=lambda name: (int(name[6:]), name))
+        self.others = sorted({*names} - {*trials}, key=printable)
+        self._taken: list[tuple[int, int, str]] = []  # first byte and end of features, and whose
+
+    def read(self, name: str, labels: bool = True) -> StoredTrial:
+        """Everything about a trial.
+
+        Args:
+            labels: read its labels, too.
+
+        Raises:
+            DataError: it is damaged. What h5py raises: likewise.
+        """
+        group = open_member(self.hdf5, name)
+        if not isinstance(group, h5py.Group):
+            raise DataError("is not a group")
+        features, runs, chunks = _read_features(group)
+        self._take(name, runs)
+        session = read_text(group, "session")
+        if session is None:
+            raise DataError("attribute session is missing")
+        if session != self.session:
+            raise DataError(
+                f"attribute session says {session} but the file lies in {self.session}: a session "
+                "copied under another name"
+            )
+        class_ids = phoneme_ids = form = None
+        if labels and self.is_labelled(group):
+            class_ids, phoneme_ids, form = _read_labels(group)
+        sentence, odd = _read_sentence(group)
+        contents = TrialContents(
+            name=name,
+            session=session,
+            block_num=_required(group, "block_num"),
+            trial_num=_required(group, "trial_num"),
+            features=features,
+            class_ids=class_ids,
+            phoneme_ids=phoneme_ids,
+            sentence=sentence,
+        )
+        return StoredTrial(group, contents, form, odd if form else [], runs, chunks)
+
+    def read_sentence(self, name: str) -> str | None:
+        """What was said in a trial; raises as `read` does."""
+        return _read_sentence(open_member(self.hdf5, name))[0]
+
+    def is_labelled(self, trial: h5py.Group) -> bool:
+        """Whether a trial must have labels, or has some though its split (test) need not."""
+        if self.split != "test":
+            return True
+        return "seq_class_ids" in trial and read_number(trial, "seq_len") not in (None, 0)
+
+    def _take(self, name: str, runs: Iterable[tuple[int, int]]) -> None:
+        """Note where a trial's features lie; refuse bytes that another trial has already."""
+        for start, end in runs:
+            place = bisect_left(self._taken, (start,))
+            for first, last, holder in self._taken[max(place - 1, 0) : place + 1]:
+                if first < end and start < last:
+                    raise DataError(
+                        f"its features are the bytes of {holder}: a link to them, not a recording"
+                    )
+            self._taken.insert(place, (start, end, name))
+
+
+def _read_features(group: h5py.Group) -> tuple[np.ndarray, list[tuple[int, int]], list[Any]]:
+    """Features [T, C] as they are stored, the runs of their bytes, and their chunks."""
     dataset = read_dataset(group, "input_features")
     if dataset.ndim != 2:
         raise DataError(f"input_features has shape {dataset.shape}, not [T, C]")
-    n_time_steps, n_features = dataset.shape
-    if not n_time_steps or not n_features:
+    if not dataset.size:
         raise DataError(f"input_features is empty (shape {dataset.shape})")
-    dtype = dataset.dtype.str
-    if dtype not in ("<f4", "<f2"):
-        convertible = dataset.dtype.kind in "fiu"
-        if convertible:
-            check_stored(dataset, "input_features")
+    if dataset.dtype.kind not in "fiu":
+        raise DataError(f"input_features is {dataset.dtype}, not float32 or float16")
+    stated = _required(group, "n_time_steps")
+    if stated != len(dataset):
         raise DataError(
-            f"input_features is {dataset.dtype}, not float32 or float16"
-            + (": 'python code/prepare_dataset.py encode' converts it" if convertible else "")
+            f"attribute n_time_steps is {stated} but input_features has {len(dataset)} bins"
         )
-    stated = _number(group, "n_time_steps")
-    if stated != n_time_steps:
-        raise DataError(
-            f"attribute n_time_steps is {stated} but input_features has {n_time_steps} bins"
-        )
-    named = read_text(group, "session")
-    if named is None:
-        raise DataError("attribute session is missing")
-    if named != session:
-        raise DataError(
-            f"attribute session says {named} but the file lies in {session}: a session copied "
-            "under another name"
-        )
-    block_num = _number(group, "block_num")
-    labels, phonemes, form = read_labels(group) if is_labelled(group, split) else (None,) * 3
-    sentence = read_sentence(group, warn if labels is not None else lambda *_: None)
-    offset, length, chunks = _layout(dataset, len(data))
-    span = memoryview(data)[offset : offset + length]
-    record = TrialRecord(
-        session=session,
-        split=split,
-        key=key,
-        trial=trial,
-        n_time_steps=n_time_steps,
-        n_features=n_features,
-        dtype=dtype,
-        offset=offset,
-        length=length,
-        chunks=chunks,
-        crc32=zlib.crc32(span),
-        class_ids=labels,
-        phoneme_ids=phonemes,
-        sentence_label=sentence,
-        block_num=block_num,
-        trial_num=_number(group, "trial_num"),
-        corpus=read_text(group, "corpus") or corpus_of(session, block_num),
-    )
-    features = record.decode(span)
-    if not np.array_equal(features.view(np.uint8), dataset[()].view(np.uint8)):
-        raise DataError(
-            f"the bytes of input_features are not where h5py {h5py.__version__} says: install the "
-            "version that docker/requirements_sagemaker.txt names, and repeat the command"
-        )
+    chunks = check_stored(dataset, "input_features")
+    runs = [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in chunks]
+    start = None if dataset.chunks else dataset.id.get_offset()  # None for a compact layout, too
+    if start is not None:
+        runs = [(start, start + dataset.nbytes)]
+    features = dataset[()]
     finite = np.isfinite(features)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
@@ -193,21 +231,20 @@ def _inspect_trial(
             f"input_features holds {int((~finite).sum()):,} NaN or infinite values, the first at "
             f"bin {row}, feature {column}"
         )
-    return record, form, features
+    return features, runs, chunks
 
 
-# --- labels ---------------------------------------------------------------------------------------
+def _required(group: h5py.Group, name: str) -> int:
+    value = read_number(group, name)
+    if value is None:
+        raise DataError(f"attribute {name} is missing")
+    return value
 
 
-def is_labelled(group: h5py.Group, split: str) -> bool:
-    """Whether a trial must have labels, or has some though its split (test) need not."""
-    if split != "test":
-        return True
-    refuse_external_link(group, "seq_class_ids")
-    return "seq_class_ids" in group and read_number(group, "seq_len") not in (None, 0)
+# --- labels and sentences -------------------------------------------------------------------------
 
 
-def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
+def _read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
     """Class ids, phoneme ids and the form that connects them.
 
     Phonemes that are not stored follow from the diphones.
@@ -216,7 +253,6 @@ def read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
         DataError: missing, impossible, or contradicting each other.
     """
     labels = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES)
-    refuse_external_link(group, "seq_class_ids_phoneme")
     if "seq_class_ids_phoneme" not in group:
         if labels.max() < N_PHONEMES:
             return labels, labels, "phoneme"
@@ -244,111 +280,110 @@ def _sequence(group: h5py.Group, name: str, length_name: str, n_classes: int) ->
     dataset = read_dataset(group, name)
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
         raise DataError(f"{name} is {dataset.dtype} of shape {dataset.shape}, not a list of int32")
-    if dataset.size > MOST_LABELS:
-        raise DataError(f"{name} claims {dataset.size:,} labels")
-    length = _number(group, length_name)
+    length = _required(group, length_name)
     if length < 1:
         raise DataError(f"attribute {length_name} is {length}: no labels")
     if length > len(dataset):
         raise DataError(f"attribute {length_name} is {length} but {name} holds {len(dataset)}")
-    everything = np.asarray(dataset[:])
-    labels = everything[:length].astype(np.int32)
-    outside = np.flatnonzero((everything[:length] < 1) | (everything[:length] >= n_classes))
+    everything = dataset[()]
+    labels = everything[:length]
+    outside = np.flatnonzero((labels < 1) | (labels >= n_classes))
     if outside.size:
-        position = int(outside[0])
         raise DataError(
-            f"{name}[{position}] is {everything[position]}, outside 1 … {n_classes - 1}: "
+            f"{name}[{outside[0]}] is {labels[outside[0]]}, outside 1 … {n_classes - 1}: "
             f"{_ALPHABET}"
         )
-    if np.any(everything[length:]):
+    if everything[length:].any():
         raise DataError(f"{name} goes on after the {length} labels that {length_name} states")
-    return labels
+    return labels.astype(np.int32)
 
 
-def read_sentence(group: h5py.Group, warn: Callable[[str], object]) -> str | None:
-    """What was said: the attribute sentence_label, or else the dataset transcription.
+def _read_sentence(group: h5py.Group) -> tuple[str | None, list[str]]:
+    """What was said, by the attribute sentence_label, or else the dataset transcription.
 
-    Args:
-        warn: is told when one is missing or they say different things.
+    Returns:
+        (the sentence, a line for each of the two that is missing or says something else).
     """
-    label, transcription = read_text(group, "sentence_label"), None
-    refuse_external_link(group, "transcription")
-    if "transcription" in group:
-        dataset = read_dataset(group, "transcription")
-        if dataset.size > MOST_LABELS:
-            raise DataError(f"transcription claims {dataset.size:,} characters")
-        try:
-            transcription = text_of(dataset[()], "dataset transcription")
-        except DataError as damage:
-            warn(str(damage))
-    else:
-        warn("dataset transcription is missing")
+    label, transcription, odd = read_text(group, "sentence_label"), None, []
+    try:
+        transcription = text_of(read_dataset(group, "transcription")[()], "dataset transcription")
+    except DataError as damage:
+        odd.append(str(damage))
     if label is None:
-        warn("attribute sentence_label is missing")
+        odd.append("attribute sentence_label is missing")
     elif transcription and normalise_text(transcription) != normalise_text(label):
-        warn(f"transcription says {transcription!r}, sentence_label {label!r}")
-    return label or transcription or label
+        odd.append(f"transcription says {transcription!r}, sentence_label {label!r}")
+    return label or transcription or None, odd
 
 
-def _number(group: h5py.Group, name: str) -> int:
-    value = read_number(group, name)
-    if value is None:
-        raise DataError(f"attribute {name} is missing")
-    return value
+# --- where features lie in the file ---------------------------------------------------------------
 
 
-# --- how features lie in the file -----------------------------------------------------------------
+def _record(stored: StoredTrial, key: str, data: bytes) -> TrialRecord:
+    """The manifest's record of a trial, whose bytes decode to what h5py reads.
 
-
-def _layout(dataset: h5py.Dataset, file_size: int) -> tuple[int, int, ChunkLayout | None]:
-    """Offset and length of the byte span that holds the features, and how to read it."""
-    stored = check_stored(dataset, "input_features")
-    chunks: ChunkLayout | None = None
-    if dataset.chunks is None:
-        start = dataset.id.get_offset()
-        if start is None:
-            raise DataError(
-                "input_features is not stored as one run of bytes in this file (compact layout): "
-                f"{_REWRITE}"
-            )
-        offset, length = int(start), int(dataset.nbytes)
-    else:
-        table = np.array(
-            [[*c.chunk_offset, c.byte_offset, c.size, c.filter_mask] for c in stored], np.int64
-        )
-        table = table[np.lexsort((table[:, 1], table[:, 0]))]
-        offset = int(table[:, 2].min())
-        length = int((table[:, 2] + table[:, 3]).max()) - offset
-        table[:, 2] -= offset
-        if table[:, 3].sum() > length:
-            raise DataError("chunks of input_features lie over each other")
-        chunks = ChunkLayout(dataset.chunks, _filters(dataset), table)
-    if offset + length > file_size:
+    Raises:
+        DataError: no record can be made, or it would be wrong.
+    """
+    trial = stored.contents
+    dtype = trial.features.dtype
+    if dtype.str not in ("<f4", "<f2"):
         raise DataError(
-            f"input_features ends at byte {offset + length:,} of a file of {file_size:,}: "
-            "the file is cut off"
+            f"input_features is {dtype}, not float32 or float16: 'python "
+            "code/prepare_dataset.py encode' converts it"
         )
-    return offset, length, chunks
+    offset, length, chunks = _layout(stored)
+    span = memoryview(data)[offset : offset + length]
+    session, split = session_and_split(key)
+    record = TrialRecord(
+        session=session,
+        split=split,
+        key=key,
+        trial=trial.name,
+        n_time_steps=trial.features.shape[0],
+        n_features=trial.features.shape[1],
+        dtype=dtype.str,
+        offset=offset,
+        length=length,
+        chunks=chunks,
+        crc32=zlib.crc32(span),
+        class_ids=trial.class_ids,
+        phoneme_ids=trial.phoneme_ids,
+        sentence_label=trial.sentence,
+        block_num=trial.block_num,
+        trial_num=trial.trial_num,
+        corpus=read_text(stored.group, "corpus") or corpus_of(session, trial.block_num),
+    )
+    if not np.array_equal(record.decode(span).view(np.uint8), trial.features.view(np.uint8)):
+        raise DataError(
+            f"the bytes of input_features are not where h5py {h5py.__version__} says: install the "
+            "version that docker/requirements_sagemaker.txt names, and repeat the command"
+        )
+    return record
 
 
-def _overlapping(records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Each trial of one file that has bytes of another before it in the file, with that one."""
-    found: dict[str, tuple[TrialRecord, TrialRecord]] = {}
-    runs = [(*run, row) for row, record in enumerate(records) for run in record.pieces()]
-    reach, holder = 0, -1
-    for start, end, row in sorted(runs):
-        if start < reach:
-            found.setdefault(records[row].trial, (records[row], records[holder]))
-        if end > reach:
-            reach, holder = end, row
-    return list(found.values())
-
-
-def _filters(dataset: h5py.Dataset) -> tuple[str, ...]:
+def _layout(stored: StoredTrial) -> tuple[int, int, ChunkLayout | None]:
+    """Offset and length of the byte span that holds the features, and how to read it."""
+    dataset = stored.group["input_features"]
+    if not stored.runs:
+        raise DataError(
+            "input_features is not stored as one run of bytes in this file (compact layout): "
+            f"{_REWRITE}"
+        )
+    offset = min(first for first, _ in stored.runs)
+    length = max(end for _, end in stored.runs) - offset
+    if dataset.chunks is None:
+        return offset, length, None
+    filters = []
     for number, label in filters_of(dataset):
         if number not in HDF5_FILTERS:
             raise DataError(
                 f"input_features uses HDF5 filter {number} ({label}), which cannot be undone here: "
                 f"{_REWRITE} where it can be read"
             )
-    return tuple(HDF5_FILTERS[number] for number, _ in filters_of(dataset))
+        filters.append(HDF5_FILTERS[number])
+    table = sorted(
+        [*chunk.chunk_offset, chunk.byte_offset - offset, chunk.size, chunk.filter_mask]
+        for chunk in stored.chunks
+    )
+    return offset, length, ChunkLayout(dataset.chunks, tuple(filters), np.array(table, np.int64))

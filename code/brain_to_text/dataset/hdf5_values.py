@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import math
-import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
 import h5py
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, short_repr
 from ..redaction import one_line
-from .trial_record import HDF5_FILTERS, MOST_INFLATED
+
+with suppress(ImportError):
+    import_module("hdf5plugin")  # where it is installed, it registers its filters
 
 # What h5py raises on damaged bytes, depending on where the damage is.
 HDF5_ERRORS = (
     *(OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError),
     *(ArithmeticError, AssertionError, MemoryError, SystemError),
 )
-MOST_LABELS = 100_000  # elements of a label array; the schema has 500
-_MOST_ATTRIBUTE_BYTES = 2**20
-_MOST_LINKS = 16  # soft links followed one after the other, as HDF5 does
-# Registered numbers of the filters that the package hdf5plugin brings.
-_HDF5PLUGIN = {
-    307: "bzip2",
-    32001: "blosc",
-    32004: "lz4",
-    32008: "bitshuffle",
-    32013: "zfp",
-    32015: "zstd",
-    32017: "sz",
-    32018: "fcidecomp",
-    32024: "sz3",
-    32026: "blosc2",
-    32028: "sperr",
-}
+# Registered numbers of the filters that the package hdf5plugin brings: bzip2, blosc, lz4,
+# bitshuffle, zfp, zstd, sz, fcidecomp, sz3, blosc2, sperr.
+_HDF5PLUGIN = {307, 32001, 32004, 32008, 32013, 32015, 32017, 32018, 32024, 32026, 32028}
+
+
+@contextmanager
+def refusing_damage(what: str) -> Iterator[None]:
+    """Turn whatever h5py raises into a DataError that begins with `what`."""
+    try:
+        yield
+    except HDF5_ERRORS as error:
+        raise DataError(f"{what} ({cause_of(error)})") from error
 
 
 def read_number(holder: h5py.Group, name: str) -> int | None:
@@ -45,18 +42,20 @@ def read_number(holder: h5py.Group, name: str) -> int | None:
     Raises:
         DataError: it is something else.
     """
-    value = _attribute(holder, name)
-    array = np.asarray(value)
-    if value is None or not array.size:
+    values = _attribute(holder, name)
+    if values is None or not values.size:
         return None
-    if array.dtype.kind in "SUO" and array.size == 1:
-        text = text_of(value, f"attribute {name}")
-        if text and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-            return int(text)
-    number = array.reshape(-1)[0]
-    if array.size != 1 or array.dtype.kind not in "iuf" or number % 1 or abs(int(number)) >= 2**62:
-        raise DataError(f"attribute {name} is {value!r}, not a whole number")
-    return int(number)
+    try:
+        if values.size > 1 or values.dtype.kind not in "iufSUO":
+            raise ValueError
+        value = values.item()
+        number = int(value)
+        if (isinstance(value, float) and number != value) or abs(number) >= 2**62:
+            raise ValueError
+    except (ValueError, TypeError, OverflowError) as error:
+        shown = short_repr(holder.attrs[name])
+        raise DataError(f"attribute {name} is {shown}, not a whole number") from error
+    return number
 
 
 def read_text(holder: h5py.Group, name: str) -> str | None:
@@ -65,69 +64,67 @@ def read_text(holder: h5py.Group, name: str) -> str | None:
     Raises:
         DataError: it is something else, or not UTF-8.
     """
-    value = _attribute(holder, name)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' missing text
-        return None
-    return text_of(value, f"attribute {name}") or None
+    values = _attribute(holder, name)
+    if values is None or (values.dtype.kind == "f" and np.isnan(values).all()):
+        return None  # NaN is the missing text of pandas
+    return text_of(values, f"attribute {name}") or None
+
+
+def _attribute(holder: h5py.Group, name: str) -> np.ndarray | None:
+    value = holder.attrs.get(name)
+    return None if value is None or isinstance(value, h5py.Empty) else np.asarray(value)
+
+
+def text_of(value: Any, what: str) -> str:
+    """The text that `value`, as h5py gives it, stands for; see `read_text`."""
+    parts = np.asarray(value).reshape(-1).tolist()
+    codes = len(parts) > 1 and all(isinstance(part, int) for part in parts)
+    try:
+        letters = map(chr, parts) if codes else parts
+        texts = [p.decode() if isinstance(p, bytes) else p for p in letters]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{what} is {short_repr(value)}, not a text")
+        if len(texts) > 1 and max(map(len, texts)) > 1:
+            raise DataError(f"{what} holds {len(texts)} texts, not one")
+        whole = "".join(texts)
+        whole.encode()
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{what} is not UTF-8 text: save it as such") from error
+    return whole.partition("\0")[0].strip()
+
+
+def open_member(group: h5py.Group, name: str | bytes) -> Any:
+    """The object under a name, in the same file.
+
+    A file that is read from memory has no folder: HDF5 follows a link into another file into this
+    one, and finds another trial's values there.
+
+    Raises:
+        DataError: a link leads into another file; names that file. KeyError: there is no object.
+    """
+    found = group[name]
+    if h5py.h5o.get_info(found.id).fileno != h5py.h5o.get_info(group.id).fileno:
+        raise DataError(
+            f"{printable(name)} is a link into another file, {printable(found.file.filename)}: "
+            "copy the values into this file"
+        )
+    return found
 
 
 def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     """A dataset of a trial; one without any value counts as missing.
 
     Raises:
-        DataError: it is missing, something else, kept in another file, or compressed by a filter
-            that is not installed.
+        DataError: it is missing, something else, in another file, or compressed by a filter that
+            is not installed.
     """
-    refuse_external_link(group, name)
     if name not in group:
         raise DataError(f"dataset {name} is missing")
-    dataset = group[name]
+    dataset = open_member(group, name)
     if not isinstance(dataset, h5py.Dataset):
         raise DataError(f"{name} is not a dataset")
     if dataset.shape is None:
         raise DataError(f"dataset {name} is missing: it holds no value")
-    _refuse_missing_filter(dataset, name)
-    return dataset
-
-
-def refuse_external_link(group: h5py.Group, path: str | bytes) -> None:
-    """Check that no step of a path from `group` leads into another file, soft links followed.
-
-    A file that is read from memory has no folder: HDF5 would follow such a link into the file
-    itself, and find another trial's values there.
-
-    Raises:
-        DataError: names the link, and the file and the object it leads to.
-    """
-    steps, followed = _steps(path), 0
-    while steps:
-        step = steps.pop(0)
-        if not isinstance(group, h5py.Group) or not group.id.links.exists(step):
-            return
-        kind = group.id.links.get_info(step).type
-        if kind == h5py.h5l.TYPE_EXTERNAL:
-            file, target = group.id.links.get_val(step)
-            raise DataError(
-                f"{printable(step)} is a link to {printable(target)} in another file, "
-                f"{printable(file)}: copy the values into this file"
-            )
-        if kind == h5py.h5l.TYPE_SOFT and followed < _MOST_LINKS:
-            followed += 1
-            target = group.id.links.get_val(step)
-            group = group.file if target.startswith(b"/") else group
-            steps = _steps(target) + steps
-        elif steps:
-            group = group[step]
-
-
-def _steps(path: str | bytes) -> list[bytes]:
-    whole = path.encode() if isinstance(path, str) else path
-    return [step for step in whole.split(b"/") if step not in (b"", b".")]
-
-
-def _refuse_missing_filter(dataset: h5py.Dataset, name: str) -> None:
-    with suppress(ImportError):
-        import_module("hdf5plugin")  # where it is installed, it registers its filters
     for number, label in filters_of(dataset):
         if not h5py.h5z.filter_avail(number):
             way = (
@@ -135,70 +132,32 @@ def _refuse_missing_filter(dataset: h5py.Dataset, name: str) -> None:
                 if number in _HDF5PLUGIN
                 else "set HDF5_PLUGIN_PATH to the folder that has the filter"
             )
-            called = _HDF5PLUGIN.get(number, printable(label)) or "without a name"
             raise DataError(
-                f"{name} is compressed by HDF5 filter {number} ({called}), which is not installed: "
-                f"{way}, then rewrite the file with 'python code/prepare_dataset.py encode'"
+                f"{name} is compressed by HDF5 filter {number} ({label or 'without a name'}), which"
+                f" is not installed: {way}, then rewrite the file with 'python "
+                "code/prepare_dataset.py encode'"
             )
-
-
-def _attribute(holder: h5py.Group, name: str) -> Any:
-    """Its value as h5py gives it; None if it is absent or has none."""
-    if name not in holder.attrs:
-        return None
-    stored = holder.attrs.get_id(name)
-    n_values = stored.get_space().get_simple_extent_npoints()
-    if n_values * stored.get_type().get_size() > _MOST_ATTRIBUTE_BYTES:
-        raise DataError(f"attribute {name} is larger than a megabyte")
-    value = holder.attrs[name]
-    return None if isinstance(value, h5py.Empty) else value
-
-
-def text_of(value: Any, what: str) -> str:
-    """The text that `value`, as h5py gives it, stands for; see `read_text`."""
-    parts = np.asarray(value).reshape(-1).tolist()
-    try:
-        if all(isinstance(part, int) for part in parts) and len(parts) > 1:  # character codes
-            whole = "".join(map(chr, parts))
-        else:
-            texts = [p.decode() if isinstance(p, bytes) else p for p in parts]
-            if not all(isinstance(t, str) for t in texts):
-                raise DataError(f"{what} is {value!r}, not a text")
-            if len(texts) > 1 and any(len(t) > 1 for t in texts):
-                raise DataError(f"{what} holds {len(texts)} texts, not one")
-            whole = "".join(texts)
-        whole.encode()
-    except (ValueError, OverflowError) as error:
-        raise DataError(f"{what} is not UTF-8 text: save it as such") from error
-    return whole.partition("\0")[0].strip()
-
-
-def printable(name: str | bytes) -> str:
-    """A name as h5py gives it (bytes where it is not UTF-8), for one line."""
-    return one_line(name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name)
-
-
-def cause_of(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return " ".join(one_line(str(error)).split()) or type(error).__name__
+    return dataset
 
 
 def check_stored(dataset: h5py.Dataset, what: str) -> list[Any]:
     """Check that every value of a dataset is really in this file, so that none is made up.
 
-    HDF5 reads values that were never written, or whose file is elsewhere, as zeros. Returns where
-    its chunks are.
+    HDF5 reads values that were never written, or whose file is elsewhere, as zeros.
+
+    Returns:
+        the chunks as HDF5 describes them; [] for a dataset without chunks.
 
     Raises:
-        DataError: some are not, or it claims more values than its bytes can hold.
+        DataError: some values are not there.
     """
     if dataset.is_virtual or dataset.external:
         raise DataError(
             f"{what} lies in other files ({'virtual' if dataset.is_virtual else 'external'}): copy "
             "the values into this one where they can be read"
         )
-    stored = dataset.id.get_storage_size()
     chunks: list[Any] = []
+    stored = dataset.id.get_storage_size()
     if dataset.chunks is not None:
         sizes = zip(dataset.shape, dataset.chunks, strict=True)
         expected = math.prod(-(-size // chunk) for size, chunk in sizes)
@@ -207,13 +166,6 @@ def check_stored(dataset: h5py.Dataset, what: str) -> list[Any]:
             raise DataError(
                 f"{what} has {len(chunks)} of its {expected} chunks: the others were never "
                 "written, so record or copy it again"
-            )
-        numbers = {number for number, _ in filters_of(dataset)}
-        packed, foreign = numbers & {1, 32000}, numbers - HDF5_FILTERS.keys()
-        if not foreign and dataset.nbytes > stored * (MOST_INFLATED if packed else 1):
-            raise DataError(
-                f"{what} claims {dataset.nbytes:,} bytes, which its {stored:,} stored bytes cannot "
-                "hold"
             )
     elif not stored and dataset.nbytes:
         raise DataError(f"{what} was never written: record or copy it again")
@@ -226,4 +178,14 @@ def filters_of(dataset: h5py.Dataset) -> list[tuple[int, str]]:
     """(registered number, label) of its filters, in the order in which they were applied."""
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(index) for index in range(plist.get_nfilters())]
-    return [(number, label.decode(errors="replace")) for number, _, _, label in filters]
+    return [(number, printable(label)) for number, _, _, label in filters]
+
+
+def printable(name: str | bytes) -> str:
+    """A name as h5py gives it (bytes where it is not UTF-8), for one line."""
+    return one_line(name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name)
+
+
+def cause_of(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(one_line(str(error)).split()) or type(error).__name__

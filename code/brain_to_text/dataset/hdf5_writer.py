@@ -42,40 +42,45 @@ def data_file_bytes(trials: Iterable[TrialContents]) -> bytes:
         DataError: labels longer than the schema's arrays.
     """
     buffer = io.BytesIO()
-    features: dict[str, np.ndarray] = {}
     with h5py.File(buffer, "w") as file:
-        for trial in trials:
-            group = file.create_group(trial.name)
-            features[trial.name] = declare_features(group, trial.features, "float32")
-            group.attrs["n_time_steps"] = len(trial.features)
-            group.attrs["session"] = trial.session
-            group.attrs["block_num"] = trial.block_num
-            group.attrs["trial_num"] = trial.trial_num
-            write_labels(group, trial.class_ids, trial.phoneme_ids)
-            if trial.sentence is not None:
-                if len(trial.sentence) <= MAX_SEQ_ELEMENTS:
-                    codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
-                    group["transcription"] = padded(codes)
-                group.attrs["sentence_label"] = trial.sentence
+        features = {t.name: write_trial(file.create_group(t.name), t) for t in trials}
         fill_features(file, features)
     return buffer.getvalue()
 
 
-def declare_features(group: h5py.Group, features: np.ndarray, dtype: FeatureType) -> np.ndarray:
-    """Make the dataset `input_features` [T, C], to be stored as one run of bytes.
+def write_trial(
+    group: h5py.Group, trial: TrialContents, dtype: FeatureType = "float32"
+) -> np.ndarray:
+    """Write a trial's attributes and labels, and make its dataset `input_features`.
 
     Returns:
-        its values, for `fill_features`.
+        the features as they are to be stored, [T, C], for `fill_features`.
 
     Raises:
-        DataError: values that float16 cannot hold.
+        DataError: labels longer than the schema's arrays, features that float16 cannot hold.
     """
     with np.errstate(over="ignore"):  # found below
-        values = np.asarray(features).astype(dtype)
-    if dtype == "float16" and not np.isfinite(values).all():
+        features = np.asarray(trial.features).astype(dtype)
+    if dtype == "float16" and not np.isfinite(features).all():
         raise DataError("a feature exceeds what float16 can hold (65,504): say --dtype float32.")
-    group.create_dataset("input_features", values.shape, values.dtype)
-    return values
+    group.create_dataset("input_features", features.shape, features.dtype)
+    group.attrs["n_time_steps"] = len(features)
+    group.attrs["session"] = trial.session
+    group.attrs["block_num"] = trial.block_num
+    group.attrs["trial_num"] = trial.trial_num
+    for name, length, ids in (
+        ("seq_class_ids", "seq_len", trial.class_ids),
+        ("seq_class_ids_phoneme", "seq_len_phoneme", trial.phoneme_ids),
+    ):
+        if ids is not None:
+            group[name] = padded(ids)
+            group.attrs[length] = len(ids)
+    if trial.sentence is not None:
+        if len(trial.sentence) <= MAX_SEQ_ELEMENTS:
+            codes = np.frombuffer(trial.sentence.encode("utf-32-le"), np.uint32)
+            group["transcription"] = padded(codes)
+        group.attrs["sentence_label"] = trial.sentence
+    return features
 
 
 def fill_features(file: h5py.File, features: Mapping[str, np.ndarray]) -> None:
@@ -85,23 +90,6 @@ def fill_features(file: h5py.File, features: Mapping[str, np.ndarray]) -> None:
     """
     for trial, values in features.items():
         file[trial]["input_features"][...] = values
-
-
-def write_labels(
-    group: h5py.Group, class_ids: np.ndarray | None, phoneme_ids: np.ndarray | None
-) -> None:
-    """Store label arrays and their lengths; None where there are none.
-
-    Raises:
-        DataError: more labels than the schema's arrays hold.
-    """
-    for name, length, ids in (
-        ("seq_class_ids", "seq_len", class_ids),
-        ("seq_class_ids_phoneme", "seq_len_phoneme", phoneme_ids),
-    ):
-        if ids is not None:
-            group[name] = padded(ids)
-            group.attrs[length] = len(ids)
 
 
 def padded(values: np.ndarray) -> np.ndarray:

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..storage.store import ObjectStore, open_store
-from .encoding import EncodingOptions, Execution, encode_files
+from ..storage.store import open_store
+from .encoding import Sources
 from .hdf5_values import cause_of, text_of
 from .hdf5_writer import TrialContents, data_file_bytes
 from .isolation import limited
-from .manifest import TrialManifest
 
 SPLITS = {"train": "train", "test": "val", "competitionHoldOut": "test"}  # the baseline's use
 _SESSION = re.compile(r"[A-Za-z0-9]+(\.\d+)+")
@@ -33,23 +33,17 @@ _CHANNELS = 128
 _LEAST_STD = 1e-8  # added to deviations, as the baseline does
 
 
-def import_mat(
-    folder: str, target: ObjectStore, options: EncodingOptions, **how: Unpack[Execution]
-) -> TrialManifest:
-    """Write every session of the benchmark's `folder` to `target`, and a manifest.
+def mat_sources(folder: str) -> Sources:
+    """Every session of the benchmark's `folder`, for `encode_files` with labels from text.
 
     Trials of train and test must have a sentence, from which their labels are made; those of
     competitionHoldOut become the test split, labelled only where they have one.
 
-    Args:
-        options: form, lexicon and exclude_damaged count; labels are from text.
-        how: see `encode_files`.
-
     Raises:
-        DataError: no such files, damage, words that nobody can pronounce.
-        StorageError: folder or target cannot be read or written.
-        ConfigError: scipy is not installed.
+        DataError: no such files. ConfigError: scipy is not installed.
     """
+    if find_spec("scipy") is None:
+        raise ConfigError("import-mat needs scipy: type 'pip install scipy'.")
     sources = {}
     for name, split in SPLITS.items():
         for path in sorted(Path(folder, name).glob("*.mat")):
@@ -62,36 +56,36 @@ def import_mat(
             f"{folder} has no train/*.mat (or test, competitionHoldOut): give the folder "
             "competitionData of the unpacked archive."
         )
-    options, command = replace(options, from_text=True), "prepare_dataset.py import-mat"
-    return encode_files(sources, folder, target, command, options, **how)
+    return sources
 
 
 def _as_data_file(path: Path, split: str) -> bytes:
-    """The bytes of a data file with the features and sentences of a benchmark's file."""
+    """The bytes of a data file with the features and sentences of a benchmark's file.
+
+    Raises:
+        DataError: it is damaged. StorageError: it cannot be read.
+    """
     data = open_store(path.parent).read(path.name)
     with limited(10 * len(data)):  # MATLAB compresses its files
-        return data_file_bytes(_trials(path, data, split))
+        try:
+            return data_file_bytes(_trials(path.stem, data, split))
+        except DataError as damage:
+            raise DataError(
+                f"{path}: {damage}; get it again from the archive, or save it with MATLAB's '-v7'."
+            ) from damage
 
 
-def _trials(path: Path, data: bytes, split: str) -> list[TrialContents]:
-    variables = _variables(path, data)
-    try:
-        sentences = [text_of(s, "sentenceText") for s in variables["sentenceText"].reshape(-1)]
-    except DataError as damage:
-        raise DataError(f"{path}: {damage}.") from damage
-    crossings, power = (variables[name].reshape(-1) for name in ("tx1", "spikePow"))
-    blocks = variables["blockIdx"].reshape(-1)
+def _trials(session: str, data: bytes, split: str) -> list[TrialContents]:
+    names = ("sentenceText", "blockIdx", "tx1", "spikePow")
+    sentences, blocks, crossings, power = (v.reshape(-1) for v in _variables(data, names))
     if not len(sentences) == len(crossings) == len(power) == len(blocks):
         raise DataError(
-            f"{path} has {len(sentences)} sentences, {len(crossings)} trials of tx1, {len(power)} "
-            f"of spikePow and {len(blocks)} block numbers: get it again from the archive."
+            f"{len(sentences)} sentences, {len(crossings)} trials of tx1, {len(power)} of spikePow "
+            f"and {len(blocks)} block numbers do not go together"
         )
     if blocks.dtype.kind not in "fiu" or (blocks % 1).any():
-        raise DataError(f"{path}: blockIdx holds no whole numbers: get it again from the archive.")
-    features = [
-        _features(f"{path} trial {number}", *both)
-        for number, both in enumerate(zip(crossings, power, strict=True))
-    ]
+        raise DataError("blockIdx holds no whole numbers")
+    features = [_features(i, crossings[i], power[i]) for i in range(len(blocks))]
     for block in np.unique(blocks):
         members = np.flatnonzero(blocks == block)
         together = np.concatenate([features[i] for i in members])
@@ -101,46 +95,41 @@ def _trials(path: Path, data: bytes, split: str) -> list[TrialContents]:
     return [
         TrialContents(
             name=f"trial_{number:04d}",
-            session=path.stem,
+            session=session,
             block_num=int(blocks[number]),
             trial_num=_FIRST_NUMBER[split] + number,
-            features=values,
-            sentence=sentence or None,
+            features=features[number],
+            sentence=text_of(sentence, "sentenceText") or None,
         )
-        for number, (sentence, values) in enumerate(zip(sentences, features, strict=True))
+        for number, sentence in enumerate(sentences)
     ]
 
 
-def _variables(path: Path, data: bytes) -> dict[str, np.ndarray]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError("import-mat needs scipy: type 'pip install scipy'.") from error
-    names = ("sentenceText", "blockIdx", "tx1", "spikePow")
-    again = "get it again from the archive"
+def _variables(data: bytes, names: Sequence[str]) -> list[np.ndarray]:
+    from scipy.io import loadmat
+
     try:
         variables: dict[str, Any] = loadmat(io.BytesIO(data), variable_names=names)
+        return [variables[name] for name in names]
     except NotImplementedError as error:
-        raise DataError(f"{path} is a MATLAB 7.3 file: save it with '-v7'.") from error
+        raise DataError("it is a MATLAB 7.3 file") from error
+    except KeyError as error:
+        raise DataError(f"it has no variable {error.args[0]}") from error
     except Exception as error:
-        raise DataError(
-            f"{path} cannot be read as a MATLAB file ({cause_of(error)}): {again}."
-        ) from error
-    missing = [name for name in names if name not in variables]
-    if missing:
-        raise DataError(f"{path} has no variable {missing[0]}: {again}.")
-    return variables
+        raise DataError(f"it cannot be read as a MATLAB file ({cause_of(error)})") from error
 
 
-def _features(where: str, crossings: Any, power: Any) -> np.ndarray:
+def _features(number: int, crossings: Any, power: Any) -> np.ndarray:
     """[T, 256] float64 of one trial."""
     parts = [np.asarray(part) for part in (crossings, power)]
     for name, part in zip(("tx1", "spikePow"), parts, strict=True):
         if part.ndim != 2 or part.dtype.kind not in "fiu" or part.shape[1] < _CHANNELS:
             raise DataError(
-                f"{where}: {name} is {part.dtype} of shape {part.shape}, not numbers [T, "
-                f"{_CHANNELS} or more]."
+                f"{name} of trial {number} is {part.dtype} of shape {part.shape}, not numbers [T, "
+                f"{_CHANNELS} or more]"
             )
     if len(parts[0]) != len(parts[1]):
-        raise DataError(f"{where}: tx1 has {len(parts[0])} bins, spikePow {len(parts[1])}.")
+        raise DataError(
+            f"tx1 of trial {number} has {len(parts[0])} bins, its spikePow {len(parts[1])}"
+        )
     return np.concatenate([part[:, :_CHANNELS] for part in parts], axis=1).astype(np.float64)

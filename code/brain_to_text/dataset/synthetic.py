@@ -10,7 +10,7 @@ power is gamma noise around the same rate, both z-scored per block.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, encode_diphones
 from ..labels.phonemes import N_PHONEMES, SILENCE, phoneme_ids
-from ..labels.recording_blocks import recording_blocks
+from ..labels.recording_blocks import RecordingBlock, recording_blocks
 from ..storage.store import ObjectStore
 from .hdf5_reader import FileInspection, inspect_file
 from .hdf5_writer import TrialContents, data_file_bytes
@@ -34,6 +34,7 @@ _ONSET_BINS = 3.0  # time constant of the pull at a phoneme's onset
 _BASE_RATE = 0.5  # threshold crossings per 20 ms bin at rest, i.e. 25 per second
 _POWER_SHAPE = 4.0  # shape of the gamma noise on spike power
 _VOCABULARY = 60  # words of the 372, about
+_BLOCK_TRIALS = 50  # at most, in all but the last block
 # Each item is a word class; "?" after it: present half of the time. NP is a noun phrase.
 _TEMPLATES = (
     "subject auxiliary verb NP",
@@ -126,44 +127,37 @@ def synthesize(
         return making.finish(inspections)
 
 
-# --- which sentences are said when ----------------------------------------------------------------
-
-
 def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:
-    """Sentences by session; no sentence of the training split occurs in another split."""
-    sessions = list(dict.fromkeys(block.session for block in recording_blocks()))
-    if not 1 <= dataset.sessions <= len(sessions):
-        raise DataError(f"--sessions must be from 1 to {len(sessions)}, not {dataset.sessions}.")
+    """Trials by session; no sentence of the training split occurs in another split."""
+    by_session: dict[str, list[RecordingBlock]] = {}
+    for block in recording_blocks():
+        by_session.setdefault(block.session, []).append(block)
+    if not 1 <= dataset.sessions <= len(by_session):
+        raise DataError(f"--sessions must be from 1 to {len(by_session)}, not {dataset.sessions}.")
     if not 1 <= dataset.electrodes <= 4096 or min(dataset.train_trials, dataset.val_trials) < 0:
         raise DataError("--electrodes must be from 1 to 4096, the trial counts positive.")
     if dataset.seed < 0:
         raise DataError(f"--seed must not be negative, like {dataset.seed}.")
     rng = np.random.default_rng([dataset.seed, 1])
-    slots = [(s, slot) for s in sessions[: dataset.sessions] for slot in _slots(dataset, s)]
-    n_train = sum(split == "train" for _, (split, _, _) in slots)
+    n_train = dataset.sessions * dataset.train_trials
+    n_held_out = dataset.sessions * (dataset.val_trials + dataset.test_trials)
     train = random_sentences(n_train, rng, size=_VOCABULARY)
-    held_out = random_sentences(
-        len(slots) - n_train, rng, size=_VOCABULARY, distinct_from=set(train)
-    )
-    trained, others = iter(train), iter(held_out)
+    others = random_sentences(n_held_out, rng, size=_VOCABULARY, distinct_from=set(train))
+    trained, held_out = iter(train), iter(others)
     plan: dict[str, list[_PlannedTrial]] = {}
-    for session, (split, block, number) in slots:
-        sentence = next(trained if split == "train" else others)
-        plan.setdefault(session, []).append(_PlannedTrial(split, block, number, sentence))
+    for session, blocks in list(by_session.items())[: dataset.sessions]:
+        training = [block.block for block in blocks if not block.held_out]
+        tested = [block.block for block in blocks if block.held_out]
+        last = tested[0] if tested else max(block.block for block in blocks) + 1
+        trials = plan[session] = []
+        for index in range(dataset.train_trials):
+            which = min(index // _BLOCK_TRIALS, len(training) - 1)
+            number = index - _BLOCK_TRIALS * which
+            trials.append(_PlannedTrial("train", training[which], number, next(trained)))
+        splits = ["val"] * dataset.val_trials + ["test"] * dataset.test_trials
+        for number, split in enumerate(splits):
+            trials.append(_PlannedTrial(split, last, number, next(held_out)))
     return plan
-
-
-def _slots(dataset: SyntheticDataset, session: str) -> list[tuple[str, int, int]]:
-    """(split, block, number in the block) of every trial of a session."""
-    blocks = [block for block in recording_blocks() if block.session == session]
-    training = [block.block for block in blocks if not block.held_out]
-    held_out = next((b.block for b in blocks if b.held_out), max(b.block for b in blocks) + 1)
-    slots = []
-    for index in range(dataset.train_trials):
-        block = training[min(index // 50, len(training) - 1)]
-        slots.append(("train", block, index - 50 * min(index // 50, len(training) - 1)))
-    splits = ["val"] * dataset.val_trials + ["test"] * dataset.test_trials
-    return slots + [(split, held_out, number) for number, split in enumerate(splits)]
 
 
 # --- one session ----------------------------------------------------------------------------------
@@ -181,9 +175,20 @@ def _session_files(
         block_features = _block_features(dataset, mixing, trials, rng)
         for trial, features in zip(trials, block_features, strict=True):
             made = by_split.setdefault(trial.split, [])
-            made.append(_contents(dataset, session, trial, features, len(made)))
-    for split, contents in by_split.items():
-        yield f"{session}/data_{split}.hdf5", data_file_bytes(contents)
+            name = f"trial_{len(made):04d}"
+            contents = TrialContents(name, session, block, trial.trial_num, features)
+            if trial.split != "test":
+                spoken = sentence_phonemes(trial.sentence)
+                diphones = encode_diphones(spoken, dataset.label_form)
+                contents = replace(
+                    contents,
+                    class_ids=spoken if dataset.phoneme_set else diphones,
+                    phoneme_ids=None if dataset.phoneme_set else spoken,
+                    sentence=trial.sentence,
+                )
+            made.append(contents)
+    for split, contents_of_split in by_split.items():
+        yield f"{session}/data_{split}.hdf5", data_file_bytes(contents_of_split)
 
 
 def session_mixing(dataset: SyntheticDataset, index: int) -> np.ndarray:
@@ -269,23 +274,6 @@ def _timeline(
     )
 
 
-def _contents(
-    dataset: SyntheticDataset,
-    session: str,
-    trial: _PlannedTrial,
-    features: np.ndarray,
-    index: int,
-) -> TrialContents:
-    contents = TrialContents(f"trial_{index:04d}", session, trial.block, trial.trial_num, features)
-    if trial.split == "test":
-        return contents
-    phonemes = sentence_phonemes(trial.sentence)
-    if dataset.phoneme_set:
-        return replace(contents, class_ids=phonemes, sentence=trial.sentence)
-    labels = encode_diphones(phonemes, dataset.label_form)
-    return replace(contents, class_ids=labels, phoneme_ids=phonemes, sentence=trial.sentence)
-
-
 # --- random English-like sentences ----------------------------------------------------------------
 # The vocabulary (common_words.csv) covers all 39 phonemes; its pronunciations follow the CMU
 # Pronouncing Dictionary. Word order follows a small grammar and word choice falls off with rank, so
@@ -293,33 +281,28 @@ def _contents(
 
 
 @cache
-def _vocabulary(size: int | None) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """Words by class, and phoneme ids by word; `size` words in all, spread over the classes."""
+def _words(size: int | None = None) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Words by class, about `size` in all, and the phoneme ids of every word."""
     with Path(__file__).with_name("common_words.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     classes: dict[str, list[str]] = {}
     for row in rows:
         classes.setdefault(row["class"], []).append(row["word"])
-    if size is not None:
-        share = size / len(rows)
-        classes = {
-            name: words[: max(1, round(len(words) * share))] for name, words in classes.items()
-        }
-    sounds = {row["word"]: phoneme_ids(row["phonemes"].split()) for row in rows}
-    return classes, sounds
+    share = 1 if size is None else size / len(rows)
+    chosen = {name: words[: max(1, round(len(words) * share))] for name, words in classes.items()}
+    return chosen, {row["word"]: phoneme_ids(row["phonemes"].split()) for row in rows}
 
 
 def vocabulary(size: int | None = None) -> list[str]:
     """The words that sentences are made of, sorted."""
-    return sorted({word for words in _vocabulary(size)[0].values() for word in words})
+    return sorted({word for words in _words(size)[0].values() for word in words})
 
 
 def sentence_phonemes(sentence: str) -> np.ndarray:
     """Phoneme ids [n] int32 of a sentence of known words, silence after each word."""
-    sounds = _vocabulary(None)[1]
-    return np.concatenate([np.append(sounds[word], SILENCE) for word in sentence.split()]).astype(
-        np.int32
-    )
+    sounds = _words()[1]
+    parts = [np.append(sounds[word], SILENCE) for word in sentence.split()]
+    return np.concatenate(parts).astype(np.int32)
 
 
 def random_sentences(
@@ -327,31 +310,29 @@ def random_sentences(
     rng: np.random.Generator,
     *,
     size: int | None = None,
-    distinct_from: set[str] | None = None,
+    distinct_from: Collection[str] = (),
 ) -> list[str]:
     """`count` sentences; none of them is in `distinct_from`.
 
     Args:
         size: about how many words the vocabulary has; None for all.
     """
-    classes, _ = _vocabulary(size)
+    classes, _ = _words(size)
     weights = {
         name: np.cumsum(1 / np.arange(2, len(words) + 2) ** 0.7) for name, words in classes.items()
     }
-    avoided = distinct_from or set()
     sentences: list[str] = []
     while len(sentences) < count:
-        template = _TEMPLATES[rng.integers(len(_TEMPLATES))]
         words: list[str] = []
-        for item in template.split():
+        for item in _TEMPLATES[rng.integers(len(_TEMPLATES))].split():
             if item.endswith("?") and rng.random() < 0.5:
                 continue
             name = item.rstrip("?")
             parts = _NOUN_PHRASES[rng.integers(len(_NOUN_PHRASES))] if name == "NP" else name
             for part in parts.split():
-                place = rng.random() * weights[part][-1]
-                words.append(classes[part][int(np.searchsorted(weights[part], place))])
+                drawn = rng.random() * weights[part][-1]
+                words.append(classes[part][int(np.searchsorted(weights[part], drawn))])
         sentence = " ".join(words)
-        if sentence not in avoided:
+        if sentence not in distinct_from:
             sentences.append(sentence)
     return sentences

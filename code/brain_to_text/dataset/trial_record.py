@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # Filters of HDF5 that `TrialRecord.decode` undoes, by their registered number.
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
-MOST_INFLATED = 1100  # bytes made of one by gzip (1032) or lzf (88)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -115,42 +114,39 @@ class TrialRecord:
 
         rows, columns = chunks.chunk_shape
         dtype = np.dtype(self.dtype)
-        chunk_bytes = rows * columns * dtype.itemsize
         features = np.empty((self.n_time_steps, self.n_features), dtype)
         for row, column, offset, size, mask in chunks.table.tolist():
+            applied = [name for bit, name in enumerate(chunks.filters) if not mask >> bit & 1]
             raw: bytes | memoryview = span[offset : offset + size]
-            for index in reversed(range(len(chunks.filters))):
-                if mask >> index & 1:
-                    continue
-                name = chunks.filters[index]
-                if name in ("gzip", "lzf"):
-                    try:
-                        if name == "gzip":
-                            raw = zlib.decompress(raw, bufsize=chunk_bytes)
-                        else:
-                            raw = _inflate_lzf(bytes(raw), chunk_bytes)
-                    except (zlib.error, OSError, RuntimeError, ValueError) as error:
-                        raise DataError(
-                            f"{self.name}: the chunk at bin {row} cannot be decompressed "
-                            f"({error}); write or upload the file again."
-                        ) from error
-                elif name == "shuffle" and len(raw) % dtype.itemsize == 0:
-                    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-                    whole = np.empty((planes.shape[1], dtype.itemsize), np.uint8)
-                    for byte, plane in enumerate(planes):  # five times faster than planes.T
-                        whole[:, byte] = plane
-                    raw = memoryview(whole).cast("B")  # type: ignore[arg-type]
-                elif name == "fletcher32":
-                    raw = raw[:-4]  # the manifest's CRC-32 has covered these bytes already
-            if len(raw) != chunk_bytes:
+            try:
+                for name in reversed(applied):
+                    raw = _undo(name, raw, dtype.itemsize, rows * columns * dtype.itemsize)
+                block = np.frombuffer(raw, dtype).reshape(rows, columns)
+            except (zlib.error, OSError, RuntimeError, ValueError) as error:
                 raise DataError(
-                    f"{self.name}: the chunk at bin {row} holds {len(raw):,} bytes instead of "
-                    f"{chunk_bytes:,}; write or upload the file again."
-                )
-            block = np.frombuffer(raw, dtype).reshape(rows, columns)
+                    f"{self.name}: the chunk at bin {row} cannot be decompressed ({error}); write "
+                    "or upload the file again."
+                ) from error
             part = features[row : row + rows, column : column + columns]
             part[:] = block[: part.shape[0], : part.shape[1]]
         return features
+
+
+def _undo(name: str, raw: bytes | memoryview, itemsize: int, size: int) -> bytes | memoryview:
+    """What one of `HDF5_FILTERS` was applied to; `size` is that of the whole chunk, in bytes."""
+    import numpy as np
+
+    if name == "gzip":
+        return zlib.decompress(raw, bufsize=size)
+    if name == "lzf":
+        return _inflate_lzf(bytes(raw), size)
+    if name == "fletcher32":
+        return raw[:-4]  # the manifest's CRC-32 has covered these bytes already
+    planes = np.frombuffer(raw, np.uint8).reshape(itemsize, -1)  # of "shuffle"
+    whole = np.empty((planes.shape[1], itemsize), np.uint8)
+    for byte, plane in enumerate(planes):  # five times faster than planes.T
+        whole[:, byte] = plane
+    return whole.reshape(-1).data
 
 
 def _inflate_lzf(raw: bytes, size: int) -> bytes:

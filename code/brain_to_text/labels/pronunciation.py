@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, StorageError
-from .phonemes import SILENCE, phoneme_ids
+from .phonemes import BLANK, SILENCE, phoneme_ids
 
 Pronunciation = tuple[int, ...]
 Lexicon = dict[str, list[Pronunciation]]
@@ -23,6 +23,10 @@ _KEPT = re.compile(r"[^a-z' -]")
 _LONGEST = 200  # phonemes of a word; decoders recurse over them
 _VOICELESS = {"P", "T", "K", "F", "TH"}
 _SIBILANT = {"S", "Z", "SH", "ZH", "CH", "JH"}
+UNKNOWN_WORDS_ADVICE = (
+    "spell out numbers and signs, or add lines 'word PHONEME PHONEME …' to a file and give it with "
+    "--lexicon"
+)
 _EY = int(phoneme_ids(["EY"])[0])
 _TYPED = str.maketrans(
     {
@@ -43,24 +47,33 @@ _BETWEEN_WORDS = re.compile(
 _SPELT_OUT = re.compile(r"[a-z](\.[a-z])+")  # U.S., e.g.
 
 
+class UnknownWordsError(DataError):
+    """Words of a sentence that nobody says how to pronounce, as they stand there: `words`."""
+
+    def __init__(self, sentence: str, words: list[str]) -> None:
+        super().__init__(
+            f"The sentence {sentence!r} cannot be turned into phonemes: nobody says how to "
+            f"pronounce {', '.join(dict.fromkeys(words))}; {UNKNOWN_WORDS_ADVICE}."
+        )
+        self.words = words
+
+
 def typed_text(sentence: str) -> str:
     """Lower case, with ASCII for what is only another way to type it; accents are kept (NFC).
 
     Curly quotes, hyphens and dashes, ellipses, spaces of every width, ligatures, wide letters.
     Marks without width vanish. What has no certain ASCII form stays as it is.
     """
-    shown = []
+    plain = []
     for character in unicodedata.normalize("NFC", sentence).lower().translate(_TYPED):
         kind = unicodedata.category(character)
-        if character.isspace() or kind[0] == "Z":
-            shown.append(" ")
-        elif kind == "Cf":
-            continue
-        elif kind[0] == "L" and unicodedata.decomposition(character)[:3] in ("<co", "<wi", "<na"):
-            shown.append(unicodedata.normalize("NFKC", character).translate(_TYPED))
-        else:
-            shown.append(character)
-    return unicodedata.normalize("NFC", "".join(shown).lower())
+        if character.isspace():
+            plain.append(" ")
+        elif kind[0] == "L" and not unicodedata.decomposition(character).startswith("<super>"):
+            plain.append(unicodedata.normalize("NFKC", character).translate(_TYPED))
+        elif kind != "Cf":
+            plain.append(character)
+    return unicodedata.normalize("NFC", "".join(plain).lower())
 
 
 def normalise_text(sentence: str) -> str:
@@ -82,47 +95,16 @@ def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray
         own_words: pronunciations that take precedence over the CMU Pronouncing Dictionary.
 
     Raises:
-        DataError: no words, or words that are not certain: digits, signs, foreign letters, or
-            words that nobody knows; names them.
+        UnknownWordsError: words that are not certain: with digits, signs or foreign letters, or
+            that nobody knows. DataError: there are no words.
     """
-    wrong = f"The sentence {sentence!r} cannot be turned into phonemes: "
-    own = own_words or {}
-    labels: list[int] = []
-    unknown = []
-    words = _words(sentence)
-    for word in words:
-        odd = _odd_characters(word, own)
-        if any(unicodedata.category(character)[0] == "N" for character in odd):
-            raise DataError(f"{wrong}'{word}' has digits; spell numbers out.")
-        if odd:
-            raise DataError(f"{wrong}'{word}' has '{odd[0]}'; write it in English words.")
-        ways = _ways(word, own)
-        if ways:
-            labels += [*ways[0], SILENCE]
-        else:
-            unknown.append(word)
+    words = [word for word in _BETWEEN_WORDS.split(typed_text(sentence)) if word.strip("'-.")]
+    spoken = [_ways(word, own_words or {}) for word in words]
+    if unknown := [word for word, ways in zip(words, spoken, strict=True) if not ways]:
+        raise UnknownWordsError(sentence, unknown)
     if not words:
-        raise DataError(f"{wrong}it has no words.")
-    if unknown:
-        raise DataError(
-            f"{wrong}nobody says how to pronounce {', '.join(sorted(set(unknown)))}; add lines "
-            "'word PHONEME PHONEME …' to a file and give it with --lexicon."
-        )
-    return np.asarray(labels, dtype=np.int32)
-
-
-def unknown_words(sentence: str, own_words: Lexicon) -> list[str]:
-    """The words of a sentence that `text_phonemes` would refuse, as they stand there."""
-    return [w for w in _words(sentence) if _odd_characters(w, own_words) or not _ways(w, own_words)]
-
-
-def _words(sentence: str) -> list[str]:
-    return [word for word in _BETWEEN_WORDS.split(typed_text(sentence)) if word.strip("'-.")]
-
-
-def _odd_characters(word: str, own_words: Lexicon) -> str:
-    """What of a word no English word has, unless it is one's own word."""
-    return "" if word in own_words else re.sub(r"[a-z'.-]", "", _without_accents(word))
+        raise DataError(f"The sentence {sentence!r} has no words.")
+    return np.asarray([p for ways in spoken for p in (*ways[0], SILENCE)], dtype=np.int32)
 
 
 def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
@@ -134,7 +116,7 @@ def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
             return own_words[spelling]
     if _SPELT_OUT.fullmatch(bare):
         letters = [pronunciations_of(f"{letter}.") for letter in bare.split(".")]
-        return [tuple(sound for letter in letters for sound in letter[0])] if all(letters) else []
+        return [_joined(letters)] if all(letters) else []
     ways = pronunciations_of(plain) or pronunciations_of(bare)
     if word.strip("'-.").endswith(("é", "és")):  # "rosé" is not "rose"
         ways = [way for way in ways if _EY in way[-2:]]
@@ -147,22 +129,32 @@ def pronunciations_of(word: str) -> list[Pronunciation]:
     The CMU Pronouncing Dictionary first; then hyphenated compounds from their parts, and
     possessives and plurals with 's from their stem.
     """
-    known = _cmu().get(word)
-    if known:
-        return list(dict.fromkeys(tuple(phoneme_ids(sounds).tolist()) for sounds in known))
+    if known := _cmu().get(word):
+        return list(dict.fromkeys(map(_spoken, known)))
     if "-" in word.strip("-"):
         parts = [pronunciations_of(part) for part in word.split("-") if part]
         if all(parts):
-            return [tuple(p for part in parts for p in part[0])]
-    if word.endswith("'s") and _cmu().get(word[:-2]):
-        return [
-            tuple(phoneme_ids([*sounds, *_possessive(sounds[-1])]).tolist())
-            for sounds in _cmu()[word[:-2]]
-        ]
-    if word.endswith(("'", "-")) or word.startswith(("'", "-")):
-        bare = word.strip("'-")
-        return pronunciations_of(bare) if bare else []
-    return []
+            return [_joined(parts)]
+    if word.endswith("'s") and (stem := _cmu().get(word[:-2])):
+        return [_spoken([*sounds, *_possessive(sounds[-1])]) for sounds in stem]
+    bare = word.strip("'-")
+    return pronunciations_of(bare) if bare not in ("", word) else []
+
+
+def _spoken(sounds: Iterable[str]) -> Pronunciation:
+    return tuple(phoneme_ids(sounds).tolist())
+
+
+def _joined(parts: Iterable[list[Pronunciation]]) -> Pronunciation:
+    """Each part said in its first way, one after the other."""
+    return tuple(phoneme for ways in parts for phoneme in ways[0])
+
+
+def _possessive(last: str) -> list[str]:
+    bare = last.rstrip("012")
+    if bare in _SIBILANT:
+        return ["IH", "Z"]
+    return ["S"] if bare in _VOICELESS else ["Z"]
 
 
 def dictionary_words() -> Iterable[str]:
@@ -170,17 +162,27 @@ def dictionary_words() -> Iterable[str]:
     return _cmu().keys()
 
 
+def dictionary_fingerprint() -> str:
+    """8 hex digits that change with the dictionary's content."""
+    return f"{zlib.crc32(_DICTIONARY.read_bytes()):08x}"
+
+
+@cache
+def _cmu() -> dict[str, list[list[str]]]:
+    """Ways to say each word, with stress marks: `WORD(2) …` is a second one, # begins a comment."""
+    found: dict[str, list[list[str]]] = {}
+    with gzip.open(_DICTIONARY, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            word, *sounds = line.partition("#")[0].split()
+            found.setdefault(re.sub(r"\(\d+\)$", "", word), []).append(sounds)
+    return found
+
+
 def lexicon_of(words: Iterable[str]) -> tuple[Lexicon, list[str]]:
     """Pronunciations of `words`, and the words nobody knows, which no decoder can then say."""
-    lexicon: Lexicon = {}
-    unknown = []
-    for word in sorted(set(words)):
-        found = pronunciations_of(word)
-        if found:
-            lexicon[word] = found
-        else:
-            unknown.append(word)
-    return lexicon, unknown
+    found = {word: pronunciations_of(word) for word in sorted(set(words))}
+    lexicon = {word: ways for word, ways in found.items() if ways}
+    return lexicon, [word for word, ways in found.items() if not ways]
 
 
 def read_lexicon(path: Path) -> Lexicon:
@@ -202,46 +204,19 @@ def read_lexicon(path: Path) -> Lexicon:
         ) from error
     lexicon: Lexicon = {}
     for number, line in enumerate(lines, 1):
-        word, *sounds = line.split()[:1] + [s for s in line.split()[1:] if s != "|"] or [""]
-        if not word or word.startswith("#"):
+        word, *sounds = line.split() or ["#"]
+        if word.startswith("#"):
             continue
-        if not sounds:
-            raise DataError(f"{path} line {number}: '{word}' has no phonemes after it.")
-        if len(sounds) > _LONGEST or "BLANK" in sounds:
-            wrong = (
-                "BLANK, which is no phoneme" if "BLANK" in sounds else f"{len(sounds):,} phonemes"
-            )
-            raise DataError(f"{path} line {number}: '{word[:40]}' has {wrong}: correct the line.")
         try:
-            spoken = tuple(phoneme_ids(sounds).tolist())
+            spoken = _spoken(sound for sound in sounds if sound != "|")
         except DataError as error:
             raise DataError(f"{path} line {number}: {error}") from error
+        if not 1 <= len(spoken) <= _LONGEST or BLANK in spoken:
+            wrong = "BLANK, which is no phoneme" if BLANK in spoken else f"{len(spoken):,} phonemes"
+            raise DataError(f"{path} line {number}: '{word[:40]}' has {wrong}: correct the line.")
         lexicon.setdefault(typed_text(re.sub(r"\(\d+\)$", "", word)), []).append(spoken)
     return lexicon
 
 
 def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-
-
-def dictionary_fingerprint() -> str:
-    """8 hex digits that change with the dictionary's content."""
-    return f"{zlib.crc32(_DICTIONARY.read_bytes()):08x}"
-
-
-@cache
-def _cmu() -> dict[str, list[list[str]]]:
-    """Ways to say each word, with stress marks: `WORD(2) …` is a second one, # begins a comment."""
-    found: dict[str, list[list[str]]] = {}
-    with gzip.open(_DICTIONARY, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            word, *sounds = line.partition("#")[0].split()
-            found.setdefault(re.sub(r"\(\d+\)$", "", word), []).append(sounds)
-    return found
-
-
-def _possessive(last: str) -> list[str]:
-    bare = last.rstrip("012")
-    if bare in _SIBILANT:
-        return ["IH", "Z"]
-    return ["S"] if bare in _VOICELESS else ["Z"]
