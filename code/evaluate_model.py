@@ -5,10 +5,11 @@ either) and the data from S3 or a folder.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -24,7 +25,7 @@ from brain_to_text.redaction import one_line
 from brain_to_text.storage.locations import DEFAULT_PREFIX, s3_url
 
 if TYPE_CHECKING:
-    from brain_to_text.scoring.sentences import WordOptions
+    from brain_to_text.scoring.word_decoder import WordOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,28 +142,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _word_options(options: argparse.Namespace) -> "WordOptions | None":
-    from brain_to_text.scoring.sentences import WordOptions
-    from brain_to_text.scoring.word_decoder import WordSettings
+    from brain_to_text.scoring.word_decoder import WordOptions
 
-    def given(*names: str) -> dict[str, Any]:
-        values = {name: getattr(options, name) for name in names}
-        return {n: value for n, value in values.items() if value is not None and value is not False}
-
-    weights = given("lm_weight", "word_score", "beam_size")
-    search = given("lexicon", "tune_words", "nbest")
-    if options.language_model is not None or options.rescored is not None:
-        return WordOptions(
-            options.language_model,
-            rescored=options.rescored,
-            settings=WordSettings(**weights),
-            **search,
-        )
-    for name in (*search, *weights):
-        raise ConfigError(
-            f"--{name.replace('_', '-')} is about decoding words: give --language-model, too (an "
-            "ARPA or KenLM file, 'training' or 'none')."
-        )
-    return None
+    names = [field.name for field in dataclasses.fields(WordOptions)]
+    given = {name: getattr(options, name) for name in names}
+    given = {n: value for n, value in given.items() if value is not None and value is not False}
+    return WordOptions(**given) if given else None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import evaluate_model
 import h5py
@@ -25,20 +25,16 @@ from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes,
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_symbols
 from brain_to_text.labels.pronunciation import lexicon_of
-from brain_to_text.scoring.error_rates import ErrorCounts
+from brain_to_text.scoring.decoding import DecodedTrial, total_errors
 from brain_to_text.scoring.language_model import (
     START,
     check_language_model,
     estimate_ngrams,
     words_of_model,
 )
-from brain_to_text.scoring.sentences import (
-    WordOptions,
-    decode_sentences,
-    make_decoder,
-)
-from brain_to_text.scoring.word_decoder import WordDecoder, WordSettings, word_errors
-from support.decoded_trials import manifest_of, record
+from brain_to_text.scoring.sentences import choose_weights, make_decoder, search
+from brain_to_text.scoring.word_decoder import WordDecoder, WordOptions
+from support.decoded_trials import decoded, manifest_of, record
 from support.tiny_data import write_dataset
 from support.tiny_models import write_model
 
@@ -56,9 +52,9 @@ def posteriors(sentence: str, random: np.random.Generator, noise: float) -> np.n
     return (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
 
 
-def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> SimpleNamespace:
-    record = SimpleNamespace(sentence_label=sentence, session=SESSIONS[0])
-    return SimpleNamespace(index=index, record=record, phoneme_log_probs=log_probs)
+def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> DecodedTrial:
+    own = record(trial=index, sentence=sentence)
+    return replace(decoded(index, None, [], own=own), phoneme_log_probs=log_probs)
 
 
 @pytest.fixture(scope="module")
@@ -76,50 +72,45 @@ def decoders(tmp_path_factory):
     return WordDecoder(lexicon, None), WordDecoder(lexicon, path), trials
 
 
-def wer(decoder: WordDecoder, trials: list, settings: WordSettings) -> float:
-    total = ErrorCounts()
-    for one in trials:
-        text = decoder.decode(one.phoneme_log_probs, settings)
-        total = total + word_errors(one.record.sentence_label, text)
-    return total.rate
+OPTIONS = WordOptions("lm.arpa", beam_size=50)
+
+
+def sentences(decoder: WordDecoder, trials: list, tuning=None, **changes) -> list[DecodedTrial]:
+    weights = choose_weights(replace(OPTIONS, **changes), decoder, trials, tuning)
+    return search(decoder, trials, weights).of(trials)
 
 
 def test_clean_posteriors_give_the_sentence(decoders):
-    random = np.random.default_rng(1)
-    sentence = "i can see the small house"
-    text = decoders[1].decode(posteriors(sentence, random, 0.1), WordSettings())
-    assert text == sentence
+    spoken = "i can see the small house"
+    heard = trial(0, spoken, posteriors(spoken, np.random.default_rng(1), 0.1))
+    assert sentences(decoders[1], [heard])[0].sentence == spoken
 
 
 def test_a_language_model_lowers_the_word_error_rate_on_held_out_sentences(decoders):
     without, with_model, trials = decoders
-    settings = WordSettings(beam_size=100)
-    assert wer(with_model, trials, settings) < wer(without, trials, settings)
+    found = {decoder: sentences(decoder, trials) for decoder in (without, with_model)}
+    rates = {decoder: total_errors(own, "WER").rate for decoder, own in found.items()}
+    assert rates[with_model] < rates[without]
+    spoken = [t.record.sentence_label for t in trials]
+    assert rates[with_model] == jiwer.wer(spoken, [t.sentence for t in found[with_model]])
 
 
-def test_sentences_are_tuned_and_scored(decoders, monkeypatch):
+def test_weights_are_tuned_on_the_other_half_or_on_other_trials(decoders, monkeypatch):
     monkeypatch.setattr("brain_to_text.scoring.sentences.LM_WEIGHTS", (0.0, 2.0))
     monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
-    decoder, trials = decoders[1], decoders[2][:8]
-    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune_words=True)
-    result = decode_sentences(options, decoder, {"Language model": "lm.arpa"}, trials)
-    expected = jiwer.wer(
-        [t.record.sentence_label for t in trials], [result.text[t.index] for t in trials]
-    )
-    edits = sum(word_errors(t.record.sentence_label, result.text[t.index]).edits for t in trials)
-    assert edits / sum(len(t.record.sentence_label.split()) for t in trials) == expected
-    assert set(result.facts["lm_weight"].split(" / ")) <= {"0", "2"}
-
-
-def test_weights_tuned_elsewhere_are_used_for_unlabelled_trials(decoders, monkeypatch):
-    monkeypatch.setattr("brain_to_text.scoring.sentences.LM_WEIGHTS", (2.0,))
-    monkeypatch.setattr("brain_to_text.scoring.sentences.WORD_SCORES", (0.0,))
-    known = decoders[2][:3]
+    decoder, known = decoders[1], decoders[2][:6]
+    tuned = replace(OPTIONS, tune_words=True)
+    halves = choose_weights(tuned, decoder, known)
+    for half in (0, 1):
+        others = [t for t in known if t.index % 2 != half]
+        errors = {
+            w: total_errors(sentences(decoder, others, lm_weight=w), "WER").edits for w in (0, 2)
+        }
+        chosen = {halves[t.index].lm_weight for t in known if t.index % 2 == half}
+        assert chosen == {min(errors, key=errors.__getitem__)}
     unlabelled = [trial(9, None, known[0].phoneme_log_probs)]
-    options = WordOptions("lm.arpa", settings=WordSettings(beam_size=50), tune_words=True)
-    result = decode_sentences(options, decoders[1], {}, unlabelled, tuning=known)
-    assert result.facts["lm_weight"] == "2"
-    assert list(result.text) == [9]
+    elsewhere = choose_weights(tuned, decoder, unlabelled, known)
+    assert list(elsewhere) == [9] and elsewhere[9].lm_weight in (0, 2)
 
 
 # --- language models and vocabularies -------------------------------------------------------------
@@ -195,7 +186,7 @@ def test_a_model_in_capitals_decodes_what_the_same_model_in_lower_case_does(tmp_
         path = arpa(tmp_path / name, SPOKEN, written)
         for own in (None, lexicon):
             decoder, facts = make_decoder(WordOptions(str(path), own), manifest, tmp_path)
-            found[name, own] = [decoder.hypotheses(h, WordSettings())[0] for h in heard]
+            found[name, own] = [decoder.hypotheses(h, OPTIONS)[0] for h in heard]
             known = facts["Words of the transcripts that can be decoded"]
             assert known.startswith("100.0 % of ")
     assert [h.text for h in found["lower", None]] == SPOKEN
@@ -245,12 +236,11 @@ def test_words_that_sound_alike_beyond_what_the_search_holds_are_named(tmp_path)
 
 
 def test_scores_of_a_hypothesis_add_up(decoders):
-    settings = WordSettings(beam_size=50, lm_weight=1.5, word_score=0.7)
     decoder, one = decoders[1], decoders[2][0]
-    found = decoder.hypotheses(one.phoneme_log_probs, settings, 8)
+    options = replace(OPTIONS, lm_weight=1.5, word_score=0.7, nbest=8)
+    found = decoder.hypotheses(one.phoneme_log_probs, options)
     assert len(found) > 1 and len({h.text for h in found}) == len(found)
     assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
-    assert found[0].text == decoder.decode(one.phoneme_log_probs, settings)
     for h in found:
         total = h.acoustic + 1.5 * h.language + 0.7 * len(h.text.split())
         assert h.score == pytest.approx(total, abs=1e-3)
@@ -380,9 +370,9 @@ def test_an_ensembles_members_have_their_word_error_rates(model_folder, data, ev
     [
         ("--nbest 0 --language-model none", "--nbest is 0: give 1 to 200"),
         ("--nbest 201 --language-model none", "--nbest is 201: give 1 to 200"),
-        ("--tune-words", "--tune-words is about decoding words: give --language-model"),
-        ("--lm-weight 0", "--lm-weight is about decoding words"),
-        ("--rescored a.csv --language-model none", "FILE holds the sentences"),
+        ("--tune-words", "Sentences come from one source: give --language-model"),
+        ("--lm-weight 0", "Sentences come from one source: give --language-model"),
+        ("--rescored a.csv --language-model none", "Sentences come from one source"),
         ("--rescored a.csv --lm-weight 5", "FILE holds the sentences"),
         ("--rescored absent.csv", "absent.csv cannot be read"),
         ("--rescored short.csv", "has no row for 4 of 4 decoded trials"),

@@ -12,7 +12,6 @@ from brain_to_text.scoring.error_rates import (
     align,
     bootstrap_interval,
     compare_paired,
-    confusion_matrix,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,25 +83,17 @@ def test_paired_test_is_uniform_under_the_null_and_finds_a_real_difference():
     assert comparison.trials_better > comparison.trials_worse
 
 
-def test_few_differing_trials_give_the_exact_p_value():
+def test_few_differing_trials_give_the_share_of_sign_patterns():
     difference = np.array([-3, -2, -1, 2, 0, 0])
-    a = np.array([5, 5, 5, 5, 5, 5])
+    a = np.full(6, 5)
     observed = abs(difference.sum())
     patterns = itertools.product((-1, 1), repeat=4)
     expected = np.mean([abs(np.dot(p, difference[:4])) >= observed for p in patterns])
-    assert compare_paired(a, a + difference, np.full(6, 20)).p_value == expected
+    p_value = compare_paired(a, a + difference, np.full(6, 20)).p_value
+    assert abs(p_value - expected) < 0.02, "four standard errors of 10,000 draws"
 
 
 def test_equal_models_differ_by_nothing():
     comparison = compare_paired([1, 2, 3], [1, 2, 3], [10, 10, 10])
     assert comparison.p_value == 1.0
     assert comparison.difference == Interval(0.0, 0.0, 0.0)
-
-
-def test_confusion_matrix_keeps_insertions_and_deletions_apart():
-    pairs = align([1, 2, 3], [1, 4, 3, 5]) + align([7], [])
-    matrix = confusion_matrix(pairs)
-    assert matrix[2, 4] == 1
-    assert matrix[0, 5] == 1
-    assert matrix[7, 0] == 1
-    assert matrix.trace() == 2

@@ -33,7 +33,7 @@ def test_columns_do_not_depend_on_the_first_trial(tmp_path):
         decoded(0, [1], [1]),
         decoded(1, [1, 2], [1], own=record(trial=1, sentence="hello world")),
     ]
-    rows = [trial_row(trial, "hello") for trial in trials]
+    rows = [trial_row(replace(trial, sentence="hello")) for trial in trials]
     write_table(tmp_path / "table.csv", rows)
     with (tmp_path / "table.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
@@ -109,33 +109,22 @@ def test_a_volume_that_fills_while_logits_are_written_is_one_sentence(size, tmp_
 # --- the competition's file -----------------------------------------------------------------------
 
 
-def submitted() -> tuple:
-    """A manifest with test trials of two sessions among others, and text of some of them."""
+def test_every_test_trial_keeps_its_row_in_the_public_order(tmp_path):
     records = [
         record(FIRST, 0, split="train"),
         record(FIRST, 0, split="test"),
-        record(FIRST, 3, split="test"),
+        record(FIRST, 3, split="test"),  # was not decoded
         record(SECOND, 0, split="val"),
-        record(SECOND, 0, split="test"),
+        record(SECOND, 0, split="test"),  # gave no word
         record(SECOND, 1, split="test"),
     ]
-    return manifest_of(records), {1: "one", 4: "", 5: "four"}
-
-
-def test_every_test_trial_keeps_its_row_in_the_public_order(tmp_path):
-    manifest, text = submitted()
-    write_submission(tmp_path / "submission.csv", manifest, "test", text)
-    # trial_0003 of the first session was not decoded, trial_0000 of the second gave no word
+    manifest, text = manifest_of(records), {1: "one", 4: "", 5: "four"}
+    trials = [replace(decoded(i, None, []), sentence=sentence) for i, sentence in text.items()]
+    write_submission(tmp_path / "submission.csv", manifest, "test", trials)
     assert (tmp_path / "submission.csv").read_text() == "id,text\n0,one\n1,\n2,\n3,four\n"
-
-
-def test_rows_without_text_are_named():
-    manifest, text = submitted()
-    said = submission_remark(manifest, "test", text)
+    said = submission_remark(manifest, "test", trials)
     assert said.startswith("WARNING: submission.csv has 4 rows, 2 of them without text")
     assert f"{FIRST}/data_test.hdf5:trial_0003, {SECOND}/data_test.hdf5:trial_0000" in said
-    whole = submission_remark(manifest, "test", dict.fromkeys(range(6), "text"))
-    assert whole == "submission.csv has 4 rows, each with text"
 
 
 # --- rescored hypotheses --------------------------------------------------------------------------
@@ -186,8 +175,8 @@ def test_an_example_shows_the_probabilities_of_its_classes_in_order_of_time():
     early, late = k, N_PHONEMES * k + ae  # #→K and K→AE
     probabilities[1, early], probabilities[4, late] = 0.7, 0.9
     probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
-    trial = decoded(0, [k, ae], [k])
-    shown = example(trial, np.log(probabilities), 0.08, "a word")
+    trial = replace(decoded(0, [k, ae], [k]), sentence="a word")
+    shown = example(trial, np.log(probabilities), 0.08)
     assert shown["labels"] == ["#→K", "K→AE"]
     assert shown["posteriors"].shape == (2, 6)
     np.testing.assert_allclose(shown["posteriors"][0], probabilities[:, early], atol=1e-6)

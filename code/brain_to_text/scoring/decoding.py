@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from ..dataset.trial_record import TrialRecord
 from ..errors import DataError
 from ..labels.diphones import N_DIPHONES, LabelForm, collapse_to_phonemes, marginalise_log_probs
 from ..labels.phonemes import N_PHONEMES, phoneme_symbols
+from ..labels.pronunciation import normalise_text
 from ..model.augmentations import Augmentation
 from ..model.losses import ctc_nll
 from ..model.rnn_model import GRUDecoder
@@ -26,8 +27,6 @@ from ..storage.locations import shortened
 from ..streaming.batch import Batch, pad_features
 from ..streaming.dataset_s3 import EvaluationDatasetS3
 from .error_rates import ErrorCounts
-
-_TRIALS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class DecodedTrial:
         path: phoneme ids that the decoded diphones stand for; None for a 41-class model.
         n_frames: T'.
         nats: CTC loss, summed over the frames; None where it was not asked for.
+        sentence: the decoded words, normalised; None where words were not decoded.
     """
 
     index: int
@@ -121,14 +121,20 @@ class DecodedTrial:
     path: list[int] | None = None
     n_frames: int = 0
     nats: float | None = None
+    sentence: str | None = None
 
     @cached_property
     def errors(self) -> dict[str, ErrorCounts]:
-        """Edits by error rate (DER, PER, PER of the diphone path), of those that have labels."""
-        sides = {
+        """Edits by error rate (DER, PER, PER of the diphone path, WER), where there are labels."""
+        spoken = words = None
+        if self.sentence is not None:
+            spoken = normalise_text(self.record.sentence_label or "").split()
+            words = self.sentence.split()
+        sides: dict[str, tuple[Sequence[Hashable] | None, Sequence[Hashable] | None]] = {
             "DER": (self.class_reference, self.class_hypothesis),
             "PER": (self.reference, self.hypothesis),
             "PER (diphone path)": (self.reference, self.path),
+            "WER": (spoken, words),
         }
         return {
             name: ErrorCounts.between(reference, hypothesis)
@@ -358,27 +364,22 @@ def decode_features(
             f"{len(model.sessions)} sessions ({shortened(model.sessions)})."
         )
     dataset, patch = model.config.dataset, model.config.model.patch_size
-    subset, n_features = dataset.feature_subset, dataset.neural_dim
+    columns = None if dataset.feature_subset is None else np.array(dataset.feature_subset)
+    inference = Inference(model.build(device), Augmentation(dataset.data_transforms))
+    day = torch.tensor([model.sessions.index(session)])
+    phonemes: list[str] = []
     for number, trial in enumerate(trials):
-        if trial.ndim != 2 or len(trial) < patch or trial.shape[1] != n_features:
+        if trial.ndim != 2 or len(trial) < patch or trial.shape[1] != dataset.neural_dim:
             raise DataError(
                 f"Trial {number} has the shape {trial.shape}: give [bins, features] with at least "
-                f"{patch} bins and {n_features} features."
+                f"{patch} bins and {dataset.neural_dim} features."
             )
-    inference = Inference(model.build(device), Augmentation(dataset.data_transforms))
-    day, columns = model.sessions.index(session), None if subset is None else np.array(subset)
-    phonemes: list[str] = []
-    for start in range(0, len(trials), _TRIALS_AT_ONCE):
-        part = trials[start : start + _TRIALS_AT_ONCE]
-        lengths = torch.tensor([len(trial) for trial in part])
-        features = pad_features(part, feature_subset=columns)
-        days = torch.full((len(part),), day)
-        unlabelled = (None, None, None, None)
-        batch = Batch(0, features, lengths, *unlabelled, days, torch.arange(len(part)))
+        features, length = pad_features([trial], feature_subset=columns), torch.tensor([len(trial)])
+        batch = Batch(0, features, length, None, None, None, None, day, torch.tensor([number]))
         log_probs = inference.logits(batch.to(device)).float().log_softmax(-1)
         if log_probs.shape[-1] == N_DIPHONES:
             log_probs = marginalise_log_probs(log_probs)
-        best, frames = log_probs.argmax(-1).cpu(), inference.model.frame_lengths(lengths)
-        decoded = greedy_decode(best.numpy(), frames.numpy())
-        phonemes += [" ".join(phoneme_symbols(ids)) for ids in decoded]
+        frames = inference.model.frame_lengths(length)
+        ids = greedy_decode(log_probs.argmax(-1).cpu().numpy(), frames.numpy())[0]
+        phonemes.append(" ".join(phoneme_symbols(ids)))
     return phonemes

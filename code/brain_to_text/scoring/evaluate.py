@@ -24,9 +24,10 @@ from ..streaming.dataset_s3 import EvaluationDatasetS3
 from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedSplit, DecodedTrial, Inference, decode, greedy_decode
 from .output_files import RESULTS, check_results, result_folder, write_results, writing_to
-from .sentences import DecodedSentences, WordOptions, decode_sentences, make_decoder
+from .sentences import check_words, choose_weights, make_decoder, search
 from .summary import Evaluation, compare, describe, label_form_remark
-from .tables import rescored_sentences, submission_remark
+from .tables import n_best_rows, rescored_sentences, submission_remark
+from .word_decoder import WordOptions
 
 N_EXAMPLES = 4
 
@@ -67,7 +68,7 @@ def evaluate_model(
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     print(f"Using device: {device}")
     if words is not None:
-        words.check()
+        check_words(words)
     if lies_in(str(output_dir), data):
         raise ConfigError(
             f"--output-dir {output_dir} lies in the dataset {data}: give a folder beside it."
@@ -85,18 +86,16 @@ def evaluate_model(
         set(np.concatenate(select_for_evaluation(manifest, a.config, a.sessions, split)[0]))
         for a in (*artefacts, *([rival] if rival else []))
     ]
-    sentences: DecodedSentences | None = None
+    text: dict[int, str] = {}
     if words is not None and words.rescored is not None:
         shared = sorted(set.intersection(*chosen[: len(artefacts)]))
         text = rescored_sentences(words.rescored, {manifest.trials[i].name: i for i in shared})
-        sentences = DecodedSentences(
-            text, {"Sentences": f"those with the best score in {words.rescored}"}
-        )
     with (
         result_folder(output_dir, RESULTS) as folder,
         closing(TrialStream(store, manifest)) as stream,
     ):
-        if words is not None and sentences is None:
+        decoder = None
+        if words is not None and words.rescored is None:
             with writing_to(output_dir):
                 decoder, facts = make_decoder(words, manifest, folder, split)
             for name, fact in facts.items():
@@ -110,22 +109,34 @@ def evaluate_model(
         )
         evaluation = combine(members)
         if rival is not None:
-            comparison = compare(evaluation.trials, run(rival, split=split).trials, rival.location)
+            others = run(rival, split=split).trials
+            comparison = compare(evaluation.trials, others, rival.location)
             evaluation = replace(evaluation, comparison=comparison)
-        if words is not None and sentences is None:
+        if words is not None and decoder is not None:
             tuning = None
             if words.tune_words and split != "val":
                 tuning = combine([run(a, split="val") for a in artefacts]).trials
-            sentences = decode_sentences(words, decoder, facts, evaluation.trials, tuning)
-            members_with_text = (
-                replace(member, sentences=sentences.of(decoder, member.trials))
-                for member in evaluation.members
+            weights = choose_weights(words, decoder, evaluation.trials, tuning)
+            found = search(decoder, evaluation.trials, weights)
+            evaluation = replace(
+                evaluation,
+                trials=found.of(evaluation.trials),
+                words={**facts, **found.weights()},
+                nbest=n_best_rows(evaluation.trials, found) if words.nbest > 1 else (),
+                members=tuple(
+                    replace(m, trials=search(decoder, m.trials, weights).of(m.trials))
+                    for m in evaluation.members
+                ),
             )
-            evaluation = replace(evaluation, members=tuple(members_with_text))
-        if sentences is not None:
-            remark = submission_remark(manifest, split, sentences.text)
-            remarks = (*evaluation.remarks, remark)
-            evaluation = replace(evaluation, sentences=sentences, remarks=remarks)
+        elif words is not None:
+            evaluation = replace(
+                evaluation,
+                trials=[replace(t, sentence=text[t.index]) for t in evaluation.trials],
+                words={"Sentences": f"those with the best score in {words.rescored}"},
+            )
+        if words is not None:
+            remark = submission_remark(manifest, split, evaluation.trials)
+            evaluation = replace(evaluation, remarks=(*evaluation.remarks, remark))
         for line in (*evaluation.remarks, *describe(evaluation.summary)):
             print(line)
         write_results(evaluation, folder, logits=export_logits)

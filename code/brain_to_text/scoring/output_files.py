@@ -24,7 +24,7 @@ from .decoding import DecodedTrial
 from .error_rates import align
 from .report_pages import model_report
 from .summary import Evaluation, diphone_name
-from .tables import n_best_rows, trial_row, write_logits, write_submission, write_table
+from .tables import trial_row, write_logits, write_submission, write_table
 
 BIN_SECONDS = 0.02
 RESULTS = (
@@ -144,12 +144,11 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
     Raises:
         StorageError: it cannot be written.
     """
-    artefact, sentences, numbers = evaluation.artefact, evaluation.sentences, evaluation.summary
-    text = sentences.text if sentences else {}
-    by_index = {trial.index: trial for trial in evaluation.trials}
+    artefact, numbers, trials = evaluation.artefact, evaluation.summary, evaluation.trials
+    by_index = {trial.index: trial for trial in trials}
     seconds_per_frame = artefact.config.model.patch_stride * BIN_SECONDS
     examples = [
-        example(by_index[index], log_probs, seconds_per_frame, text.get(index))
+        example(by_index[index], log_probs, seconds_per_frame)
         for index, log_probs in evaluation.examples.items()
     ]
     page = {
@@ -165,14 +164,14 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "environment": {**_environment_facts(evaluation), **evaluation.job},
     }
     with writing_to(folder.parent):
-        rows = [trial_row(trial, text.get(trial.index)) for trial in evaluation.trials]
-        write_table(folder / "trials.csv", rows)
+        write_table(folder / "trials.csv", [trial_row(trial) for trial in trials])
         if logits:
-            write_logits(folder / "phoneme_logits.hdf5", evaluation.trials)
-        if sentences is not None:
-            write_submission(folder / "submission.csv", evaluation.manifest, evaluation.split, text)
-            if sentences.nbest:
-                write_table(folder / "nbest.csv", n_best_rows(evaluation.trials, sentences))
+            write_logits(folder / "phoneme_logits.hdf5", trials)
+        if evaluation.words is not None:
+            path, manifest = folder / "submission.csv", evaluation.manifest
+            write_submission(path, manifest, evaluation.split, trials)
+        if evaluation.nbest:
+            write_table(folder / "nbest.csv", evaluation.nbest)
         (folder / "report.html").write_text(model_report(page), encoding="utf-8")
         summary = {
             "model": evaluation.model,
@@ -224,17 +223,11 @@ def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def example(
-    trial: DecodedTrial,
-    log_probs: np.ndarray,
-    seconds_per_frame: float,
-    decoded: str | None = None,
-) -> dict[str, Any]:
+def example(trial: DecodedTrial, log_probs: np.ndarray, seconds_per_frame: float) -> dict[str, Any]:
     """One trial for the report: its alignment, and its most probable classes over time.
 
     Args:
         log_probs: [T', C] of diphones or phonemes.
-        decoded: the decoded words, where words were decoded.
     """
     probabilities = np.exp(log_probs)
     peaks = probabilities.max(axis=0)
@@ -253,7 +246,7 @@ def example(
     return {
         "heading": trial.record.name + score,
         "sentence": trial.record.sentence_label,
-        "decoded": decoded,
+        "decoded": trial.sentence,
         "alignment": [tuple(None if p is None else PHONEMES[p].strip() for p in q) for q in pairs],
         "posteriors": probabilities[:, shown].T,
         "labels": labels,

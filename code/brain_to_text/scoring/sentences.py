@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,120 +13,38 @@ import numpy as np
 from tqdm import tqdm
 
 from ..dataset.manifest import TrialManifest
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..labels.pronunciation import Lexicon, lexicon_of, normalise_text, read_lexicon
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
 from .language_model import check_language_model, estimate_ngrams, words_of_model
 from .word_decoder import (
+    FROM_TRAINING,
+    LEXICON_ONLY,
     LM_WEIGHTS,
     WORD_SCORES,
     Hypothesis,
     WordDecoder,
-    WordSettings,
+    WordOptions,
     flashlight,
-    word_errors,
 )
 
-FROM_TRAINING = "training"
-LEXICON_ONLY = "none"
 _NAMED = 8  # words that a line names
 
 
-@dataclass(frozen=True)
-class WordOptions:
-    """How sentences are decoded.
-
-    Attributes:
-        language_model: an ARPA or KenLM file; "training": 3-grams of the training sentences;
-            "none": the lexicon alone; None where sentences come from `rescored`.
-        lexicon: a file of `WORD PHONEME …` lines; its words are added to the model's, and its
-            pronunciations replace the CMU dictionary's.
-        settings: weights of the search.
-        tune_words: choose the two main weights on the validation split.
-        nbest: hypotheses written of every trial.
-        rescored: a table of hypotheses with new scores, whose best ones are the sentences.
+def check_words(options: WordOptions) -> None:
+    """Check what can be known before anything is read or decoded.
 
     Raises:
-        ConfigError: options that exclude each other.
+        ConfigError: optional packages are missing. DataError, StorageError: no usable file.
     """
-
-    language_model: str | None
-    lexicon: Path | None = None
-    settings: WordSettings = field(default_factory=WordSettings)
-    tune_words: bool = False
-    nbest: int = 1
-    rescored: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.nbest < 1 or self.nbest > self.settings.beam_size:
-            raise ConfigError(
-                f"--nbest is {self.nbest}: give 1 to {self.settings.beam_size}, the hypotheses "
-                "that --beam-size keeps."
-            )
-        decoding = self.language_model, self.lexicon, self.settings, self.tune_words, self.nbest
-        if self.rescored is not None and decoding != (None, None, WordSettings(), False, 1):
-            raise ConfigError(
-                "--rescored FILE holds the sentences: leave out --language-model, --lexicon, "
-                "--tune-words, --nbest and the search's weights, which are about decoding them."
-            )
-
-    def check(self) -> None:
-        """Check what can be known before anything is read or decoded.
-
-        Raises:
-            ConfigError: optional packages are missing. DataError, StorageError: no usable file.
-        """
-        if self.rescored is not None:
-            return
-        flashlight()
-        if self.language_model not in (FROM_TRAINING, LEXICON_ONLY):
-            check_language_model(Path(str(self.language_model)))
-        if self.lexicon is not None:
-            read_lexicon(self.lexicon)
-
-
-@dataclass(frozen=True)
-class DecodedSentences:
-    """The text of every trial.
-
-    Attributes:
-        text: normalised sentence by trial index.
-        facts: about the decoder and its weights, for people.
-        settings: of the search, by trial index.
-        nbest: the best hypotheses by trial index, where more than one was asked for.
-    """
-
-    text: Mapping[int, str]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[int, WordSettings] = field(default_factory=dict)
-    nbest: Mapping[int, list[Hypothesis]] = field(default_factory=dict)
-
-    def of(self, decoder: WordDecoder, trials: Sequence[DecodedTrial]) -> DecodedSentences:
-        """What another model's log-probabilities of these trials say at the same weights."""
-        bar = tqdm(trials, unit="sentence", desc="A member's sentences", disable=None)
-        return DecodedSentences(
-            {t.index: decoder.decode(t.phoneme_log_probs, self.settings[t.index]) for t in bar}
-        )
-
-    def summary(self, trials: Sequence[DecodedTrial]) -> dict[str, Any]:
-        """Facts and examples: the worst sentences, and those in the middle."""
-        rows: list[dict[str, Any]] = [
-            {
-                "reference": normalise_text(t.record.sentence_label),
-                "decoded": self.text[t.index],
-                "errors": word_errors(t.record.sentence_label, self.text[t.index]).edits,
-            }
-            for t in trials
-            if t.record.sentence_label
-        ]
-        rows.sort(key=lambda row: -row["errors"])
-        scored = f"{len(rows):,} of {len(trials):,} trials, those with a sentence"
-        middle = max(len(rows) // 2, 5)
-        return {
-            "settings": {**self.facts, "Scored": scored},
-            "examples": rows[:5] + rows[middle : middle + 5],
-        }
+    if options.rescored is not None:
+        return
+    flashlight()
+    if options.language_model not in (FROM_TRAINING, LEXICON_ONLY):
+        check_language_model(Path(str(options.language_model)))
+    if options.lexicon is not None:
+        read_lexicon(options.lexicon)
 
 
 def training_sentences(manifest: TrialManifest) -> list[str]:
@@ -230,14 +148,41 @@ def _named(names: Sequence[str]) -> str:
 # --- the search -----------------------------------------------------------------------------------
 
 
-def decode_sentences(
+@dataclass(frozen=True)
+class Sentences:
+    """What a search found, by trial index: options with the weights used, and hypotheses."""
+
+    options: Mapping[int, WordOptions]
+    found: Mapping[int, list[Hypothesis]]
+
+    def of(self, trials: Sequence[DecodedTrial]) -> list[DecodedTrial]:
+        """The trials with their best sentence."""
+        return [replace(t, sentence=self.found[t.index][0].text) for t in trials]
+
+    def weights(self) -> dict[str, str]:
+        """The weights that were used, for people."""
+        return {
+            name: " / ".join(dict.fromkeys(f"{getattr(o, name):g}" for o in self.options.values()))
+            for name in ("lm_weight", "word_score", "beam_size")
+        }
+
+
+def search(
+    decoder: WordDecoder, trials: Sequence[DecodedTrial], options: Mapping[int, WordOptions]
+) -> Sentences:
+    """Decode the sentences of trials, each with the options of its index."""
+    bar = tqdm(trials, unit="sentence", desc="Sentences", disable=None)
+    found = {t.index: decoder.hypotheses(t.phoneme_log_probs, options[t.index]) for t in bar}
+    return Sentences(options, found)
+
+
+def choose_weights(
     options: WordOptions,
     decoder: WordDecoder,
-    facts: Mapping[str, Any],
     trials: Sequence[DecodedTrial],
     tuning: Sequence[DecodedTrial] | None = None,
-) -> DecodedSentences:
-    """Decode every trial, with weights tuned where asked.
+) -> dict[int, WordOptions]:
+    """The options of the search for every trial by its index, with weights tuned where asked.
 
     Tuned on the very trials that are scored (`tuning` is None), each half of them is decoded with
     the weights that suit the other half, so that the word error rate stays honest.
@@ -247,57 +192,31 @@ def decode_sentences(
         tuning: labelled trials of the validation split; None: `trials` themselves.
 
     Raises:
-        DataError: tuning without labelled trials.
+        DataError: tuning with fewer than two labelled trials.
     """
-    used = {trial.index: options.settings for trial in trials}
-    if options.tune_words:
-        labelled = [t for t in tuning or trials if t.record.sentence_label]
-        points, errors = _grid_errors(decoder, labelled, options.settings)
-        if tuning is None:
-            half = np.arange(len(labelled)) % 2
-            best = [points[errors[:, half != number].sum(1).argmin()] for number in (0, 1)]
-            position_of = {trial.index: position for position, trial in enumerate(labelled)}
-            used = {index: best[position_of.get(index, 1) % 2] for index in used}
-        else:
-            used = dict.fromkeys(used, points[errors.sum(1).argmin()])
-    found = {
-        trial.index: decoder.hypotheses(trial.phoneme_log_probs, used[trial.index], options.nbest)
-        for trial in tqdm(trials, unit="sentence", desc="Sentences", disable=None)
-    }
-    weights = {
-        name: " / ".join(dict.fromkeys(f"{asdict(s)[name]:g}" for s in used.values()))
-        for name in asdict(options.settings)
-    }
-    return DecodedSentences(
-        {index: best[0].text for index, best in found.items()},
-        {**facts, **weights},
-        used,
-        found if options.nbest > 1 else {},
-    )
-
-
-def _grid_errors(
-    decoder: WordDecoder, trials: Sequence[DecodedTrial], settings: WordSettings
-) -> tuple[list[WordSettings], np.ndarray]:
-    """Points of the grid of language-model and word weights, and word errors [points, trials].
-
-    Raises:
-        DataError: fewer than two trials.
-    """
-    if len(trials) < 2:
+    if not options.tune_words:
+        return {trial.index: options for trial in trials}
+    labelled = [t for t in tuning or trials if t.record.sentence_label]
+    if len(labelled) < 2:
         raise DataError(
             "Tuning needs validation trials with sentences: use data with a val split, or "
             "leave out --tune-words."
         )
     points = [
-        replace(settings, lm_weight=lm_weight, word_score=word_score)
+        replace(options, lm_weight=lm_weight, word_score=word_score, nbest=1)
         for lm_weight, word_score in itertools.product(LM_WEIGHTS, WORD_SCORES)
     ]
-    errors = [
-        [
-            word_errors(t.record.sentence_label, decoder.decode(t.phoneme_log_probs, point)).edits
-            for t in trials
-        ]
-        for point in tqdm(points, unit="point", desc="Tuning", disable=None)
-    ]
-    return points, np.array(errors)
+    errors = np.zeros((len(points), len(labelled)), dtype=np.int64)
+    for row, point in enumerate(tqdm(points, unit="point", desc="Tuning", disable=None)):
+        found = {t.index: decoder.hypotheses(t.phoneme_log_probs, point) for t in labelled}
+        errors[row] = [t.errors["WER"].edits for t in Sentences({}, found).of(labelled)]
+    if tuning is not None:
+        best = points[errors.sum(1).argmin()]
+        return {trial.index: replace(best, nbest=options.nbest) for trial in trials}
+    half = np.arange(len(labelled)) % 2
+    halves = [points[errors[:, half != number].sum(1).argmin()] for number in (0, 1)]
+    position_of = {trial.index: position for position, trial in enumerate(labelled)}
+    return {
+        trial.index: replace(halves[position_of.get(trial.index, 1) % 2], nbest=options.nbest)
+        for trial in trials
+    }

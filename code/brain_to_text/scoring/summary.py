@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,8 @@ from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
 from ..model.trained_model import ModelArtefact
 from ..storage.locations import shortened
-from .decoding import DecodedTrial
+from .decoding import DecodedTrial, total_errors
 from .error_rates import (
-    ErrorCounts,
     align,
     bootstrap_interval,
     compare_paired,
@@ -28,8 +27,7 @@ from .error_rates import (
     rates_by,
     worst_diphones,
 )
-from .sentences import DecodedSentences, training_sentences
-from .word_decoder import word_errors
+from .sentences import training_sentences
 
 RATES = ("DER", "PER", "PER (diphone path)", "WER")
 
@@ -46,7 +44,8 @@ class Evaluation:
         trials: in the manifest's order.
         seconds: of the pass over the trials.
         examples: class log-probabilities [T', C] of the trials to look at, by index.
-        sentences: the trials' text, when words were decoded.
+        words: facts about the decoder of words and its weights, where words were decoded.
+        nbest: rows of nbest.csv, where more than one hypothesis was asked for.
         remarks: one sentence for everything left out, and for every doubt about the numbers.
         job: facts about the training job, for people: name, instance, duration, cost.
         members: of an ensemble, each on the trials of the whole.
@@ -60,7 +59,8 @@ class Evaluation:
     trials: list[DecodedTrial]
     seconds: float
     examples: Mapping[int, np.ndarray] = field(default_factory=dict)
-    sentences: DecodedSentences | None = None
+    words: Mapping[str, str] | None = None
+    nbest: Sequence[Mapping[str, Any]] = ()
     remarks: tuple[str, ...] = ()
     job: Mapping[str, str] = field(default_factory=dict)
     members: tuple[Evaluation, ...] = ()
@@ -74,11 +74,9 @@ class Evaluation:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Rates with intervals, counts, groups; plain types."""
-        sentences = self.sentences
-        trained_on = set(training_sentences(self.manifest))
-        summary = summarise(self.trials, trained_on, sentences.text if sentences else None)
-        if sentences is not None:
-            summary["words"] = sentences.summary(self.trials)
+        summary = summarise(self.trials, set(training_sentences(self.manifest)))
+        if self.words is not None:
+            summary["words"] = _words(self.words, self.trials)
         if self.members:
             summary["members"] = [self._beside(member) for member in self.members]
         if self.comparison is not None:
@@ -95,18 +93,13 @@ class Evaluation:
         return row
 
 
-def summarise(
-    trials: Sequence[DecodedTrial],
-    trained_on: Collection[str] = (),
-    text: Mapping[int, str] | None = None,
-) -> dict[str, Any]:
+def summarise(trials: Sequence[DecodedTrial], trained_on: Collection[str] = ()) -> dict[str, Any]:
     """Everything the report and summary.json say about decoded trials, as plain types.
 
     Without labels only the number of trials is known.
 
     Args:
         trained_on: normalised sentences of the training split, for rates on seen and unseen ones.
-        text: decoded sentences by trial index, for the word error rate.
     """
     groups: dict[str, Callable[[DecodedTrial], str]] = {
         "session": lambda t: t.record.session,
@@ -118,16 +111,14 @@ def summarise(
         groups["sentence"] = lambda t: seen_in_training(t, trained_on)
     by_rate: dict[str, dict[str, Any]] = {"rates": {}, "counts": {}, "groups": {}}
     for name in RATES:
-        scored = _scored(trials, name, text)
+        scored = [trial for trial in trials if name in trial.errors]
         if not scored:
             continue
-        total = _edits_and_labels(scored.values())
-        members = [trial for trial in trials if trial.index in scored]
+        total = _edits_and_labels(scored, name)
         by_rate["rates"][name] = asdict(bootstrap_interval(*total))
-        by_rate["counts"][name] = asdict(sum(scored.values(), ErrorCounts()))
+        by_rate["counts"][name] = asdict(total_errors(scored, name))
         by_rate["groups"][name] = {
-            kind: rates_by([key(trial) for trial in members], *total)
-            for kind, key in groups.items()
+            kind: rates_by([key(trial) for trial in scored], *total) for kind, key in groups.items()
         }
     summary: dict[str, Any] = {"n_trials": len(trials)}
     if by_rate["rates"]:
@@ -164,9 +155,9 @@ def compare(
     Raises:
         DataError: no labelled trial in common.
     """
-    this_one = {t.index for t in trials if t.reference}
-    other_one = {t.index for t in other if t.reference}
-    shared = this_one & other_one
+    this_one = {t.index: t for t in trials if t.reference}
+    other_one = {t.index: t for t in other if t.reference}
+    shared = sorted(this_one.keys() & other_one.keys())
     if not shared:
         raise DataError(
             "The two models share no labelled trial to be compared on: use --split val and models "
@@ -174,17 +165,17 @@ def compare(
         )
     metrics = {}
     for name in RATES:
-        rows, rows_other = _scored(trials, name), _scored(other, name)
-        both = sorted(rows.keys() & rows_other.keys())
+        pairs = [(this_one[i], other_one[i]) for i in shared]
+        both = [pair for pair in pairs if all(name in trial.errors for trial in pair)]
         if both:
-            errors, labels = _edits_and_labels(rows[i] for i in both)
-            errors_other, _ = _edits_and_labels(rows_other[i] for i in both)
+            errors, labels = _edits_and_labels([trial for trial, _ in both], name)
+            errors_other, _ = _edits_and_labels([trial for _, trial in both], name)
             metrics[name] = asdict(compare_paired(errors_other, errors, labels))
     names = {t.index: t.record.name for t in (*trials, *other)}
     left_out = {
-        "decoded by this model only": this_one - other_one,
-        "decoded by the other model only": other_one - this_one,
-        "without labels": names.keys() - this_one - other_one,
+        "decoded by this model only": this_one.keys() - other_one.keys(),
+        "decoded by the other model only": other_one.keys() - this_one.keys(),
+        "without labels": names.keys() - this_one.keys() - other_one.keys(),
     }
     return {
         "other": other_name,
@@ -259,19 +250,24 @@ def diphone_name(previous: int, current: int) -> str:
     return "→".join(names)
 
 
-def _scored(
-    trials: Sequence[DecodedTrial], name: str, text: Mapping[int, str] | None = None
-) -> dict[int, ErrorCounts]:
-    """Errors by trial index, of the trials with labels and an answer of this kind."""
-    if name == "WER":
-        return {
-            trial.index: word_errors(trial.record.sentence_label, text[trial.index])
-            for trial in trials
-            if text and trial.index in text and normalise_text(trial.record.sentence_label or "")
-        }
-    return {trial.index: trial.errors[name] for trial in trials if name in trial.errors}
+def _words(facts: Mapping[str, str], trials: Sequence[DecodedTrial]) -> dict[str, Any]:
+    """Facts and examples: the worst sentences, and those in the middle."""
+    scored = sorted((t for t in trials if "WER" in t.errors), key=lambda t: -t.errors["WER"].edits)
+    middle = max(len(scored) // 2, 5)
+    count = f"{len(scored):,} of {len(trials):,} trials, those with a sentence"
+    return {
+        "settings": {**facts, "Scored": count},
+        "examples": [
+            {
+                "reference": normalise_text(trial.record.sentence_label or ""),
+                "decoded": trial.sentence,
+                "errors": trial.errors["WER"].edits,
+            }
+            for trial in scored[:5] + scored[middle : middle + 5]
+        ],
+    }
 
 
-def _edits_and_labels(rows: Iterable[ErrorCounts]) -> tuple[list[int], list[int]]:
-    edits, labels = zip(*((row.edits, row.reference_labels) for row in rows), strict=True)
-    return list(edits), list(labels)
+def _edits_and_labels(trials: Sequence[DecodedTrial], rate: str) -> tuple[list[int], list[int]]:
+    errors = [trial.errors[rate] for trial in trials]
+    return [e.edits for e in errors], [e.reference_labels for e in errors]

@@ -17,21 +17,16 @@ from ..labels.phonemes import BLANK, SILENCE, phoneme_symbols
 from ..labels.pronunciation import normalise_text
 from ..storage.locations import shortened
 from .decoding import DecodedTrial
-from .sentences import DecodedSentences
+from .sentences import Sentences
 from .summary import corpus_name
-from .word_decoder import word_errors
 
 _NEEDED = ("file", "hypothesis", "score")  # columns of a table of sentences to be scored
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is run by spreadsheets
 
 
-def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any]:
-    """One trial of the per-trial table; without labels there are no error columns.
-
-    Args:
-        sentence: the decoded words, where words were decoded.
-    """
-    record = trial.record
+def trial_row(trial: DecodedTrial) -> dict[str, Any]:
+    """One trial of the per-trial table; what has no labels has no error columns."""
+    record, errors = trial.record, trial.errors
     row: dict[str, Any] = {
         "session": record.session,
         "block": record.block_num,
@@ -42,12 +37,12 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
         "reference": None if trial.reference is None else _spelled(trial.reference),
         "hypothesis": _spelled(trial.hypothesis),
     }
-    if sentence is not None:
-        row["decoded_sentence"] = sentence
-        if record.sentence_label:
-            words = word_errors(record.sentence_label, sentence)
-            row |= {"words": words.reference_labels, "word_errors": words.edits}
-    if (per := trial.errors.get("PER")) is not None:
+    if trial.sentence is not None:
+        row["decoded_sentence"] = trial.sentence
+    if "WER" in errors:
+        row |= {"words": errors["WER"].reference_labels, "word_errors": errors["WER"].edits}
+    if "PER" in errors:
+        per = errors["PER"]
         row |= {
             "phonemes": per.reference_labels,
             "errors": per.edits,
@@ -55,14 +50,12 @@ def trial_row(trial: DecodedTrial, sentence: str | None = None) -> dict[str, Any
             "deletions": per.deletions,
             "insertions": per.insertions,
         }
-    if (der := trial.errors.get("DER")) is not None:
-        row |= {"diphones": der.reference_labels, "diphone_errors": der.edits}
+    if "DER" in errors:
+        row |= {"diphones": errors["DER"].reference_labels, "diphone_errors": errors["DER"].edits}
     return row
 
 
-def n_best_rows(
-    trials: Sequence[DecodedTrial], sentences: DecodedSentences
-) -> list[dict[str, Any]]:
+def n_best_rows(trials: Sequence[DecodedTrial], sentences: Sentences) -> list[dict[str, Any]]:
     """One row per hypothesis, best first within a trial: its scores and the weights used."""
     return [
         {
@@ -72,12 +65,12 @@ def n_best_rows(
             "acoustic": one.acoustic,
             "language": one.language,
             "words": len(one.text.split()),
-            "lm_weight": sentences.settings[trial.index].lm_weight,
-            "word_score": sentences.settings[trial.index].word_score,
+            "lm_weight": sentences.options[trial.index].lm_weight,
+            "word_score": sentences.options[trial.index].word_score,
             "score": one.score,
         }
         for trial in trials
-        for rank, one in enumerate(sentences.nbest[trial.index], 1)
+        for rank, one in enumerate(sentences.found[trial.index], 1)
     ]
 
 
@@ -175,13 +168,14 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def write_submission(
-    path: Path, manifest: TrialManifest, split: str, text: Mapping[int, str]
+    path: Path, manifest: TrialManifest, split: str, trials: Iterable[DecodedTrial]
 ) -> None:
     """The competition's file: `id,text`, one row for every trial of the split, ids from 0.
 
     The order is that of the public evaluation script: sessions by date, trials as in the file.
     A trial without text keeps its row, so that no id after it moves.
     """
+    text = {trial.index: trial.sentence for trial in trials}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "text"])
@@ -189,10 +183,10 @@ def write_submission(
         writer.writerows((number, text.get(index, "")) for number, index in rows)
 
 
-def submission_remark(manifest: TrialManifest, split: str, text: Mapping[int, str]) -> str:
+def submission_remark(manifest: TrialManifest, split: str, trials: Iterable[DecodedTrial]) -> str:
     """What `write_submission` writes, in one sentence: the rows without text are named."""
-    rows = manifest.select(split)
-    empty = [manifest.trials[i].name for i in rows if not text.get(i)]
+    rows, with_text = manifest.select(split), {trial.index for trial in trials if trial.sentence}
+    empty = [manifest.trials[i].name for i in rows if i not in with_text]
     if not empty:
         return f"submission.csv has {len(rows):,} rows, each with text"
     return (

@@ -10,7 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..labels.phonemes import BLANK, N_PHONEMES, SILENCE
-from ..labels.pronunciation import Lexicon, normalise_text
-from .error_rates import ErrorCounts
+from ..labels.pronunciation import Lexicon
 
+FROM_TRAINING = "training"
+LEXICON_ONLY = "none"
 # the weights that tuning tries
 LM_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.5)
 WORD_SCORES = (-1.0, 0.0, 1.0, 2.0)
@@ -29,33 +30,62 @@ HOMOPHONES = 6  # words of one pronunciation that flashlight's trie holds; it dr
 
 
 @dataclass(frozen=True)
-class WordSettings:
-    """Weights of the search.
+class WordOptions:
+    """How sentences are decoded; the names are those of the command's options.
 
     Attributes:
+        language_model: an ARPA or KenLM file; "training": 3-grams of the training sentences;
+            "none": the lexicon alone; None where sentences come from `rescored`.
+        lexicon: a file of `WORD PHONEME …` lines; its words are added to the model's, and its
+            pronunciations replace the CMU dictionary's.
         lm_weight: of the language model's log10 probabilities (as KenLM gives them) beside the
             natural logarithms of the acoustic ones: w here is w / ln 10 = 0.43 w in a decoder that
             takes natural logarithms of both.
         word_score: added per word; positive values favour more, shorter words.
         beam_size: hypotheses kept per frame.
+        tune_words: choose the two weights on the validation split.
+        nbest: hypotheses written of every trial.
+        rescored: a table of hypotheses with new scores, whose best ones are the sentences.
 
     Raises:
-        ConfigError: a weight that is not a number, or no hypothesis to keep.
+        ConfigError: values that cannot be, options that exclude each other.
     """
 
+    language_model: str | None = None
+    lexicon: Path | None = None
     lm_weight: float = 2.0
     word_score: float = 0.0
     beam_size: int = 200
+    tune_words: bool = False
+    nbest: int = 1
+    rescored: Path | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_size <= 1_000_000:
             raise ConfigError(
                 f"--beam-size is {self.beam_size}: give at least 1, and at most 1,000,000."
             )
+        if not 1 <= self.nbest <= self.beam_size:
+            raise ConfigError(
+                f"--nbest is {self.nbest}: give 1 to {self.beam_size}, the hypotheses that "
+                "--beam-size keeps."
+            )
         for name in ("lm_weight", "word_score"):
             if not math.isfinite(getattr(self, name)):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} is {getattr(self, name)}: give a finite number.")
+        if (self.language_model is None) == (self.rescored is None):
+            raise ConfigError(
+                "Sentences come from one source: give --language-model (an ARPA or KenLM file, "
+                "'training' or 'none') to decode them, or --rescored FILE to score those of a "
+                "table."
+            )
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        if self.rescored is not None and given != {"rescored"}:
+            raise ConfigError(
+                "--rescored FILE holds the sentences: leave out --lexicon, --tune-words, --nbest "
+                "and the search's weights, which are about decoding them."
+            )
 
 
 @dataclass(frozen=True)
@@ -118,27 +148,20 @@ class WordDecoder:
         self.dropped: list[str] = []
         self._trie = self._spellings(lexicon)
 
-    def decode(self, log_probs: np.ndarray, settings: WordSettings) -> str:
-        """The most probable sentence; "" where no word was found."""
-        return self.hypotheses(log_probs, settings)[0].text
-
-    def hypotheses(
-        self, log_probs: np.ndarray, settings: WordSettings, most: int = 1
-    ) -> list[Hypothesis]:
-        """The `most` best different sentences, best first; at least one, which may be empty.
+    def hypotheses(self, log_probs: np.ndarray, options: WordOptions) -> list[Hypothesis]:
+        """The `nbest` best different sentences, best first; at least one, which may be empty.
 
         Args:
             log_probs: [T', 41] float32 phoneme log-probabilities.
-            settings: of the search.
         """
         api = self._api
         search = api.LexiconDecoder(
             api.LexiconDecoderOptions(
-                settings.beam_size,
+                options.beam_size,
                 N_PHONEMES,
                 BEAM_THRESHOLD,
-                settings.lm_weight,
-                settings.word_score,
+                options.lm_weight,
+                options.word_score,
                 float("-inf"),
                 0.0,  # per silence
                 False,
@@ -160,7 +183,7 @@ class WordDecoder:
             if text not in found:
                 scores = (path.emittingModelScore, path.lmScore, path.score)
                 found[text] = Hypothesis(text, *scores)
-            if len(found) == most:
+            if len(found) == options.nbest:
                 break
         return list(found.values()) or [Hypothesis("", 0.0, 0.0, 0.0)]
 
@@ -186,13 +209,6 @@ class WordDecoder:
                 trie.insert([*sounds, SILENCE], index, -score)
         trie.smear(self._api.SmearingMode.MAX)
         return trie
-
-
-def word_errors(reference: str | None, hypothesis: str) -> ErrorCounts:
-    """Edits between two sentences in words, after the field's normalisation."""
-    return ErrorCounts.between(
-        normalise_text(reference or "").split(), normalise_text(hypothesis).split()
-    )
 
 
 def flashlight() -> tuple[Any, Any]:
