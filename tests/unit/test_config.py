@@ -71,7 +71,7 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
     document["dataset"]["data_transforms"] |= {"random_walk_std": 0.0, "random_walk_axis": -1}
     document["model"] |= {"type": "GRU"}
     document["model"]["input_network"] |= {"n_input_layers": 1}
-    document |= {"use_wandb": False, "use_composite_loss": False}
+    document |= {"use_wandb": False, "use_composite_loss": False, "compile": "auto"}
     path = tmp_path / "rnn_args.yaml"
     path.write_text(yaml.safe_dump(document))
     with caplog.at_level("WARNING", logger="brain_to_text"):
