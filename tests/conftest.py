@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -18,6 +17,7 @@ from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.storage.store import open_store
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
+from support.manifests import uploaded
 from support.tiny_data import write_dataset
 
 # a loaded machine is slow, not wrong; and the same examples everywhere
@@ -110,10 +110,8 @@ def tiny_dataset_s3(
 @pytest.fixture
 def tiny_manifest_s3(tiny_dataset: TinyDataset, tiny_dataset_s3: str) -> TrialManifest:
     """The manifest of the uploaded tiny dataset, as if it had been indexed there (but faster)."""
-    listing = open_store(tiny_dataset_s3).list()
     local = index_dataset(open_store(tiny_dataset.folder))
-    files = {key: listing[key] for key in local.files}
-    return dataclasses.replace(local, files=files)
+    return uploaded(local, open_store(tiny_dataset_s3).list())
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from brain_to_text.storage.locations import ObjectInfo
 from brain_to_text.storage.store import open_store
 from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
+from support.manifests import manifest_of
 
 
 def full_size_manifest(compressed: bool) -> TrialManifest:
@@ -83,7 +84,7 @@ def full_size_manifest(compressed: bool) -> TrialManifest:
                 )
             )
     files = {key: ObjectInfo(key, end, f"{rng.bytes(16).hex()}-9") for key, end in ends.items()}
-    return TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
+    return manifest_of(trials, files, 512)
 
 
 def measure_size() -> None:
@@ -94,7 +95,7 @@ def measure_size() -> None:
         started = time.process_time()
         data = manifest.to_bytes()
         written = time.process_time()
-        TrialManifest.from_bytes(data)
+        TrialManifest.from_bytes(data, "data")
         read = time.process_time()
         print(f"| {layout} | {len(data):,} | {written - started:.2f} | {read - written:.2f} |")
 

@@ -29,7 +29,6 @@ sys.path[:0] = [str(HERE.parents[2] / "code"), str(HERE.parents[1])]
 
 import numpy as np
 from brain_to_text.config_reader import load_config
-from brain_to_text.dataset.file_content import FileContent
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
@@ -41,6 +40,7 @@ from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.training.distributed import World
 from support.local_s3 import serve_s3
+from support.manifests import manifest_of
 
 SPLITS = ("train", "train", "train", "train", "train", "train", "train", "val", "test", "train")
 SETTINGS = {"n_classes": 1681, "batch_size": 64}
@@ -80,7 +80,7 @@ def made_up_manifest(n_trials: int, n_sessions: int) -> TrialManifest:
             )
         )
     files = {key: ObjectInfo(key, end, f"{rng.bytes(16).hex()}-9") for key, end in ends.items()}
-    return TrialManifest(tuple(trials), files, 512, 1681, "self_loop")
+    return manifest_of(trials, files, 512)
 
 
 def as_a_rank(path: Path) -> None:
@@ -88,7 +88,7 @@ def as_a_rank(path: Path) -> None:
     world = World.join()
     before = resident_bytes()
     seconds = [time.process_time()]
-    manifest = world.from_main(lambda: TrialManifest.from_bytes(path.read_bytes()))
+    manifest = world.from_main(lambda: TrialManifest.from_bytes(path.read_bytes(), "data"))
     seconds.append(time.process_time())
     selection = select_trials(manifest, load_config(None, SETTINGS))
     seconds.append(time.process_time())
@@ -167,8 +167,11 @@ def measure_copies(n_files: int = 135, n_trials: int = 83) -> None:
             ("the same again", "s3://bench/data"),
         ):
             if what == "uploaded, S3 cannot tell":
-                unknown = {k: FileContent(c.labels_crc32) for k, c in manifest.contents.items()}
-                write_manifest(open_store(folder), replace(manifest, contents=unknown))
+                unknown = {
+                    key: replace(file, content=replace(file.content, s3_etag=None))
+                    for key, file in manifest.files.items()
+                }
+                write_manifest(open_store(folder), replace(manifest, files=unknown))
             started = time.monotonic()
             load_or_build_manifest(open_store(url), lambda line: None)
             print(f"| {what} | {time.monotonic() - started:.2f} |", flush=True)

@@ -49,6 +49,7 @@ from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.local_s3 import make_certificate, serve_s3
+from support.manifests import manifest_of, uploaded
 from support.processes import stop
 from support.tiny_data import write_dataset
 
@@ -173,7 +174,7 @@ def plan_for(manifest: TrialManifest) -> BatchPlan:
 
 def run_contender(name: str, n_batches: int, first: int) -> dict[str, float]:
     """Batches `first` … of the plan; times, counts, CPU and memory of this process."""
-    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes(), "data")
     plan = plan_for(manifest)
     load = CONTENDERS[name](manifest)
     batches = [plan.trials(first + i) for i in range(n_batches)]
@@ -316,10 +317,7 @@ def stage() -> Iterator[Stage]:
 
 def published(url: str, folder: Path) -> TrialManifest:
     """The manifest of what lies in `folder` and is served as `url`, kept there."""
-    listing = open_store(url).list()
-    local = index_dataset(open_store(folder))
-    files = {key: listing[key] for key in local.files}
-    manifest = dataclasses.replace(local, files=files)
+    manifest = uploaded(index_dataset(open_store(folder)), open_store(url).list())
     write_manifest(open_store(url), manifest)
     return manifest
 
@@ -508,7 +506,7 @@ def full_size_manifest(on: Stage) -> TrialManifest:
         for number in range(count):
             trial = on.manifest.trials[own[number % len(own)]]
             trials.append(spoken(trial, session, number, rng))
-    return dataclasses.replace(on.manifest, trials=tuple(trials), files=open_store(FULL_URL).list())
+    return manifest_of(trials, open_store(FULL_URL).list(), on.manifest.n_features)
 
 
 def spoken(trial: TrialRecord, session: str, number: int, rng: np.random.Generator) -> TrialRecord:
@@ -565,7 +563,7 @@ def start_once(environment: dict[str, str]) -> dict[str, float]:
 
 def run_memory() -> dict[str, float]:
     """Resident memory against the budgets, over 60 batches with a partial cache."""
-    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes())
+    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes(), "data")
     cache_bytes, prefetch_bytes = 600_000_000, 600_000_000
     stream = TrialStream(open_store(BUCKET_URL), manifest, cache=TrialCache(cache_bytes))
     trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]

@@ -26,7 +26,6 @@ import boto3
 import numpy as np
 import yaml
 from botocore.loaders import create_loader
-from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.launch.account import AwsAccount
 from brain_to_text.launch.image import LABEL, fingerprints
@@ -41,6 +40,7 @@ from werkzeug import Request, Response
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from .aws_calls import Asked, Call
+from .manifests import manifest_of
 from .policies import Decision, Document, across_accounts, evaluate, within_account
 
 ACCOUNT = "123456789012"
@@ -561,5 +561,5 @@ def put_dataset(
                 )
             )
     form = "self_loop" if n_classes == 1681 else "phoneme"
-    manifest = TrialManifest(tuple(trials), files, n_features, n_classes, form)
+    manifest = manifest_of(trials, files, n_features, form)
     s3.put_object(Bucket=BUCKET, Key=f"{prefix}/trial_manifest.json.gz", Body=manifest.to_bytes())

@@ -13,6 +13,8 @@ from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.scoring.decoding import DecodedTrial
 from brain_to_text.storage.locations import ObjectInfo
 
+from . import manifests
+
 
 def record(
     session: str = "t15.2023.08.11",
@@ -41,8 +43,8 @@ def record(
 
 
 def manifest_of(records: Sequence[TrialRecord]) -> TrialManifest:
-    files = {own.key: ObjectInfo(own.key, 1600, "etag") for own in records}
-    return TrialManifest(tuple(records), files, 4, 1681, "self_loop")
+    files = {record.key: ObjectInfo(record.key, 1600, "etag") for record in records}
+    return manifests.manifest_of(records, files, 4)
 
 
 def decoded(

@@ -117,7 +117,7 @@ def test_checksums_of_another_file_are_found_by_the_first_read(tmp_path: Path) -
     write_small_dataset(tmp_path)
     store = open_store(tmp_path)
     manifest = index_dataset(store)
-    manifest.table.crc32[0] ^= 1
+    manifest.trials.crc32[0] ^= 1
     with TrialStream(store, manifest) as stream:
         with pytest.raises(DataError, match=r"are not those in the manifest.*dataset\.py index"):
             stream.fetch([0])

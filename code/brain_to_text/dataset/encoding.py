@@ -111,7 +111,7 @@ def encode_files(
         _refuse_unknown_words(sources, options.lexicon, processes)
     origin = Origin(command, options.purpose())
     done: list[tuple[Origin, FileInspection, bool]] = []
-    with DatasetInMaking(
+    making = DatasetInMaking(
         target,
         command,
         typed or command,
@@ -119,21 +119,21 @@ def encode_files(
         sources,
         reads=[data_url],
         overwrite=overwrite,
-    ) as making:
-        jobs = {
-            name: (key, name, read, target.url, options, origin, making.done.get(key), overwrite)
-            for key, (name, read) in sources.items()
-        }
-        with closing(sound_answers(_encode_job, jobs, processes, progress)) as answers:
-            for answer in answers:
-                making.check()
-                done.append(answer)
-                for line in (*answer[0].not_copied, *answer[0].damaged):
-                    log(f"Left out: {line}")
-        if again := sum(not written for _, _, written in done):
-            log(f"{again} of {len(sources)} files are encoded already and are skipped")
-        manifest = making.finish(inspection for _, inspection, _ in done)
-    labelled = sum(count > 0 for count in manifest.table.n_labels)
+    )
+    jobs = {
+        name: (key, name, read, target.url, options, origin, making.done.get(key), overwrite)
+        for key, (name, read) in sources.items()
+    }
+    with closing(sound_answers(_encode_job, jobs, processes, progress)) as answers:
+        for answer in answers:
+            making.check()
+            done.append(answer)
+            for line in (*answer[0].not_copied, *answer[0].damaged):
+                log(f"Left out: {line}")
+    if again := sum(not written for _, _, written in done):
+        log(f"{again} of {len(sources)} files are encoded already and are skipped")
+    manifest = making.finish(inspection for _, inspection, _ in done)
+    labelled = sum(count > 0 for count in manifest.trials.n_labels)
     log(
         f"Compared with the source: the features of {len(manifest.trials):,} trials value by "
         f"value, the labels of {labelled:,} by decoding them; all are equal"

@@ -28,9 +28,9 @@ from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
 from .lost_data import LOST, lost_sentence
-from .manifest import TrialManifest, load_manifest, refuse_unfinished, write_manifest
+from .manifest import IndexedFile, TrialManifest, earlier_manifest, load_manifest, write_manifest
 from .trial_record import TrialRecord
-from .trial_table import N_CLASSES
+from .trial_table import SPLITS, TrialTable
 
 _SMALL_DATASET = 256 * 2**20  # below this, starting worker processes costs more than it saves
 _PROGRESS_SECONDS = 10.0
@@ -42,7 +42,7 @@ def load_or_build_manifest(
     log: Callable[[str], None],
     *,
     on_damage: Literal["stop", "exclude"] = "stop",
-    splits: Collection[str] = ("train", "val", "test"),
+    splits: Collection[str] = SPLITS,
     sessions: Collection[str] | None = None,
 ) -> TrialManifest:
     """The dataset's manifest, checked against one listing; built and kept if there is none.
@@ -61,28 +61,17 @@ def load_or_build_manifest(
     if overlooked:
         log(overlooked)
     manifest = load_manifest(store, listing)
-    if manifest is not None:
-        read = [
-            key
-            for key in manifest.files.keys() & listing.keys()
-            for session, split in [session_and_split(key)]
-            if split in splits and (sessions is None or session in sessions)
-        ]
-        refuse_archived({key: listing[key] for key in read}, store.url)
-        manifest = _current(manifest, store, listing, log)
+    if manifest is None:
+        manifest = _built(store, listing, log, keep_damaged=on_damage == "exclude")
     else:
-        started = time.monotonic()
-        files = data_files(listing, store.url)
-        size = sum(info.size for info in files.values())
-        log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
-        manifest = index_dataset(store, listing, progress=_now_and_then(log))
-        log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
-        if not manifest.damaged or on_damage == "exclude":
-            try:
-                write_manifest(store, manifest)
-                log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
-            except StorageError as error:
-                log(f"The index serves this run only: {error}")
+        places = {key: session_and_split(key) for key in manifest.files.keys() & listing.keys()}
+        read = {
+            key: listing[key]
+            for key, (session, split) in places.items()
+            if split in splits and (sessions is None or session in sessions)
+        }
+        refuse_archived(read, store.url)
+        manifest = _current(manifest, store, listing, log)
     if on_damage == "stop":
         refuse_damage(store.url, manifest.damaged, "--dataset.on_damaged_trial exclude")
     for finding in manifest.damaged:
@@ -99,6 +88,36 @@ def load_or_build_manifest(
     return manifest
 
 
+def _built(
+    store: ObjectStore,
+    listing: Mapping[str, ObjectInfo],
+    log: Callable[[str], None],
+    *,
+    keep_damaged: bool,
+) -> TrialManifest:
+    """A manifest made now, and written for the next run where that is possible."""
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            log(f"Indexed {done} of {total} files")
+
+    files = data_files(listing, store.url)
+    size = sum(info.size for info in files.values())
+    log(f"No {MANIFEST_NAME} in {store.url}: indexing {len(files)} files, {size / 1e9:.2f} GB")
+    manifest = index_dataset(store, listing, progress=progress)
+    log(f"Indexed {len(manifest.trials):,} trials in {time.monotonic() - started:.1f} s")
+    if not manifest.damaged or keep_damaged:
+        try:
+            write_manifest(store, manifest)
+            log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
+        except StorageError as error:
+            log(f"The index serves this run only: {error}")
+    return manifest
+
+
 def _current(
     manifest: TrialManifest,
     store: ObjectStore,
@@ -111,23 +130,11 @@ def _current(
         return manifest
     log(f"Comparing the labels of {len(moved)} files that were copied or written since indexing")
     manifest.check_labels(store, moved)
-    manifest = replace(manifest, files={key: listing[key] for key in manifest.files})
+    files = {key: replace(file, etag=listing[key].etag) for key, file in manifest.files.items()}
+    manifest = replace(manifest, files=files)
     with suppress(StorageError):  # the next run need not look again
         write_manifest(store, manifest)
     return manifest
-
-
-def _now_and_then(log: Callable[[str], None]) -> Progress:
-    """Progress of indexing as log lines, at most one in `_PROGRESS_SECONDS`."""
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PROGRESS_SECONDS:
-            last = time.monotonic()
-            log(f"Indexed {done} of {total} files")
-
-    return progress
 
 
 def index_dataset(
@@ -149,7 +156,7 @@ def index_dataset(
         StorageError: a file cannot be read. DataError: no data files, or an unfinished dataset.
     """
     listing = store.list() if listing is None else listing
-    refuse_part(store, listing)
+    earlier_manifest(store, listing)  # refuses an unfinished dataset
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, progress=progress)
     return manifest_from_inspections(files, inspections)
@@ -173,7 +180,7 @@ def inspect_dataset(
     for key, result in in_workers(_inspect_job, jobs, processes):
         if isinstance(result, Lost):
             finding = Finding(key, None, result.damage, "crashing file")
-            result = FileInspection(key, files[key].size, findings=[finding])
+            result = FileInspection(key, findings=[finding])
         results[key] = result
         progress(len(results), len(jobs))
     return [results[key] for key in files]
@@ -189,58 +196,34 @@ def manifest_from_inspections(
     width = widths.most_common(1)[0][0] if widths else 0
     damaged = [f for i in inspections for f in i.findings if f.severity == "error"]
     trials: list[TrialRecord] = []
-    contents: dict[str, FileContent] = {}
+    indexed = {}
     for inspection in inspections:
-        n_before = len(trials)
-        for record, own in zip(inspection.records, inspection.label_forms, strict=True):
+        fitting = []
+        for record, its_form in zip(inspection.records, inspection.label_forms, strict=True):
             if record.n_features != width:
                 reason = f"has {record.n_features} features where most trials have {width}"
                 damaged.append(Finding(record.key, record.trial, reason, "wrong shape"))
-            elif own not in (form, None):
-                reason = f"its labels are in the {own} form where most are in the {form} form"
+            elif its_form not in (form, None):
+                reason = f"its labels are in the {its_form} form where most are in the {form} form"
                 damaged.append(Finding(record.key, record.trial, reason, "label form"))
             else:
-                trials.append(record)
-        every = len(trials) - n_before == len(inspection.records)
-        contents[inspection.key] = inspection.content if every else FileContent()
+                fitting.append(record)
+        trials += fitting
+        every = len(fitting) == len(inspection.records)
+        info, content = files[inspection.key], inspection.content if every else FileContent()
+        indexed[info.key] = IndexedFile(info.key, info.size, info.etag, content=content)
     return TrialManifest(
-        trials,
-        files,
-        width,
-        N_CLASSES[form],
-        form,
+        TrialTable.of(trials, files, width, form),
+        indexed,
         tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
-        contents,
         tuple(f for i in inspections for f in i.findings if f.kind == LOST),
     )
-
-
-def keep_index(store: ObjectStore, inspections: Sequence[FileInspection]) -> TrialManifest:
-    """The manifest of data files that were just written to `store`, kept with them.
-
-    Raises:
-        StorageError: listing or writing is not possible.
-    """
-    files = data_files(store.list(), store.url)
-    manifest = manifest_from_inspections(files, sorted(inspections, key=lambda i: i.key))
-    write_manifest(store, manifest)
-    return manifest
-
-
-def refuse_part(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> None:
-    """Raise a DataError if the dataset is unfinished, as the command that makes it noted there."""
-    if MANIFEST_NAME in listing:
-        data = store.read(MANIFEST_NAME, 0, listing[MANIFEST_NAME].size)
-        refuse_unfinished(data, store.url)
 
 
 def missing_files(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> list[str]:
     """One sentence on files of the manifest before that are gone, one on sessions without train."""
     files = data_files(listing, store.url)
-    try:
-        before = load_manifest(store, listing)
-    except DataError:
-        before = None
+    before = earlier_manifest(store, listing)
     sentences = []
     if gone := sorted(before.files.keys() - files.keys() if before else ()):
         sentences.append(

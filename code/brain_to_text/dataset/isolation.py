@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import json
 import math
@@ -12,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -36,21 +34,15 @@ _in_worker = False
 _parked: list[_Worker] = []  # at most one, for the next call: starting it takes half a second
 
 
-@atexit.register
-def _end_parked() -> None:
-    while _parked:
-        _parked.pop().end()
-
-
 @dataclass(frozen=True)
 class Lost:
     """A job whose process ended before it answered.
 
-    signal: that ended it, 0 for none. too_large: it ran into its limit of memory.
+    exit_code: of the process; negative for the signal that ended it. too_large: it did not end, but
+        ran into its limit of memory.
     """
 
-    signal: int
-    detail: str = ""
+    exit_code: int = 0
     too_large: bool = False
 
     @property
@@ -62,17 +54,20 @@ class Lost:
         """
         if self.too_large:
             return "reading it takes more memory than a sound file of its size: copy it again"
-        if self.signal == signal.SIGXCPU:
+        number = -self.exit_code
+        if number == signal.SIGXCPU:
             return "reading it does not come to an end: it is damaged, copy it again"
-        if self.signal in _DAMAGE:
-            name = signal.Signals(self.signal).name
+        if number in _DAMAGE:
+            name = signal.Signals(number).name
             return f"reading it crashes the process ({name}): the file is damaged, copy it again"
-        if self.signal:
+        if number > 0:
             raise StorageError(
-                f"A worker process was killed ({signal.Signals(self.signal).name}), probably for "
+                f"A worker process was killed ({signal.Signals(number).name}), probably for "
                 "lack of memory: use --processes 1, or a machine with more memory."
             )
-        raise StorageError(f"A worker process ended by itself: {self.detail or 'without a word'}.")
+        raise StorageError(
+            f"A worker process ended by itself (exit code {self.exit_code}): repeat the command."
+        )
 
 
 def in_workers(
@@ -111,7 +106,7 @@ def in_workers(
                 try:
                     fine, answer = connection.recv()
                 except (EOFError, OSError):
-                    fine, answer = True, worker.lost()
+                    fine, answer = True, Lost(worker.end())
                 else:
                     idle.append(worker)
                 del busy[connection]
@@ -121,7 +116,7 @@ def in_workers(
                 yield name, answer
     finally:
         if idle and not _parked and threading.current_thread() is threading.main_thread():
-            _parked.append(idle.pop())
+            _parked.append(idle.pop())  # it ends with the thread that started it
         for worker in (*idle, *(worker for worker, _ in busy.values())):
             worker.end()
 
@@ -179,7 +174,6 @@ class _Worker:
     """A process that waits for jobs, and this end of the line to it."""
 
     def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         mine, theirs = socket.socketpair()
         with theirs:
             numbers = [str(theirs.fileno()), str(os.getpid())]
@@ -187,25 +181,16 @@ class _Worker:
                 [sys.executable, "-c", _START, json.dumps(sys.path), *numbers],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
         self.connection = Connection(mine.detach())
 
-    def lost(self) -> Lost:
-        """How it ended."""
-        code = self._process.wait()
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        self.end()
-        return Lost(max(-code, 0), lines[-1] if lines else "")
-
-    def end(self) -> None:
-        """Kill it, if it lives, and let go of everything."""
+    def end(self) -> int:
+        """Let go of it, and kill it if it is busy; returns its exit code."""
         self.connection.close()
         self._process.kill()
-        self._process.wait()
-        self._stderr.close()
+        return self._process.wait()
 
 
 def _serve(descriptor: int, parent: int) -> None:
@@ -224,8 +209,6 @@ def _serve(descriptor: int, parent: int) -> None:
             (environment, folder, mask), function, arguments = connection.recv()
         except (EOFError, OSError):
             return
-        os.ftruncate(2, 0)  # what earlier jobs printed explains nothing of this one
-        os.lseek(2, 0, os.SEEK_SET)
         if environment != dict(os.environ):
             os.environ.clear()
             os.environ.update(environment)
@@ -236,7 +219,7 @@ def _serve(descriptor: int, parent: int) -> None:
         except BrainToTextError as error:
             answer = (False, error)
         except MemoryError:
-            answer = (True, Lost(0, too_large=True))
+            answer = (True, Lost(too_large=True))
         except Exception as error:  # noqa: BLE001 - it is raised in the parent
             answer = (False, RuntimeError(f"{type(error).__name__}: {error}"))
             answer[1].__cause__ = error

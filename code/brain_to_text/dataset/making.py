@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import uuid
 import zlib
@@ -22,13 +21,13 @@ from typing import Any
 
 import h5py
 
-from ..errors import DataError, InUseError, StorageError
-from ..storage.locations import DATA_FILE, MANIFEST_NAME, is_s3
-from ..storage.ownership import check_apart, lock
+from ..errors import DataError
+from ..storage.locations import DATA_FILE, MANIFEST_NAME, data_files, is_s3
+from ..storage.ownership import check_apart
 from ..storage.store import ObjectStore
 from .hdf5_reader import FileInspection, inspect_file
-from .indexing import keep_index
-from .manifest import TrialManifest, Unfinished
+from .indexing import manifest_from_inspections
+from .manifest import TrialManifest, Unfinished, UnfinishedError, write_manifest
 
 _NO_SUM = b"crc32:00000000"  # in place of the checksum while it is computed
 _SUM = re.compile(rb"crc32:[0-9a-f]{8}")
@@ -72,7 +71,7 @@ def origin_of(data: bytes) -> Origin | None:
 
 
 class DatasetInMaking:
-    """A target that one command writes; use it in a `with`, and end with `finish`.
+    """A target that one command writes: `check` before each file, and end with `finish`.
 
     done: files that an earlier run of the same command wrote, by key.
 
@@ -85,7 +84,7 @@ class DatasetInMaking:
 
     Raises:
         DataError: the target is read, too; files of these names were written by others or changed
-            since; there are other data files. InUseError: another command writes there.
+            since; there are other data files.
         StorageError: it cannot be read or written.
     """
 
@@ -105,29 +104,23 @@ class DatasetInMaking:
         self._mark = Unfinished(
             command, typed, json.loads(json.dumps(options)), sorted(keys), uuid.uuid4().hex
         )
-        self._lock: int | None = None
         for source in reads:
             check_apart(source, store.url)
             if not is_s3(store.url):
                 for folder in {str(Path(store.url, key).parent) for key in self._mark.files}:
                     check_apart(source, folder)
-        self._take_lock()
-        try:
-            self._manifest = self._look(overwrite)
-            if overwrite or self._manifest is None or len(self.done) < len(self._mark.files):
-                self._manifest = self._mark.to_bytes()
-                store.write(MANIFEST_NAME, self._manifest)
-        except BaseException:
-            self.close()
-            raise
+        self._manifest = self._look(overwrite)
+        if overwrite or self._manifest is None or len(self.done) < len(self._mark.files):
+            self._manifest = self._mark.to_bytes()
+            store.write(MANIFEST_NAME, self._manifest)
 
     def check(self) -> None:
-        """Check that no other run has begun to write here since, where no lock tells.
+        """Check that no other run has begun to write here since.
 
         Raises:
             DataError: one has. StorageError: the target cannot be read.
         """
-        if self._lock is None and self.store.read(MANIFEST_NAME) != self._manifest:
+        if self.store.read(MANIFEST_NAME) != self._manifest:
             raise DataError(
                 f"Another command has begun to write to {self.store.url}: let it end, then "
                 "repeat this one."
@@ -140,19 +133,11 @@ class DatasetInMaking:
             DataError, StorageError: as `check`.
         """
         self.check()
-        return keep_index(self.store, list(inspections))
-
-    def close(self) -> None:
-        """Let others write there."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> DatasetInMaking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        files = data_files(self.store.list(), self.store.url)
+        in_order = sorted(inspections, key=lambda inspection: inspection.key)
+        manifest = manifest_from_inspections(files, in_order)
+        write_manifest(self.store, manifest)
+        return manifest
 
     def _look(self, overwrite: bool) -> bytes | None:
         """Refuse what others made; find what is done. Returns the manifest of a whole dataset."""
@@ -164,9 +149,15 @@ class DatasetInMaking:
                     "an empty target, or remove what is there."
                 )
         manifest = self.store.read(MANIFEST_NAME) if MANIFEST_NAME in listing else None
-        earlier = Unfinished.of(manifest) if manifest is not None else None
-        if earlier is not None and not overwrite:
-            self._refuse_another(earlier.command, earlier.options)
+        try:
+            if manifest is not None:
+                TrialManifest.from_bytes(manifest, url)
+        except UnfinishedError as earlier:
+            manifest = None
+            if not overwrite:
+                self._refuse_another(earlier.unfinished.command, earlier.unfinished.options)
+        except DataError:
+            manifest = None
         for key in (key for key in mark.files if key in listing):
             data = self.store.read(key, 0, listing[key].size)
             origin = origin_of(data)
@@ -179,7 +170,7 @@ class DatasetInMaking:
                 self._refuse_another(origin.command, origin.options)
             if origin and (origin.command, origin.options) == (mark.command, mark.options):
                 self.done[key] = origin, inspect_file(key, data)
-        return manifest if earlier is None else None
+        return manifest
 
     def _refuse_another(self, command: str, options: Mapping[str, Any]) -> None:
         if command != self._mark.command:
@@ -194,24 +185,3 @@ class DatasetInMaking:
                 f"{self.store.url} was begun with other options ({', '.join(changed)}): repeat "
                 f"them, {_OTHERWISE}."
             )
-
-    def _take_lock(self) -> None:
-        """In a folder the system keeps the lock, and lets go when the process ends."""
-        url = self.store.url
-        if is_s3(url):
-            return
-        try:
-            Path(url).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(url, os.O_RDONLY)
-        except OSError as error:
-            raise StorageError(
-                f"Cannot write to {url} ({error.strerror}): give a folder that you may write to."
-            ) from error
-        refusal = f"Another command is writing to {url}: let it end, then repeat this one."
-        try:
-            no_locks = lock(self._lock, refusal)
-        except InUseError:
-            self.close()
-            raise
-        if no_locks:  # `check` tells, as on S3
-            self.close()

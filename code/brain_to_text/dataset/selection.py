@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import difflib
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..config import TrainingConfig
+from ..config_checks import check_combinations
 from ..errors import BrainToTextError, ConfigError, DataError, Finding, error, warning
+from ..labels.phonemes import N_PHONEMES
+from ..storage.locations import shortened
 from .manifest import TrialManifest
 from .trial_table import TrialTable
 
@@ -56,14 +58,7 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
         ConfigError: sessions, classes or features that the dataset does not have.
         DataError: a trial that CTC cannot align, or nothing left to train on.
     """
-    dataset = config.dataset
-    found = list(_disagreements(manifest, config))
-    for finding in found:
-        if finding.severity == "error":
-            raise ConfigError(finding.reason)
-    sessions = tuple(dataset.sessions or manifest.sessions)
-    _fill_in(config, manifest, sessions)
-
+    sessions = _fill_in(config, manifest)
     excluded: list[str] = []
 
     def usable(session: str, split: str) -> Indices:
@@ -85,7 +80,7 @@ def select_trials(manifest: TrialManifest, config: TrainingConfig) -> TrialSelec
             "No session has validation trials: upload data_val.hdf5 files, or switch a session on "
             "in dataset.dataset_probability_val."
         )
-    warnings = tuple(finding.reason for finding in found)
+    warnings = _exclusions_of_nothing(manifest, config)
     return TrialSelection(sessions, train, val, tuple(excluded), skipped, warnings)
 
 
@@ -129,133 +124,90 @@ def select_for_evaluation(
 
 
 def against_config(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    """Everything that would stop a run of this configuration on this data, and what looks odd."""
-    found = list(_disagreements(manifest, config))
-    yield from found
-    if all(finding.severity != "error" for finding in found):
-        try:
-            select_trials(manifest, copy.deepcopy(config))
-        except BrainToTextError as problem:
-            yield error("data-trials", str(problem))
+    """What would stop a run of this configuration on this data, or else what looks odd."""
+    try:
+        selection = select_trials(manifest, copy.deepcopy(config))
+    except BrainToTextError as problem:
+        yield error("data", str(problem))
+    else:
+        yield from (warning("data", sentence) for sentence in selection.warnings)
 
 
-def _disagreements(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    """Everything in a configuration that this data does not have."""
-    yield from _classes_and_width(manifest, config)
-    yield from _sessions(manifest, config)
-    yield from _exclusions(manifest, config)
+def _fill_in(config: TrainingConfig, manifest: TrialManifest) -> tuple[str, ...]:
+    """Set what the configuration leaves to the data; returns the sessions.
 
-
-def _classes_and_width(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    dataset = config.dataset
+    Raises:
+        ConfigError: the data has something else than the configuration says.
+    """
+    dataset, model, present = config.dataset, config.model, manifest.sessions
     if manifest.n_classes == 0:
-        yield error(
-            "data-classes", "The dataset has no labels to train on: upload labelled train files."
-        )
-    elif manifest.n_classes != dataset.n_classes:
-        other = "phoneme" if manifest.n_classes == 41 else "diphone"
-        yield error(
-            "data-classes",
+        raise ConfigError("The dataset has no labels to train on: upload labelled train files.")
+    if manifest.n_classes != dataset.n_classes:
+        other = "phoneme" if manifest.n_classes == N_PHONEMES else "diphone"
+        raise ConfigError(
             f"dataset.n_classes is {dataset.n_classes} but the dataset's labels have "
             f"{manifest.n_classes} classes: use --config-file rnn_args_{other}_sagemaker.yaml"
-            + (", or prepare_dataset.py encode." if manifest.n_classes == 41 else "."),
+            + (", or prepare_dataset.py encode." if other == "phoneme" else ".")
         )
     if dataset.neural_dim not in (None, manifest.n_features):
-        yield error(
-            "data-features",
+        raise ConfigError(
             f"dataset.neural_dim is {dataset.neural_dim} but the dataset has "
             f"{manifest.n_features} features per bin: set dataset.neural_dim, "
             "model.n_input_features and model.input_network.input_layer_sizes to null, and they "
-            "are taken from the data.",
+            "are taken from the data."
         )
-        return
-    beyond = [f for f in dataset.feature_subset or () if f >= manifest.n_features]
-    if beyond:
-        yield error(
-            "data-features",
-            f"dataset.feature_subset lists {beyond[0]} but features are numbered from 0 to "
-            f"{manifest.n_features - 1}.",
-        )
-    used = len(dataset.feature_subset or range(manifest.n_features))
-    for key, value, right in (
-        ("model.n_input_features", config.model.n_input_features, used),
-        (
-            "model.input_network.input_layer_sizes",
-            config.model.input_network.input_layer_sizes,
-            [used],
-        ),
-    ):
-        if value not in (None, right):
-            yield error(
-                "data-features",
-                f"{key} is {value} but the dataset gives {used} features per bin: set it to null.",
-            )
-
-
-def _sessions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    dataset, present = config.dataset, manifest.sessions
-    absent = [session for session in dataset.sessions or () if session not in present]
+    sessions = dataset.sessions or present
+    absent = [session for session in sessions if session not in present]
     if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        yield error(
-            "data-sessions",
-            f"dataset.sessions lists {absent[0]}{more}, which the dataset does not have"
-            f"{_nearest(absent[0], present)}: it has {len(present)} sessions, from {present[0]} to "
-            f"{present[-1]}.",
+        close = difflib.get_close_matches(absent[0], present, n=1)
+        raise ConfigError(
+            f"dataset.sessions lists {shortened(absent)}, which the dataset does not have"
+            f"{f' (did you mean {close[0]}?)' if close else ''}: it has {len(present)} sessions, "
+            f"from {present[0]} to {present[-1]}."
         )
-    usable = [session for session in dataset.sessions or present if session in present]
-    n = len(usable)
-    if dataset.days_per_batch > n > 0:
-        yield error(
-            "data-few-sessions",
-            f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {n} "
-            f"sessions: use --dataset.days_per_batch {max(n, 1)}.",
+    n = len(sessions)
+    if dataset.days_per_batch > n:
+        raise ConfigError(
+            f"dataset.days_per_batch is {dataset.days_per_batch} but the run has {n} sessions: "
+            f"use --dataset.days_per_batch {n}."
         )
-    beyond = [day for day in dataset.must_include_days or () if not -n <= day < n]
-    if beyond:
-        yield error(
-            "data-days",
-            f"dataset.must_include_days names session {beyond[0]} but sessions are numbered from 0 "
-            f"to {n - 1} (or from -1, the last, down to {-n}).",
-        )
-    weights = dataset.dataset_probability_val or ()
-    for session, weight in zip(dataset.sessions or (), weights, strict=False):
-        if weight and session in present and not manifest.select("val", [session]):
-            yield warning(
-                "data-no-val-trials",
-                f"dataset.dataset_probability_val is {weight:g} for {session}, which has no "
-                "validation trials: nothing of it is validated; write 0.",
+    for day in dataset.must_include_days or ():
+        if not -n <= day < n:
+            raise ConfigError(
+                f"dataset.must_include_days names session {day} but sessions are numbered from 0 "
+                f"to {n - 1} (or from -1, the last, down to {-n})."
             )
+    dataset.sessions, dataset.neural_dim = list(sessions), manifest.n_features
+    if dataset.must_include_days:
+        dataset.must_include_days = [day % n for day in dataset.must_include_days]
+    check_combinations(config)
+    model.n_input_features = len(dataset.feature_subset or range(manifest.n_features))
+    model.input_network.input_layer_sizes = [model.n_input_features]
+    return tuple(sessions)
 
 
-def _exclusions(manifest: TrialManifest, config: TrainingConfig) -> Iterator[Finding]:
-    """Each session, block or trial of dataset.bad_trials_dict that excludes nothing."""
-    for session, blocks in (config.dataset.bad_trials_dict or {}).items():
-        known: dict[int, set[int]] = defaultdict(set)
-        for file in manifest.table.files:
-            for row in file.rows if file.session == session else ():
-                known[manifest.table.block_num[row]].add(manifest.table.trial_num[row])
-        listed = {block: set(trials) for block, trials in blocks.items()}
-        if not known:
-            what = f"session {session}{_nearest(session, manifest.sessions)}"
-        elif absent := sorted(listed.keys() - known.keys()):
-            what = f"block {absent[0]} of session {session}, whose blocks are {_some(known)}"
-        elif unknown := [
-            (block, trial) for block in listed for trial in sorted(listed[block] - known[block])
-        ]:
-            block, trial = unknown[0]
-            more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            what = (
-                f"trial {trial} in block {block} of session {session}{more}, whose trials are "
-                f"{_some(known[block])}"
-            )
-        else:
-            continue
-        yield warning(
-            "data-exclusions",
-            f"dataset.bad_trials_dict excludes nothing by {what}: correct it, or a bad trial is "
-            "used.",
-        )
+def _exclusions_of_nothing(manifest: TrialManifest, config: TrainingConfig) -> tuple[str, ...]:
+    """One sentence if dataset.bad_trials_dict lists trials that are not there."""
+    bad, trials = config.dataset.bad_trials_dict or {}, manifest.trials
+    known = {
+        (file.session, trials.block_num[row], trials.trial_num[row])
+        for file in trials.files
+        if file.session in bad
+        for row in file.rows
+    }
+    nothing = [
+        f"{session} block {block} trial {number}"
+        for session, blocks in bad.items()
+        for block, numbers in blocks.items()
+        for number in numbers
+        if (session, block, number) not in known
+    ]
+    if not nothing:
+        return ()
+    return (
+        f"dataset.bad_trials_dict lists trials that are not in the dataset ({shortened(nothing)}): "
+        "correct it, or a bad trial is used.",
+    )
 
 
 def ctc_problem(
@@ -276,16 +228,6 @@ def ctc_problem(
         f"{bins} bins give {frames} frames at patches of {patch_size} bins every {patch_stride}, "
         f"but CTC needs {needed} for its {table.n_labels[row]} labels"
     )
-
-
-def _fill_in(config: TrainingConfig, manifest: TrialManifest, sessions: Sequence[str]) -> None:
-    dataset, model = config.dataset, config.model
-    dataset.sessions = list(sessions)
-    if dataset.must_include_days:
-        dataset.must_include_days = [day % len(sessions) for day in dataset.must_include_days]
-    dataset.neural_dim = manifest.n_features
-    model.n_input_features = len(dataset.feature_subset or range(manifest.n_features))
-    model.input_network.input_layer_sizes = [model.n_input_features]
 
 
 def _switched_off(
@@ -310,7 +252,7 @@ def _usable(
 ) -> Indices:
     """The trials without a problem that are not listed as bad; `left_out` gets the others."""
     bad = (config.dataset.bad_trials_dict or {}).get(session, {})
-    table = manifest.table
+    table = manifest.trials
     usable = array("q")
     for row in manifest.select(split, [session]):
         if bad and table.trial_num[row] in bad.get(table.block_num[row], ()):
@@ -345,16 +287,3 @@ def _infeasible(table: TrialTable, row: int, config: TrainingConfig) -> str | No
             "dataset.bad_trials_dict, or set dataset.on_damaged_trial to exclude."
         )
     return f": {reason}" if reason else None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _some(numbers: Collection[int]) -> str:
-    """Numbers for a sentence: all of a few, else the first and the last."""
-    ordered = sorted(numbers)
-    if len(ordered) <= 6:
-        return ", ".join(map(str, ordered))
-    return f"{len(ordered)} from {ordered[0]} to {ordered[-1]}"

@@ -110,21 +110,21 @@ def synthesize(
     keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans.items() for trial in plan}
     origin = Origin("prepare_dataset.py synthesize", asdict(dataset))
     inspections: list[FileInspection] = []
-    with DatasetInMaking(
+    making = DatasetInMaking(
         target, origin.command, typed, origin.options, keys, overwrite=overwrite
-    ) as making:
-        for index, (session, plan) in enumerate(plans.items()):
-            wanted = {key for key in keys if key.startswith(f"{session}/")}
-            if wanted <= making.done.keys():
-                inspections += [making.done[key][1] for key in wanted]
-            else:
-                for key, data in _session_files(dataset, index, session, plan):
-                    data = signed(data, origin)
-                    making.check()
-                    target.write(key, data)
-                    inspections.append(inspect_file(key, data))
-            progress(index + 1, len(plans))
-        return making.finish(inspections)
+    )
+    for index, (session, plan) in enumerate(plans.items()):
+        wanted = {key for key in keys if key.startswith(f"{session}/")}
+        if wanted <= making.done.keys():
+            inspections += [making.done[key][1] for key in wanted]
+        else:
+            for key, data in _session_files(dataset, index, session, plan):
+                data = signed(data, origin)
+                making.check()
+                target.write(key, data)
+                inspections.append(inspect_file(key, data))
+        progress(index + 1, len(plans))
+    return making.finish(inspections)
 
 
 def _plan(dataset: SyntheticDataset) -> dict[str, list[_PlannedTrial]]:

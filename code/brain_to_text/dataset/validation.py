@@ -19,9 +19,9 @@ from ..redaction import one_line
 from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
 from ..storage.store import ObjectInfo, ObjectStore
 from .hdf5_reader import FileInspection
-from .indexing import inspect_dataset, manifest_from_inspections, refuse_part
+from .indexing import inspect_dataset, manifest_from_inspections
 from .isolation import Progress
-from .manifest import TrialManifest, load_manifest
+from .manifest import TrialManifest, earlier_manifest, load_manifest
 from .selection import ctc_problem
 from .trial_record import TrialRecord
 from .trial_table import SPLITS
@@ -157,7 +157,7 @@ def validate_dataset(
             all of them yet.
     """
     listing = store.list()
-    refuse_part(store, listing)
+    earlier_manifest(store, listing)  # refuses an unfinished dataset
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
@@ -186,12 +186,12 @@ def _summaries(
         i.key: dict(zip((r.trial for r in i.records), i.looks, strict=True)) for i in inspections
     }
     rows = []
-    for file in manifest.table.files:
+    for file in manifest.trials.files:
         trials = manifest.trials[file.rows.start : file.rows.stop]
         values = np.array([looks[file.key][trial.trial][0] for trial in trials] or [[np.nan] * 5])
         count, total, squares = values[:, :3].sum(axis=0)
         bins = [trial.n_time_steps for trial in trials] or [0]
-        labels = manifest.table.n_labels[file.rows.start : file.rows.stop].tolist() or [0]
+        labels = manifest.trials.n_labels[file.rows.start : file.rows.stop].tolist() or [0]
         rows.append(
             SplitSummary(
                 file.session,
@@ -219,7 +219,7 @@ def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
 def _infeasible(manifest: TrialManifest) -> Iterator[Finding]:
     for row, trial in enumerate(manifest.trials):
         labelled = trial.class_ids is not None
-        if labelled and (reason := ctc_problem(manifest.table, row, *_PATCHING)):
+        if labelled and (reason := ctc_problem(manifest.trials, row, *_PATCHING)):
             yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
 
 

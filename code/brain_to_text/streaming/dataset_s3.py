@@ -81,7 +81,7 @@ class StreamedBatches(abc.ABC):
         self._subset = None if feature_subset is None else np.array(feature_subset, dtype=np.int64)
         self._rank, self._world_size = rank, world_size
         self._on_gpu = device is not None and device.type == "cuda"
-        table = self.manifest.table
+        table = self.manifest.trials
         self._n_time_steps = np.asarray(table.n_time_steps, np.int64)
         # while a batch waits, each of its trials is there as it was read or as it was decoded
         self._trial_bytes = np.maximum(np.asarray(table.length).astype(int), table.feature_bytes())

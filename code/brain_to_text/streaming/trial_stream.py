@@ -73,14 +73,14 @@ class TrialStream:
         self.manifest = manifest
         self.cache = TrialCache(0) if cache is None else cache
         # that holds any trial's features: files of both precisions are possible
-        half = len(manifest.trials) > 0 and all(manifest.table.half)
+        half = len(manifest.trials) > 0 and all(manifest.trials.half)
         self.dtype = np.dtype("<f2" if half else "<f4")
         self.stats = StreamStats()
         self._retry = retry or RetryPolicy()
         if reader is None and is_s3(url):
             from .s3_reads import S3RangedReader  # local folders need no S3 client
 
-            longest = max(manifest.table.length, default=0)
+            longest = max(manifest.trials.length, default=0)
             reader = S3RangedReader(url, concurrency, self._retry, longest)
         self._reader = reader or FolderReader(Path(url))
         self._readers = ThreadPoolExecutor(concurrency, "read-trial")
@@ -104,7 +104,7 @@ class TrialStream:
         Args:
             processes: training processes on this host; an automatic cache is its share of the RAM.
         """
-        n_bytes = manifest.table.feature_bytes()
+        n_bytes = manifest.trials.feature_bytes()
         train, val = (
             {i: int(n_bytes[i]) for i in manifest.select(split, dataset.sessions)}
             for split in ("train", "val")

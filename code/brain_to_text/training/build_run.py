@@ -141,7 +141,7 @@ def try_largest_batches(run: Run) -> None:
     short = run.device.type != "cuda" or steps < 20_000  # about an hour on a T4 or A10G
     if choice == "false" or (choice == "auto" and short):
         return
-    trials, table = np.concatenate(run.selection.train), run.manifest.table
+    trials, table = np.concatenate(run.selection.train), run.manifest.trials
     n_bins = int(np.asarray(table.n_time_steps)[trials].max())
     n_labels = int(np.asarray(table.n_labels)[trials].max())
     wanted = run.config.dataset.batch_size
