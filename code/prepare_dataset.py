@@ -25,10 +25,10 @@ from contextlib import contextmanager, suppress
 from brain_to_text.dataset.encoding import EncodingOptions, dataset_sources, encode_files
 from brain_to_text.dataset.hdf5_writer import FEATURE_TYPES
 from brain_to_text.dataset.import_mat import mat_sources
-from brain_to_text.dataset.indexing import index_dataset, missing_files, refuse_damage
-from brain_to_text.dataset.manifest import write_manifest
+from brain_to_text.dataset.indexing import index_dataset, refuse_damage
+from brain_to_text.dataset.manifest import earlier_manifest, write_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
-from brain_to_text.dataset.validation import scattered_chunks, validate_dataset
+from brain_to_text.dataset.validation import missing_files, scattered_chunks, validate_dataset
 from brain_to_text.errors import BrainToTextError, ConfigError, DataError
 from brain_to_text.labels.diphones import LABEL_FORMS
 from brain_to_text.labels.pronunciation import read_lexicon
@@ -39,6 +39,7 @@ from brain_to_text.storage.locations import (
     MANIFEST_NAME,
     is_s3,
     not_taken_sentence,
+    shortened,
 )
 from brain_to_text.storage.ownership import check_file, replace_file
 from brain_to_text.storage.store import open_store
@@ -105,6 +106,7 @@ def run_index(options: argparse.Namespace) -> int:
     store = open_store(options.source)
     started = time.monotonic()
     listing = store.list()
+    before = earlier_manifest(store, listing)
     with _progress("Indexing", "file") as report:
         manifest = index_dataset(store, listing, options.processes, report)
     if not options.exclude_damaged:
@@ -112,11 +114,17 @@ def run_index(options: argparse.Namespace) -> int:
     overlooked = not_taken_sentence(listing)
     if overlooked:
         print(one_line(overlooked))
-    for warning in missing_files(store, listing):
-        print(one_line(f"Warning: {warning}"))
+    if gone := sorted(before.files.keys() - manifest.files.keys() if before else ()):
+        print(
+            one_line(
+                f"Warning: {len(gone)} files that were indexed before are gone ({shortened(gone)}):"
+                " copy them again unless you removed them"
+            )
+        )
     for finding in manifest.damaged:
         print(one_line(f"Left out as damaged: {finding}"))
-    for finding in (*scattered_chunks(manifest.trials), *manifest.lost):
+    warnings = (*missing_files(manifest.files), *scattered_chunks(manifest.trials), *manifest.lost)
+    for finding in warnings:
         print(one_line(f"Warning: {finding}"))
     write_manifest(store, manifest)
     print(manifest.summary(store.url))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 
@@ -35,3 +36,10 @@ def heed_signals() -> None:
     """For `preexec_fn`: as at a terminal; a background job hands SIGINT and SIGHUP down ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+def hold(path: str) -> None:
+    """For a worker: write a dot to a pipe, and keep it open until the process is ended."""
+    with Path(path).open("wb", buffering=0) as pipe:
+        pipe.write(b".")
+        signal.pause()

@@ -317,7 +317,7 @@ def test_a_copied_folder_is_the_same_data_and_a_changed_byte_is_not(tmp_path: Pa
     manifest = index_dataset(open_store(tmp_path / "here"))
     shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
     there = open_store(tmp_path / "there")
-    manifest.check_fresh(there.list())
+    manifest.check_fresh(there.list(), there.url)
     trial = manifest.trials[0]
     with TrialStream(there, manifest) as stream:
         stream.fetch(range(len(manifest.trials)))

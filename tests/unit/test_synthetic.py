@@ -67,7 +67,7 @@ def test_a_manifest_is_written_that_fits(tmp_path):
     manifest = made(tmp_path)
     kept = load_manifest(open_store(tmp_path))
     assert kept is not None and kept.to_bytes() == manifest.to_bytes()
-    kept.check_fresh(open_store(tmp_path).list())
+    kept.check_fresh(open_store(tmp_path).list(), "data")
     assert [len(kept.select(split)) for split in ("train", "val", "test")] == [12, 6, 4]
 
 

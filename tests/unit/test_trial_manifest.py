@@ -1,12 +1,19 @@
 """The manifest finds every trial's bytes and labels, survives storage, and notices changes."""
 
-import dataclasses
+from __future__ import annotations
+
+import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -30,6 +37,11 @@ from hypothesis import strategies as st
 from support.small_data import LAYOUTS, SESSIONS, small_trial, span_of, write_small_dataset
 
 KEY = f"{SESSIONS[0]}/data_train.hdf5"
+URL = "s3://bucket/data"
+REFUSED = rf"{URL}/{MANIFEST_NAME} is .*prepare_dataset\.py index {URL}'"
+
+
+# --- what it holds --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["self_loop", "transition", None])
@@ -54,8 +66,10 @@ def test_labels_and_attributes_are_recorded(tmp_path, form):
     assert all(t.class_ids is None and t.phoneme_ids is None for t in tests)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", ["self_loop", "transition", None])
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [("contiguous", "self_loop"), ("chunked", "self_loop"), ("gzip", "transition"), ("lzf", None)],
+)
 def test_storage_keeps_everything_and_each_trial_is_one_range(tmp_path, layout, form):
     features = write_small_dataset(tmp_path, form=form, layout=layout)
     store = open_store(tmp_path)
@@ -105,7 +119,7 @@ def test_any_chunking_and_filters_decode(
     inspection = inspect_file(KEY, data)
     assert not [finding for finding in inspection.findings if finding.severity == "error"]
     manifest = manifest_from_inspections({KEY: ObjectInfo(KEY, len(data), "x")}, [inspection])
-    record = TrialManifest.from_bytes(manifest.to_bytes()).trials[0]
+    record = TrialManifest.from_bytes(manifest.to_bytes(), URL).trials[0]
     span = data[record.offset : record.offset + record.length]
     assert zlib.crc32(span) == record.crc32
     assert np.array_equal(record.decode(span), features)
@@ -159,6 +173,110 @@ def test_processes_give_the_same_manifest(tmp_path):
     assert index_dataset(store, processes=2).to_bytes() == index_dataset(store).to_bytes()
 
 
+def test_trials_that_are_links_to_others_are_left_out_by_name(tmp_path):
+    (tmp_path / SESSIONS[0]).mkdir()
+    path = tmp_path / KEY
+    path.write_bytes(data_file_bytes([small_trial(SESSIONS[0], n, n) for n in range(3)]))
+    with h5py.File(path, "r+") as file:
+        del file["trial_0002/input_features"]
+        file["trial_0002/input_features"] = file["trial_0000/input_features"]
+        file["trial_0002"].attrs["n_time_steps"] = len(file["trial_0000/input_features"])
+    with pytest.raises(DataError, match=r"trial_0002: its features are the bytes of trial_0000"):
+        load_or_build_manifest(open_store(tmp_path), print)
+    found = index_dataset(open_store(tmp_path))
+    assert [t.trial for t in found.trials] == ["trial_0000", "trial_0001"]
+
+
+# --- damage to itself -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small manifest."""
+    folder = tmp_path_factory.mktemp("small")
+    write_small_dataset(folder, layout="gzip")
+    shutil.rmtree(folder / SESSIONS[1])
+    return index_dataset(open_store(folder)).to_bytes()
+
+
+def packed(document: Any, lines: bytes = b"") -> bytes:
+    return gzip.compress(json.dumps(document).encode() + b"\n" + lines)
+
+
+def test_every_flipped_bit_and_every_cut_is_refused_before_anything_is_parsed(whole, monkeypatch):
+    known, real = set(gzip.decompress(whole).splitlines(keepends=True)), json.loads
+    known |= {line.rstrip(b"\n") for line in known}
+    monkeypatch.setattr(
+        json, "loads", lambda text: real(text) if text in known else pytest.fail("parsed")
+    )
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:  # gzip's header and padding hold some bits that nobody asks for
+            assert TrialManifest.from_bytes(bytes(damaged), URL).to_bytes() == whole
+        except DataError as error:
+            assert re.match(REFUSED, str(error))
+    for damage in (*(whole[:length] for length in range(len(whole))), whole + b"\0", 2 * whole):
+        with pytest.raises(DataError, match=REFUSED):
+            TrialManifest.from_bytes(damage, URL)
+
+
+def test_a_flipped_bit_on_the_way_is_read_again(tmp_path, whole):
+    class Unlucky(LocalStore):
+        reads = 0
+
+        def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+            self.reads += 1
+            data = bytearray(super().read(key, offset, length))
+            data[len(data) // 2] ^= self.reads < 3
+            return bytes(data)
+
+    (tmp_path / MANIFEST_NAME).write_bytes(whole)
+    store = Unlucky(tmp_path)
+    found = load_manifest(store)
+    assert found is not None and found.to_bytes() == whole and store.reads == 3
+
+
+STRUCTURES: dict[str, Callable[[dict[str, Any], list[bytes]], Any]] = {
+    "another version": lambda document, lines: document.update(version=1),
+    "no version": lambda document, lines: document.pop("version"),
+    "no files": lambda document, lines: document.pop("files"),
+    "a file that is none": lambda document, lines: document["files"][0].update(key="notes.txt"),
+    "a label form that is none": lambda document, lines: document.update(label_form="letters"),
+    "a trial that is missing": lambda document, lines: lines.pop(),
+    "a trial too many": lambda document, lines: lines.append(lines[0]),
+    "a trial of another form": lambda document, lines: lines.__setitem__(0, b"[1, 2]\n"),
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURES)
+def test_another_version_or_structure_is_refused_with_the_command(change, whole):
+    first, *lines = gzip.decompress(whole).splitlines(keepends=True)
+    document = json.loads(first)
+    STRUCTURES[change](document, lines)
+    with pytest.raises(DataError, match=REFUSED):
+        TrialManifest.from_bytes(packed(document, b"".join(lines)), URL)
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", packed([]), packed({})])
+def test_what_is_no_manifest_is_refused_with_the_command(data):
+    with pytest.raises(DataError, match=REFUSED):
+        TrialManifest.from_bytes(data, URL)
+
+
+def test_a_new_manifest_takes_the_place_of_a_damaged_one(tmp_path):
+    write_small_dataset(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_bytes(b"nonsense")
+    store = open_store(tmp_path)
+    with pytest.raises(DataError, match=rf"{MANIFEST_NAME} is damaged.*index {tmp_path}"):
+        load_or_build_manifest(store, print)
+    write_manifest(store, index_dataset(store))
+    assert len(load_or_build_manifest(store, print).trials) == 15
+
+
+# --- files that changed ---------------------------------------------------------------------------
+
+
 class TestFreshness:
     @pytest.fixture
     def manifest(self, tmp_path):
@@ -167,7 +285,7 @@ class TestFreshness:
 
     def test_what_was_not_touched_is_not_read_again(self, manifest):
         note = {"note": ObjectInfo("README.md", 3, "x")}
-        assert manifest.check_fresh(manifest.files | note) == []
+        assert manifest.check_fresh(manifest.files | note, URL) == []
 
     def test_changed_added_and_removed_files_are_named_with_the_command(self, manifest):
         first, second, new = *sorted(manifest.files)[:2], "t15.2023.08.18/data_train.hdf5"
@@ -189,10 +307,10 @@ class TestFreshness:
         uploaded = f"{digest(b''.join(parts)).hex()}-2" if padding else parts[0].hex()
         for etag, doubtful in ((uploaded, []), ("0" * 32, [KEY]), ("", [KEY])):
             listing = manifest.files | {KEY: ObjectInfo(KEY, len(data), etag)}
-            assert manifest.check_fresh(listing) == doubtful
+            assert manifest.check_fresh(listing, URL) == doubtful
 
 
-def corrected(path, dataset, place):
+def corrected(path: Path, dataset: str, place: Any) -> None:
     """One label becomes another, by HDF5 itself; nothing else in the file changes."""
     with h5py.File(path, "r+") as file:
         file[dataset][place] = file[dataset][place] % 39 + 1
@@ -201,23 +319,22 @@ def corrected(path, dataset, place):
 class TestCorrectedLabels:
     """Whatever HDF5 holds beside features: old labels are never used in silence."""
 
-    @pytest.fixture(params=LAYOUTS)
+    @pytest.fixture(params=["contiguous", "gzip"])
     def folder(self, request, tmp_path):
         write_small_dataset(tmp_path / "data", layout=request.param)
         write_manifest(open_store(tmp_path / "data"), index_dataset(open_store(tmp_path / "data")))
         return tmp_path / "data"
 
     def test_each_of_them_is_seen_in_the_folder_and_in_a_copy(self, folder, tmp_path):
-        for number in range(3):
-            for name in ("seq_class_ids", "seq_class_ids_phoneme", "transcription"):
-                copy = shutil.copytree(folder, tmp_path / f"{number}{name}")
-                load_or_build_manifest(open_store(copy), print)
-                for place in (folder, copy):
-                    before = (place / KEY).read_bytes()
-                    corrected(place / KEY, f"trial_{number:04d}/{name}", 1)
-                    with pytest.raises(DataError, match=rf"1 changed \({KEY}\); re-index with"):
-                        load_or_build_manifest(open_store(place), print)
-                    (place / KEY).write_bytes(before)
+        for number, name in enumerate(("seq_class_ids", "seq_class_ids_phoneme", "transcription")):
+            copy = shutil.copytree(folder, tmp_path / name)
+            load_or_build_manifest(open_store(copy), print)
+            for place in (folder, copy):
+                before = (place / KEY).read_bytes()
+                corrected(place / KEY, f"trial_{number:04d}/{name}", 1)
+                with pytest.raises(DataError, match=rf"1 changed \({KEY}\); re-index with"):
+                    load_or_build_manifest(open_store(place), print)
+                (place / KEY).write_bytes(before)
 
     def test_changed_features_are_seen_when_they_are_read(self, folder):
         corrected(folder / KEY, "trial_0001/input_features", (20, 3))
@@ -227,12 +344,14 @@ class TestCorrectedLabels:
             assert "1 changed" in str(error)
             return
         with TrialStream(open_store(folder), manifest) as stream:
-            with pytest.raises(DataError, match="are not those in the manifest"):
+            with pytest.raises(
+                DataError, match=r"are not those in the manifest.*dataset\.py index"
+            ):
                 stream.fetch([1])
 
     def test_a_copy_is_compared_once(self, folder, tmp_path, monkeypatch):
         copy = shutil.copytree(folder, tmp_path / "copy")
-        lines = []
+        lines: list[str] = []
         load_or_build_manifest(open_store(copy), lines.append)
         assert len(lines) == 1 and "labels of 5 files that were copied" in lines[0]
         read = LocalStore.read
@@ -252,11 +371,14 @@ class TestCorrectedLabels:
         manifest = index_dataset(open_store(there))
         store, lines = open_store(s3_prefix), []
         write_manifest(store, manifest)
-        assert store.list()[KEY].etag == manifest.contents[KEY].s3_etag
+        assert store.list()[KEY].etag == manifest.files[KEY].content.s3_etag
         load_or_build_manifest(store, lines.append)
         assert lines == []
-        unknown = {k: FileContent(c.labels_crc32) for k, c in manifest.contents.items()}
-        write_manifest(store, dataclasses.replace(manifest, contents=unknown))
+        unknown = {
+            key: replace(file, content=replace(file.content, s3_etag=None))
+            for key, file in manifest.files.items()
+        }
+        write_manifest(store, replace(manifest, files=unknown))
         load_or_build_manifest(store, lines.append)
         assert "labels of 5 files" in lines[0]
         corrected(there / KEY, "trial_0001/seq_class_ids", 0)
@@ -267,20 +389,25 @@ class TestCorrectedLabels:
         write_small_dataset(tmp_path / "data")
         store = open_store(tmp_path / "data")
         manifest = index_dataset(store)
-        contents = manifest.contents | {KEY: FileContent()}
-        write_manifest(store, dataclasses.replace(manifest, contents=contents))
+        files = manifest.files | {KEY: replace(manifest.files[KEY], content=FileContent())}
+        write_manifest(store, replace(manifest, files=files))
         shutil.copytree(tmp_path / "data", tmp_path / "copy")
         with pytest.raises(DataError, match=rf"1 changed \({KEY}\)"):
             load_or_build_manifest(open_store(tmp_path / "copy"), print)
 
 
+# --- the start of a job ---------------------------------------------------------------------------
+
+
 class TestLoadOrBuild:
-    def test_builds_once_and_keeps(self, tmp_path):
+    def test_builds_once_and_keeps_and_says_how_far_it_is(self, tmp_path, monkeypatch):
         write_small_dataset(tmp_path)
+        monkeypatch.setattr(indexing, "_PROGRESS_SECONDS", 0.0)
         store = open_store(tmp_path)
-        lines = []
+        lines: list[str] = []
         built = load_or_build_manifest(store, lines.append)
-        assert "indexing 5 files" in lines[0] and "Indexed 15 trials in" in lines[1]
+        assert "indexing 5 files" in lines[0] and "Indexed 15 trials in" in lines[6]
+        assert lines[1:6] == [f"Indexed {done} of 5 files" for done in range(1, 6)]
         assert (tmp_path / MANIFEST_NAME).exists()
         lines.clear()
         assert load_or_build_manifest(store, lines.append).to_bytes() == built.to_bytes()
@@ -290,7 +417,7 @@ class TestLoadOrBuild:
         write_small_dataset(tmp_path)
         store = open_store(tmp_path)
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(30, "read-only")))
-        lines = []
+        lines: list[str] = []
         assert len(load_or_build_manifest(store, lines.append).trials) == 15
         assert "serves this run only" in lines[-1]
 
@@ -304,7 +431,7 @@ class TestLoadOrBuild:
         (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
         (tmp_path / os.fsdecode(b"caf\xe9") / "data_train.hdf5").write_bytes(b"x")
         (tmp_path / "notes.txt").write_bytes(b"x")
-        lines = []
+        lines: list[str] = []
         manifest = load_or_build_manifest(open_store(tmp_path), lines.append)
         assert manifest.sessions == sorted(SESSIONS)
         (line,) = [line for line in lines if line.startswith("Not taken")]
@@ -336,17 +463,8 @@ class TestLoadOrBuild:
         for _ in range(2):
             with pytest.raises(DataError, match=rf"{KEY}:trial_0001: .* NaN"):
                 load_or_build_manifest(store, lambda _: None)
-            lines = []
+            lines: list[str] = []
             manifest = load_or_build_manifest(store, lines.append, on_damage="exclude")
             assert len(manifest.trials) == 14
             assert any(f"Excluded as damaged: {KEY}:trial_0001" in line for line in lines)
             assert "Excluded 1 damaged" in lines[-1]
-
-    def test_a_long_index_says_how_far_it_is(self, tmp_path, monkeypatch):
-        write_small_dataset(tmp_path)
-        monkeypatch.setattr(indexing, "_PROGRESS_SECONDS", 0.0)
-        lines = []
-        load_or_build_manifest(open_store(tmp_path), lines.append)
-        assert [line for line in lines if line.endswith(" of 5 files")] == [
-            f"Indexed {done} of 5 files" for done in range(1, 6)
-        ]

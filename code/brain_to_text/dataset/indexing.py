@@ -21,14 +21,13 @@ from ..storage.locations import (
     not_taken_sentence,
     refuse_archived,
     session_and_split,
-    shortened,
 )
 from ..storage.store import ObjectStore, open_store
 from .file_content import FileContent
 from .hdf5_reader import FileInspection, inspect_file
 from .isolation import Lost, Progress, in_workers, limited
 from .lost_data import LOST, lost_sentence
-from .manifest import IndexedFile, TrialManifest, earlier_manifest, load_manifest, write_manifest
+from .manifest import IndexedFile, TrialManifest, load_manifest, write_manifest
 from .trial_record import TrialRecord
 from .trial_table import SPLITS, TrialTable
 
@@ -153,10 +152,9 @@ def index_dataset(
         processes: worker processes; None decides by size.
 
     Raises:
-        StorageError: a file cannot be read. DataError: no data files, or an unfinished dataset.
+        StorageError: a file cannot be read. DataError: no data files.
     """
     listing = store.list() if listing is None else listing
-    earlier_manifest(store, listing)  # refuses an unfinished dataset
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, progress=progress)
     return manifest_from_inspections(files, inspections)
@@ -218,26 +216,6 @@ def manifest_from_inspections(
         tuple(sorted(damaged, key=lambda f: (f.key, f.trial or ""))),
         tuple(f for i in inspections for f in i.findings if f.kind == LOST),
     )
-
-
-def missing_files(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> list[str]:
-    """One sentence on files of the manifest before that are gone, one on sessions without train."""
-    files = data_files(listing, store.url)
-    before = earlier_manifest(store, listing)
-    sentences = []
-    if gone := sorted(before.files.keys() - files.keys() if before else ()):
-        sentences.append(
-            f"{len(gone)} files that were indexed before are gone ({shortened(gone)}): copy them "
-            "again unless you removed them."
-        )
-    places = [session_and_split(key) for key in files]
-    trained = {session for session, split in places if split == "train"}
-    if without := sorted({session for session, _ in places} - trained):
-        sentences.append(
-            f"{len(without)} sessions have no data_train.hdf5 ({shortened(without)}): their day "
-            "layers are not trained."
-        )
-    return sentences
 
 
 def refuse_damage(url: str, damaged: Sequence[Finding], exclude: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,13 +20,12 @@ from ..labels.pronunciation import normalise_text, pronunciations_of
 from ..redaction import one_line
 from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
 from ..storage.store import ObjectInfo, ObjectStore
-from .hdf5_reader import FileInspection
 from .indexing import inspect_dataset, manifest_from_inspections
 from .isolation import Progress
 from .manifest import TrialManifest, earlier_manifest, load_manifest
 from .selection import ctc_problem
 from .trial_record import TrialRecord
-from .trial_table import SPLITS
+from .trial_table import SPLITS, FileTrials
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
@@ -35,7 +36,10 @@ _ways = cache(pronunciations_of)
 _SCATTERED = 1.05  # bytes of a span per byte of its chunks; HDF5's index between them takes less
 
 
-def look_at(features: np.ndarray) -> tuple[list[float], int]:
+_Look: TypeAlias = tuple[list[float], int]
+
+
+def look_at(features: np.ndarray) -> _Look:
     """A trial [T, C]: count, sum, sum of squares, least and greatest of its values; a checksum.
 
     The checksum is the CRC-32 of the values in half precision: copies have the same, whichever type
@@ -101,7 +105,10 @@ class ValidationReport:
             "n_classes": self.manifest.n_classes,
             "label_form": self.manifest.label_form,
             "shared_sentences": self.shared_sentences,
-            "splits": [_json_numbers(asdict(row)) for row in self.rows],
+            "splits": [
+                {name: None if value != value else value for name, value in asdict(row).items()}
+                for row in self.rows  # JSON lacks NaN, the mean of nothing
+            ],
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
         }
@@ -161,96 +168,94 @@ def validate_dataset(
     files = data_files(listing, store.url)
     inspections = inspect_dataset(store, files, processes, look=look_at, progress=progress)
     manifest = manifest_from_inspections(files, inspections)
-    rows = _summaries(manifest, inspections)
+    trials = list(manifest.trials)
+    looks = {
+        record.name: look
+        for inspection in inspections
+        for record, look in zip(inspection.records, inspection.looks, strict=True)
+    }
+    rows = [
+        _summary(manifest, file, trials[file.rows.start : file.rows.stop], looks)
+        for file in manifest.trials.files
+    ]
     findings = list(manifest.damaged)
     findings += [f for i in inspections for f in i.findings if f.severity != "error"]
     findings += _infeasible(manifest)
-    findings += _repeated_features(manifest.trials, inspections)
-    findings += _repeated_numbers(manifest.trials)
-    findings += _missing_files(files)
+    findings += _repeated_features(trials, looks)
+    findings += _repeated_numbers(trials)
+    findings += missing_files(files)
+    if not any(session_and_split(key)[1] == "val" for key in files):
+        reason = "no session has it, so that nothing can be validated"
+        findings.append(Finding("data_val.hdf5", None, reason, "missing file"))
     unknown = "is not SESSION/data_{train,val,test}.hdf5 and is not used"
     findings += [Finding(k, None, unknown, "unknown file", "warning") for k in not_taken(listing)]
-    findings += scattered_chunks(manifest.trials)
+    findings += scattered_chunks(trials)
     findings += _odd_values(rows)
-    findings += _labels_against_sentences(manifest.trials)
+    findings += _labels_against_sentences(trials)
     findings += _manifest_state(store, manifest, listing)
     findings.sort(key=lambda f: (f.severity != "error", f.key, f.trial or ""))
-    shared = _shared_sentences(manifest.trials)
-    return ValidationReport(store.url, manifest, rows, findings, shared)
+    return ValidationReport(store.url, manifest, rows, findings, _shared_sentences(trials))
 
 
-def _summaries(
-    manifest: TrialManifest, inspections: Sequence[FileInspection]
-) -> list[SplitSummary]:
-    looks = {
-        i.key: dict(zip((r.trial for r in i.records), i.looks, strict=True)) for i in inspections
-    }
-    rows = []
-    for file in manifest.trials.files:
-        trials = manifest.trials[file.rows.start : file.rows.stop]
-        values = np.array([looks[file.key][trial.trial][0] for trial in trials] or [[np.nan] * 5])
-        count, total, squares = values[:, :3].sum(axis=0)
-        bins = [trial.n_time_steps for trial in trials] or [0]
-        labels = manifest.trials.n_labels[file.rows.start : file.rows.stop].tolist() or [0]
-        rows.append(
-            SplitSummary(
-                file.session,
-                file.split,
-                len(trials),
-                len({f.trial for f in manifest.damaged if f.key == file.key}),
-                (min(bins), float(np.mean(bins)), max(bins)),
-                (float(np.mean(labels)), max(labels)),
-                float(total / count),
-                float(np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))),
-                float(values[:, 3].min()),
-                float(values[:, 4].max()),
-            )
-        )
-    return rows
-
-
-def _by_file(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
-    found: dict[str, list[TrialRecord]] = defaultdict(list)
-    for trial in trials:
-        found[trial.key].append(trial)
-    return found
+def _summary(
+    manifest: TrialManifest,
+    file: FileTrials,
+    trials: Sequence[TrialRecord],
+    looks: Mapping[str, _Look],
+) -> SplitSummary:
+    values = np.array([looks[trial.name][0] for trial in trials] or [[np.nan] * 5])
+    count, total, squares = values[:, :3].sum(axis=0)
+    bins = [trial.n_time_steps for trial in trials] or [0]
+    labels = manifest.trials.n_labels[file.rows.start : file.rows.stop].tolist() or [0]
+    return SplitSummary(
+        file.session,
+        file.split,
+        len(trials),
+        len({finding.trial for finding in manifest.damaged if finding.key == file.key}),
+        (min(bins), float(np.mean(bins)), max(bins)),
+        (float(np.mean(labels)), max(labels)),
+        float(total / count),
+        float(np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))),
+        float(values[:, 3].min()),
+        float(values[:, 4].max()),
+    )
 
 
 def _infeasible(manifest: TrialManifest) -> Iterator[Finding]:
-    for row, trial in enumerate(manifest.trials):
-        labelled = trial.class_ids is not None
-        if labelled and (reason := ctc_problem(manifest.trials, row, *_PATCHING)):
-            yield Finding(trial.key, trial.trial, reason, "infeasible for CTC")
+    table = manifest.trials
+    for file in table.files:
+        for row in file.rows:
+            if table.n_labels[row] and (reason := ctc_problem(table, row, *_PATCHING)):
+                trial = table.name(row).rpartition(":")[2]
+                yield Finding(file.key, trial, reason, "infeasible for CTC")
+
+
+def _repeats(
+    trials: Iterable[TrialRecord], key: Callable[[TrialRecord], object]
+) -> Iterator[tuple[TrialRecord, TrialRecord]]:
+    """Each trial whose key a trial before it has, too, with that one."""
+    known: dict[object, TrialRecord] = {}
+    for trial in trials:
+        first = known.setdefault(key(trial), trial)
+        if first is not trial:
+            yield trial, first
 
 
 def _repeated_features(
-    trials: Sequence[TrialRecord], inspections: Sequence[FileInspection]
+    trials: Sequence[TrialRecord], looks: Mapping[str, _Look]
 ) -> Iterator[Finding]:
     """Trials whose features are those of a trial before, however both are stored."""
-    sums = {
-        record.name: crc32
-        for inspection in inspections
-        for record, (_, crc32) in zip(inspection.records, inspection.looks, strict=True)
-    }
-    known: dict[tuple[int, ...], TrialRecord] = {}
-    for trial in trials:
-        first = known.setdefault((trial.n_time_steps, sums[trial.name]), trial)
+    for trial, first in _repeats(trials, lambda t: (t.n_time_steps, looks[t.name][1])):
         reason, severity = f"has the same features as {first.name}", "warning"
         if first.split != trial.split:
             reason += f": {trial.split} is not independent of {first.split}"
             severity = "error"
-        if first is not trial:
-            yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
+        yield Finding(trial.key, trial.trial, reason, "duplicate trial", severity)
 
 
 def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
     """Block and trial numbers used twice in a session."""
-    by_number: dict[tuple[Any, ...], TrialRecord] = {}
-    for trial in trials:
-        number = (trial.session, trial.block_num, trial.trial_num)
-        first = by_number.setdefault(number, trial)
-        if first is trial:
-            continue
+    for trial, first in _repeats(trials, lambda t: (t.session, t.block_num, t.trial_num)):
         reason = (
             f"is block {trial.block_num} trial {trial.trial_num} of its session, like {first.name}"
         )
@@ -260,28 +265,26 @@ def _repeated_numbers(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
         yield Finding(trial.key, trial.trial, reason, "repeated number", "warning")
 
 
-def _missing_files(files: Mapping[str, ObjectInfo]) -> Iterator[Finding]:
-    splits: dict[str, set[str]] = defaultdict(set)
-    for key in files:
-        session, split = session_and_split(key)
-        splits[session].add(split)
-    for session, found in sorted(splits.items()):
+def missing_files(keys: Iterable[str]) -> Iterator[Finding]:
+    """Sessions without a file for training."""
+    splits: dict[str, list[str]] = defaultdict(list)
+    for session, split in sorted(map(session_and_split, keys)):
+        splits[session].append(split)
+    for session, found in splits.items():
         if "train" not in found:
-            reason = f"is missing, though the session has data_{sorted(found)[0]}.hdf5"
+            reason = f"is missing, though the session has data_{found[0]}.hdf5"
             yield Finding(f"{session}/data_train.hdf5", None, reason, "missing file")
-    if not any("val" in found for found in splits.values()):
-        reason = "no session has it, so that nothing can be validated"
-        yield Finding("data_val.hdf5", None, reason, "missing file")
 
 
-def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
+def scattered_chunks(trials: Iterable[TrialRecord]) -> Iterator[Finding]:
     """Files whose trials lie between each other, so that the one GET of a trial reads others too.
 
     Files come to be so when trials are appended to in turns, or when a dataset is rewritten in
     place.
     """
-    apart = [trial for trial in trials if trial.length > _SCATTERED * trial.stored_bytes]
-    for key, scattered in _by_file(apart).items():
+    apart = (trial for trial in trials if trial.length > _SCATTERED * trial.stored_bytes)
+    for key, group in groupby(apart, attrgetter("key")):
+        scattered = list(group)
         times = sum(t.length for t in scattered) / sum(t.stored_bytes for t in scattered)
         reason = (
             f"the chunks of {len(scattered)} trials lie apart, so that reading them takes "
@@ -291,7 +294,7 @@ def scattered_chunks(trials: Sequence[TrialRecord]) -> Iterator[Finding]:
         yield Finding(key, None, reason, "scattered chunks", "warning")
 
 
-def _odd_values(rows: Sequence[SplitSummary]) -> Iterator[Finding]:
+def _odd_values(rows: Iterable[SplitSummary]) -> Iterator[Finding]:
     for row in rows:
         if row.trials and not _STD_RANGE[0] <= row.std <= _STD_RANGE[1]:
             reason = f"its features have a standard deviation of {row.std:.3g}: are they z-scored?"
@@ -308,7 +311,8 @@ def _labels_against_sentences(trials: Sequence[TrialRecord]) -> Iterator[Finding
     after them; where the CMU dictionary knows a word, its phonemes count, too.
     """
     both = [trial for trial in trials if trial.phoneme_ids is not None and trial.sentence_label]
-    for key, spoken in _by_file(both).items():
+    for key, group in groupby(both, attrgetter("key")):
+        spoken = list(group)
         odd = [(t, reason) for t in spoken if (reason := _not_as_said(t))]
         fitting = 1 - len(odd) / len(spoken)
         if fitting >= _FEW_FIT:
@@ -340,11 +344,6 @@ def _not_as_said(trial: TrialRecord) -> str | None:
     if len(wrong) > len(known) / 2:
         return f"{wrong[0]!r} of {trial.sentence_label!r} is not said so"
     return None
-
-
-def _json_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN and infinity, which JSON lacks, as None."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
 
 
 def _manifest_state(
