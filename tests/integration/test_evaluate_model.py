@@ -182,10 +182,7 @@ def test_an_ensemble_decodes_the_mean_of_its_members_log_probabilities(
     summary, alone = summary_of(tmp_path / "whole"), summary_of(tmp_path / "rival")
     assert list(summary["rates"]) == ["PER"], "a mean over phonemes has no diphones"
     assert summary["n_trials"] == 6, "those of all members"
-    member = summary["members"][1]
-    assert member["rates"] == alone["rates"]
-    difference = summary["rates"]["PER"]["value"] - alone["rates"]["PER"]["value"]
-    assert member["comparison"]["difference"]["value"] == pytest.approx(difference)
+    assert summary["members"][1]["rates"] == alone["rates"]
     for folder in (model_folder, rival_folder):
         assert str(folder) in section(tmp_path / "whole", "ensemble")
     said = capsys.readouterr().out

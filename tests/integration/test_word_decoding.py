@@ -324,7 +324,7 @@ def test_the_submission_has_a_row_for_every_test_trial(model_folder, data, tmp_p
 def test_trials_without_a_sentence_or_with_a_new_one_are_told_apart(evaluated):
     rows, summary = rows_of(evaluated / "trials.csv"), summary_of(evaluated)
     assert [row["words"] for row in rows] == ["", "2", "3", "2"]
-    assert summary["words"]["settings"]["Scored"] == "3 of 4 trials, those with a sentence"
+    assert summary["words"]["Scored"] == "3 of 4 trials, those with a sentence"
     for rate, unlabelled in (("PER", {"unknown": 1}), ("DER", {"unknown": 1}), ("WER", {})):
         found = summary["groups"][rate]["sentence"]
         trials = {name: row["n_trials"] for name, row in found.items()}

@@ -161,10 +161,9 @@ def model_report(contents: Mapping[str, Any]) -> str:
             examples: rows {heading, name, sentence, decoded, alignment, posteriors, labels, kind,
                 seconds_per_frame}.
             comparison: {other, n_trials, left_out, metrics: name → fields of `PairedComparison`}.
-            members: of an ensemble, rows {model, rates, comparison}.
+            members: of an ensemble, rows {model, rates}.
             remarks: sentences about what was left out or is in doubt.
-            words: {settings, examples}.
-            config: YAML text. data, environment: facts.
+            config: YAML text. words, data, environment: facts.
     """
     remarks = contents.get("remarks", ())
     matrix = np.asarray(contents.get("confusion") or 0)

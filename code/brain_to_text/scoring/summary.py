@@ -76,21 +76,21 @@ class Evaluation:
         """Rates with intervals, counts, groups; plain types."""
         summary = summarise(self.trials, set(training_sentences(self.manifest)))
         if self.words is not None:
-            summary["words"] = _words(self.words, self.trials)
+            scored = sum("WER" in trial.errors for trial in self.trials)
+            count = f"{scored:,} of {len(self.trials):,} trials, those with a sentence"
+            summary["words"] = {**self.words, "Scored": count}
         if self.members:
-            summary["members"] = [self._beside(member) for member in self.members]
+            summary["members"] = [
+                {
+                    "model": member.artefact.location,
+                    "step": member.artefact.step,
+                    "rates": member.summary.get("rates", {}),
+                }
+                for member in self.members
+            ]
         if self.comparison is not None:
             summary["comparison"] = self.comparison
         return summary
-
-    def _beside(self, member: Evaluation) -> dict[str, Any]:
-        """A member's row: its rates, and the whole's difference from them."""
-        model, rates = member.artefact, member.summary.get("rates", {})
-        row = {"model": model.location, "step": model.step, "rates": rates}
-        if "PER" in rates:
-            metrics = compare(self.trials, member.trials, model.location)["metrics"]
-            row["comparison"] = metrics["PER"]
-        return row
 
 
 def summarise(trials: Sequence[DecodedTrial], trained_on: Collection[str] = ()) -> dict[str, Any]:
@@ -248,24 +248,6 @@ def diphone_name(previous: int, current: int) -> str:
     """ "K→AE"; "#" is the boundary of the sentence."""
     names = ["#" if p == BLANK else PHONEMES[p].strip() for p in (previous, current)]
     return "→".join(names)
-
-
-def _words(facts: Mapping[str, str], trials: Sequence[DecodedTrial]) -> dict[str, Any]:
-    """Facts and examples: the worst sentences, and those in the middle."""
-    scored = sorted((t for t in trials if "WER" in t.errors), key=lambda t: -t.errors["WER"].edits)
-    middle = max(len(scored) // 2, 5)
-    count = f"{len(scored):,} of {len(trials):,} trials, those with a sentence"
-    return {
-        "settings": {**facts, "Scored": count},
-        "examples": [
-            {
-                "reference": normalise_text(trial.record.sentence_label or ""),
-                "decoded": trial.sentence,
-                "errors": trial.errors["WER"].edits,
-            }
-            for trial in scored[:5] + scored[middle : middle + 5]
-        ],
-    }
 
 
 def _edits_and_labels(trials: Sequence[DecodedTrial], rate: str) -> tuple[list[int], list[int]]:
