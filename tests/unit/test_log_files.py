@@ -2,7 +2,6 @@
 
 import json
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 from brain_to_text.errors import InUseError, StorageError
@@ -87,7 +86,7 @@ def test_a_follower_sees_what_was_and_what_comes(tmp_path):
     seen = []
     with run_log(tmp_path) as log:
         log.metrics("train", step=0, loss=7.4)
-        log.follow(SimpleNamespace(record=seen.append))
+        log.follow(seen.append)
         log.metrics("validation", step=0, per=0.5, per_session={"t15": {"PER": 0.5}}, counts={})
     assert [entry["kind"] for entry in seen] == ["train", "validation"]
     assert all(entry["time"] > 1.7e9 for entry in seen)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from ..errors import CheckpointError, InUseError, StorageError
 from ..model.weights_file import explain_write_error, writing
@@ -32,16 +31,6 @@ def process_seconds() -> float:
         return 0.0
 
 
-class Follower(Protocol):
-    """Something that wants every entry of metrics.jsonl: must never raise, and never wait long.
-
-    At the end it hears how the run ended.
-    """
-
-    def record(self, entry: Mapping[str, Any]) -> None: ...
-    def close(self, error: BaseException | None, finished: bool) -> None: ...
-
-
 def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(name, value) of every number in an entry of metrics.jsonl: "train/loss", "validation/per".
 
@@ -56,34 +45,7 @@ def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"{entry['kind']}/{name}", float(value)
 
 
-class _ScrubbingFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        if record.levelno >= logging.WARNING:
-            record = logging.makeLogRecord(
-                {**record.__dict__, "msg": f"{record.levelname}: {record.msg}"}
-            )
-        return one_line(super().format(record))
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that remembers why it was not written, where logging would print a traceback."""
-
-    failure: BaseException | None = None
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
-        self.failure = sys.exc_info()[1]
-
-
-class _Console(logging.StreamHandler[TextIO]):
-    """Standard output: where it is full the run ends, where its reader left the run goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
-        error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, BrokenPipeError):
-            raise error
-
-
-class RunLog:
+class RunLog(logging.Handler):
     """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
 
     What an earlier job left in these files stays until `begin` says what this run is.
@@ -93,31 +55,41 @@ class RunLog:
         metrics_file: JSON lines, one object per log line or validation; None for none.
 
     Raises:
-        CheckpointError: they cannot be written, or another live process writes them.
+        CheckpointError: they cannot be written.
+        InUseError: another live process writes them.
     """
 
-    def __init__(self, log_file: Path | None, metrics_file: Path | None) -> None:
-        self.log_file = log_file
-        self.metrics_file = metrics_file
+    def __init__(self, log_file: Path | None = None, metrics_file: Path | None = None) -> None:
+        super().__init__()
+        self.log_file, self.metrics_file = log_file, metrics_file
+        self._lines = None if log_file is None else lock_file(log_file, "--model-dir")
+        self._entries = None
+        if metrics_file is not None:
+            self._entries = lock_file(metrics_file, "--output-data-dir")
+        self._left = {path: path.stat().st_size for path in (log_file, metrics_file) if path}
+        self._failure: OSError | None = None
         self._uploader: LogUploader | None = None
-        self._followers: list[Follower] = []
-        self._held: dict[Path, TextIO] = {}
-        for path, option in ((log_file, "--model-dir"), (metrics_file, "--output-data-dir")):
-            if path is not None:
-                self._held[path] = lock_file(path, option)
-        self._left = {path: os.fstat(held.fileno()).st_size for path, held in self._held.items()}
-        formatter = _ScrubbingFormatter("%(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S")
-        self._handlers: list[logging.Handler] = [_Console(sys.stdout)]
-        self._file: _LogFile | None = None
-        if log_file is not None:
-            with writing(log_file):
-                self._file = _LogFile(log_file, encoding="utf-8")
-            self._handlers.append(self._file)
-        for handler in self._handlers:
-            handler.setFormatter(formatter)
-            LOGGER.addHandler(handler)
-        LOGGER.setLevel(logging.INFO if log_file is not None else logging.WARNING)
+        self._followers: list[Callable[[Mapping[str, Any]], None]] = []
+        LOGGER.addHandler(self)
+        LOGGER.setLevel(logging.WARNING if log_file is None else logging.INFO)
         LOGGER.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record of this library's logger; where stdout's reader left, the run goes on.
+
+        Raises:
+            OutputError: standard output is full.
+        """
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        clock = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = one_line(f"{clock}: {level}{record.getMessage()}")
+        try:
+            if self._lines is not None:
+                print(line, file=self._lines, flush=True)
+        except OSError as error:
+            self._failure = error  # raised where the run can be ended: see `info`
+        with suppress(BrokenPipeError):
+            print(line, flush=True)
 
     def info(self, message: str) -> None:
         """One line, after a timestamp.
@@ -125,13 +97,11 @@ class RunLog:
         Raises:
             CheckpointError: the log cannot be written.
         """
-        LOGGER.info("%s", message)
-        self._raise_failure()
+        self._log(logging.INFO, message)
 
     def warning(self, message: str) -> None:
         """One line that somebody should read, after a timestamp and WARNING."""
-        LOGGER.warning("%s", message)
-        self._raise_failure()
+        self._log(logging.WARNING, message)
 
     def metrics(self, kind: str, **values: Any) -> None:
         """Append one JSON object to the metrics file, and show it to the followers.
@@ -142,16 +112,19 @@ class RunLog:
         if self.metrics_file is None:
             return
         entry = {"kind": kind, "time": round(time.time(), 3), **values}
-        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        for follower in self._followers:
-            follower.record(entry)
+        with writing(self.metrics_file):
+            print(json.dumps(entry), file=self._entries, flush=True)
+        for record in self._followers:
+            record(entry)
 
-    def follow(self, follower: Follower) -> None:
-        """Show a follower every entry so far, those of earlier jobs too, and all to come."""
+    def follow(self, record: Callable[[Mapping[str, Any]], None]) -> None:
+        """Call `record` with every entry of metrics.jsonl, those of earlier jobs too.
+
+        It must never raise, and never wait long.
+        """
         for line in _text(self.metrics_file).splitlines():
-            follower.record(json.loads(line))
-        self._followers.append(follower)
+            record(json.loads(line))
+        self._followers.append(record)
 
     def snapshot(self) -> dict[str, str]:
         """Everything logged so far, for the checkpoint."""
@@ -164,37 +137,35 @@ class RunLog:
             earlier: the `snapshot` of the job that this one continues.
         """
         for path, name in ((self.log_file, "training_log"), (self.metrics_file, "metrics")):
-            if path is None:
-                continue
-            text = (earlier or {}).get(name, "").encode()
-            with writing(path):
-                path.write_bytes(text + path.read_bytes()[self._left[path] :])
+            if path is not None:
+                text = (earlier or {}).get(name, "").encode()
+                with writing(path):
+                    path.write_bytes(text + path.read_bytes()[self._left[path] :])
 
-    def upload_to(self, url: str, others: Mapping[str, Path] | None = None) -> None:
+    def upload_to(self, url: str, others: Mapping[str, Path]) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread.
 
         Args:
             others: more files to keep up to date, by their key below `url`.
         """
         if self.log_file is not None:
-            files = {self.log_file.name: self.log_file, **(others or {})}
-            self._uploader = LogUploader(files, url)
+            self._uploader = LogUploader({self.log_file.name: self.log_file, **others}, url)
 
     def close(self) -> None:
         """Upload the last lines and let go of the files."""
         if self._uploader is not None:
             self._uploader.close()
-        for handler in self._handlers:
-            LOGGER.removeHandler(handler)
-        if self._file is not None:
-            with suppress(OSError):  # what could not be written was named when it was logged
-                self._file.close()
-        for held in self._held.values():
-            held.close()
+        LOGGER.removeHandler(self)
+        for file in (self._lines, self._entries):
+            if file is not None:
+                with suppress(OSError):  # what could not be written was named when it was logged
+                    file.close()
+        super().close()
 
-    def _raise_failure(self) -> None:
-        if self._file is not None and self._file.failure is not None and self.log_file is not None:
-            failure, self._file.failure = self._file.failure, None
+    def _log(self, level: int, message: str) -> None:
+        LOGGER.log(level, "%s", message)
+        failure, self._failure = self._failure, None
+        if failure is not None and self.log_file is not None:
             raise CheckpointError(explain_write_error(self.log_file, failure)) from failure
 
 
@@ -208,11 +179,7 @@ class LogUploader:
     """
 
     def __init__(self, files: Mapping[str, Path], url: str, interval_seconds: float = 60.0) -> None:
-        self._files = dict(files)
-        self._url = url
-        self._interval = interval_seconds
-        self._uploaded_bytes = dict.fromkeys(files, 0)
-        self._warned = False
+        self._files, self._url, self._interval = files, url, interval_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-uploader", daemon=True)
         self._thread.start()
@@ -224,22 +191,21 @@ class LogUploader:
 
     def _run(self) -> None:
         store: ObjectStore | None = None
-        while True:
+        uploaded_bytes: dict[str, int] = {}
+        warned = stopping = False
+        while not stopping:
             stopping = self._stop.wait(self._interval)
-            for key, path in self._files.items():
-                content = path.read_bytes() if path.exists() else b""
-                if len(content) == self._uploaded_bytes[key]:
-                    continue
-                try:
-                    store = store or open_store(self._url)
-                    store.write(key, content)
-                    self._uploaded_bytes[key] = len(content)
-                except StorageError as error:
-                    if not self._warned:
-                        LOGGER.warning("The log is not copied to %s: %s", self._url, error)
-                    self._warned = True
-            if stopping:
-                return
+            try:
+                store = store or open_store(self._url)
+                for key, path in self._files.items():
+                    content = path.read_bytes() if path.exists() else b""
+                    if len(content) != uploaded_bytes.get(key, 0):
+                        store.write(key, content)
+                        uploaded_bytes[key] = len(content)
+            except StorageError as error:
+                if not warned:
+                    LOGGER.warning("The log is not copied to %s: %s", self._url, error)
+                warned = True
 
 
 def lock_file(path: Path, option: str) -> TextIO:
@@ -255,7 +221,7 @@ def lock_file(path: Path, option: str) -> TextIO:
         InUseError: another live process has it.
     """
     with writing(path):
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     refusal = f"{path.parent} is in use by another run: give this run its own with {option}."
     try:
         no_locks = lock(file.fileno(), refusal)
