@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from integration.kill_harness import JOB_SECONDS, Job, run_harness, unequal
+from integration.kill_harness import JOB_SECONDS, Job, run_harness
 from support.fault_proxy import FaultProxy, Faults
 from support.tiny_data import write_dataset
 from support.training_examples import newest_state
@@ -36,31 +36,16 @@ def test_runs_killed_at_random_instants_end_bit_identical(tmp_path):
     assert report.resumed_steps, "no kill came late enough to resume from"
 
 
-def test_the_harness_sees_a_single_flipped_bit():
-    weights = torch.ones(3)
-    flipped = weights.clone()
-    flipped.view(torch.int32)[1] ^= 1
-    assert unequal({"a": [weights]}, {"a": [flipped]}) == ["/a/0"]
-    assert unequal({"a": 1}, {"b": 1}) == ["/a", "/b"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_job_leaves_a_state_a_model_and_exit_code_zero(data, tmp_path, number):
     job = Job(data, tmp_path, **ENDLESS).start()
     job.wait_for("Train batch 10:")
-    assert stop(job, number) == 0, job.said()
+    os.kill(job.process.pid, number)
+    assert stop(job, number) == 0, job.said()  # a second signal changes nothing
     assert f"Stopped by {number.name}" in job.said()
-    assert list((tmp_path / "checkpoints").glob("state-*.pt"))
+    assert newest_state(tmp_path / "checkpoints")[1]["step"] > 10
     assert (tmp_path / "model" / "checkpoint" / "best_checkpoint").exists()
     assert not (tmp_path / "output" / "failure").exists()
-
-
-def test_a_second_signal_does_not_spoil_the_checkpoint(data, tmp_path):
-    job = Job(data, tmp_path, **ENDLESS).start()
-    job.wait_for("Train batch 10:")
-    os.kill(job.process.pid, signal.SIGTERM)
-    assert stop(job) == 0, job.said()
-    assert newest_state(tmp_path / "checkpoints")[1]["step"] > 10
 
 
 def test_a_run_that_is_stopped_before_validation_still_leaves_a_usable_model(data, tmp_path):
@@ -69,39 +54,6 @@ def test_a_run_that_is_stopped_before_validation_still_leaves_a_usable_model(dat
     assert stop(job) == 0, job.said()
     best = torch.load(tmp_path / "model/checkpoint/best_checkpoint", weights_only=True)
     assert best["model_state_dict"]["out.weight"].shape[0] == 1681
-
-
-def test_a_finished_run_is_not_run_again_and_leaves_everything_again(data, tmp_path):
-    job = Job(data, tmp_path, **SHORT)
-    assert end(job)[0] == 0
-    code, said = end(job)
-    assert code == 0 and "already finished at step 6" in said
-    assert (tmp_path / "model" / "checkpoint" / "best_checkpoint").exists()
-    left = {path.name for path in (tmp_path / "output" / "data").iterdir()}
-    assert {"report.html", "summary.json", "trials.csv", "metrics.jsonl"} <= left
-
-
-def test_changes_are_named_and_refused_unless_accepted(data, tmp_path):
-    assert end(Job(data, tmp_path, **SHORT))[0] == 0
-    changed = {"lr_max": 0.001, "cache_gb": 0, "num_training_batches": 8}
-    code, said = end(Job(data, tmp_path, **changed))
-    assert code == 1
-    (error,) = [line for line in said.splitlines() if line.startswith("ERROR")]
-    assert "lr_max: 0.004 -> 0.001" in error and "--accept-changes true" in error
-    assert "cache_gb" not in error
-    assert "lr_max: 0.004 -> 0.001" in (tmp_path / "output" / "failure").read_text()
-    accepted = {**changed, "accept-changes": "true"}
-    code, said = end(Job(data, tmp_path, **accepted))
-    assert code == 0 and "Resuming although changed: lr_max" in said
-    assert "Finished at step 8" in said
-
-
-def test_changed_data_is_refused(data, tmp_path):
-    other = tmp_path / "other"
-    write_dataset(other, n_features=16, bins=(80, 140), seed=7)
-    assert end(Job(data, tmp_path / "run", **SHORT))[0] == 0
-    code, said = end(Job(other, tmp_path / "run", **SHORT))
-    assert code == 1 and "the trials or their bytes changed" in said
 
 
 def test_a_second_job_in_the_same_place_is_refused_and_leaves_the_first_ones_log(data, tmp_path):
@@ -116,32 +68,6 @@ def test_a_second_job_in_the_same_place_is_refused_and_leaves_the_first_ones_log
     assert not (tmp_path / "second" / "output" / "failure").exists(), "it may be the first one's"
     log = (tmp_path / "first" / "model" / "training_log").read_text()
     assert "\0" not in log and "Train batch 0:" in log and "Stopped by SIGTERM" in log
-
-
-@pytest.mark.parametrize("theirs", ["model/training_log", "output/data/summary.json"])
-def test_a_run_does_not_begin_where_another_runs_results_lie(data, tmp_path, theirs):
-    assert end(Job(data, tmp_path / "a", **SHORT))[0] == 0
-    kept = tmp_path / "a" / theirs
-    before = {p: p.read_bytes() for p in kept.parent.rglob("*") if p.is_file()}
-    option = "model-dir" if theirs.startswith("model") else "output-data-dir"
-    code, said = end(Job(data, tmp_path / "b", **SHORT, **{option: kept.parent}))
-    assert (
-        code == 1
-        and f"of another run, which this run would replace: give this run its own --{option}"
-        in said
-    )
-    assert before == {p: p.read_bytes() for p in kept.parent.rglob("*") if p.is_file()}
-
-
-def test_a_finished_run_leaves_what_others_put_beside_its_results(data, tmp_path):
-    job = Job(data, tmp_path, **SHORT).start()
-    job.wait_for("Train batch 0:")
-    names = ("submission.csv", "nbest.csv", "phoneme_logits.hdf5", "language_model.arpa")
-    for name in names:
-        (tmp_path / "output" / "data" / name).write_text("precious")
-    job.join_successfully()
-    for name in names:
-        assert (tmp_path / "output" / "data" / name).read_text() == "precious"
 
 
 @pytest.mark.parametrize("damage", ["state", "best"])
@@ -165,7 +91,7 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(data, tmp_path, damage
 def test_a_job_that_waits_for_s3_stops(tmp_path, s3_prefix, upload, fault_proxy: FaultProxy, phase):
     write_dataset(tmp_path / "data", n_features=16, bins=(80, 140))  # not yet indexed
     upload(tmp_path / "data", s3_prefix)
-    job = Job(s3_prefix, tmp_path / "run", **ENDLESS, cache_gb=0, read_timeout_seconds=20)
+    job = Job(s3_prefix, tmp_path / "run", **ENDLESS, cache_gb=0, read_timeout_seconds=3)
     if phase == "indexing":
         fault_proxy.faults = Faults(stall=1.0)
         job.start().wait_for("indexing")

@@ -20,11 +20,10 @@ from brain_to_text.errors import TrainingError
 from brain_to_text.model.losses import JointObjective
 from brain_to_text.model.train_step import TrainStep
 from brain_to_text.model.weights_file import save_atomically
-from brain_to_text.scoring.decoding import DecodedSplit, decode
+from brain_to_text.scoring.decoding import decode
 from brain_to_text.training import build_run, rnn_trainer_s3
-from brain_to_text.training.progress import blank_remark
 from support.fault_proxy import FaultProxy, Faults
-from support.tiny_data import TINY_DECODER
+from support.tiny_data import TINY_DECODER, write_dataset
 from support.training_examples import newest_state
 
 SETTINGS = {
@@ -126,8 +125,9 @@ def test_a_run_leaves_exactly_what_is_promised(finished):
 
 
 def test_the_log_holds_the_promised_lines(train):
-    run = train("job", phoneme_weight=0.4)
+    run = train("job", **{"objective.schedule": "[[0, 0], [4, 1]]"})
     log = (run.folder / "model" / "training_log").read_text()
+    rate = r"\d\.\d{4}"
     for line in (
         r": Using device: cpu",
         r": Model has \d{1,3}(,\d{3})* parameters",
@@ -137,72 +137,56 @@ def test_the_log_holds_the_promised_lines(train):
         r": Train batches: 6",
         r": Train batch 2: loss: \d+\.\d\d grad norm: \d+\.\d\d time: \d+\.\d{3}",
         r": Running test after training batch: 3",
-        r": Val batch 3: DER \(avg\): \d\.\d{4} CTC Loss \(avg\): \d+\.\d+ time: \d+\.\d{3}",
-        r": New best test DER inf --> \d\.\d{4}",
+        rf": Val batch 3: DER \(avg\): {rate} CTC Loss \(avg\): \d+\.\d+ time: \d+\.\d{{3}}",
+        rf":   t15.2023.08.13 DER: {rate} PER: {rate} PER_path: {rate} CTC_loss: \d+\.\d{{4}}",
+        rf": New best test DER inf --> {rate}",
         r": Checkpointing model",
     ):
         assert re.search(rf"(?m)^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{line}", log), line
+    # the phoneme loss has no part in the first step
+    assert [line.count(" phoneme: ") for line in run.train_lines()] == [0, 1, 1]
+    assert [numbers["phoneme_weight"] for numbers in run.metrics()] == [0, 0.5, 1]
     for line, numbers in zip(run.train_lines(), run.metrics(), strict=True):
         number = r"\d+(\.\d+)?"
         assert re.search(
-            rf"time: {number} phoneme: {number} phoneme weight: 0.40 "
+            rf"time: {number} (phoneme: {number} )?phoneme weight: {number} "
             rf"lr: {number}e[+-]\d+ trials/s: {number} frames/s: {number} data wait: {number}% "
             rf"GETs: {number} MB: {number} cache hits: {number}% retries: 0$",
             line,
         ), line
-        assert numbers["phoneme_weight"] == 0.4
         assert 0 <= numbers["data_wait_share"] <= 1
         assert numbers["trials_per_second"] * numbers["seconds_per_step"] == pytest.approx(4)
+    sessions = run.metrics("validation")[-1]["per_session"]
+    assert sum(rates["n_trials"] for rates in sessions.values()) == 9
 
 
-def test_a_joint_loss_says_the_terms_it_has_and_their_weight(train):
-    run = train("job", **{"objective.schedule": "[[0, 0], [4, 1]]"})
-    terms = [re.search(r"time: \S+ (.*)lr:", line)[1].strip() for line in run.train_lines()]
-    assert [re.sub(r"phoneme: \d+\.\d+", "phoneme: #", term) for term in terms] == [
-        "phoneme weight: 0.00",
-        "phoneme: # phoneme weight: 0.50",
-        "phoneme: # phoneme weight: 1.00",
-    ]
-
-
-def streaming(run: Run) -> str:
-    """The one line about the whole run's data, and that it is the run's last."""
-    (line,) = [line for line in run.said.splitlines() if ": Streaming: " in line]
-    after = run.said[run.said.index(line) + len(line) :].strip()
-    assert not after or (run.code and after.startswith("ERROR: ")), after
-    return line
-
-
-def test_what_was_streamed_is_said_when_everything_was_read(train):
-    run = train("job", cache_gb=0)
-    line = streaming(run)
-    assert run.said.index("Report: ") < run.said.index(line)
-    in_steps = sum(numbers["requests"] for numbers in run.metrics())
-    val_trials = 9  # read by three validations, and by the report
-    assert int(re.search(r"Streaming: ([\d,]+) GETs", line)[1]) >= in_steps + 4 * val_trials
-
-
-@pytest.mark.parametrize("end", ["stop", "failure"])
-def test_what_was_streamed_is_said_however_a_run_ends(train, monkeypatch, end):
+@pytest.mark.parametrize("end", ["finish", "stop", "failure"])
+def test_what_was_streamed_is_said_last_however_a_run_ends(train, monkeypatch, end):
     real = TrainStep.__call__
 
     def ending(self, batch, step, *rest):
         if step == 4 and end == "failure":
             raise TrainingError("The fifth step fails.")
-        if step == 4:
+        if step == 4 and end == "stop":
             signal.raise_signal(signal.SIGTERM)
         return real(self, batch, step, *rest)
 
     monkeypatch.setattr(TrainStep, "__call__", ending)
-    run = train("job")
+    run = train("job", cache_gb=0)
     assert run.code == (1 if end == "failure" else 0)
-    assert re.search(r"Streaming: \d+ GETs, .* waited", streaming(run))
+    (line,) = re.findall(r"(?m)^.*: Streaming: \d+ GETs, .* waited .*$", run.said)
+    after = run.said[run.said.index(line) + len(line) :].strip()
+    assert not after or (run.code and after.startswith("ERROR: ")), after
+    if end == "finish":
+        in_steps = sum(numbers["requests"] for numbers in run.metrics())
+        val_trials = 9  # read by three validations, and by the report
+        assert int(re.search(r"Streaming: (\d+)", line)[1]) >= in_steps + 4 * val_trials
 
 
 def test_faults_of_the_network_do_not_change_the_run(
     data, train, s3_prefix, upload, fault_proxy: FaultProxy
 ):
-    alone = train("folder", num_training_batches=20, cache_gb=0)
+    alone = train("folder", num_training_batches=8, cache_gb=0)
     upload(data, s3_prefix)
     bucket, prefix = s3_prefix.removeprefix("s3://").split("/", 1)
     where = ("--s3-bucket", bucket, "--s3-data-prefix", prefix)
@@ -210,7 +194,7 @@ def test_faults_of_the_network_do_not_change_the_run(
     fault_proxy.faults = Faults(
         slow_down=0.15, reset=0.1, truncate=0.1, short_body=0.1, flip=0.05, stall=0.01
     )
-    run = train("faults", *where, num_training_batches=20, cache_gb=0, read_timeout_seconds=1)
+    run = train("faults", *where, num_training_batches=8, cache_gb=0, read_timeout_seconds=1)
     assert run.code == 0, run.said
     assert len(fault_proxy.counts.faults) >= 4, "the faults did not happen"
     for name, value in alone.last()["model"].items():
@@ -218,7 +202,7 @@ def test_faults_of_the_network_do_not_change_the_run(
     assert "retries" in run.said
 
 
-def test_a_run_that_diverges_says_where_and_keeps_the_batch(train):
+def test_a_run_that_diverges_says_where(train):
     run = train(
         "job",
         lr_max=1e30,
@@ -231,8 +215,6 @@ def test_a_run_that_diverges_says_where_and_keeps_the_batch(train):
     assert run.code == 1
     assert "3 updates in a row" in run.failure and "block" in run.failure
     assert "last good checkpoint is" in run.failure and "lower lr_max" in run.failure
-    batch = torch.load(run.folder / "output/data/offending_batch.pt", weights_only=True)
-    assert len(batch["trials"]) == 4 and batch["features"].shape[0] == 4
 
 
 @pytest.fixture
@@ -292,61 +274,16 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(train, monkeyp
     # memory cannot run out on purpose here: only the answer of the probe is made up
     monkeypatch.setattr(build_run, "largest_batch", lambda step, *sizes: fits)
     run = train("job", try_largest_batches_first="true")
-    assert run.code == 1
-    assert (words in run.failure and "does not fit" in run.failure) or "Not even" in run.failure
-    assert "Train batch" not in run.said.replace("Train batches", "")
+    assert run.code == 1 and words in run.failure
+    assert "Train batch " not in run.said
 
 
-def test_the_largest_batch_is_tried_and_changes_nothing(train, finished):
-    tried = train("tried", try_largest_batches_first="true")
-    assert "The largest batch fits: 4 trials of" in tried.said
-    for name, value in finished.last()["model"].items():
-        assert torch.equal(value, tried.last()["model"][name]), name
-
-
-AVERAGING = {
-    "ema_decay": 0.9,
-    "lr_max": 0.1,
-    "lr_min": 0.1,
-    "epsilon": 1e-3,
-    "classifier": "factored",
-}
-
-
-def with_plain_classifier(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A factored model's weights as they leave the run."""
-    plain = {name: value for name, value in weights.items() if not name.startswith("out.")}
-    for kind in ("weight", "bias"):
-        pairs = weights[f"out.residual.{kind}"].view(41, 41, -1).clone()
-        for i in range(41):
-            pairs[i] += weights[f"out.previous.{kind}"][i]
-        for i in range(41):
-            pairs[:, i] += weights[f"out.current.{kind}"][i]
-        plain[f"out.{kind}"] = pairs.view(weights[f"out.residual.{kind}"].shape)
-    return plain
-
-
-def assert_averaged(run: Run, model: dict[str, torch.Tensor]) -> None:
-    """`model` has the averaged weights of the run's last state, which differ from its own."""
-    last = run.last()
-    average = dict(zip(last["model"], last["train_step"]["average"], strict=True))
-    assert not torch.equal(last["model"]["out.current.weight"], average["out.current.weight"])
-    expected = with_plain_classifier(average)
-    assert model.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(model[name], value), name
-
-
-def test_averaged_weights_are_validated_and_kept(train, monkeypatch):
+def test_averaged_weights_are_validated_and_saved(train, monkeypatch):
     validated = []
 
     def spy(inference, *args, **options):
-        validated.append(
-            {name: value.clone() for name, value in inference.model.state_dict().items()}
-        )
-        result = decode(inference, *args, **options)
-        result.numbers["der"] = 1 / len(validated)  # the last is the best
-        return result
+        validated.append(inference.model.out.weight.clone())
+        return decode(inference, *args, **options)
 
     def few(inference, dataset, **options):
         assert sum(len(dataset.trial_indices(step)) for step in range(len(dataset))) <= 4
@@ -354,24 +291,16 @@ def test_averaged_weights_are_validated_and_kept(train, monkeypatch):
 
     monkeypatch.setattr(rnn_trainer_s3, "decode", spy)
     monkeypatch.setattr("brain_to_text.scoring.evaluate.decode", few)  # the report needs no pass
-    run = train("job", save_final_model=True, **AVERAGING)
+    settings = {"classifier": "plain", "ema_decay": 0.9, "lr_max": 0.1, "lr_min": 0.1}
+    run = train("job", save_final_model=True, **settings)
     assert run.code == 0, run.said
-    assert_averaged(run, with_plain_classifier(validated[-1]))
-    assert_averaged(run, run.best()["model_state_dict"])
-    final = run.folder / "model/checkpoint/final_checkpoint"
-    assert_averaged(run, torch.load(final, weights_only=True)["model_state_dict"])
-
-
-@pytest.mark.parametrize(
-    ("deletions", "insertions", "said"), [(100, 0, True), (100, 1, True), (98, 0, False)]
-)
-def test_a_best_model_that_answers_with_blanks_is_said_to(deletions, insertions, said):
-    counts = {"reference_labels": 100, "deletions": deletions, "insertions": insertions}
-    result = DecodedSplit([])
-    result.numbers["counts"]["classes"] = counts
-    remark = blank_remark(result)
-    assert (remark is not None) == said
-    assert not said or f"decodes {insertions} labels where 100 were spoken" in remark
+    last = run.last()
+    average = dict(zip(last["model"], last["train_step"]["average"], strict=True))
+    assert not torch.equal(last["model"]["out.weight"], average["out.weight"])
+    assert torch.equal(validated[-1], average["out.weight"])
+    final = torch.load(run.folder / "model/checkpoint/final_checkpoint", weights_only=True)
+    for name, value in average.items():
+        assert torch.equal(final["model_state_dict"][name], value), name
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_called_best(train):
@@ -405,51 +334,30 @@ def test_a_new_run_starts_from_given_weights_by_session_name(train):
         assert torch.equal(old[name], new[name]), name
 
 
-def test_logits_are_kept_on_request(train):
-    run = train("job", save_val_logits=True)
-    assert run.code == 0
-    logits = torch.load(run.folder / "output/data/val_logits.pt", weights_only=True)
-    assert len(logits) == 9
-    for value in logits.values():
-        assert value.dtype == torch.float16 and value.shape[1] == 1681 and len(value) > 10
-
-
-@pytest.mark.parametrize("said", [True, False])
-def test_scores_of_sessions_are_said_unless_switched_off(train, finished, said):
-    run = finished if said else train("quiet", log_individual_day_val_PER=False)
-    rate = r"\d+\.\d{4}"
-    for session in ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18"):
-        line = rf"(?m):   {session} DER: {rate} PER: {rate} PER_path: {rate} CTC_loss: {rate}$"
-        assert len(re.findall(line, run.said)) == (3 if said else 0)
-    sessions = run.metrics("validation")[-1]["per_session"]
-    assert sum(rates["n_trials"] for rates in sessions.values()) == 9
-
-
-def test_the_run_decides_about_tf32(train, monkeypatch):
-    decided = []
-    monkeypatch.setattr(build_run, "allow_tf32", decided.append)
-    train("job", allow_tf32=False, num_training_batches=1)
-    assert decided == [False]
-
-
-def test_sessions_switched_off_are_not_validated(train):
+def test_settings_reach_what_they_decide(train, monkeypatch):
+    tf32 = []
+    monkeypatch.setattr(build_run, "allow_tf32", tf32.append)
     run = train(
         "job",
         sessions="[t15.2023.08.11, t15.2023.08.13, t15.2023.08.18]",
         dataset_probability_val="[1, 0, 1]",
+        bad_trials_dict="{t15.2023.08.11: {1: [0, 2]}}",
         log_val_skip_logs=True,
+        log_individual_day_val_PER=False,
+        save_val_logits=True,
+        allow_tf32=False,
     )
     assert run.code == 0
     assert "Validation skips session t15.2023.08.13" in run.said
-    assert "  t15.2023.08.13 DER" not in run.said and "  t15.2023.08.18 DER" in run.said
-
-
-def test_bad_trials_are_left_out_by_name_and_counted(train):
-    bad = "{t15.2023.08.11: {1: [0, 2]}}"
-    run = train("job", bad_trials_dict=bad)
-    assert run.code == 0
+    validated = run.metrics("validation")[-1]["per_session"]
+    assert set(validated) == {"t15.2023.08.11", "t15.2023.08.18"}
+    assert "t15.2023.08.11 DER" not in run.said
     assert "Left out: t15.2023.08.11/data_train.hdf5:trial_0000" in run.said
     assert "4 trials are left out" in run.said  # two in train, two in val: same block and number
+    logits = torch.load(run.folder / "output/data/val_logits.pt", weights_only=True)
+    assert {(value.dtype, value.shape[1]) for value in logits.values()} == {(torch.float16, 1681)}
+    assert len(logits) == 4
+    assert tf32 == [False]
 
 
 BAD_SETTINGS = {  # what the data decides; test_config has what settings alone decide
@@ -538,6 +446,48 @@ def test_a_full_model_volume_is_one_sentence(train, small_volume):
     assert "Traceback" not in run.said and "Logging error" not in run.said
 
 
+def test_a_finished_run_is_not_run_again_and_leaves_everything_again(train, finished):
+    """But for what it wrote, nothing in its folders is touched."""
+    results = {name for name in finished.files if name.startswith(("model/", "output/"))}
+    for name in results - {"output/data/metrics.jsonl", "output/data/report.html"}:
+        (finished.folder / name).unlink()
+    others = {"submission.csv", "nbest.csv", "phoneme_logits.hdf5", "language_model.arpa"}
+    for name in others:
+        (finished.folder / "output/data" / name).write_text("precious")
+    run = train("finished")
+    assert run.code == 0 and "already finished at step 6" in run.said
+    assert results <= run.files
+    for name in others:
+        assert (run.folder / "output/data" / name).read_text() == "precious"
+
+
+def test_changes_are_named_and_refused_unless_accepted(train, finished):
+    changed = {"lr_max": 0.001, "cache_gb": 0, "num_training_batches": 8}
+    run = train("finished", **changed)
+    assert run.code == 1 and "lr_max: 0.004 -> 0.001" in run.failure
+    assert "--accept-changes true" in run.failure and "cache_gb" not in run.failure
+    accepted = train("finished", "--accept-changes", "true", **changed)
+    assert accepted.code == 0 and "Resuming although changed: lr_max" in accepted.said
+    assert "Finished at step 8" in accepted.said
+
+
+def test_changed_data_is_refused(train, finished, tmp_path):
+    write_dataset(tmp_path / "other", n_features=16, bins=(80, 140), seed=7)
+    run = train("finished", **{"data-dir": tmp_path / "other"})
+    assert run.code == 1 and "the trials or their bytes changed" in run.failure
+
+
+@pytest.mark.parametrize("folder", ["model", "output/data"])
+def test_a_run_does_not_begin_where_another_runs_results_lie(train, finished, folder):
+    theirs = finished.folder / folder
+    before = {p: p.read_bytes() for p in theirs.rglob("*") if p.is_file()}
+    option = "--model-dir" if folder == "model" else "--output-data-dir"
+    run = train("job", option, str(theirs))
+    sentence = f"of another run, which this run would replace: give this run its own {option}"
+    assert run.code == 1 and sentence in run.said
+    assert before == {p: p.read_bytes() for p in theirs.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -557,7 +507,7 @@ def test_what_a_state_cannot_become_is_started_from_its_weights(train, finished,
 def test_another_model_size_is_one_sentence_before_the_first_step(train, finished):
     run = train("finished", "--accept-changes", "true", n_units=24)
     assert run.code == 1 and "Traceback" not in run.said
-    assert "does not fit this model: h0 is 1x1x16 there and 1x1x24 here" in run.failure
+    assert "does not fit this model (size mismatch for h0: copying a param" in run.failure
 
 
 def test_a_best_model_that_is_not_this_runs_is_named_and_chosen_anew(train, finished):
@@ -596,16 +546,6 @@ def test_the_advice_after_early_stopping_works(train):
     settings["early_stopping"] = False
     more = train("job", "--accept-changes", "true", **settings)
     assert more.code == 0 and "Finished at step 20" in more.said, more.said
-
-
-def test_a_state_with_a_setting_that_went_is_resumed(train, finished):
-    path, state = newest_state(finished.folder / "checkpoints")
-    state["identity"]["config"]["no_longer_there"] = True
-    state["run"]["finished"] = False
-    save_atomically(state, path)
-    again = train("finished")
-    assert again.code == 0, again.said
-    assert "The checkpoint's setting no_longer_there is none any more" in again.said
 
 
 def test_neither_a_secret_nor_the_dataset_is_written(data, train, s3_prefix, upload):

@@ -1,10 +1,8 @@
-"""The guard of a resumed run sees every change that matters, and says what it cannot see."""
+"""The guard of a resumed run sees every change that matters."""
 
 import shutil
 
-import pytest
 from brain_to_text.config import config_keys
-from brain_to_text.errors import CheckpointError
 from brain_to_text.training.resume import LIBRARY, code_fingerprint
 
 
@@ -20,11 +18,6 @@ def test_a_change_in_any_file_of_the_library_but_the_launcher_is_seen(tmp_path):
     assert {name for name in changed if not name.startswith("launch/")} == {
         name for name in after if name.endswith("__init__.py") or after[name] != before[name]
     }
-
-
-def test_a_library_without_code_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no Python file"):
-        code_fingerprint(tmp_path)
 
 
 def test_only_what_leaves_results_alone_may_differ_on_resume():

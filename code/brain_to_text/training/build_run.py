@@ -101,7 +101,9 @@ def build_run(
         config,
         device,
         rank=world.rank,
-        after_backward=_sum_over_ranks(model, world, train_set),
+        after_backward=None
+        if world.size == 1
+        else lambda batch: sum_gradients(model, world, train_set.days(batch.step)),
         on_every_rank=world.all_on_device,
     )
     run = Run(
@@ -175,7 +177,7 @@ def _log_selection(selection: TrialSelection, config: TrainingConfig, log: RunLo
 def _log_traffic(
     stream: TrialStream, others: list[StreamCounts], world: World, log: RunLog
 ) -> None:
-    """The last words on the data, however the run ended, after everything was read."""
+    """Say what was read, however the run ended."""
     known = [stream.stats.snapshot(), *others]
     whose = "Streaming" if len(known) == world.size else "Streaming by the first process"
     log.info(f"{whose}: {StreamCounts.total(known).describe()}")
@@ -252,14 +254,3 @@ def _start_from(path: str, model: GRUDecoder, sessions: Sequence[str], log: RunL
     for sentence in load_public_state_dict(model, weights):
         log.info(sentence)
     log.info(f"Initialized weights from {path}")
-
-
-def _sum_over_ranks(model: GRUDecoder, world: World, train_set: BrainToTextDatasetS3) -> Any:
-    """What sums gradients over ranks between backward and clipping; None for one process."""
-    if world.size == 1:
-        return None
-
-    def after_backward(batch: Any) -> None:
-        sum_gradients(model, world, train_set.days(batch.step))
-
-    return after_backward

@@ -8,7 +8,6 @@ stops at the next safe point, or at once where nothing is held. SageMaker kills 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import traceback
@@ -57,7 +56,7 @@ class SageMakerEnvironment:
             checkpoint_dir=Path(env.get("SM_CHECKPOINT_DIR", base / "checkpoints")),
             failure_file=failure,
             data_dir=Path(channel) if channel else None,
-            job_name=env.get("TRAINING_JOB_NAME") or _toolkit_job_name(env),
+            job_name=env.get("TRAINING_JOB_NAME"),
             old_failure=_clock(failure),
         )
 
@@ -70,34 +69,27 @@ class SageMakerEnvironment:
     def write_failure(self, error: BaseException) -> str:
         """Say why the job failed, in one sentence plus the cause, where SageMaker looks for it.
 
-        What this run's processes wrote stays: the first to fail knows the reason. A
-        volume that refuses the text changes nothing about it; the toolkit's hook keeps some blocks
-        of it, which are given up first.
+        What a process of this run wrote stays: the first to fail knows the reason. On a full
+        volume the blocks that the toolkit's hook has reserved are given up for it.
 
         Returns:
             The text written (and to be printed as the last line).
         """
         text = failure_text(error)
         self.forget_failure()
-        if not self.failure_file.parent.is_dir() or self._write(text):
-            return text
-        with contextlib.suppress(OSError):
-            self.failure_file.with_name("failure-reserve").unlink(missing_ok=True)
-        self._write(text)
+        for _ in range(2):
+            try:
+                with self.failure_file.open("x") as file:
+                    file.write(text + "\n")
+            except (FileExistsError, FileNotFoundError):
+                break  # another process was first; or there is no such folder here
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.failure_file.unlink(missing_ok=True)
+                    self.failure_file.with_name("failure-reserve").unlink(missing_ok=True)
+            else:
+                break
         return text
-
-    def _write(self, text: str) -> bool:
-        """False when the volume refused it; an empty file is not left behind."""
-        try:
-            with self.failure_file.open("x") as file:
-                file.write(text + "\n")
-        except FileExistsError:
-            return True
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.failure_file.unlink(missing_ok=True)
-            return False
-        return True
 
 
 def failure_text(error: BaseException) -> str:
@@ -127,13 +119,6 @@ def _clock(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
     except OSError:
-        return None
-
-
-def _toolkit_job_name(env: Mapping[str, str]) -> str | None:
-    try:
-        return json.loads(env.get("SM_TRAINING_ENV", "{}")).get("job_name")
-    except json.JSONDecodeError:
         return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TrainingConfig, changed, free_on_resume, leaves
+from ..config import TrainingConfig, changed, free_on_resume
 from ..errors import CheckpointError
 from .log_files import RunLog
 from .run import Run
@@ -47,18 +47,20 @@ def restore_run(run: Run, saved: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the saved weights do not fit this model.
     """
-    expected, found = run.model.state_dict(), saved["model"]
-    for name in {**expected, **found}:
-        here, there = expected.get(name), found.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            raise _does_not_fit(run, name, there, here)
+    try:
+        run.model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip(" \t.")  # below a heading, one line per weight
+        raise CheckpointError(
+            f"The checkpoint in {run.paths.checkpoint_dir} does not fit this model ({first}): set "
+            "the model section as it was, or give this run its own checkpoint location."
+        ) from None
     if saved["parameters"] != _optimized(run):
         raise CheckpointError(
             f"The checkpoint in {run.paths.checkpoint_dir} trained other parts of the model: set "
             "model.rnn_trainable and model.input_network.input_trainable as they were, or "
             f"{_start_from(run.paths.checkpoint_dir)}."
         )
-    run.model.load_state_dict(found)
     groups = run.train_step.optimizer.state_dict()["param_groups"]  # decays as they are set now
     moments = saved["optimizer"]["state"]
     run.train_step.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -163,7 +165,12 @@ def check_identity(
             f"dataset.sessions, or {_start_from(folder)}; each session's day layer is found by its "
             "name."
         )
-    binding = _config_changes(before["config"], now["config"], log)
+    settings = changed(before["config"], now["config"])
+    binding = [
+        f"{name}: {old!r} -> {new!r}"
+        for name, (old, new) in settings.items()
+        if name not in free_on_resume()
+    ]
     if before["dataset"] != now["dataset"]:
         binding.append("dataset: the trials or their bytes changed")
     binding += [f"code: {name} changed" for name in changed(before["code"], now["code"])]
@@ -197,36 +204,14 @@ def _start_from(folder: Path) -> str:
     )
 
 
-def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], log: RunLog) -> list[str]:
-    """Changed settings that change the run; keys that went are only named."""
-    old, new = dict(leaves(before)), dict(leaves(now))
-    for name in sorted(old.keys() - new.keys()):
-        log.info(f"The checkpoint's setting {name} is none any more")
-    common = {name: value for name, value in old.items() if name in new}
-    defaults = dict(leaves(TrainingConfig().to_dict()))
-    pairs = changed({**defaults, **common}, new)
-    free = free_on_resume()
-    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if name not in free]
-
-
 def code_fingerprint(library: Path = LIBRARY) -> dict[str, str]:
-    """SHA-256 (16 digits) of every file that a run may use, by its path in the library.
-
-    Raises:
-        CheckpointError: there is no Python file, so that no change could be seen.
-    """
+    """SHA-256 (16 digits) of every file that a run may use, by its path in the library."""
     names = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
-    fingerprint = {
+    return {
         name.as_posix(): hashlib.sha256((library / name).read_bytes()).hexdigest()[:16]
         for name in names
         if name.parts[0] != "launch"
     }
-    if not fingerprint:
-        raise CheckpointError(
-            f"{library} holds no Python file, so that a resumed run could not tell whether its "
-            "code changed: build the image again from a whole checkout."
-        )
-    return fingerprint
 
 
 def _optimized(run: Run) -> list[str]:
@@ -235,15 +220,3 @@ def _optimized(run: Run) -> list[str]:
     return [
         names[id(p)] for group in run.train_step.optimizer.param_groups for p in group["params"]
     ]
-
-
-def _does_not_fit(run: Run, name: str, found: Any, expected: Any) -> CheckpointError:
-    there, here = (
-        "absent" if value is None else "x".join(map(str, value.shape)) or "one number"
-        for value in (found, expected)
-    )
-    return CheckpointError(
-        f"The checkpoint in {run.paths.checkpoint_dir} does not fit this model: {name} is {there} "
-        f"there and {here} here; set the model section as it was, or give this run its own "
-        "checkpoint location."
-    )

@@ -5,27 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
 
 from ..config import TrainingConfig
 from ..log_lines import best_line
 from ..model.weights_file import writing
 from ..scoring.decoding import DecodedSplit, Inference, decode
 from ..storage.ownership import claim_folder
+from . import trackers
 from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
 from .container import Interruption, RunInterrupted
 from .distributed import World
 from .log_files import RunLog, process_seconds
-from .progress import (
-    ask_for_traffic,
-    blank_remark,
-    check_finite,
-    check_refusals,
-    log_step,
-    log_validation,
-    new_interval,
-)
 from .resume import already_finished, snapshot
 from .run import (
     MODEL_FILES,
@@ -33,11 +24,15 @@ from .run import (
     Run,
     RunPaths,
     RunState,
+    ask_for_traffic,
     bring_back,
+    check_finite,
+    check_refusals,
+    log_step,
+    log_validation,
     write_best,
     write_model,
 )
-from .trackers import open_trackers
 
 __all__ = ["BrainToTextDecoder_Trainer_S3", "RunPaths", "RunState"]
 
@@ -84,7 +79,7 @@ class BrainToTextDecoder_Trainer_S3:
         Raises:
             BrainToTextError: bad configuration, data, storage or checkpoints; divergence.
         """
-        world, log = World(), RunLog(None, None)
+        world, log = World(), RunLog()
         with self.interruption, ExitStack() as closing:
             closing.callback(lambda: log.close())
             try:
@@ -129,7 +124,7 @@ class BrainToTextDecoder_Trainer_S3:
                 run.log.info(already_finished(run))
                 return self._finish(run)
             try_largest_batches(run)
-            run.interval = new_interval(run)
+            run.begin_interval(state.step)
             while True:
                 if self._validation_due(run):
                     self._validate(run)
@@ -202,8 +197,6 @@ class BrainToTextDecoder_Trainer_S3:
                 write_model(run, run.paths.validated(step), result, keep=True)
             if value < state.best_value:
                 run.log.info(best_line(metric, state.best_value, value))
-                if (remark := blank_remark(result)) is not None:
-                    run.log.info(remark)
                 state.best_value, state.best_step = value, state.step
                 run.best = DecodedSplit(result.trials, result.seconds)
                 state.validations_without_improvement = 0
@@ -223,7 +216,7 @@ class BrainToTextDecoder_Trainer_S3:
             )
         state.validated_step = state.step
         self._save_state(run)
-        run.interval = new_interval(run)
+        run.begin_interval(state.step)
 
     def _finish(self, run: Run) -> None:
         """The last words of a run that reached its end, and all that it leaves.
@@ -285,18 +278,10 @@ class BrainToTextDecoder_Trainer_S3:
                 f"Resuming after step {run.state.step} from {run.paths.checkpoint_dir} (best "
                 f"{run.config.primary_metric} so far {run.state.best_value:.4f})"
             )
-        trackers = open_trackers(
-            run.log,
-            run.paths,
-            run.config.to_dict(),
-            {"data": self.data_url, "dataset": run.identity["dataset"]},
-        )
-
-        def end(kind: Any, error: BaseException | None, trace: Any) -> None:
-            for tracker in trackers:
-                tracker.close(error, run.state.finished)
-
-        closing.push(end)
+        facts = {"data": self.data_url, "dataset": run.identity["dataset"]}
+        tracked = trackers.follow(run.log, run.paths, run.config.to_dict(), facts)
+        if tracked is not None:
+            closing.push(lambda kind, error, trace: tracked.close(error, run.state.finished))
         if self.log_url is not None:
             events = run.paths.event_file
             run.log.upload_to(self.log_url, {f"tensorboard/{events.name}": events})
