@@ -28,7 +28,14 @@ FOREIGN = {
     *("region", "recursive", "follow", "log-stream-name-prefix", "query", "output", "exclude"),
     *("include", "stack-name", "template-body", "template-file", "capabilities", "parameters"),
     *("parameter-overrides", "policy-document", "role-name", "policy-name", "profile", "gpus"),
-    *("tracking-server-name", "service-code", "quota-code", "desired-value", "instance-arn"),
+    *(
+        "target",
+        "tracking-server-name",
+        "service-code",
+        "quota-code",
+        "desired-value",
+        "instance-arn",
+    ),
     *(
         "permission-set-arn",
         "user-name",
