@@ -11,14 +11,14 @@ import gzip
 import itertools
 import math
 import re
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dataset.isolation import Lost, in_workers, limited
 from ..errors import DataError, StorageError
 from ..labels.pronunciation import dictionary_words, normalise_text, typed_text
 
@@ -26,20 +26,6 @@ START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 Gram = tuple[str, ...]
 _KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 _GZIP = b"\x1f\x8b"
-# Loads a file as the decoder will: damaged ones make KenLM crash, hang or ask for all memory.
-_TRIAL_LOAD = """
-import resource, sys
-limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-import kenlm
-try:
-    kenlm.Model(sys.argv[1])
-except Exception as error:
-    text = getattr(error, "object", str(error).encode())  # KenLM quotes bytes that are not UTF-8
-    sys.stdout.buffer.write(text)
-    raise SystemExit(3)
-"""
 
 
 @dataclass(frozen=True)
@@ -125,18 +111,28 @@ def check_language_model(path: Path) -> None:
             f"Language model {path} does not exist: give --language-model an ARPA or KenLM file, "
             "or 'training' to make one from the training sentences."
         )
-    size = path.stat().st_size
-    command = [sys.executable, "-c", _TRIAL_LOAD, str(path), str((4 << 30) + 30 * size)]
-    seconds = 60 + size / 1e6
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise _unusable(path, f"KenLM read it for {seconds:.0f} s without an end") from error
-    if done.returncode:
+    with closing(in_workers(_kenlm_error, {str(path): (path,)})) as answers:
+        _, answer = next(answers)
+    if isinstance(answer, Lost):
+        raise _unusable(path, answer.damage)
+    if answer is not None:
         # without the places in KenLM's own source that its messages begin with
-        text = " ".join(done.stdout.decode("utf-8", "replace").split())
-        reason = re.split(r"threw \w+(?: because `.*?')?\. ", text)[-1][:200].rstrip(".")
-        raise _unusable(path, reason or f"KenLM ended with status {done.returncode}")
+        reason = re.split(r"threw \w+(?: because `.*?')?\. ", " ".join(answer.split()))[-1]
+        raise _unusable(path, reason[:200].rstrip(".") or "KenLM cannot load it")
+
+
+def _kenlm_error(path: Path) -> str | None:
+    """What KenLM says against a file, in a worker: damaged ones make it crash, hang or swell."""
+    import kenlm
+
+    try:
+        with limited(path.stat().st_size):
+            kenlm.Model(str(path))
+    except UnicodeDecodeError as error:  # KenLM quotes bytes that are not UTF-8
+        return error.object.decode("utf-8", "replace")
+    except (OSError, RuntimeError, MemoryError) as error:
+        return str(error)
+    return None
 
 
 def words_of_model(path: Path) -> tuple[dict[str, list[str]], list[str]]:
