@@ -93,16 +93,23 @@ def test_report_shows_what_it_was_given_and_escapes_it():
         assert shown in outline.text
     assert "<model>" not in html
     assert outline.tags.count("svg") >= 6
-
-
-def test_groups_have_every_rate_in_their_table_and_per_in_their_chart():
-    html = model_report(contents())
+    # per is charted; the table has every rate
     assert "PER by session</figcaption>" in html
     assert "DER by session</figcaption>" not in html
     table_of_sessions = html.split("Error rates by session: numbers")[1].split("</table>")[0]
     row = table_of_sessions.split("<td>t15.2023.08.13</td>")[1].split("</tr>")[0]
     cells = re.findall("<td>(.*?)</td>", row)
     assert cells == ["3", "40.00 %", "31.23 to 50.00 %", "121", "10.00 %", "5.00 to 20.00 %", "60"]
+    # doubts stand before the numbers, and what was left out is folded
+    assert '<p class="warning">WARNING: two &lt;forms&gt;</p>' in html.split("<nav")[0]
+    folded = html.split("<summary>Remarks (1)</summary>")[1].split("</details>")[0]
+    assert "Left out: a &lt;trial&gt;" in folded
+    # nothing is loaded from anywhere, and every link has a target
+    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    ids = {f"#{value}" for name, value in outline.attributes if name == "id"}
+    links = {v for name, v in outline.attributes if name in ("src", "href", "xlink:href")}
+    assert links <= ids
+    assert not re.search(r"url\(|@import|https?://", html)
 
 
 def test_a_comparison_says_which_is_which_and_on_which_trials():
@@ -139,13 +146,6 @@ def test_a_comparison_says_which_is_which_and_on_which_trials():
     assert "Left out, decoded by this model only (1)" in section
 
 
-def test_doubts_stand_before_the_numbers_and_what_was_left_out_is_folded():
-    html = model_report(contents())
-    assert '<p class="warning">WARNING: two &lt;forms&gt;</p>' in html.split("<nav")[0]
-    folded = html.split("<summary>Remarks (1)</summary>")[1].split("</details>")[0]
-    assert "Left out: a &lt;trial&gt;" in folded
-
-
 def test_no_waiting_is_drawn_on_an_axis_from_zero():
     rows = [{"step": step, "data_wait_share": 0.0} for step in range(5)]
     html = model_report({"metrics": {"train": rows}})
@@ -153,16 +153,6 @@ def test_no_waiting_is_drawn_on_an_axis_from_zero():
     ticks = re.findall(r">(-?[\d.]+) %</text>", chart)
     assert ticks[0] == "0" and ticks[-1] == "100"
     assert not any(tick.startswith("-") for tick in ticks)
-
-
-def test_report_loads_nothing_from_anywhere():
-    html = model_report(contents())
-    outline = Outline(html)
-    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
-    ids = {f"#{value}" for name, value in outline.attributes if name == "id"}
-    links = {v for name, v in outline.attributes if name in ("src", "href", "xlink:href")}
-    assert links <= ids
-    assert not re.search(r"url\(|@import|https?://", html)
 
 
 def test_an_empty_report_is_still_a_page():
