@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_streaming.py                       everything, 20 minutes or more
     python tests/benchmarks/bench_streaming.py --skip naive          without the slowest contender
-    python tests/benchmarks/bench_streaming.py --only clients        or trainer, start-up, memory
+    python tests/benchmarks/bench_streaming.py --only clients        or trainer, start-up
 
 A real S3 server (rclone) stands behind a proxy process with 30 ms to the first byte and 80 MB/s per
 connection, over HTTP and over TLS. Every contender makes the same batches (48 trials of about
@@ -41,11 +41,9 @@ from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
-from brain_to_text.storage.store import open_store
+from brain_to_text.storage.store import LocalStore, open_store
 from brain_to_text.streaming.batch import pad_features
 from brain_to_text.streaming.batch_plan import BatchPlan
-from brain_to_text.streaming.dataset_s3 import BrainToTextDatasetS3
-from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
 from support.local_s3 import make_certificate, serve_s3
@@ -128,9 +126,9 @@ def ours(manifest: TrialManifest, cache_bytes: int = 0) -> Load:
 
 def ours_s3fs(manifest: TrialManifest) -> Load:
     """The same through s3fs instead of obstore."""
-    from brain_to_text.streaming import s3_reads
+    from brain_to_text.storage import s3_clients
 
-    s3_reads._obstore_will_do = lambda bucket: False
+    s3_clients._obstore_will_do = lambda bucket: False
     return ours(manifest)
 
 
@@ -360,24 +358,19 @@ def compare_clients(on: Stage, networks: list[str], rounds: int, skip: list[str]
             print(f"\nwarm cache / local h5py: {statistics.median(pairs):.2f}")
 
 
-class ModelledReader:
-    """A reader that takes as long as the modelled network and costs no CPU for transport."""
+class ModelledStore(LocalStore):
+    """A folder that takes as long as the modelled network and costs no CPU for transport."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._files = {
             path.relative_to(folder).as_posix(): np.memmap(path, np.uint8, mode="r")
             for path in folder.rglob("*.hdf5")
         }
 
-    def read(self, key: str, offset: int, length: int, etag: str) -> memoryview:
+    def read_range(self, key: str, offset: int, length: int, etag: str) -> memoryview:
         time.sleep(LATENCY_SECONDS + length / BYTES_PER_SECOND)
         return memoryview(self._files[key])[offset : offset + length]
-
-    def renew_credentials(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        return
 
 
 def run_trainer(
@@ -390,7 +383,7 @@ def run_trainer(
     from brain_to_text.config_reader import load_config
     from brain_to_text.model.losses import LossTerms
     from brain_to_text.model.train_step import StepResult, TrainStep
-    from brain_to_text.streaming import s3_reads
+    from brain_to_text.storage import s3_clients
     from brain_to_text.training import build_run
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
@@ -409,7 +402,7 @@ def run_trainer(
     def opened(*how: Any) -> TrialStream:
         stream = real(*how)
         if network == "model":
-            stream._reader = ModelledReader(Path(os.environ["BENCH_FOLDER"]))
+            stream._store = ModelledStore(Path(os.environ["BENCH_FOLDER"]))
         if warm:
             stream.fetch(range(len(stream.manifest.trials)))
         return stream
@@ -417,7 +410,7 @@ def run_trainer(
     real = TrialStream.from_config
     TrialStream.from_config, build_run.TrainStep = opened, PausingStep
     if client == "s3fs":
-        s3_reads._obstore_will_do = lambda bucket: False
+        s3_clients._obstore_will_do = lambda bucket: False
     log_every = 10
     n_steps = log_every * (1 + max(4, int(20 / step_seconds) // log_every))
     settings = {
@@ -561,36 +554,9 @@ def start_once(environment: dict[str, str]) -> dict[str, float]:
     }
 
 
-def run_memory() -> dict[str, float]:
-    """Resident memory against the budgets, over 60 batches with a partial cache."""
-    manifest = TrialManifest.from_bytes(Path(os.environ["BENCH_MANIFEST"]).read_bytes(), "data")
-    cache_bytes, prefetch_bytes = 600_000_000, 600_000_000
-    stream = TrialStream(open_store(BUCKET_URL), manifest, cache=TrialCache(cache_bytes))
-    trials = [np.array(manifest.select("train", [s])) for s in manifest.sessions]
-    dataset = BrainToTextDatasetS3(
-        stream,
-        trials,
-        batch_size=BATCH_SIZE,
-        days_per_batch=4,
-        n_batches=60,
-        seed=3,
-        limits=PrefetchLimits(batches=8, n_bytes=prefetch_bytes, threads=4),
-    )
-    stream.fetch([0])
-    base, peak, largest = resident_bytes(), 0, 0
-    for batch in dataset.batches():
-        assert batch.features is not None
-        largest = max(largest, batch.features.nbytes)
-        peak = max(peak, resident_bytes() - base)
-        del batch
-    dataset.close()
-    budget = cache_bytes + prefetch_bytes + largest
-    return {"budget_mb": budget / 1e6, "peak_mb": peak / 1e6, "over": peak / budget - 1}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", choices=["clients", "trainer", "start-up", "memory"])
+    parser.add_argument("--only", choices=["clients", "trainer", "start-up"])
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=["model", "http", "tls"])
@@ -607,13 +573,6 @@ def main() -> None:
     with stage() as on:
         if wanted("start-up"):
             start_up(on)
-        if wanted("memory"):
-            used = in_subprocess("run_memory", on.environments["http"])
-            print(
-                f"\nMemory: {used['peak_mb']:.0f} MB at most for budgets of "
-                f"{used['budget_mb']:.0f} MB (cache, prefetch, the batch in use): "
-                f"{100 * used['over']:+.1f} %"
-            )
         if wanted("trainer"):
             simulate_steps(on, options.networks)
         if wanted("clients"):

@@ -5,7 +5,7 @@ corrects what the local server does unlike S3: ranged GETs answer 206, If-Match 
 hit ranged GETs only, and are chosen by a hash of (object, range, how often it was asked
 before), so that they do not depend on the order in which requests arrive.
 
-In tests it runs in a thread (`run_proxy`); benchmarks run it as a process of its own:
+In tests it runs in threads (`run_proxy`); benchmarks run it as a process of its own:
 
     python tests/support/fault_proxy.py --upstream http://127.0.0.1:9000 --latency 0.03
 """
@@ -13,25 +13,26 @@ In tests it runs in a thread (`run_proxy`); benchmarks run it as a process of it
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
+import dataclasses
 import datetime
 import hashlib
+import http.client
 import json
-import re
-import ssl
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.scripted_s3 import Answer, Request, ScriptedS3, error
+
 CONTROL = "/_proxy/"
 CREDENTIALS = CONTROL + "credentials"
-PIECE = 128 << 10
-_RANGE = re.compile(rb"(?im)^range: *bytes=(\d+)-(\d+)\r?$")
 _FAULTS = ("slow_down", "reset", "truncate", "short_body", "flip", "stall", "trickle")
 
 
@@ -78,7 +79,6 @@ class Counts:
     connections: int = 0
     requests: int = 0
     ranged_gets: int = 0
-    other_gets: int = 0
     lists: int = 0
     body_bytes: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -95,253 +95,142 @@ class FaultProxy:
         token_seconds: life of the credentials that `credentials_url` gives out.
     """
 
-    def __init__(
-        self,
-        upstream: str,
-        certificate: tuple[Path, Path] | None = None,
-    ) -> None:
-        parts = urlsplit(upstream)
-        self._upstream = (parts.hostname, parts.port)
+    def __init__(self, upstream: str, certificate: tuple[Path, Path] | None = None) -> None:
+        self._upstream = urlsplit(upstream).netloc
+        self.server = ScriptedS3(self._answer, certificate)
         self.faults = Faults()
-        self.counts = Counts()
         self.tokens: list[str] = []
         self.token_seconds = 3600.0
-        self._asked: Counter[str] = Counter()
-        self._open: set[asyncio.Task[None]] = set()
-        self._port = 0
-        self._tls: ssl.SSLContext | None = None
-        if certificate is not None:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.load_cert_chain(*certificate)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.reset_counts()
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
+        return self.server.url
 
     @property
     def credentials_url(self) -> str:
         """For AWS_CONTAINER_CREDENTIALS_FULL_URI: new session tokens for the local key pair."""
         return self.url + CREDENTIALS
 
+    @property
+    def counts(self) -> Counts:
+        self._counts.connections = self.server.connections - self._before
+        return self._counts
+
     def reset_counts(self) -> None:
-        self.counts = Counts()
-        self._asked = Counter()
+        self._counts, self._asked = Counts(), Counter[str]()
+        self._before = self.server.connections
 
     def go_away(self, seconds: float) -> None:
         """Refuse connections and drop the open ones for a while; returns at once."""
-        asyncio.run_coroutine_threadsafe(self._go_away(seconds), self.loop)
+        self.server.stop()
+        threading.Timer(seconds, self.server.start).start()
 
-    # --- serving ----------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", self._port, ssl=self._tls, limit=1 << 20
-        )
-        self._port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self) -> None:
-        """Refuse connections and drop the open ones."""
-        self._server.close()
-        tasks = list(self._open)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _go_away(self, seconds: float) -> None:
-        await self.stop()
-        await asyncio.sleep(seconds)
-        await self.start()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.counts.connections += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self._open.add(task)
-        upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                if head.split(b" ", 2)[1].startswith(CONTROL.encode()):
-                    await self._control(head, reader, writer)
-                    continue
-                if upstream is None:
-                    upstream = await asyncio.open_connection(*self._upstream, limit=1 << 20)
-                if not await self._exchange(head, reader, writer, *upstream):
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError, asyncio.CancelledError):
-            return
-        finally:
-            self._open.discard(task)
-            writer.transport.abort() if task.cancelling() else writer.close()
-            if upstream is not None:
-                upstream[1].close()
-
-    async def _exchange(
-        self,
-        head: bytes,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        up_reader: asyncio.StreamReader,
-        up_writer: asyncio.StreamWriter,
-    ) -> bool:
-        """One request and its answer; False when the connection must not be used again."""
+    def _answer(self, request: Request, number: int) -> Answer:
+        if request.path.startswith(CONTROL):
+            return self._control(request.path)
         faults = self.faults
-        method, target, _ = head.split(b" ", 2)
-        span = _RANGE.search(head) if method == b"GET" else None
-        self._count(method, target, span is not None)
-        fault = self._choose(faults, target, span) if span else ""
+        with self._lock:
+            ranged = request.kind == "get" and request.span is not None
+            self._counts.requests += 1
+            self._counts.ranged_gets += ranged
+            self._counts.lists += request.kind == "list"
+            fault = self._choose(faults, request)
+        answer = self._refusal(faults, request, fault) or self._passed_on(request)
+        if ranged and answer.status == 200:
+            answer.status = 206
+        etag = answer.headers.get("Etag")
+        wanted = request.headers.get("if-match")
+        if faults.hide_etag:
+            answer.headers.pop("Etag", None)
+        elif wanted and etag and wanted != etag:
+            answer = error(412, "PreconditionFailed")
+        answer.silent, answer.rate = faults.latency_seconds, faults.bytes_per_second
+        return self._spoilt(answer, fault)
 
-        token = _header(head, b"x-amz-security-token")
-        if token and token.decode() in faults.rejected_tokens:
-            await _swallow(head, reader)
-            await _refuse(writer, 400, "Bad Request", "ExpiredToken", method)
-            self.counts.faults["expired"] += 1
-            return True
-        if faults.bucket_region and b"/%s/s3/" % faults.bucket_region.encode() not in head:
-            await _swallow(head, reader)
-            await _redirect(writer, faults.bucket_region, method)
-            self.counts.faults["redirect"] += 1
-            return True
-        if fault == "slow_down":
-            await asyncio.sleep(faults.latency_seconds)
-            await _refuse(writer, 503, "Slow Down", "SlowDown", method)
-            return True
-
-        up_writer.write(head)
-        if b"100-continue" in head.lower():
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        await _pass_body(head, reader, up_writer)
-        answer = await up_reader.readuntil(b"\r\n\r\n")
-        while answer.startswith(b"HTTP/1.1 100"):
-            answer = await up_reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(faults.latency_seconds)
-        return await self._answer(head, answer, fault, writer, up_reader, span is not None)
-
-    async def _answer(
-        self,
-        head: bytes,
-        answer: bytes,
-        fault: str,
-        writer: asyncio.StreamWriter,
-        up_reader: asyncio.StreamReader,
-        ranged: bool,
-    ) -> bool:
-        """Send the answer, with the fault chosen for it."""
-        if ranged and answer.startswith(b"HTTP/1.1 200"):
-            answer = answer.replace(b"200 OK", b"206 Partial Content", 1)
-        wanted, etag = _header(head, b"if-match"), _header(answer, b"etag")
-        if self.faults.hide_etag:
-            answer = re.sub(rb"(?im)^etag:.*\r\n", b"", answer)
-        bodyless = head.startswith(b"HEAD") or b" 204 " in answer[:16] or b" 304 " in answer[:16]
-        if bodyless:
-            writer.write(answer)
-            await writer.drain()
-            return True
-        if b"chunked" in (_header(answer, b"transfer-encoding") or b""):
-            body = await _read_chunks(up_reader)
-            answer = re.sub(
-                rb"(?im)^transfer-encoding:.*\r\n", b"Content-Length: %d\r\n" % len(body), answer
-            )
-            writer.write(answer + body)
-            await writer.drain()
-            return True
-        length = int(_header(answer, b"content-length") or 0)
-        if wanted and etag and wanted != etag and not self.faults.hide_etag:
-            await up_reader.readexactly(length)
-            await _refuse(writer, 412, "Precondition Failed", "PreconditionFailed", head[:4])
-            return True
-        if fault == "short_body":
-            body = await up_reader.readexactly(length)
-            keep = length // 2
-            answer = re.sub(
-                rb"(?im)^content-length:.*\r\n", b"Content-Length: %d\r\n" % keep, answer
-            )
-            answer = re.sub(rb"(?im)^content-range:.*\r\n", b"", answer)
-            writer.write(answer + body[:keep])
-            await writer.drain()
-            return True
-        writer.write(answer)
-        return await self._relay(length, fault, writer, up_reader)
-
-    async def _relay(
-        self, length: int, fault: str, writer: asyncio.StreamWriter, up_reader: asyncio.StreamReader
-    ) -> bool:
-        """Pass a body on at the connection's speed; stop where a fault wants it."""
-        rate = self.faults.bytes_per_second
-        started = time.monotonic()
-        sent = 0
-        while sent < length:
-            if fault in ("reset", "truncate", "stall") and sent >= length // 2:
-                if fault == "stall":
-                    await asyncio.sleep(3600)
-                if fault == "reset":
-                    writer.transport.abort()
-                return False
-            most = 1 if fault == "trickle" else max(1, length // 2)
-            piece = await up_reader.read(min(PIECE, length - sent, most))
-            if not piece:
-                return False
-            if fault == "flip" and sent == 0:
-                at = self.counts.body_bytes % len(piece)  # the network never damages alike twice
-                piece = piece[:at] + bytes([piece[at] ^ 0x40]) + piece[at + 1 :]
-            writer.write(piece)
-            sent += len(piece)
-            self.counts.body_bytes += len(piece)
-            if fault == "trickle":
-                await asyncio.sleep(0.05)
-            if rate:
-                await asyncio.sleep(started + sent / rate - time.monotonic())
-            await writer.drain()
-        return True
-
-    def _choose(self, faults: Faults, target: bytes, span: re.Match[bytes]) -> str:
-        key = target.split(b"?")[0].split(b"/", 2)[-1]  # tests have buckets of their own
-        name = f"{key!r} {span[1]!r} {span[2]!r}"
+    def _choose(self, faults: Faults, request: Request) -> str:
+        """The fault of this request, "" for none."""
+        if request.kind != "get" or request.span is None:
+            return ""
+        key = request.path.split("/", 2)[-1]  # tests have buckets of their own
+        name = f"{key} {request.span}"
         self._asked[name] += 1
         digest = hashlib.sha256(f"0 {name} {self._asked[name]}".encode()).digest()
         point = int.from_bytes(digest[:8], "big") / 2**64
         for fault in _FAULTS:
             share = getattr(faults, fault)
             if point < share:
-                self.counts.faults[fault] += 1
+                self._counts.faults[fault] += 1
                 return fault
             point -= share
         return ""
 
-    def _count(self, method: bytes, target: bytes, ranged: bool) -> None:
-        self.counts.requests += 1
-        if method == b"GET" and (b"list-type=" in target or b"?prefix" in target):
-            self.counts.lists += 1
-        elif method == b"GET" and ranged:
-            self.counts.ranged_gets += 1
-        elif method == b"GET":
-            self.counts.other_gets += 1
+    def _refusal(self, faults: Faults, request: Request, fault: str) -> Answer | None:
+        if request.headers.get("x-amz-security-token") in faults.rejected_tokens:
+            self._counts.faults["expired"] += 1
+            return error(400, "ExpiredToken")
+        region = faults.bucket_region
+        if region and f"/{region}/s3/" not in request.headers.get("authorization", ""):
+            self._counts.faults["redirect"] += 1
+            return error(301, "PermanentRedirect", **{"x-amz-bucket-region": region})
+        return error(503, "SlowDown") if fault == "slow_down" else None
 
-    async def _control(
-        self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Credentials, counts and settings for clients in other processes."""
-        target = head.split(b" ", 2)[1].decode()
-        answer: object = {}
-        if target == CREDENTIALS and self._provider_fails():
-            await _refuse(writer, 500, "Internal Server Error", "InternalError", b"GET")
-            return
-        if target == CREDENTIALS:
-            answer = self._new_credentials()
-        elif target == CONTROL + "counts":
-            answer = asdict(self.counts)
-        elif target == CONTROL + "reset":
+    def _passed_on(self, request: Request) -> Answer:
+        """The answer of the real server."""
+        headers = {k: v for k, v in request.headers.items() if k not in ("expect", "connection")}
+        for last in (False, True):
+            upstream = getattr(self._local, "connection", None)
+            if upstream is None:
+                upstream = self._local.connection = http.client.HTTPConnection(self._upstream)
+            try:
+                upstream.request(request.method, request.target, request.body, headers)
+                answer = upstream.getresponse()
+                body = answer.read()
+                break
+            except (OSError, http.client.HTTPException):  # kept open for too long
+                self._local.connection = None
+                if last:
+                    raise
+        passed = {name.title(): value for name, value in answer.getheaders()}
+        if request.method != "HEAD":
+            passed.pop("Content-Length", None)
+        passed.pop("Transfer-Encoding", None)
+        return Answer(answer.status, body, passed)
+
+    def _spoilt(self, answer: Answer, fault: str) -> Answer:
+        """With the fault that was chosen, and counted."""
+        body, half = answer.body, len(answer.body) // 2
+        if fault == "short_body":
+            answer.body = body[:half]
+            answer.headers.pop("Content-Range", None)
+        elif fault == "flip":
+            at = self._counts.body_bytes % len(body)  # the network never damages alike twice
+            answer.body = body[:at] + bytes([body[at] ^ 0x40]) + body[at + 1 :]
+        elif fault == "trickle":
+            answer.pace, answer.rate = 0.05, 0.0
+        elif fault in ("reset", "truncate", "stall"):
+            then = {"reset": "reset", "truncate": "close", "stall": "silence"}[fault]
+            answer = dataclasses.replace(answer, drop=half, then=then)
+        with self._lock:
+            self._counts.body_bytes += len(answer.body[: answer.drop])
+        return answer
+
+    def _control(self, path: str) -> Answer:
+        """Credentials and counts for clients in other processes."""
+        content: object = {}
+        if path == CREDENTIALS:
+            with self._lock:
+                if self._counts.faults["no_credentials"] < self.faults.no_credentials:
+                    self._counts.faults["no_credentials"] += 1
+                    return error(500, "InternalError")
+                content = self._new_credentials()
+        elif path == CONTROL + "counts":
+            content = asdict(self.counts)
+        elif path == CONTROL + "reset":
             self.reset_counts()
-        text = json.dumps(answer).encode()
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(text))
-        writer.write(b"Content-Type: application/json\r\n\r\n" + text)
-        await writer.drain()
-
-    def _provider_fails(self) -> bool:
-        fails = self.counts.faults["no_credentials"] < self.faults.no_credentials
-        self.counts.faults["no_credentials"] += fails
-        return fails
+        return Answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _new_credentials(self) -> dict[str, str]:
         token = f"token-{len(self.tokens)}"
@@ -355,83 +244,15 @@ class FaultProxy:
         }
 
 
-def _header(head: bytes, name: bytes) -> bytes | None:
-    match = re.search(rb"(?im)^" + re.escape(name) + rb": *(.*?)\r$", head)
-    return match[1] if match else None
-
-
-async def _pass_body(
-    head: bytes, reader: asyncio.StreamReader, up_writer: asyncio.StreamWriter
-) -> None:
-    left = int(_header(head, b"content-length") or 0)
-    while left:
-        piece = await reader.read(min(PIECE, left))
-        if not piece:
-            raise ConnectionResetError
-        up_writer.write(piece)
-        await up_writer.drain()
-        left -= len(piece)
-
-
-async def _swallow(head: bytes, reader: asyncio.StreamReader) -> None:
-    await reader.readexactly(int(_header(head, b"content-length") or 0))
-
-
-async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    body = b""
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        body += await reader.readexactly(size)
-        await reader.readline()
-    await reader.readline()
-    return body
-
-
-async def _refuse(
-    writer: asyncio.StreamWriter,
-    status: int,
-    reason: str,
-    code: str,
-    method: bytes,
-    headers: str = "",
-    details: str = "",
-) -> None:
-    text = f"<Error><Code>{code}</Code><Message>{reason}</Message>{details}</Error>"
-    body = b"" if method.startswith(b"HEAD") else f"<?xml version='1.0'?>{text}".encode()
-    writer.write(
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\n{headers}"
-        f"Content-Length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
-    await writer.drain()
-
-
-async def _redirect(writer: asyncio.StreamWriter, region: str, method: bytes) -> None:
-    await _refuse(
-        writer,
-        301,
-        "Moved Permanently",
-        "PermanentRedirect",
-        method,
-        f"x-amz-bucket-region: {region}\r\n",
-        f"<Endpoint>s3.{region}.amazonaws.com</Endpoint>",
-    )
-
-
 @contextlib.contextmanager
 def run_proxy(upstream: str, certificate: tuple[Path, Path] | None = None) -> Iterator[FaultProxy]:
-    """A proxy in a thread of this process, until the block ends."""
+    """A proxy in threads of this process, until the block ends."""
     proxy = FaultProxy(upstream, certificate)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="fault-proxy", daemon=True)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(10)
+    proxy.server.start()
     try:
         yield proxy
     finally:
-        asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        loop.close()
+        proxy.server.stop()
 
 
 def main() -> None:
@@ -441,20 +262,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0, help="bytes per second per connection")
     parser.add_argument("--certificate", type=Path, nargs=2, help="certificate and key for TLS")
     options = parser.parse_args()
-
-    async def serve() -> None:
-        proxy = FaultProxy(options.upstream, options.certificate)
-        proxy.faults = Faults(latency_seconds=options.latency, bytes_per_second=options.rate)
-        await proxy.start()
-        print(proxy.url, flush=True)
-        await asyncio.Event().wait()
-
-    try:  # pip install uvloop: TLS costs the proxy less than half
-        import uvloop
-    except ImportError:
-        asyncio.run(serve())
-    else:
-        uvloop.run(serve())
+    proxy = FaultProxy(options.upstream, options.certificate)
+    proxy.faults = Faults(latency_seconds=options.latency, bytes_per_second=options.rate)
+    proxy.server.start()
+    print(proxy.url, flush=True)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

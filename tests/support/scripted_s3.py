@@ -1,27 +1,41 @@
-"""A server that answers S3 requests as a test says, whether that makes sense or not."""
+"""A server that answers S3 requests as a script says, whether that makes sense or not."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import socket
+import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+PIECE = 128 << 10
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked. kind: "list", "head", "get", "put" or "other"; path: /bucket/key."""
+    """What was asked.
+
+    Attributes:
+        target: as it was sent; `path` and `query` are what it means.
+        path: /bucket/key.
+        kind: "list", "head", "get", "put" or "other".
+    """
 
     method: str
+    target: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]
     kind: str
+    body: bytes = field(repr=False)
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -39,17 +53,21 @@ class Answer:
 
     Attributes:
         body: sent as it is.
-        pace: seconds before each single byte, then nothing is sent at once.
         silent: seconds before anything is sent.
-        drop: close the connection after so many bytes of the body, by default never.
+        pace: seconds before each single byte.
+        rate: bytes per second; 0 for no limit.
+        drop: after so many bytes of the body nothing more is sent, by default never.
+        then: what follows a drop: the connection is closed, reset, or goes on in silence.
     """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    pace: float = 0.0
     silent: float = 0.0
+    pace: float = 0.0
+    rate: float = 0.0
     drop: int | None = None
+    then: str = "close"
 
 
 Script = Callable[[Request, int], Answer]
@@ -97,64 +115,115 @@ def etag(body: bytes) -> str:
     return hashlib.md5(body).hexdigest()
 
 
-def error(status: int, code: str, words: str = "m") -> Answer:
+def error(status: int, code: str, words: str = "m", **headers: str) -> Answer:
     message = f"<Message>{escape(words)}</Message>"
     text = f"<?xml version='1.0'?><Error><Code>{code}</Code>{message}</Error>"
-    return Answer(status, text.encode(), {"Content-Type": "application/xml"})
+    return Answer(status, text.encode(), {"Content-Type": "application/xml", **headers})
+
+
+class ScriptedS3:
+    """Serves 127.0.0.1 from `start` to `stop`, each connection on a thread; may start again.
+
+    Args:
+        script: gives the answer to each request and its number; called on any thread.
+        certificate: (certificate, key) files to speak TLS with.
+
+    Attributes:
+        requests: so far.
+        connections: how many were made.
+    """
+
+    def __init__(self, script: Script, certificate: tuple[Path, Path] | None = None) -> None:
+        self._script = script
+        self.requests: list[Request] = []
+        self.connections = 0
+        self._port = 0
+        self._open: set[socket.socket] = set()
+        self._over = threading.Event()
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*certificate)
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        self._over = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", self._port), backlog=256)
+        self._port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse connections and drop the open ones."""
+        self._over.set()
+        for connection in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        over = self._over
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as closing:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            closing.enter_context(connection)
+            self._open.add(connection)
+            closing.callback(self._open.discard, connection)
+            stream = connection.makefile("rb")
+            while not over.is_set() and (request := _received(stream, connection)):
+                self.requests.append(request)
+                answer = self._script(request, len(self.requests) - 1)
+                if not _send(connection, request, answer, over):
+                    return
 
 
 @contextlib.contextmanager
 def scripted_s3(script: Script) -> Iterator[tuple[str, list[Request]]]:
     """Serve until the block ends: (endpoint, requests so far)."""
-    requests: list[Request] = []
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    over = threading.Event()
-
-    def serve(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            stream = connection.makefile("rb")
-            while not over.is_set() and (first := stream.readline()):
-                headers = {}
-                while line := stream.readline().strip():
-                    name, _, value = line.decode("latin-1").partition(":")
-                    headers[name.lower()] = value.strip()
-                if headers.get("expect"):
-                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                _skip_body(stream, headers)
-                request = _request(first, headers)
-                requests.append(request)
-                if not _send(connection, request, script(request, len(requests) - 1), over):
-                    return
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
+    server = ScriptedS3(script)
+    server.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+        yield server.url, server.requests
     finally:
-        over.set()
-        listener.close()
+        server.stop()
 
 
-def _skip_body(stream, headers: dict[str, str]) -> None:
+def _received(stream: BinaryIO, connection: socket.socket) -> Request | None:
+    """The next request; None where the client has closed the connection."""
+    first = stream.readline()
+    if not first:
+        return None
+    headers = {}
+    while line := stream.readline().strip():
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.lower()] = value.strip()
+    if headers.get("expect"):
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = b""
     if "chunked" in headers.get("transfer-encoding", ""):
         while size := int(stream.readline().split(b";")[0], 16):
-            stream.read(size + 2)
+            body += stream.read(size)
+            stream.readline()
         while stream.readline().strip():
             pass
-        return
-    stream.read(int(headers.get("content-length", 0)))
-
-
-def _request(first: bytes, headers: dict[str, str]) -> Request:
+    else:
+        body = stream.read(int(headers.get("content-length", 0)))
     method, target, _ = first.decode("latin-1").split(" ", 2)
     parts = urlsplit(target)
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-    kind = {"HEAD": "head", "PUT": "put", "GET": "list" if "list-type" in query else "get"}
-    return Request(method, unquote(parts.path), query, headers, kind.get(method, "other"))
+    listing = "list-type" in query or "prefix" in query
+    kind = {"HEAD": "head", "PUT": "put", "GET": "list" if listing else "get"}.get(method, "other")
+    return Request(method, target, unquote(parts.path), query, headers, kind, body)
 
 
 def _send(
@@ -170,14 +239,21 @@ def _send(
     if request.method == "HEAD":
         connection.sendall(start)
         return True
-    body = answer.body if answer.drop is None else answer.body[: answer.drop]
-    if answer.pace:
-        connection.sendall(start)
-        for byte in body:
-            if over.is_set():
-                return False
-            time.sleep(answer.pace)
-            connection.sendall(bytes([byte]))
-    else:
-        connection.sendall(start + body)  # at once: two small pieces would wait for each other
-    return answer.drop is None
+    body = memoryview(answer.body)[: answer.drop]
+    size = 1 if answer.pace else PIECE if answer.rate else max(1, len(body))
+    began = time.monotonic()
+    connection.sendall(start + body[:size])  # at once: one piece more would be one call more
+    for sent in range(size, len(body), size):
+        due = began + sent / answer.rate if answer.rate else time.monotonic() + answer.pace
+        if over.wait(max(0.0, due - time.monotonic())):
+            return False
+        connection.sendall(body[sent : sent + size])
+    if answer.rate:
+        over.wait(max(0.0, began + len(body) / answer.rate - time.monotonic()))
+    if answer.drop is None:
+        return True
+    if answer.then == "silence":
+        over.wait()
+    if answer.then == "reset":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return False

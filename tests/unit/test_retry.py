@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from brain_to_text.errors import DataError, StorageError
 from brain_to_text.storage import retry
-from brain_to_text.storage.retry import Announcer, Attempts, FinalError, ReadError, RetryPolicy
+from brain_to_text.storage.retry import RequestError, Retries, RetryPolicy
 
 
 class Clock:
@@ -24,17 +25,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def attempts(policy: RetryPolicy, clock: Clock) -> Attempts:
-    return Attempts(policy, "read x", Announcer(), started=clock.now)
-
-
-def test_pauses_double_up_to_the_longest(clock: Clock) -> None:
-    tried = attempts(RetryPolicy(1e9, first_delay_seconds=0.1, longest_delay_seconds=1.0), clock)
-    ceilings = [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
-    for count, ceiling in enumerate(ceilings, start=1):
-        tried.count = count
-        pauses = [tried.pause_seconds() for _ in range(200)]
-        assert all(p is not None and ceiling / 2 <= p <= ceiling for p in pauses)
+def test_pauses_double_up_to_the_longest() -> None:
+    policy = RetryPolicy(first_delay_seconds=0.1, longest_delay_seconds=1.0)
+    for count, longest in enumerate([0.1, 0.2, 0.4, 0.8, 1.0, 1.0], start=1):
+        pauses = [policy.pause_seconds(count) for _ in range(200)]
+        assert all(longest / 2 <= pause <= longest for pause in pauses)
         assert len(set(pauses)) > 100
 
 
@@ -44,21 +39,23 @@ def test_no_attempt_starts_beyond_the_budget_except_two_after_a_pause_of_the_pro
 ) -> None:
     def fails() -> None:
         clock.wait(attempt_takes)
-        raise ReadError("HTTP 503 SlowDown")
+        raise RequestError("HTTP 503 SlowDown")
 
-    tried = attempts(RetryPolicy(budget_seconds=60), clock)
-    with pytest.raises(ReadError, match="SlowDown"):
-        tried.run(fails, lambda: False, clock.wait)
-    assert tried.count == expected
+    with pytest.raises(StorageError, match=rf"SlowDown, after {expected} attempts in .*; look\."):
+        Retries(RetryPolicy(budget_seconds=60)).run("read x", fails, "look", clock.wait)
     assert caplog.messages[0].startswith("Still trying to read x: HTTP 503 SlowDown; attempt 1")
     assert len(caplog.messages) <= expected - 1, "the last failure is an error, no warning"
 
 
-def test_a_final_answer_is_asked_for_once(clock: Clock) -> None:
-    def fails() -> None:
-        raise FinalError("HTTP 403 InvalidObjectState")
+@pytest.mark.parametrize("final_after", [1, 3])
+def test_an_answer_is_final_when_it_came_often_enough(final_after: int, clock: Clock) -> None:
+    answers = ["another", *["this"] * 9]
 
-    tried = attempts(RetryPolicy(), clock)
-    with pytest.raises(FinalError):
-        tried.run(fails, lambda: False, clock.wait)
-    assert tried.count == 1
+    def fails() -> None:
+        raise RequestError(answers.pop(0), "restore it", final_after, DataError)
+
+    if final_after == 1:
+        answers.pop(0)
+    with pytest.raises(DataError, match=r"^Cannot read x: this.*; restore it\.$"):
+        Retries(RetryPolicy()).run("read x", fails, "look", clock.wait)
+    assert len(answers) == 9 - final_after

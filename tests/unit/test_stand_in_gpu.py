@@ -16,7 +16,7 @@ from brain_to_text.model.device import send
 from brain_to_text.model.packed_gru import DROPOUT_STATES
 from brain_to_text.scoring import decoding
 from brain_to_text.scoring.decoding import Inference, decode
-from brain_to_text.streaming import dataset_s3
+from brain_to_text.streaming import prefetch
 from support.decoded_trials import dataset_of
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
 from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
@@ -164,15 +164,13 @@ def test_validation_computes_its_loss_by_the_ctc_that_was_asked_for(
 def test_every_pass_over_data_copies_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stream for each validation torch's reserved memory grew by 0.39 GiB at each."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    dataset_s3._copy_stream.cache_clear()
-    feeders = [
-        dataset_s3.DeviceFeeder(
-            None, None, 0, 0, dataset_s3.PrefetchLimits(), device=GPU, stats=None
-        )
+    prefetch._copy_stream.cache_clear()
+    passes = [
+        prefetch.Prefetcher(None, None, 0, 0, prefetch.PrefetchLimits(), None, GPU)
         for _ in range(2)
     ]
-    assert feeders[0]._copy_stream is feeders[1]._copy_stream is not None
-    dataset_s3._copy_stream.cache_clear()
+    assert passes[0]._copy_stream is passes[1]._copy_stream is not None
+    prefetch._copy_stream.cache_clear()
 
 
 def test_a_step_that_reads_a_value_is_found_with_its_place(

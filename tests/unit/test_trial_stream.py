@@ -1,4 +1,4 @@
-"""One trial's way through the stream, with a reader that does as it is told."""
+"""One trial's way through the stream, with a store that does as it is told."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import StorageError
-from brain_to_text.storage.retry import ReadError, RetryPolicy
-from brain_to_text.storage.store import open_store
-from brain_to_text.streaming.trial_stream import FolderReader, TrialStream
+from brain_to_text.storage.retry import RequestError, RetryPolicy
+from brain_to_text.storage.store import LocalStore, open_store
+from brain_to_text.streaming.trial_stream import TrialStream
 
 
-class Reader(FolderReader):
-    """Reads a folder; before each attempt it runs the next of `misfortunes`."""
+class Store(LocalStore):
+    """A folder; before each attempt at a trial it runs the next of `misfortunes`."""
 
-    def __init__(self, folder: Path, misfortunes: Iterator[Callable[[], None]]) -> None:
-        super().__init__(folder)
+    def __init__(
+        self,
+        folder: Path,
+        misfortunes: Iterator[Callable[[], None]],
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        super().__init__(folder, retry)
         self._misfortunes = misfortunes
         self.reads = 0
 
-    def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
+    def read_range(self, key: str, offset: int, length: int, etag: str) -> bytes:
         self.reads += 1
         misfortune = next(self._misfortunes, None)
         if misfortune is not None:
             misfortune()
-        return super().read(key, offset, length, etag)
+        return super().read_range(key, offset, length, etag)
 
 
 def throttled() -> None:
-    raise ReadError("HTTP 503 SlowDown")
+    raise RequestError("HTTP 503 SlowDown")
 
 
 @pytest.fixture
@@ -45,26 +50,23 @@ def manifest(tiny_dataset) -> TrialManifest:
 def test_a_budget_that_is_over_at_once_leaves_three_attempts(
     tiny_dataset, manifest: TrialManifest
 ) -> None:
-    store = open_store(tiny_dataset.folder)
     for failures, works in ((2, True), (3, False)):
-        reader = Reader(tiny_dataset.folder, iter([throttled] * failures))
-        with TrialStream(store, manifest, reader=reader, retry=RetryPolicy(0.0)) as stream:
+        store = Store(tiny_dataset.folder, iter([throttled] * failures), RetryPolicy(0.0))
+        with TrialStream(store, manifest) as stream:
             if works:
                 stream.fetch([0])
             else:
-                with pytest.raises(StorageError, match=r"after 3 attempts .* SlowDown; start the"):
+                with pytest.raises(StorageError, match=r"SlowDown, after 3 attempts .*; start the"):
                     stream.fetch([0])
-        assert reader.reads == 3
+        assert store.reads == 3
 
 
 def test_a_read_is_shared_between_batches_and_given_up_with_the_last_of_them(
     tiny_dataset, manifest: TrialManifest
 ) -> None:
     go_on = threading.Event()
-    reader = Reader(tiny_dataset.folder, iter([go_on.wait] * 100))
-    with TrialStream(
-        open_store(tiny_dataset.folder), manifest, concurrency=1, reader=reader
-    ) as stream:
+    store = Store(tiny_dataset.folder, iter([go_on.wait] * 100))
+    with TrialStream(store, manifest, concurrency=1) as stream:
         first, second, third = (stream.submit(batch) for batch in ([0, 1], [1, 0, 1], [2, 0]))
         first.cancel()
         third.cancel()
@@ -73,7 +75,7 @@ def test_a_read_is_shared_between_batches_and_given_up_with_the_last_of_them(
         go_on.set()
         arrays = second.result()
         counts = stream.stats.snapshot()
-    assert reader.reads == counts.trials_read == 2
+    assert store.reads == counts.trials_read == 2
     for array, index in zip(arrays, [1, 0, 1], strict=True):
         assert np.array_equal(array, tiny_dataset.features[manifest.trials[index].name])
 
@@ -88,12 +90,12 @@ def test_closing_frees_who_waits_while_a_read_is_in_flight(
         go_on.wait()
         throttled()
 
-    reader = Reader(tiny_dataset.folder, iter([silent] * 100))
-    with TrialStream(open_store(tiny_dataset.folder), manifest, reader=reader) as stream:
+    store = Store(tiny_dataset.folder, iter([silent] * 100))
+    with TrialStream(store, manifest) as stream:
         reads = stream.submit([0])
         begun.wait()
     with pytest.raises(CancelledError):
         reads.result()
     go_on.set()
     stream._readers.shutdown()  # the read in flight ends, and no other attempt is made
-    assert reader.reads == 1
+    assert store.reads == 1

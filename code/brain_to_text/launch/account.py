@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import JobError
-from ..storage.aws_remedies import DENIED, remedy
+from ..storage.aws_errors import DENIED, remedy
 from ..storage.store import check_aws_variables
 
 # What refusals mean to somebody at the launcher.

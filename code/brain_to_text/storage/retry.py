@@ -1,14 +1,17 @@
-"""One request that may fail: when to ask again, when to stop (what S3 says: `s3_errors`)."""
+"""One request that may fail: when to ask again, when to stop, and the sentence that ends it."""
 
 from __future__ import annotations
 
+import collections
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
+
+from ..errors import BrainToTextError, StorageError
 
 T = TypeVar("T")
 log = logging.getLogger("brain_to_text")
@@ -19,40 +22,44 @@ PATIENCE = 3
 _SILENT_SECONDS = 10.0  # of vain attempts before the log says so, and again after as long
 
 
-class ReadError(Exception):
-    """An attempt that failed and may work when repeated; the message is the cause.
+class RequestError(Exception):
+    """An attempt that failed; the message is the cause.
 
     Attributes:
-        advice: what to do or type about it, or "" where only time may help.
+        advice: what to do or type about it; "" where only time may help.
+        final_after: the same cause so many times ends the attempts; None where only time does.
+        kind: of the error that a user sees in the end.
     """
 
-    def __init__(self, cause: str, advice: str = "") -> None:
+    def __init__(
+        self,
+        cause: str,
+        advice: str = "",
+        final_after: int | None = None,
+        kind: type[BrainToTextError] = StorageError,
+    ) -> None:
         super().__init__(cause)
         self.advice = advice
+        self.final_after = final_after
+        self.kind = kind
+
+    def sentence(self, what: str, tried: str = "", advice: str = "") -> BrainToTextError:
+        """The error that a user sees.
+
+        Args:
+            what: could not be done: "list s3://bucket".
+            tried: how long, as the end of the cause.
+            advice: where the cause has none of its own.
+        """
+        return self.kind(f"Cannot {what}: {self}{tried}; {self.advice or advice}.")
 
 
-class CredentialsRejectedError(ReadError):
+class CredentialsRejectedError(RequestError):
     """The server no longer accepts the credentials in use, or the provider has no new ones."""
 
 
-class PersistentError(ReadError):
-    """An answer that seldom changes by asking again: access denied, wrong bytes."""
-
-
-class FinalError(ReadError):
-    """An answer that does not change by asking again."""
-
-
-class MissingError(FinalError):
+class MissingObjectError(StorageError):
     """There is no such object."""
-
-
-class ArchivedError(FinalError):
-    """The object must be restored before it can be read."""
-
-
-class ObjectReplacedError(FinalError):
-    """The object under this key is not the one in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -81,101 +88,83 @@ class RetryPolicy:
         """Longest time one attempt at `n_bytes` may take."""
         return self.read_timeout_seconds + n_bytes / self.slowest_bytes_per_second
 
-
-class Announcer:
-    """Says in the log what is still being tried, not more often than every few seconds."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = 0.0
-
-    def __call__(self, attempts: Attempts) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if min(now - self._last, attempts.elapsed_seconds) < _SILENT_SECONDS:
-                return
-            self._last = now
-        log.warning(
-            "Still trying to %s: %s; attempt %d, trying for another %.0f s",
-            attempts.what,
-            attempts.last_cause,
-            attempts.count,
-            max(0.0, attempts.remaining_seconds()),
-        )
+    def pause_seconds(self, attempts: int) -> float:
+        """Time to wait after so many attempts, drawn anew at each call."""
+        doubled = self.first_delay_seconds * 2 ** min(attempts - 1, 30)
+        longest = min(self.longest_delay_seconds, doubled)
+        return random.uniform(longest / 2, longest)
 
 
-@dataclass
-class Attempts:
-    """The attempts at one request, counted against its budget.
+class Retries:
+    """Repeats the requests of one store, for all threads, and logs what is still being tried.
 
-    Attributes:
-        what: the request, as the log names it: "list s3://bucket".
-        last_cause: of the last failure.
+    Args:
+        policy: what one request may cost.
+        renew: asks the provider of credentials where the last ones were rejected; says whether
+            others may come.
     """
 
-    policy: RetryPolicy
-    what: str
-    announce: Callable[[Attempts], None]
-    count: int = 0
-    started: float = field(default_factory=time.monotonic)
-    last_cause: str = ""
-    _final: list[str] = field(default_factory=list)
-
-    @property
-    def elapsed_seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def remaining_seconds(self) -> float:
-        return self.policy.budget_seconds - self.elapsed_seconds
-
-    def pause_seconds(self) -> float | None:
-        """Time to wait before the next attempt, or None when the budget does not allow one."""
-        ceiling = min(
-            self.policy.longest_delay_seconds,
-            self.policy.first_delay_seconds * 2 ** min(self.count - 1, 30),
-        )
-        pause = random.uniform(ceiling / 2, ceiling)
-        return pause if self.count < PATIENCE or pause < self.remaining_seconds() else None
+    def __init__(self, policy: RetryPolicy, renew: Callable[[], bool] = lambda: False) -> None:
+        self.policy = policy
+        self._renew = renew
+        self._lock = threading.Lock()
+        self._announced = 0.0
 
     def run(
         self,
+        what: str,
         attempt: Callable[[], T],
-        renew: Callable[[], bool],
+        advice: str,
         wait: Callable[[float], None] = time.sleep,
     ) -> T:
         """The result of the first attempt that succeeds.
 
         Args:
-            renew: asks the credential provider where the last ones were rejected; says whether
-                others may come.
+            what: the request, as messages name it: "list s3://bucket".
+            advice: for causes that have none of their own.
             wait: for so many seconds, before the next attempt.
 
         Raises:
-            ReadError: of the last attempt: the budget is spent, or the answer is final.
+            BrainToTextError: the time is over, or the cause is final; of the kind that this says.
         """
+        started = time.monotonic()
+        causes = collections.Counter[str]()
         while True:
-            self.count += 1
             try:
                 return attempt()
-            except ReadError as fault:
-                wait(self._pause_after(fault, renew))
+            except RequestError as failed:
+                fault = self._after_renewal(failed)
+            cause = str(fault)
+            causes[cause] += 1
+            count, elapsed = causes.total(), time.monotonic() - started
+            pause = self.policy.pause_seconds(count)
+            over = count >= PATIENCE and elapsed + pause >= self.policy.budget_seconds
+            if over or (fault.final_after and causes[cause] >= fault.final_after):
+                tried = f", after {count} attempts in {elapsed:.1f} s" if count > 1 else ""
+                raise fault.sentence(what, tried, advice) from fault
+            self._announce(what, cause, count, elapsed)
+            wait(pause)
 
-    def _pause_after(self, fault: ReadError, renew: Callable[[], bool]) -> float:
-        final = isinstance(fault, PersistentError)
+    def _after_renewal(self, fault: RequestError) -> RequestError:
+        """What went wrong, once the provider was asked for other credentials."""
         if isinstance(fault, CredentialsRejectedError):
             try:
-                final = not renew()
+                fault.final_after = None if self._renew() else PATIENCE
             except CredentialsRejectedError as none:
-                fault = none
-        self.last_cause = str(fault)
-        if final:
-            self._final.append(self.last_cause)
-        pause = self.pause_seconds()
-        if (
-            pause is None
-            or isinstance(fault, FinalError)
-            or self._final.count(self.last_cause) >= PATIENCE
-        ):
-            raise fault
-        self.announce(self)
-        return pause
+                return none
+        return fault
+
+    def _announce(self, what: str, cause: str, count: int, elapsed: float) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if min(now - self._announced, elapsed) < _SILENT_SECONDS:
+                return
+            self._announced = now
+        left = max(0.0, self.policy.budget_seconds - elapsed)
+        log.warning(
+            "Still trying to %s: %s; attempt %d, trying for another %.0f s",
+            what,
+            cause,
+            count,
+            left,
+        )

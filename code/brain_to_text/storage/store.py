@@ -14,6 +14,7 @@ from typing import Protocol
 from ..errors import DataError, StorageError
 from ..redaction import one_line
 from .locations import ObjectInfo, is_s3
+from .retry import PATIENCE, RequestError, Retries, RetryPolicy
 
 _PARTIAL = ".partial"  # suffix of local files that are still being written; never listed
 _CREDENTIALS = {
@@ -26,9 +27,15 @@ _CREDENTIALS = {
 
 
 class ObjectStore(Protocol):
-    """What readers and writers of a dataset need; every method raises StorageError."""
+    """What readers and writers of a dataset need; every method raises StorageError.
+
+    Attributes:
+        url: of the prefix, or the folder's path.
+        retries: for requests made of several attempts, as trials' reads are.
+    """
 
     url: str
+    retries: Retries
 
     def list(self) -> dict[str, ObjectInfo]:
         """Everything below the root, recursively, in one listing; empty if there is nothing."""
@@ -41,17 +48,35 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def read_range(self, key: str, offset: int, length: int, etag: str) -> bytes | memoryview:
+        """One attempt at one byte range, from any thread: whatever arrived.
+
+        Args:
+            etag: of the file in the manifest. Where it is of another kind (the data was indexed in
+                a folder, then uploaded, or the reverse) the first ETag seen here takes its place.
+
+        Raises:
+            RequestError: this attempt failed, or the object's ETag is another one.
+        """
+        ...
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace an object; nobody ever sees half of it."""
         ...
 
     def exists(self, key: str) -> bool: ...
 
+    def close(self) -> None:
+        """Close connections; the next call opens them anew."""
 
-def open_store(location: str | Path, *, kms_key: str | None = None) -> ObjectStore:
+
+def open_store(
+    location: str | Path, *, retry: RetryPolicy | None = None, kms_key: str | None = None
+) -> ObjectStore:
     """The store behind an `s3://bucket/prefix` URL or a folder path.
 
     Args:
+        retry: what one request, or a page of a listing, may cost in time.
         kms_key: id or ARN of the KMS key that encrypts what is written to S3; by default that of
             the variable S3_KMS_KEY_ID, and without one what the bucket does by itself.
 
@@ -69,12 +94,12 @@ def open_store(location: str | Path, *, kms_key: str | None = None) -> ObjectSto
                 f"{text} is on S3, and the Python package {error.name} is not installed: type "
                 "`pip install 's3fs>=2026' boto3`, or give a folder."
             ) from error
-        return S3Store(text, kms_key=kms_key)
+        return S3Store(text, retry=retry, kms_key=kms_key)
     if "://" in text:
         raise StorageError(
             f"'{text}' is neither a folder nor an s3:// URL: use s3://BUCKET/PREFIX."
         )
-    return LocalStore(location)
+    return LocalStore(location, retry)
 
 
 def check_aws_variables() -> None:
@@ -107,9 +132,10 @@ class LocalStore:
     system sets one that nobody can turn back: another ETag may be a copy, the same is the same.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, retry: RetryPolicy | None = None) -> None:
         self.folder = Path(folder)
         self.url = str(folder)
+        self.retries = Retries(retry or RetryPolicy())
 
     def list(self) -> dict[str, ObjectInfo]:
         """As `ObjectStore.list`.
@@ -135,6 +161,17 @@ class LocalStore:
             file.seek(offset)
             return file.read(-1 if length is None else length)
 
+    def read_range(self, key: str, offset: int, length: int, etag: str) -> bytes:
+        """As `ObjectStore.read_range`; whether a file is the one meant is for its trials' CRC."""
+        try:
+            with self._path(key).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError as error:
+            final_after = PATIENCE if isinstance(error, FileNotFoundError) else None
+            advice = f"check it with 'ls -l {one_line(str(self.folder))}'"
+            raise RequestError(str(error.strerror), advice, final_after) from error
+
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with self._explain("write", key):
@@ -151,6 +188,9 @@ class LocalStore:
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
+
+    def close(self) -> None:
+        """Nothing is open between calls."""
 
     def _path(self, key: str) -> Path:
         if ".." in key.split("/") or key.startswith("/"):

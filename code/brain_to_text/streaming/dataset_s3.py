@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 
-from ..config import DatasetConfig, TrainingConfig
+from ..config import TrainingConfig
 from ..dataset.selection import Indices
 from .batch import Batch, collate, pad_features
 from .batch_plan import BatchPlan, evaluation_batches, shard
 from .prefetch import Prefetcher, PrefetchLimits
-from .stream_stats import StreamStats
 from .trial_stream import Reads, TrialStream
 
 # Of dataset.prefetch_mb: training batches wait in RAM while a validation pass runs. At the default
@@ -29,25 +27,14 @@ from .trial_stream import Reads, TrialStream
 VALIDATION_SHARE = 0.25
 
 
-class Placement(TypedDict, total=False):
-    """Which part of the batches a process gets, and where: see `StreamedBatches`."""
+class BatchOptions(TypedDict, total=False):
+    """How batches are made, and which of them this process gets: see `StreamedBatches`."""
 
     device: torch.device | None
-    rank: int
-    world_size: int
-
-
-class BatchOptions(Placement, total=False):
-    """How batches are made: see `StreamedBatches`."""
-
     limits: PrefetchLimits | None
     feature_subset: Sequence[int] | None
-
-
-class _Settings(TypedDict):
-    batch_size: int
-    feature_subset: Sequence[int] | None
-    limits: PrefetchLimits
+    rank: int
+    world_size: int
 
 
 class StreamedBatches(abc.ABC):
@@ -114,14 +101,14 @@ class StreamedBatches(abc.ABC):
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, start: int = 0, stop: int | None = None) -> DeviceFeeder:
+    def batches(self, start: int = 0, stop: int | None = None) -> Prefetcher:
         """Iterate over batches start … stop-1, prepared ahead and moved to the device.
 
         Close the iterator (or use it in `with`) when leaving early.
         """
         stop = len(self) if stop is None else min(stop, len(self))
         ahead = (self._begin, self._batch_bytes, start, stop, self._limits)
-        return DeviceFeeder(*ahead, device=self.device, stats=self.stats)
+        return Prefetcher(*ahead, self.stats, self.device)
 
     def close(self) -> None:
         """Close the stream that feeds this dataset; batches under way are given up."""
@@ -140,16 +127,13 @@ class StreamedBatches(abc.ABC):
         """Start a batch's reads; returns them, and what waits for them and puts it together."""
         trials = self.trial_indices(step)
         reads = self.stream.submit(trials)
-        return reads, lambda: self._assemble(step, trials, reads)
 
-    def _assemble(self, step: int, trials: np.ndarray, reads: Reads) -> Batch:
-        try:
-            arrays = reads.result()
-        finally:
-            reads.cancel()  # when waiting was interrupted; without effect once it is done
-        features = pad_features(arrays, self._dtype, self._subset, self._on_gpu)
-        records = [self.manifest.trials[i] for i in trials]
-        return collate(step, trials, records, self._day[trials], features, self._on_gpu)
+        def assemble() -> Batch:
+            features = pad_features(reads.result(), self._dtype, self._subset, self._on_gpu)
+            records = [self.manifest.trials[i] for i in trials]
+            return collate(step, trials, records, self._day[trials], features, self._on_gpu)
+
+        return reads, assemble
 
 
 class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
@@ -201,19 +185,21 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **placement: Unpack[Placement],
+        **options: Unpack[BatchOptions],
     ) -> BrainToTextDatasetS3:
-        """The batches that a configuration describes; `placement`: see `Placement`."""
+        """The batches that a configuration describes."""
         return cls(
             stream,
             trials_by_session,
+            batch_size=config.dataset.batch_size,
             days_per_batch=config.dataset.days_per_batch,
             n_batches=config.num_training_batches,
             seed=config.dataset.seed,
             must_include_days=config.dataset.must_include_days or (),
             length_groups=config.dataset.length_groups,
-            **_shared_settings(config.dataset, 1 - VALIDATION_SHARE),
-            **placement,
+            limits=PrefetchLimits.from_config(config.dataset, 1 - VALIDATION_SHARE),
+            feature_subset=config.dataset.feature_subset,
+            **options,
         )
 
     def __len__(self) -> int:
@@ -257,88 +243,20 @@ class EvaluationDatasetS3(StreamedBatches):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **placement: Unpack[Placement],
+        **options: Unpack[BatchOptions],
     ) -> EvaluationDatasetS3:
-        """Validation as a configuration describes it; `placement`: see `Placement`."""
-        settings = _shared_settings(config.dataset, VALIDATION_SHARE)
-        return cls(stream, trials_by_session, **settings, **placement)
+        """Validation as a configuration describes it."""
+        return cls(
+            stream,
+            trials_by_session,
+            batch_size=config.dataset.batch_size,
+            limits=PrefetchLimits.from_config(config.dataset, VALIDATION_SHARE),
+            feature_subset=config.dataset.feature_subset,
+            **options,
+        )
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def trial_indices(self, step: int) -> np.ndarray:
         return self._batches[step]
-
-
-def _shared_settings(dataset: DatasetConfig, share: float) -> _Settings:
-    return {
-        "batch_size": dataset.batch_size,
-        "feature_subset": dataset.feature_subset,
-        "limits": PrefetchLimits(
-            batches=dataset.prefetch_batches,
-            n_bytes=int(share * dataset.prefetch_mb * 1e6),
-            threads=dataset.num_dataloader_workers,
-        ),
-    }
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for every pass of a process: what torch reserves for a stream stays with it."""
-    return torch.cuda.Stream(device)
-
-
-class DeviceFeeder(Prefetcher[Batch]):
-    """Batches on their device; on a GPU the next one is copied while the current one computes."""
-
-    def __init__(
-        self,
-        begin: Callable[[int], tuple[Reads, Callable[[], Batch]]],
-        n_bytes: Callable[[int], int],
-        start: int,
-        stop: int,
-        limits: PrefetchLimits,
-        *,
-        device: torch.device | None,
-        stats: StreamStats,
-    ) -> None:
-        super().__init__(begin, n_bytes, start, stop, limits)
-        self._device = device
-        self._stats = stats
-        on_gpu = device is not None and device.type == "cuda"
-        self._copy_stream = _copy_stream(device) if on_gpu else None
-        self._ahead: Batch | None = None
-
-    def __next__(self) -> Batch:
-        waited = 0.0
-        batch, self._ahead = self._ahead, None
-        if batch is None:
-            batch = self._moved(super().__next__())
-            waited = self.last_wait_seconds
-        self._stats.add(batches=1, wait_seconds=waited)
-        if self._copy_stream is not None:
-            consumer = torch.cuda.current_stream(self._device)
-            consumer.wait_stream(self._copy_stream)
-            for tensor in (batch.features, batch.labels, batch.phoneme_labels):
-                if tensor is not None:
-                    tensor.record_stream(consumer)
-            if self.ready():
-                self._ahead = self._moved(super().__next__())
-        return batch
-
-    def _moved(self, batch: Batch) -> Batch:
-        if self._device is None:
-            return batch
-        with torch.cuda.stream(self._copy_stream):
-            return batch.to(self._device)
-
-    def close(self) -> None:
-        """Give up batches under way."""
-        self._ahead = None
-        super().close()
-
-    def __enter__(self) -> DeviceFeeder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class StreamCounts:
             between the chunks of a trial, which its one GET reads too.
         trials_read: trials that had to be read.
         cache_hits, cache_misses: distinct trials of batches found in RAM, or not.
-        retries: attempts after the first.
         batches: batches handed out.
         wait_seconds: time the training loop waited for a batch.
     """
@@ -32,7 +30,6 @@ class StreamCounts:
     trials_read: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
-    retries: int = 0
     batches: int = 0
     wait_seconds: float = 0.0
 
@@ -46,6 +43,11 @@ class StreamCounts:
         rows = [dataclasses.asdict(part) for part in parts]
         summed = {name: sum(row[name] for row in rows) for name in rows[0]}
         return cls(**{**summed, "wait_seconds": max(row["wait_seconds"] for row in rows)})
+
+    @property
+    def retries(self) -> int:
+        """Attempts after a trial's first."""
+        return self.requests - self.trials_read
 
     @property
     def hit_rate(self) -> float:
@@ -67,7 +69,7 @@ class StreamStats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, Any] = dataclasses.asdict(StreamCounts())
+        self._counts = dataclasses.asdict(StreamCounts())
 
     def add(self, **amounts: float) -> None:
         with self._lock:

@@ -7,36 +7,22 @@ than the manifest's CRC says are read again; nobody sees them.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
-from ..errors import BrainToTextError, DataError, StorageError
-from ..storage.locations import is_s3, restore_advice
-from ..storage.retry import (
-    Announcer,
-    ArchivedError,
-    Attempts,
-    ObjectReplacedError,
-    PersistentError,
-    ReadError,
-    RetryPolicy,
-)
+from ..errors import DataError, StorageError
+from ..storage.retry import PATIENCE, RequestError
 from ..storage.store import ObjectStore
 from .stream_stats import StreamStats
 from .trial_cache import TrialCache, cache_budget_bytes
-
-Bytes = bytes | bytearray | memoryview
 
 
 class TrialStream:
@@ -45,17 +31,12 @@ class TrialStream:
     Use it in the process that made it: after a fork it refuses to work.
 
     Args:
-        store: the data's prefix or folder; only its URL is used.
+        store: the data's prefix or folder; closed with the stream.
         manifest: where each trial's bytes lie, and their CRC-32.
         concurrency: trials read and decoded at once, over all batches being prepared; each has at
             most one ranged GET in flight.
         cache: of decoded trials, in RAM; by default none is kept.
-        retry: time limits of one read.
         threads: verify and inflate this many trials at once.
-        reader: for tests and benchmarks, instead of the one for the store's URL.
-
-    Raises:
-        StorageError: see `s3_reads.S3RangedReader`.
     """
 
     def __init__(
@@ -65,27 +46,18 @@ class TrialStream:
         *,
         concurrency: int = 16,
         cache: TrialCache | None = None,
-        retry: RetryPolicy | None = None,
         threads: int = 4,
-        reader: RangedReader | None = None,
     ) -> None:
-        self.url = url = store.url
+        self.url = store.url
         self.manifest = manifest
         self.cache = TrialCache(0) if cache is None else cache
         # that holds any trial's features: files of both precisions are possible
         half = len(manifest.trials) > 0 and all(manifest.trials.half)
         self.dtype = np.dtype("<f2" if half else "<f4")
         self.stats = StreamStats()
-        self._retry = retry or RetryPolicy()
-        if reader is None and is_s3(url):
-            from .s3_reads import S3RangedReader  # local folders need no S3 client
-
-            longest = max(manifest.trials.length, default=0)
-            reader = S3RangedReader(url, concurrency, self._retry, longest)
-        self._reader = reader or FolderReader(Path(url))
+        self._store = store
         self._readers = ThreadPoolExecutor(concurrency, "read-trial")
         self._decoding = threading.Semaphore(threads)
-        self._announce = Announcer()
         self._under_way: dict[int, _Read] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -117,10 +89,6 @@ class TrialStream:
             manifest,
             concurrency=dataset.max_concurrent_reads,
             cache=TrialCache(budget, train, val),
-            retry=RetryPolicy(
-                budget_seconds=dataset.retry_budget_seconds,
-                read_timeout_seconds=dataset.read_timeout_seconds,
-            ),
             threads=dataset.num_dataloader_workers,
         )
 
@@ -135,11 +103,7 @@ class TrialStream:
             StorageError: a trial could not be read within the retry budget.
             DataError: a file is not the one in the manifest.
         """
-        reads = self.submit(indices)
-        try:
-            return reads.result()
-        finally:
-            reads.cancel()  # when waiting was interrupted; without effect once it is done
+        return self.submit(indices).result()
 
     def submit(self, indices: Sequence[int] | np.ndarray) -> Reads:
         """Start `fetch` and return at once; a trial that another batch is reading is shared."""
@@ -167,7 +131,7 @@ class TrialStream:
             under_way = list(self._under_way.values())
         for read in under_way:
             read.features.cancel()
-        self._reader.close()
+        self._store.close()
 
     def __enter__(self) -> TrialStream:
         return self
@@ -181,94 +145,67 @@ class TrialStream:
             if read is not None and read.join():
                 return read
             read = self._under_way[index] = _Read()
-        work = self._readers.submit(self._load, index, read)
-        work.add_done_callback(functools.partial(self._finish, index, read))
+        self._readers.submit(self._finish, index, read)
         return read
 
-    def _finish(self, index: int, read: _Read, work: Future[np.ndarray]) -> None:
+    def _finish(self, index: int, read: _Read) -> None:
+        """One trial, from its first attempt to its last. Runs on a reading thread."""
+        try:
+            # another batch's read may have ended since `submit` looked
+            cached = self.cache.get(index)
+            features = self._load(index, read.features) if cached is None else cached
+        except BaseException as error:  # noqa: BLE001 (raised where the trial is waited for)
+            settle, outcome = read.features.set_exception, error
+        else:
+            settle, outcome = read.features.set_result, features
         with self._lock:
             if self._under_way.get(index) is read:
                 del self._under_way[index]
-        if work.cancelled():
-            read.features.cancel()
-        elif read.features.set_running_or_notify_cancel():
-            error = work.exception()
-            if error is None:
-                read.features.set_result(work.result())
-            else:
-                read.features.set_exception(error)
+        if read.features.set_running_or_notify_cancel():
+            settle(outcome)
 
-    def _load(self, index: int, read: _Read) -> np.ndarray:
-        """One trial, from its first attempt to its last. Runs on a reading thread."""
-        cached = self.cache.get(index)  # another batch's read may have ended since `submit` looked
-        if cached is not None:
-            return cached
+    def _load(self, index: int, features: Future[np.ndarray]) -> np.ndarray:
         record = self.manifest.trials[index]
         etag = self.manifest.files[record.key].etag
-        what = f"read {record.trial} of {record.key} under {self.url}"
-        attempts = Attempts(self._retry, what, self._announce)
 
         def attempt() -> np.ndarray:
             self.stats.add(requests=1)
-            span = self._reader.read(record.key, record.offset, record.length, etag)
+            span = self._store.read_range(record.key, record.offset, record.length, etag)
             self.stats.add(bytes_fetched=len(span))
             return self._decoded(record, span)
 
         def wait(seconds: float) -> None:
-            if self._closing.wait(seconds) or read.features.cancelled():
+            if self._closing.wait(seconds) or features.cancelled():
                 raise CancelledError
-            self.stats.add(retries=1)
 
-        if read.features.cancelled():
-            raise CancelledError
+        wait(0)
         self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
-        try:
-            features = attempts.run(attempt, self._reader.renew_credentials, wait)
-        except ReadError as fault:
-            raise self._gave_up(record, attempts, fault) from fault
-        return self.cache.put(index, features)
+        read = self._store.retries.run(
+            f"read {record.trial} (bytes {record.offset}-{record.offset + record.length - 1}) of "
+            f"{self.url}/{record.key}",
+            attempt,
+            "start the job again to resume, or raise dataset.retry_budget_seconds",
+            wait,
+        )
+        return self.cache.put(index, read)
 
-    def _decoded(self, record: TrialRecord, span: Bytes) -> np.ndarray:
+    def _decoded(self, record: TrialRecord, span: bytes | memoryview) -> np.ndarray:
         """The features that verified bytes hold."""
         if len(span) != record.length:
             got = str(len(span)) if len(span) < record.length else "more"
-            raise ReadError(f"got {got} of {record.length} bytes")
+            raise RequestError(f"got {got} of {record.length} bytes")
         with self._decoding:
             crc = zlib.crc32(span)
             if crc != record.crc32:
-                raise _WrongBytesError(f"CRC-32 is {crc:08x}, expected {record.crc32:08x}")
+                raise RequestError(
+                    f"its bytes are not those in the manifest (CRC-32 is {crc:08x}, expected "
+                    f"{record.crc32:08x})",
+                    f"run `python code/prepare_dataset.py index {self.url}` if the file was "
+                    "replaced, or upload it again if it is damaged",
+                    PATIENCE,
+                    DataError,
+                )
             return record.decode(memoryview(span))
-
-    def _gave_up(
-        self, record: TrialRecord, attempts: Attempts, fault: ReadError
-    ) -> BrainToTextError:
-        where = (
-            f"trial {record.trial} of {record.key} under {self.url} "
-            f"(bytes {record.offset}-{record.offset + record.length - 1})"
-        )
-        index = f"run `python code/prepare_dataset.py index {self.url}`"
-        if isinstance(fault, ObjectReplacedError):
-            return DataError(
-                f"File {record.key} under {self.url} was replaced while the run was reading it: "
-                f"{fault}; {index} and start again."
-            )
-        if isinstance(fault, _WrongBytesError):
-            return DataError(
-                f"The bytes of {where} are not those in the manifest, {attempts.count} reads in: "
-                f"{fault}; {index} if the file was replaced, or upload it again if it is damaged."
-            )
-        advice = fault.advice or (
-            "check the role's s3:GetObject permission and that the object exists"
-            if isinstance(fault, PersistentError)
-            else "start the job again to resume, or raise dataset.retry_budget_seconds"
-        )
-        if isinstance(fault, ArchivedError):
-            advice = restore_advice(f"{self.url}/{record.key}")
-        times = "1 attempt" if attempts.count == 1 else f"{attempts.count} attempts"
-        return StorageError(
-            f"Reading {where} failed after {times} in {attempts.elapsed_seconds:.1f} s of the "
-            f"{self._retry.budget_seconds:g} s budget, last cause: {fault}; {advice}."
-        )
 
 
 class Reads:
@@ -290,10 +227,13 @@ class Reads:
         Raises:
             CancelledError: `cancel` was called, or the stream is closed.
         """
-        arrays = {
-            index: trial.features.result() if isinstance(trial, _Read) else trial
-            for index, trial in self._trials.items()
-        }
+        try:
+            arrays = {
+                index: trial.features.result() if isinstance(trial, _Read) else trial
+                for index, trial in self._trials.items()
+            }
+        finally:
+            self.cancel()  # when waiting was interrupted; without effect once all are there
         return [arrays[index] for index in self._wanted]
 
     def cancel(self) -> None:
@@ -324,56 +264,3 @@ class _Read:
             self._waiters -= 1
             if self._waiters == 0:
                 self.features.cancel()
-
-
-class RangedReader(Protocol):
-    """One attempt at one byte range, from any thread; attempts share no state."""
-
-    def read(self, key: str, offset: int, length: int, etag: str) -> Bytes:
-        """Whatever arrived.
-
-        Args:
-            key: object, relative to the store's root.
-            offset, length: the range in bytes.
-            etag: of the file in the manifest. Where it is of another kind (the data was indexed in
-                a folder, then uploaded, or the reverse) the first ETag seen here takes its place.
-
-        Raises:
-            ReadError: this attempt failed, or the object's ETag is another one.
-        """
-
-    def renew_credentials(self) -> bool:
-        """See `storage.s3_store.Credentials.renew`."""
-
-    def close(self) -> None:
-        """Close connections."""
-
-
-class FolderReader:
-    """Ranged reads of files in a folder: the same path as S3 without a network.
-
-    Whether a file is the one in the manifest is for the CRC-32 of its trials to say.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, key: str, offset: int, length: int, etag: str) -> bytes:
-        try:
-            with (self._folder / key).open("rb") as file:
-                file.seek(offset)
-                return file.read(length)
-        except FileNotFoundError as error:
-            raise PersistentError("no such file", "check that the folder is still there") from error
-        except OSError as error:
-            raise ReadError(f"{type(error).__name__}: {error.strerror}") from error
-
-    def renew_credentials(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
-
-class _WrongBytesError(PersistentError):
-    """As many bytes as asked for, but not the ones in the manifest."""

@@ -20,6 +20,7 @@ from ..model.device import allow_tf32, notes
 from ..model.rnn_model import GRUDecoder, load_public_state_dict
 from ..model.train_step import TrainStep, largest_batch
 from ..model.trained_model import initial_weights
+from ..storage.retry import RetryPolicy
 from ..storage.store import open_store
 from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
 from ..streaming.stream_stats import StreamCounts
@@ -61,7 +62,8 @@ def build_run(
         log.info(sentence)
     allow_tf32(config.allow_tf32)
     log.info(f"Loading data from: {data_url.removeprefix('s3://')}")
-    store = open_store(data_url)
+    retry = RetryPolicy(config.dataset.retry_budget_seconds, config.dataset.read_timeout_seconds)
+    store = open_store(data_url, retry=retry)
     manifest = world.from_main(
         lambda: load_or_build_manifest(
             store,

@@ -28,7 +28,8 @@ from ..model.rnn_model import GRUDecoder
 from ..model.train_step import Health, StepResult, TrainStep
 from ..model.weights_file import load_verified, save_atomically, state_to_cpu, writing
 from ..scoring.decoding import DecodedSplit
-from ..streaming.dataset_s3 import BrainToTextDatasetS3, DeviceFeeder, EvaluationDatasetS3
+from ..streaming.dataset_s3 import BrainToTextDatasetS3, EvaluationDatasetS3
+from ..streaming.prefetch import Prefetcher
 from ..streaming.stream_stats import StreamCounts
 from ..streaming.trial_stream import TrialStream
 from .checkpoints import CheckpointFolder
@@ -143,7 +144,7 @@ class Run:
     train_step: TrainStep
     checkpoints: CheckpointFolder | None
     identity: dict[str, Any]
-    batches: DeviceFeeder
+    batches: Prefetcher
     interval: Interval
     resumed: bool
     next_save: float
