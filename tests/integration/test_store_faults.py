@@ -86,6 +86,7 @@ LASTING: dict[str, Callable[[Answer], Answer]] = {
     "a dropped connection": lambda a: Answer(a.status, a.body, a.headers, drop=0),
     "a cut body": lambda a: Answer(a.status, a.body, a.headers, drop=len(a.body) // 2),
     "slow down": lambda a: error(503, "SlowDown"),
+    "a portal's redirect": lambda a: Answer(302, PORTAL, {"Location": "http://127.0.0.1:9/login"}),
 }
 # An answer that is final when it comes often enough; what is said of it, then the advice.
 FINAL: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
@@ -106,11 +107,6 @@ FINAL: dict[str, tuple[Callable[[Answer], Answer], str, str]] = {
     "an archive": (archived, "is not valid for the storage class", "aws s3api restore-object"),
     "a captive portal": (
         lambda a: Answer(200, PORTAL, {"Content-Type": "text/html"}),
-        "web page instead of S3's answer",
-        "log in there",
-    ),
-    "a portal's redirect": (
-        lambda a: Answer(302, PORTAL, {"Location": "http://127.0.0.1:9/login"}),
         "web page instead of S3's answer",
         "log in there",
     ),
@@ -292,7 +288,7 @@ def test_writes_carry_the_encryption_header_and_a_policy_that_demands_it_is_name
     assert header["x-amz-server-side-encryption"] == "aws:kms"
     assert header["x-amz-server-side-encryption-aws-kms-key-id"] == KMS_KEY
     monkeypatch.setattr(s3_store, "PART_BYTES", 100)
-    server.asked.clear()
+    at(parts)
     encrypting.write("x", BODY)
     assert [r.headers.get("x-amz-server-side-encryption") for r in server.asked] == [
         "aws:kms",

@@ -74,7 +74,7 @@ class S3Clients:
         self._suitable: bool | None = None  # obstore, as far as is known
         self.renew = self._credentials.renew
 
-    def s3fs(self, retries: int = 1) -> s3fs.S3FileSystem:
+    def s3fs_client(self, retries: int = 1) -> s3fs.S3FileSystem:
         """The client that makes up to `retries` attempts at each request itself.
 
         Raises:
@@ -109,7 +109,7 @@ class S3Clients:
             limit = self._retry.attempt_seconds(length)
             with explained("read", f"{self._url}/{key}"):
                 path = f"{self._url.removeprefix('s3://')}/{key}"
-                return "", self.s3fs().cat_file(path, timeout=limit, **span)
+                return "", self.s3fs_client().cat_file(path, timeout=limit, **span)
         import obstore
 
         options: Any = {"range": (offset, offset + length)}

@@ -144,7 +144,7 @@ class S3Store:
         url = self._url_of(key)
 
         def attempt() -> T:
-            client = self._clients.s3fs(retries)
+            client = self._clients.s3fs_client(retries)
             with explained(verb, url):
                 return request(client, limit)
 

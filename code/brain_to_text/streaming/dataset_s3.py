@@ -185,7 +185,10 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **options: Unpack[BatchOptions],
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> BrainToTextDatasetS3:
         """The batches that a configuration describes."""
         return cls(
@@ -199,7 +202,9 @@ class BrainToTextDatasetS3(StreamedBatches, torch.utils.data.Dataset):
             length_groups=config.dataset.length_groups,
             limits=PrefetchLimits.from_config(config.dataset, 1 - VALIDATION_SHARE),
             feature_subset=config.dataset.feature_subset,
-            **options,
+            device=device,
+            rank=rank,
+            world_size=world_size,
         )
 
     def __len__(self) -> int:
@@ -243,7 +248,10 @@ class EvaluationDatasetS3(StreamedBatches):
         stream: TrialStream,
         trials_by_session: Sequence[Indices],
         config: TrainingConfig,
-        **options: Unpack[BatchOptions],
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> EvaluationDatasetS3:
         """Validation as a configuration describes it."""
         return cls(
@@ -252,7 +260,9 @@ class EvaluationDatasetS3(StreamedBatches):
             batch_size=config.dataset.batch_size,
             limits=PrefetchLimits.from_config(config.dataset, VALIDATION_SHARE),
             feature_subset=config.dataset.feature_subset,
-            **options,
+            device=device,
+            rank=rank,
+            world_size=world_size,
         )
 
     def __len__(self) -> int:

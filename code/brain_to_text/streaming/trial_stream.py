@@ -150,19 +150,24 @@ class TrialStream:
 
     def _finish(self, index: int, read: _Read) -> None:
         """One trial, from its first attempt to its last. Runs on a reading thread."""
+        features = self.cache.get(
+            index
+        )  # another batch's read may have ended since `submit` looked
+        error: BaseException | None = None
         try:
-            # another batch's read may have ended since `submit` looked
-            cached = self.cache.get(index)
-            features = self._load(index, read.features) if cached is None else cached
-        except BaseException as error:  # noqa: BLE001 (raised where the trial is waited for)
-            settle, outcome = read.features.set_exception, error
-        else:
-            settle, outcome = read.features.set_result, features
+            if features is None:
+                features = self._load(index, read.features)
+        except BaseException as raised:  # noqa: BLE001 (raised where the trial is waited for)
+            error = raised
         with self._lock:
             if self._under_way.get(index) is read:
                 del self._under_way[index]
-        if read.features.set_running_or_notify_cancel():
-            settle(outcome)
+        if not read.features.set_running_or_notify_cancel():
+            return
+        if features is None:
+            read.features.set_exception(error)
+        else:
+            read.features.set_result(features)
 
     def _load(self, index: int, features: Future[np.ndarray]) -> np.ndarray:
         record = self.manifest.trials[index]
