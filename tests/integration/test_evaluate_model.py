@@ -190,25 +190,6 @@ def test_an_ensemble_decodes_the_mean_of_its_members_log_probabilities(
     assert f"{rival_folder}: Left out: 3 trials of 1 sessions" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "sessions", "sentence"),
-    [
-        ({"patch_stride": 3}, SESSIONS, "model.patch_stride is 2 in"),
-        ({}, ("t15.2023.08.13",), "share no trial"),
-    ],
-)
-def test_models_that_make_no_ensemble_are_one_sentence(
-    changes, sessions, sentence, tiny_dataset, tmp_path, capsys
-):
-    write_model(tmp_path / "a", ("t15.2023.08.11",))
-    write_model(tmp_path / "b", sessions, **changes)
-    models = ("--model", tmp_path / "a", "--model", tmp_path / "b")
-    out = tmp_path / "out"
-    assert run(*models, "--data-dir", tiny_dataset.folder, "--output-dir", out) == 1
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
-    assert not out.exists() or list(out.iterdir()) == []
-
-
 # --- what is in the folder already ----------------------------------------------------------------
 
 
@@ -366,8 +347,13 @@ def test_what_cannot_be_evaluated_is_one_sentence(model_folder, tiny_dataset, tm
     args = yaml.safe_load(path.read_text())
     args["dataset"]["bad_trials_dict"] = {SESSIONS[0]: [3]}
     path.write_text(yaml.safe_dump(args))
+    write_model(tmp_path / "faster", SESSIONS, patch_stride=3)
+    write_model(tmp_path / "first", SESSIONS[:1])
+    write_model(tmp_path / "second", SESSIONS[1:2])
     data, out = ("--data-dir", tiny_dataset.folder), tmp_path / "out"
     for arguments, sentence in (
+        ((model_folder, "--model", tmp_path / "faster", *data), "model.patch_stride is 2 in"),
+        ((tmp_path / "first", "--model", tmp_path / "second", *data), "share no trial"),
         ((model_folder,), "give --s3-bucket"),
         ((tmp_path, *data), "best_checkpoint"),
         ((model_folder, *data, "--split", "test"), "no test trials"),
@@ -375,7 +361,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(model_folder, tiny_dataset, tm
     ):
         assert run("--output-dir", out, "--model", *arguments) == 1
         assert sentence in capsys.readouterr().err.splitlines()[-1]
-        assert not out.exists(), "nothing is made before the inputs are checked"
+        assert not out.exists() or not list(out.iterdir())
 
 
 # --- other results --------------------------------------------------------------------------------

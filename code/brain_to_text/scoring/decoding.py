@@ -306,11 +306,7 @@ def _best(
         nats = ctc_nll(log_probs, batch.labels, frames, batch.label_lengths, kernel)
     classes = phonemes = log_probs.argmax(-1).to(torch.int16)
     if logits.shape[-1] == N_DIPHONES:
-        if probabilities:
-            log_probs = marginalise_log_probs(log_probs)
-        else:
-            # the best phoneme needs no logarithm: sums of probabilities
-            log_probs = log_probs.exp_().unflatten(-1, (N_PHONEMES, N_PHONEMES)).sum(-2)
+        log_probs = marginalise_log_probs(log_probs)
         phonemes = log_probs.argmax(-1).to(torch.int16)
     of_phonemes = log_probs.cpu().numpy() if probabilities else None
     return _Waiting(batch.trial_indices, frames, classes, phonemes, nats, of_phonemes)
