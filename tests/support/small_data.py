@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,8 +15,12 @@ from brain_to_text.labels.diphones import LabelForm, encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.storage.store import ObjectStore
 
-from .tiny_data import LAYOUTS
-
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "contiguous": {},
+    "chunked": {"chunks": (32, 16)},
+    "gzip": {"chunks": (32, 16), "compression": "gzip", "compression_opts": 1, "shuffle": True},
+    "lzf": {"chunks": (32, 16), "compression": "lzf"},
+}
 WORDS = (
     {"we": "W IY", "you": "Y UW", "they": "DH EY"},
     {"go": "G OW", "see": "S IY", "say": "S EY", "know": "N OW"},
@@ -41,16 +47,11 @@ def small_trial(
     trial = TrialContents(f"trial_{index:04d}", session, block, index, features)
     if split == "test":
         return trial
-    labels = phonemes if form is None else encode_diphones(phonemes, form)
-    return TrialContents(
-        trial.name,
-        session,
-        block,
-        index,
-        features,
-        labels,
-        None if form is None else phonemes,
-        " ".join(chosen),
+    return replace(
+        trial,
+        class_ids=phonemes if form is None else encode_diphones(phonemes, form),
+        phoneme_ids=None if form is None else phonemes,
+        sentence=" ".join(chosen),
     )
 
 
@@ -77,16 +78,17 @@ def write_small_dataset(
     return features
 
 
-def laid_out(data: bytes, layout: str) -> bytes:
-    """The same data file with features in another of `LAYOUTS`."""
-    if layout == "contiguous":
+def laid_out(data: bytes, layout: str, dtype: str = "<f4") -> bytes:
+    """The same data file with features of another type and in another of `LAYOUTS`."""
+    if (layout, dtype) == ("contiguous", "<f4"):
         return data
     buffer = io.BytesIO(data)
     with h5py.File(buffer, "r+") as file:
         for trial in file.values():
-            features = trial["input_features"][:]
-            del trial["input_features"]
-            options = LAYOUTS[layout] | {"chunks": (32, features.shape[1])}
+            features = trial.pop("input_features")[:].astype(dtype)
+            options = dict(LAYOUTS[layout])
+            if options:
+                options["chunks"] = (32, min(16, features.shape[1]))
             trial.create_dataset("input_features", data=features, **options)
     return buffer.getvalue()
 

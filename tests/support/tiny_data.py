@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
+from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.labels.diphones import encode_diphones
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous": {},
-    "chunked": {"chunks": (32, 16)},
-    "gzip": {"chunks": (32, 16), "compression": "gzip", "compression_opts": 1, "shuffle": True},
-    "lzf": {"chunks": (32, 16), "compression": "lzf"},
-}
+from .small_data import laid_out
 
 # Settings of a decoder that fits datasets with 16 features, in both senses.
 TINY_DECODER = {
@@ -54,41 +50,20 @@ def write_dataset(
     for session in sessions:
         for split, count in (trials or {"train": 8, "val": 3}).items():
             key = f"{session}/data_{split}.hdf5"
-            path = folder / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(path, "w") as file:
-                for number in range(count):
-                    name = f"trial_{number:04d}"
-                    n_bins = int(rng.integers(*bins))
-                    features = (scale * rng.standard_normal((n_bins, n_features))).astype(dtype)
-                    _write_trial(file.create_group(name), features, session, number, layout, rng)
-                    written[f"{key}:{name}"] = features
+            made = []
+            for number in range(count):
+                name, shape = f"trial_{number:04d}", (int(rng.integers(*bins)), n_features)
+                features = (scale * rng.standard_normal(shape)).astype(dtype)
+                phonemes = rng.integers(1, 40, size=int(rng.integers(2, 6))).astype(np.int32)
+                trial = TrialContents(name, session, 1 + number // 4, number, features)
+                labels = encode_diphones(phonemes)
+                made.append(
+                    replace(trial, class_ids=labels, phoneme_ids=phonemes, sentence="hello world")
+                )
+                written[f"{key}:{name}"] = features
+            (folder / session).mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(laid_out(data_file_bytes(made), layout, dtype))
     return written
-
-
-def _write_trial(
-    group: h5py.Group,
-    features: np.ndarray,
-    session: str,
-    number: int,
-    layout: str,
-    rng: np.random.Generator,
-) -> None:
-    group.create_dataset("input_features", data=features, **LAYOUTS[layout])
-    phonemes = rng.integers(1, 40, size=int(rng.integers(2, 6))).astype(np.int32)
-    diphones = encode_diphones(phonemes)
-    for name, values in (("seq_class_ids_phoneme", phonemes), ("seq_class_ids", diphones)):
-        padded = np.zeros(500, np.int32)
-        padded[: len(values)] = values
-        group.create_dataset(name, data=padded)
-    group.create_dataset("transcription", data=np.zeros(500, np.int32))
-    group.attrs["n_time_steps"] = len(features)
-    group.attrs["seq_len"] = len(diphones)
-    group.attrs["seq_len_phoneme"] = len(phonemes)
-    group.attrs["block_num"] = 1 + number // 4
-    group.attrs["trial_num"] = number
-    group.attrs["session"] = session
-    group.attrs["sentence_label"] = "hello world"
 
 
 def append_in_turns(path: Path) -> None:

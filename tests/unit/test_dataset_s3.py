@@ -26,7 +26,8 @@ from brain_to_text.streaming.dataset_s3 import (
 from brain_to_text.streaming.prefetch import PrefetchLimits
 from brain_to_text.streaming.trial_cache import TrialCache
 from brain_to_text.streaming.trial_stream import TrialStream
-from support.tiny_data import LAYOUTS, append_in_turns, write_dataset
+from support.small_data import LAYOUTS
+from support.tiny_data import append_in_turns, write_dataset
 
 N_BATCHES = 8
 Open = Callable[..., BrainToTextDatasetS3]

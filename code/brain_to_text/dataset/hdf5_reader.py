@@ -7,6 +7,7 @@ import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +15,13 @@ import h5py
 import numpy as np
 
 from ..errors import DataError, Finding
-from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones, detect_label_form
+from ..labels.diphones import LABEL_FORMS, N_DIPHONES, decode_diphones
 from ..labels.phonemes import N_PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
 from ..storage.locations import session_and_split
 from .file_content import FileContent, content_of
 from .hdf5_values import (
-    check_stored,
     filters_of,
     open_member,
     printable,
@@ -29,6 +29,7 @@ from .hdf5_values import (
     read_number,
     read_text,
     refusing_damage,
+    stored_chunks,
     text_of,
 )
 from .hdf5_writer import TrialContents
@@ -50,7 +51,6 @@ class FileInspection:
     """
 
     key: str
-    size: int = 0
     records: list[TrialRecord] = field(default_factory=list)
     label_forms: list[str | None] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -68,7 +68,7 @@ def inspect_file(
         data: the whole file.
         look: is shown the features [T, C] of every sound trial.
     """
-    result = FileInspection(key, len(data))
+    result = FileInspection(key)
 
     def found(trial: str | None, reason: str, severity: str = "error") -> None:
         kind = "damaged" if severity == "error" else "odd"
@@ -112,15 +112,14 @@ class StoredTrial:
 
     form: of its labels, see `FileInspection`.
     odd: a line for each thing about its sentence that deserves a look.
-    runs: first byte and end of each run of its features. chunks: as `check_stored` gives them.
+    chunks: where its features lie, see `stored_chunks`.
     """
 
     group: h5py.Group
     contents: TrialContents
     form: str | None
     odd: list[str]
-    runs: list[tuple[int, int]]
-    chunks: list[Any]
+    chunks: list[list[int]]
 
 
 class DataFile:
@@ -156,8 +155,8 @@ class DataFile:
         group = open_member(self.hdf5, name)
         if not isinstance(group, h5py.Group):
             raise DataError("is not a group")
-        features, runs, chunks = _read_features(group)
-        self._take(name, runs)
+        features, chunks = _read_features(group)
+        self._take(name, chunks)
         session = read_text(group, "session")
         if session is None:
             raise DataError("attribute session is missing")
@@ -180,7 +179,7 @@ class DataFile:
             phoneme_ids=phoneme_ids,
             sentence=sentence,
         )
-        return StoredTrial(group, contents, form, odd if form else [], runs, chunks)
+        return StoredTrial(group, contents, form, odd if form else [], chunks)
 
     def read_sentence(self, name: str) -> str | None:
         """What was said in a trial; raises as `read` does."""
@@ -192,9 +191,10 @@ class DataFile:
             return True
         return "seq_class_ids" in trial and read_number(trial, "seq_len") not in (None, 0)
 
-    def _take(self, name: str, runs: Iterable[tuple[int, int]]) -> None:
+    def _take(self, name: str, chunks: Iterable[list[int]]) -> None:
         """Note where a trial's features lie; refuse bytes that another trial has already."""
-        for start, end in runs:
+        for _, _, start, length, _ in chunks:
+            end = start + length
             place = bisect_left(self._taken, (start,))
             for first, last, holder in self._taken[max(place - 1, 0) : place + 1]:
                 if first < end and start < last:
@@ -204,8 +204,8 @@ class DataFile:
             self._taken.insert(place, (start, end, name))
 
 
-def _read_features(group: h5py.Group) -> tuple[np.ndarray, list[tuple[int, int]], list[Any]]:
-    """Features [T, C] as they are stored, the runs of their bytes, and their chunks."""
+def _read_features(group: h5py.Group) -> tuple[np.ndarray, list[list[int]]]:
+    """Features [T, C] as they are stored, and where."""
     dataset = read_dataset(group, "input_features")
     if dataset.ndim != 2:
         raise DataError(f"input_features has shape {dataset.shape}, not [T, C]")
@@ -218,11 +218,7 @@ def _read_features(group: h5py.Group) -> tuple[np.ndarray, list[tuple[int, int]]
         raise DataError(
             f"attribute n_time_steps is {stated} but input_features has {len(dataset)} bins"
         )
-    chunks = check_stored(dataset, "input_features")
-    runs = [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in chunks]
-    start = None if dataset.chunks else dataset.id.get_offset()  # None for a compact layout, too
-    if start is not None:
-        runs = [(start, start + dataset.nbytes)]
+    chunks = stored_chunks(dataset)
     features = dataset[()]
     finite = np.isfinite(features)
     if not finite.all():
@@ -231,7 +227,7 @@ def _read_features(group: h5py.Group) -> tuple[np.ndarray, list[tuple[int, int]]
             f"input_features holds {int((~finite).sum()):,} NaN or infinite values, the first at "
             f"bin {row}, feature {column}"
         )
-    return features, runs, chunks
+    return features, chunks
 
 
 def _required(group: h5py.Group, name: str) -> int:
@@ -252,27 +248,25 @@ def _read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
     Raises:
         DataError: missing, impossible, or contradicting each other.
     """
-    labels = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES)
-    if "seq_class_ids_phoneme" not in group:
-        if labels.max() < N_PHONEMES:
-            return labels, labels, "phoneme"
-        for form in LABEL_FORMS:
-            try:
-                return labels, decode_diphones(labels, form), form
-            except DataError:
-                continue
+    labels, stored = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES), None
+    if "seq_class_ids_phoneme" in group:
+        stored = _sequence(group, "seq_class_ids_phoneme", "seq_len_phoneme", N_PHONEMES)
+    elif labels.max() < N_PHONEMES:
+        return labels, labels, "phoneme"
+    for form in LABEL_FORMS:
+        with suppress(DataError):
+            phonemes = decode_diphones(labels, form)
+            if stored is None or np.array_equal(phonemes, stored):
+                return labels, phonemes, form
+    if stored is None:
         raise DataError(
             f"label {labels.max()} is no phoneme (1 … {N_PHONEMES - 1}), and the labels are no "
             f"diphones of them in either form: {_ALPHABET}"
         )
-    phonemes = _sequence(group, "seq_class_ids_phoneme", "seq_len_phoneme", N_PHONEMES)
-    known = detect_label_form(labels, phonemes)
-    if known is None:
-        raise DataError(
-            f"the {len(labels)} diphone labels do not match the {len(phonemes)} phoneme labels in "
-            "either label form"
-        )
-    return labels, phonemes, known
+    raise DataError(
+        f"the {len(labels)} diphone labels do not match the {len(stored)} phoneme labels in either "
+        "label form"
+    )
 
 
 def _sequence(group: h5py.Group, name: str, length_name: str, n_classes: int) -> np.ndarray:
@@ -364,26 +358,24 @@ def _record(stored: StoredTrial, key: str, data: bytes) -> TrialRecord:
 
 def _layout(stored: StoredTrial) -> tuple[int, int, ChunkLayout | None]:
     """Offset and length of the byte span that holds the features, and how to read it."""
-    dataset = stored.group["input_features"]
-    if not stored.runs:
+    if not stored.chunks:
         raise DataError(
             "input_features is not stored as one run of bytes in this file (compact layout): "
             f"{_REWRITE}"
         )
-    offset = min(first for first, _ in stored.runs)
-    length = max(end for _, end in stored.runs) - offset
+    table = np.array(stored.chunks, np.int64)
+    offset = int(table[:, 2].min())
+    length = int((table[:, 2] + table[:, 3]).max()) - offset
+    table[:, 2] -= offset
+    dataset = stored.group["input_features"]
     if dataset.chunks is None:
         return offset, length, None
-    filters = []
-    for number, label in filters_of(dataset):
+    filters = filters_of(dataset)
+    for number, label in filters:
         if number not in HDF5_FILTERS:
             raise DataError(
                 f"input_features uses HDF5 filter {number} ({label}), which cannot be undone here: "
                 f"{_REWRITE} where it can be read"
             )
-        filters.append(HDF5_FILTERS[number])
-    table = sorted(
-        [*chunk.chunk_offset, chunk.byte_offset - offset, chunk.size, chunk.filter_mask]
-        for chunk in stored.chunks
-    )
-    return offset, length, ChunkLayout(dataset.chunks, tuple(filters), np.array(table, np.int64))
+    names = tuple(HDF5_FILTERS[number] for number, _ in filters)
+    return offset, length, ChunkLayout(dataset.chunks, names, table)

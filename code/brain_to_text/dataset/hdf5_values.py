@@ -22,9 +22,6 @@ HDF5_ERRORS = (
     *(OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError),
     *(ArithmeticError, AssertionError, MemoryError, SystemError),
 )
-# Registered numbers of the filters that the package hdf5plugin brings: bzip2, blosc, lz4,
-# bitshuffle, zfp, zstd, sz, fcidecomp, sz3, blosc2, sperr.
-_HDF5PLUGIN = {307, 32001, 32004, 32008, 32013, 32015, 32017, 32018, 32024, 32026, 32028}
 
 
 @contextmanager
@@ -127,51 +124,51 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
         raise DataError(f"dataset {name} is missing: it holds no value")
     for number, label in filters_of(dataset):
         if not h5py.h5z.filter_avail(number):
-            way = (
-                "type 'pip install hdf5plugin'"
-                if number in _HDF5PLUGIN
-                else "set HDF5_PLUGIN_PATH to the folder that has the filter"
-            )
             raise DataError(
                 f"{name} is compressed by HDF5 filter {number} ({label or 'without a name'}), which"
-                f" is not installed: {way}, then rewrite the file with 'python "
-                "code/prepare_dataset.py encode'"
+                " is not installed: type 'pip install hdf5plugin', or set HDF5_PLUGIN_PATH to the "
+                "folder that has it, then rewrite the file with 'python code/prepare_dataset.py "
+                "encode'"
             )
     return dataset
 
 
-def check_stored(dataset: h5py.Dataset, what: str) -> list[Any]:
-    """Check that every value of a dataset is really in this file, so that none is made up.
+def stored_chunks(dataset: h5py.Dataset) -> list[list[int]]:
+    """Where the values of a dataset [T, C] lie in this file, all of them, so that none is made up.
 
     HDF5 reads values that were never written, or whose file is elsewhere, as zeros.
 
     Returns:
-        the chunks as HDF5 describes them; [] for a dataset without chunks.
+        for each chunk its first row and column, first byte, bytes, and filter mask; one for a
+        dataset without chunks, none where HDF5 does not tell (compact layout).
 
     Raises:
         DataError: some values are not there.
     """
+    name = dataset.name.rpartition("/")[2]
     if dataset.is_virtual or dataset.external:
         raise DataError(
-            f"{what} lies in other files ({'virtual' if dataset.is_virtual else 'external'}): copy "
+            f"{name} lies in other files ({'virtual' if dataset.is_virtual else 'external'}): copy "
             "the values into this one where they can be read"
         )
-    chunks: list[Any] = []
     stored = dataset.id.get_storage_size()
     if dataset.chunks is not None:
+        found: list[Any] = []
+        dataset.id.chunk_iter(found.append)
         sizes = zip(dataset.shape, dataset.chunks, strict=True)
         expected = math.prod(-(-size // chunk) for size, chunk in sizes)
-        dataset.id.chunk_iter(chunks.append)
-        if len(chunks) != expected:
+        if len(found) != expected:
             raise DataError(
-                f"{what} has {len(chunks)} of its {expected} chunks: the others were never "
-                "written, so record or copy it again"
+                f"{name} has {len(found)} of its {expected} chunks: the others were never written, "
+                "so record or copy it again"
             )
-    elif not stored and dataset.nbytes:
-        raise DataError(f"{what} was never written: record or copy it again")
-    elif stored != dataset.nbytes:
-        raise DataError(f"{what} has {stored:,} of its {dataset.nbytes:,} bytes: copy it again")
-    return chunks
+        return sorted([*c.chunk_offset, c.byte_offset, c.size, c.filter_mask] for c in found)
+    if not stored and dataset.nbytes:
+        raise DataError(f"{name} was never written: record or copy it again")
+    if stored != dataset.nbytes:
+        raise DataError(f"{name} has {stored:,} of its {dataset.nbytes:,} bytes: copy it again")
+    start = dataset.id.get_offset()
+    return [] if start is None else [[0, 0, start, stored, 0]]
 
 
 def filters_of(dataset: h5py.Dataset) -> list[tuple[int, str]]:

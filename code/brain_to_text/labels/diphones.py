@@ -27,7 +27,10 @@ LABEL_FORMS: tuple[LabelForm, ...] = ("self_loop", "transition")
 def encode_diphones(
     phonemes: Iterable[int] | np.ndarray, form: LabelForm = "self_loop", closing: bool = True
 ) -> np.ndarray:
-    """Diphone class ids [2n + 1] or [n + 1] int32 of phoneme ids [n]; one less if not closing.
+    """Diphone class ids [2n + 1] or [n + 1] int32 of phoneme ids [n].
+
+    Args:
+        closing: end with pn→0; the transition form may go without.
 
     Raises:
         DataError: a phoneme id is outside 1 … 40 (a blank is no label), or the form is unknown.
@@ -37,23 +40,18 @@ def encode_diphones(
     current = np.asarray(phonemes, dtype=np.int32).reshape(-1)
     if form not in LABEL_FORMS:
         raise DataError(f"Label form '{form}' is unknown: use one of {', '.join(LABEL_FORMS)}.")
-    if not current.size:
-        return np.zeros(0, dtype=np.int32)
-    if current.min() <= BLANK or current.max() >= N_PHONEMES:
-        position = int(np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))[0])
+    outside = np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))
+    if outside.size:
         raise DataError(
-            f"Phoneme label {position} is {current[position]}, outside 1 … {N_PHONEMES - 1}."
+            f"Phoneme label {outside[0]} is {current[outside[0]]}, outside 1 … {N_PHONEMES - 1}."
         )
-    step = 2 if form == "self_loop" else 1
-    labels = np.empty(step * current.size + bool(closing), dtype=np.int32)
-    changes = labels[: step * current.size : step]
-    changes[:] = current
-    changes[1:] += N_PHONEMES * current[:-1]
+    previous = np.concatenate([[BLANK], current])
+    labels = N_PHONEMES * previous + np.append(current, BLANK)
     if form == "self_loop":
-        labels[1 : 2 * current.size : 2] = (N_PHONEMES + 1) * current
-    if closing:
-        labels[-1] = N_PHONEMES * current[-1] + BLANK
-    return labels
+        loops = (N_PHONEMES + 1) * current
+        labels = np.append(np.stack([labels[:-1], loops], axis=1), labels[-1:])
+    whole = labels if closing else labels[:-1]
+    return (whole if current.size else whole[:0]).astype(np.int32)
 
 
 def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np.ndarray:
@@ -65,36 +63,11 @@ def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np
     import numpy as np
 
     ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
-    if not ids.size:
-        return np.zeros(0, dtype=np.int32)
-    closing = bool(ids[-1] % N_PHONEMES == BLANK)
+    closing = form == "self_loop" or bool(ids.size and ids[-1] % N_PHONEMES == BLANK)
     phonemes = (ids[:-1] if closing else ids)[:: 2 if form == "self_loop" else 1] % N_PHONEMES
     if not phonemes.all() or not np.array_equal(ids, encode_diphones(phonemes, form, closing)):
         raise DataError(f"Diphone labels {ids.tolist()} are not in the {form} form.")
     return phonemes
-
-
-def detect_label_form(
-    diphones: Iterable[int] | np.ndarray, phonemes: Iterable[int] | np.ndarray
-) -> LabelForm | None:
-    """The form in which `diphones` encode exactly `phonemes`; None if they do in neither.
-
-    The self-loop form counts only when closed, so that a label cut off at the end is noticed.
-
-    Raises:
-        DataError: a phoneme id is outside 1 … 40.
-    """
-    import numpy as np
-
-    ids = np.asarray(diphones, dtype=np.int32).reshape(-1)
-    if not ids.size:
-        return None
-    if np.array_equal(ids, encode_diphones(phonemes, "self_loop")):
-        return "self_loop"
-    closed = bool(ids[-1] % N_PHONEMES == BLANK)
-    if np.array_equal(ids, encode_diphones(phonemes, "transition", closed)):
-        return "transition"
-    return None
 
 
 def collapse_to_phonemes(
