@@ -8,7 +8,7 @@ import sys
 
 from brain_to_text.command_line import require, run
 
-require("yaml", "type `pip install boto3 pyyaml`")
+require("boto3 yaml", "type `pip install boto3 pyyaml`")
 
 import argparse
 import difflib
@@ -16,7 +16,7 @@ import json
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TextIO, get_args, get_origin
 
 from brain_to_text.config_reader import resolve_key, split_overrides
 from brain_to_text.errors import BrainToTextError, ConfigError
@@ -27,7 +27,7 @@ from brain_to_text.launch.pricing import estimate
 from brain_to_text.launch.request import OUTPUT_PREFIX, JobSettings
 from brain_to_text.launch.submit import launch_training_job, preflight, prepare, submit
 from brain_to_text.launch.watch import watch
-from brain_to_text.redaction import one_line
+from brain_to_text.redaction import one_line, redact
 
 __all__ = ["launch_training_job", "main"]
 
@@ -101,17 +101,24 @@ def main(arguments: list[str] | None = None) -> int:
             return _launch(settings, options, account)
         return _existing_job(options, account)
     except BrainToTextError as error:
-        print(f"{parser.prog}: {one_line(str(error))}", file=sys.stderr)
+        _say(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+
+
+def _say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines without secrets: a service may repeat one."""
+    print(*map(one_line, lines), sep="\n", file=file, flush=True)
 
 
 def _dry_run(settings: JobSettings) -> int:
     """The request on standard output, what it would cost on standard error."""
     job = prepare(settings)
     print(json.dumps(job.request, indent=2))
-    lines = estimate(job.config, settings.instance_type, settings.instance_count).lines()
-    print(*lines, sep="\n", file=sys.stderr)
-    print("Not checked: role, image, bucket, quota (use --check)", file=sys.stderr)
+    _say(
+        *estimate(job.config, settings.instance_type, settings.instance_count).lines(),
+        "Not checked: role, image, bucket, quota (use --check)",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -119,23 +126,23 @@ def _launch(settings: JobSettings, options: argparse.Namespace, account: AwsAcco
     job = prepare(settings, account)
     if options.check or not options.skip_checks:
         report = preflight(job, account)
-        print(*report.lines(), sep="\n", file=sys.stderr)
+        _say(*report.lines(), file=sys.stderr)
         if report.of("error"):
             if not options.check:
-                print("Nothing was launched: correct the errors, or use --skip-checks.")
+                _say("Nothing was launched: correct the errors, or use --skip-checks.")
             return 1
     elif job.image_found:
-        print(job.image_found, file=sys.stderr)
+        _say(job.image_found, file=sys.stderr)
     if options.check:
         return 0
     submit(job, account)
-    print(f"Launched {job.name}; outputs go to {job.output_uri}")
+    _say(f"Launched {job.name}; outputs go to {job.output_uri}")
     if settings.debug_shell:
         target = f"sagemaker-training-job:{job.name}_algo-1"
-        print(f"A shell in it, once it runs: aws ssm start-session --target {target}")
+        _say(f"A shell in it, once it runs: aws ssm start-session --target {target}")
     if options.wait:
         return _follow(job.name, account)
-    print(f"Follow it: {COMMAND} --watch {job.name}")
+    _say(f"Follow it: {COMMAND} --watch {job.name}")
     return 0
 
 
@@ -144,23 +151,20 @@ def _existing_job(options: argparse.Namespace, account: AwsAccount) -> int:
         return _follow(options.watch, account)
     if options.describe:
         state = job_state(options.describe, account)
-        print(json.dumps(state.request, indent=2, default=str))
-        print(*state.summary(), sep="\n", file=sys.stderr)
+        print(redact(json.dumps(state.request, indent=2, default=str)))
+        _say(*state.summary(), file=sys.stderr)
     elif options.stop:
         stop_job(options.stop, account)
-        print(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
+        _say(f"Stopping {options.stop}: it saves a checkpoint and ends within two minutes.")
     elif options.release:
         release_job(options.release, account)
-        print(f"The instances that {options.release} kept warm are given back.")
+        _say(f"The instances that {options.release} kept warm are given back.")
     elif options.list:
-        print(*list_jobs(account) or ["No training jobs of this project yet."], sep="\n")
+        _say(*list_jobs(account) or ["No training jobs of this project yet."])
     else:
-        folder = Path(options.to) if options.to else JOBS_FOLDER / options.fetch
-        prefix = options.output_prefix or OUTPUT_PREFIX
-        said = fetch(
-            options.fetch, account, folder, s3_bucket=options.s3_bucket, output_prefix=prefix
-        )
-        print(*said, sep="\n")
+        name, prefix = options.fetch, options.output_prefix or OUTPUT_PREFIX
+        folder = Path(options.to) if options.to else JOBS_FOLDER / name
+        _say(*fetch(name, account, folder, s3_bucket=options.s3_bucket, output_prefix=prefix))
     return 0
 
 
@@ -168,15 +172,16 @@ def _follow(name: str, account: AwsAccount) -> int:
     try:
         state = watch(name, account)
     except KeyboardInterrupt:
-        print(
-            f"\n{name} goes on without you: come back with `{COMMAND} --watch {name}`, "
+        _say(
+            "",
+            f"{name} goes on without you: come back with `{COMMAND} --watch {name}`, "
             f"stop it with `{COMMAND} --stop {name}`.",
             file=sys.stderr,
         )
         return 130
-    print(*state.summary(), sep="\n")
+    _say(*state.summary())
     if state.status == "Completed":
-        print(f"Fetch it: {COMMAND} --fetch {name}")
+        _say(f"Fetch it: {COMMAND} --fetch {name}")
     return EXIT_CODES.get(state.status, EXIT_CODES["Failed"])
 
 

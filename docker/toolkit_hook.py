@@ -20,6 +20,7 @@ file.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import re
@@ -29,9 +30,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import gpu_check
 from sagemaker_training import environment, errors
@@ -46,6 +46,9 @@ HOST_WAIT_SECONDS = 15 * 60  # a cluster's names resolve only once every instanc
 STDERR_TAIL_LINES = 400
 FAILURE_DETAIL_LINES = 40
 
+_TRACEBACK = re.compile(
+    r"^Traceback \(most recent call last\).*\n(?: .*\n)*(?P<exception>\S.*)$", re.MULTILINE
+)
 RESERVED_BYTES = 16 * 1024  # of the output volume, for the failure text
 
 
@@ -99,65 +102,54 @@ def run(failure: FailureFile) -> None:
         processes_per_host=processes_per_host(env.num_gpus, os.environ),
     )
     log.info("Running %s", " ".join(command))
-    trainer = Trainer(command, child_env, Path(environment.code_dir))
-    return_code = trainer.run()
+    trainer = Trainer()
+    return_code = trainer.run(command, child_env)
     if return_code and (failure.path.exists() or not trainer.ended_by_the_stop(return_code)):
-        written = failure.read()
-        raise errors.ClientError(written or failure_text(trainer.stderr_tail, return_code))
+        raise errors.ClientError(failure.read() or failure_text(trainer.tail, return_code))
 
 
 # --- the process
 
 
 class Trainer:
-    """The trainer process (or torchrun and its workers), its signals and the end of its stderr."""
+    """The trainer process (or torchrun and its workers), its signals and the end of its stderr.
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
-        self._command = list(command)
-        self._env = dict(env)
-        self._cwd = cwd
+    Attributes:
+        tail: the last lines of stderr, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.tail: collections.deque[str] = collections.deque(maxlen=STDERR_TAIL_LINES)
         self._process: subprocess.Popen[bytes] | None = None
         self._stop_requested = False
-        self._tail: collections.deque[str] = collections.deque(maxlen=STDERR_TAIL_LINES)
 
-    def run(self) -> int:
+    def run(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
         """Start, forward SIGTERM and SIGINT, wait; the return code is negative for a signal."""
-        previous = {s: signal.signal(s, self._forward) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            # A process group of its own: a terminal's Ctrl-C reaches the trainer once, as SIGTERM.
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                cwd=self._cwd,
-                stderr=subprocess.PIPE,
-                process_group=0,
-            )
-            if self._stop_requested:
-                self._signal_trainers()
-            assert self._process.stderr is not None
-            copier = threading.Thread(
-                target=self._copy_stderr, args=(self._process.stderr,), daemon=True
-            )
-            copier.start()
-            return_code = self._process.wait()
-            # A helper process that outlives the trainer may hold the pipe open: do not wait for it.
-            copier.join(timeout=10)
-            return return_code
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    @property
-    def stderr_tail(self) -> list[str]:
-        """The last lines of stderr, oldest first."""
-        return list(self._tail)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        # A process group of its own: a terminal's Ctrl-C reaches the trainer once, as SIGTERM.
+        self._process = subprocess.Popen(
+            command,
+            env=variables,
+            cwd=environment.code_dir,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+        if self._stop_requested:
+            self._signal_trainers()
+        copier = threading.Thread(target=self._copy_stderr, daemon=True)
+        copier.start()
+        return_code = self._process.wait()
+        # A helper process that outlives the trainer may hold the pipe open: do not wait for it.
+        copier.join(timeout=10)
+        return return_code
 
     def ended_by_the_stop(self, return_code: int) -> bool:
         """A stop while Python still imported, or torchrun said goodbye: nothing lost or failed.
 
         torchrun turns its own SIGTERM, and that of its workers, into an exception.
         """
-        tail = "\n".join(self._tail)
+        tail = "\n".join(self.tail)
         stopped = self._stop_requested and (
             return_code == -signal.SIGTERM
             or (
@@ -180,16 +172,15 @@ class Trainer:
         # torchrun would kill its workers after a moment; they are asked themselves, and it then
         # ends by itself when the last of them has.
         for pid in torchrun_workers(self._process.pid) or [self._process.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                log.info("Process %d had already ended.", pid)
 
-    def _copy_stderr(self, stream: BinaryIO) -> None:
-        for line in stream:
+    def _copy_stderr(self) -> None:
+        assert self._process is not None and self._process.stderr is not None
+        for line in self._process.stderr:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-            self._tail.append(line.decode("utf-8", "replace").rstrip("\n"))
+            self.tail.append(line.decode("utf-8", "replace").rstrip("\n"))
 
 
 def torchrun_workers(pid: int) -> list[int]:
@@ -348,7 +339,7 @@ class FailureFile:
             log.warning("%s is left behind: %s", self._reserve, cause)
 
 
-def failure_text(stderr: Sequence[str], return_code: int) -> str:
+def failure_text(stderr: Iterable[str], return_code: int) -> str:
     """What output/failure shall say where the trainer could not: one sentence, then the cause.
 
     The sentence is the first that the trainer printed as its error, else the signal that ended it,
@@ -356,10 +347,15 @@ def failure_text(stderr: Sequence[str], return_code: int) -> str:
     """
     # torch.distributed prefixes a worker's traceback with its rank
     lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in stderr if line.strip()]
-    said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    if said:
-        return said[0]
+    for line in lines:
+        if line.startswith("ERROR: "):
+            return line.removeprefix("ERROR: ")
     detail = "\n".join(lines[-FAILURE_DETAIL_LINES:])
+    tracebacks = [
+        found
+        for found in _TRACEBACK.finditer("\n".join(lines))
+        if "ChildFailedError" not in found["exception"]  # torchrun's, which says nothing
+    ]
     if return_code == -signal.SIGKILL:
         sentence = (
             "The trainer was killed (signal 9), most likely because the machine ran out of memory: "
@@ -367,26 +363,8 @@ def failure_text(stderr: Sequence[str], return_code: int) -> str:
         )
     elif return_code < 0:
         sentence = f"The trainer was ended by {signal.Signals(-return_code).name}."
+    elif tracebacks:
+        sentence, detail = tracebacks[-1]["exception"], tracebacks[-1][0]
     else:
-        block = last_traceback(lines)
-        if block:
-            sentence, detail = block[-1], "\n".join(block)
-        else:
-            sentence = lines[-1] if lines else f"The trainer ended with exit code {return_code}."
+        sentence = lines[-1] if lines else f"The trainer ended with exit code {return_code}."
     return f"{sentence}\n\n{detail}".strip()
-
-
-def last_traceback(lines: Sequence[str]) -> list[str]:
-    """The last traceback up to its exception line; torchrun's own, which says nothing, left out."""
-    block: list[str] = []
-    best: list[str] = []
-    for line in lines:
-        if line.startswith("Traceback (most recent call last)"):
-            block = [line]
-        elif block:
-            block.append(line)
-            if not line.startswith((" ", "Traceback")):
-                if "ChildFailedError" not in line:
-                    best = block
-                block = []
-    return best

@@ -6,6 +6,7 @@ aliases, duplicates or depth -> the type its field in `config` names, within its
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -13,25 +14,19 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from .config import (
-    INT_LIMIT,
-    TrainingConfig,
-    config_keys,
-    hints_of,
-)
+from .config import INT_LIMIT, TrainingConfig, config_keys, hints_of
 from .config_checks import check_combinations
 from .errors import ConfigError, short_repr
-from .strict_yaml import read_yaml
 
 log = logging.getLogger("brain_to_text")
 MOST_BYTES = 256_000  # of a configuration file; a real one has 3,000
-
+DEEPEST = 12  # lists and mappings inside each other; a real configuration has 5
 
 # Keys that are accepted, so that existing files load, and have no effect: what to use instead, or
 # why they mean nothing here.
@@ -158,6 +153,60 @@ def split_overrides(words: Iterable[str]) -> dict[str, str]:
 # --- text to plain values -------------------------------------------------------------------------
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader whose every refusal is a YAMLError."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- as yaml declares it
+        first: [(tag, regex) for tag, regex in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {mark.line + 1} has an alias (*name): write the value out")
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"line {mark.line + 1} is nested too deeply")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+            line, value = name.start_mark.line + 1, self.construct_object(name)
+            if value in lines:  # however it is spelt: 1 and 01
+                raise yaml.YAMLError(
+                    f"{short_repr(value)} stands on line {lines[value]} and again on line {line}: "
+                    "keep one"
+                )
+            lines[value] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise yaml.YAMLError(
+                f"{short_repr(node.value)} on line {node.start_mark.line + 1} cannot be read"
+            ) from error
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or holds an alias, a key twice, or a value that cannot be
+            read; says where.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(f"it is not UTF-8: {error}") from error
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
@@ -185,10 +234,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _text_as_yaml(value: Any) -> Any:
     """What a text stands for, as far as it is YAML: hyperparameters and options are all text."""
-    if not isinstance(value, str):
-        return value
     try:
-        return read_yaml(value)
+        return read_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         return value
 
@@ -210,14 +257,12 @@ def _build(cls: Any, document: Any, prefix: str, source: str, legacy: list[str])
         if path in LEGACY_KEYS:
             _check_legacy(path, value, source)
             legacy.append(path)
-            continue
-        if name not in entries:
+        elif name not in entries:
             raise _unknown(path, source)
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, value, f"{path}.", source, legacy)
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{path}.", source, legacy)
         else:
-            values[name] = _typed(value, hint, entries[name].metadata, path, source)
+            values[name] = _setting(value, hints[name], entries[name].metadata, path, source)
     return cls(**values)
 
 
@@ -231,83 +276,85 @@ def _check_legacy(path: str, value: Any, source: str) -> None:
         )
 
 
-def _typed(value: Any, hint: Any, limits: Mapping[str, Any], path: str, source: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that says what is allowed."""
-    options = _options_of(hint)
-    if isinstance(value, str) and value.strip().lower() in ("none", "null", "~", ""):
-        value = None if type(None) in options else value
-    for option in options:
-        converted, ok = _convert(value, option)
-        if ok:
-            _check_limits(converted, limits, path, source)
-            return converted
-    raise ConfigError(
-        f"Setting '{path}'{source} is {short_repr(value)} ({_kind(value)}) but must be "
-        f"{_describe(hint)}."
-    )
+def _setting(value: Any, hint: Any, limits: Mapping[str, Any], path: str, source: str) -> Any:
+    """`value` as the type `hint` and within limits, or a ConfigError that says what is allowed."""
+    refused = f"Setting '{path}'{source} is {short_repr(value)}"
+    try:
+        typed = _typed(value, hint)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{refused} ({_kind(value)}) but must be {_describe(hint)}.") from error
+    low, high = limits.get("minimum"), limits.get("maximum")
+    for number in _numbers(typed):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{refused} but must be a finite number.")
+        if isinstance(number, int) and high is None and number > INT_LIMIT:
+            raise ConfigError(f"{refused} but must be at most {INT_LIMIT}.")
+        if (low is not None and number < low) or (high is not None and number > high):
+            allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:.10g}"
+            raise ConfigError(f"{refused} but must be {allowed}.")
+    return typed
 
 
-def _convert(value: Any, option: Any) -> tuple[Any, bool]:
-    origin = typing.get_origin(option)
-    if option is type(None):
-        return None, value is None
-    if option is str:
-        return value, isinstance(value, str)
-    if origin is Literal:
-        for choice in typing.get_args(option):
-            same_type = isinstance(value, bool) == isinstance(choice, bool)
-            if (value == choice and same_type) or str(value).lower() == str(choice).lower():
-                return choice, True
-        return None, False
-    value = _text_as_yaml(value)
-    if option is bool:
-        return value, isinstance(value, bool)
-    if option is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # hyperparameters arrive as JSON numbers
-        return value, isinstance(value, int) and not isinstance(value, bool)
-    if option is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            return None, False
-        try:
-            return float(value), True  # YAML 1.1 reads 1e-3 as text
-        except (ValueError, OverflowError):
-            return None, False
-    if origin is list and isinstance(value, (list, tuple)):
-        pairs = [_convert(v, typing.get_args(option)[0]) for v in value]
-        return [v for v, _ in pairs], all(ok for _, ok in pairs)
-    if origin is dict and isinstance(value, Mapping):
-        name_kind, value_kind = typing.get_args(option)
-        names = [_convert(name, name_kind) for name in value]
-        # {block: trial} for {block: [trial]}
-        alone = typing.get_origin(value_kind) is list
-        held = [
-            _convert([item] if alone and isinstance(item, int) else item, value_kind)
-            for item in value.values()
-        ]
-        both = {n: v for (n, _), (v, _) in zip(names, held, strict=True)}
-        once = len(both) == len(value)  # and not 1 and "1"
-        return both, once and all(ok for _, ok in [*names, *held])
-    return None, False
+def _typed(value: Any, hint: Any) -> Any:
+    """`value` as the type that `hint` names; text may be YAML.
+
+    Raises:
+        ValueError, OverflowError: it is not of that type.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(inner, key=lambda option: option is not type(None)):
+            with contextlib.suppress(ValueError, OverflowError):
+                return _typed(value, option)
+    elif hint is type(None):
+        if value is None or str(value).strip().lower() in ("none", "null", "~", ""):
+            return None
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+    elif origin is Literal:
+        for choice in inner:
+            if value == choice or str(value).lower() == str(choice).lower():
+                return choice
+    else:
+        return _plain(_text_as_yaml(value), hint)
+    raise ValueError
 
 
-def _check_limits(value: Any, limits: Mapping[str, Any], path: str, source: str) -> None:
+def _plain(value: Any, hint: Any) -> Any:
+    """As `_typed`, for a value that stands for itself: a number, true or false, a collection."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, bool):
+        if hint is bool:
+            return value
+    elif hint is int:
+        # hyperparameters arrive as JSON numbers
+        if isinstance(value, (int, float)) and value == int(value):
+            return int(value)
+    elif hint is float:
+        if isinstance(value, (int, float, str)):
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+    elif origin is list and isinstance(value, (list, tuple)):
+        return [_typed(item, inner[0]) for item in value]
+    elif origin is dict and isinstance(value, Mapping):
+        names = [_typed(name, inner[0]) for name in value]
+        if len(set(names)) == len(names):  # and not 1 and "1"
+            lists = typing.get_origin(inner[1]) is list
+            # {block: trial} for {block: [trial]}
+            items = ([v] if lists and isinstance(v, int) else v for v in value.values())
+            return {name: _typed(v, inner[1]) for name, v in zip(names, items, strict=True)}
+    raise ValueError
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in a setting."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
         for item in value:
-            _check_limits(item, limits, path, source)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    low, high = limits.get("minimum"), limits.get("maximum")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"Setting '{path}'{source} is {value} but must be a finite number.")
-    if high is None and isinstance(value, int) and value > INT_LIMIT:
-        low, high = None, INT_LIMIT
-    if (low is not None and value < low) or (high is not None and value > high):
-        ends = (f"at least {low:g}" if low is not None else "", f"at most {high}")
-        allowed = ends[low is None] if None in (low, high) else f"from {low:g} to {high:.10g}"
-        raise ConfigError(f"Setting '{path}'{source} is {short_repr(value)} but must be {allowed}.")
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 def _set_path(document: dict[str, Any], path: str, value: Any) -> None:
@@ -320,12 +367,6 @@ def _set_path(document: dict[str, Any], path: str, value: Any) -> None:
             return  # the section is no mapping: `_build` says so
         document = existing
     document[last] = value
-
-
-def _options_of(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint admits: those of a union, or itself."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -352,12 +393,11 @@ def _unknown(name: str, source: str) -> ConfigError:
 
 
 def _describe(hint: Any) -> str:
-    options = _options_of(hint)
-    if len(options) > 1:
-        return " or ".join(_describe(option) for option in options)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
     if hint is type(None):
         return "null"
-    origin = typing.get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:

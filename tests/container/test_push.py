@@ -1,8 +1,9 @@
-"""The unmodified build_and_push.sh against a registry that answers for ECR's host name, and a job
-from what it pushed.
+"""The unmodified build_and_push.sh against a registry that answers for ECR's host name.
 
-The script runs on a PATH that holds the tools it names and no Python (the AWS command line is a
-program with an interpreter of its own, named by its path); only variables say where AWS is.
+It builds a small repository of its own, whose image has one layer; jobs from the real image are in
+test_training_job.py. The script runs on a PATH that holds the tools it names and no Python (the AWS
+command line is a program with an interpreter of its own, named by its path); only variables say
+where AWS is.
 """
 
 import json
@@ -15,11 +16,10 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from support.bare_path import bare_path
-from support.container_job import BUCKET
 from support.ecr_emulation import missing_part, serve_registry
 from support.engine import docker
 
-pytestmark = [pytest.mark.docker, pytest.mark.aws, pytest.mark.slow]
+pytestmark = [pytest.mark.docker, pytest.mark.aws]
 
 TOP = Path(__file__).resolve().parents[2]
 ACCOUNT, REGION, REPOSITORY = "123456789012", "us-east-1", "pushed-by-a-test"
@@ -61,18 +61,31 @@ def ecr(aws):
     )
 
 
-def find(program):
-    found = shutil.which(program)
-    assert found, f"{program} is not installed"
-    return found
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository with the script and an image that is pushed in a moment."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name, content in {
+        "code/train.py": "print('trained')",
+        "docker/Dockerfile": "FROM scratch\nCOPY code /opt/ml/code\nCMD ['train']\n",
+        "docker/hook.py": "",
+        "docker/requirements_sagemaker.txt": "",
+        "docker/requirements_sagemaker_torch.txt": "",
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    shutil.copy(TOP / "build_and_push.sh", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def build_and_push(aws, tmp_path_factory):
+def build_and_push(aws, repository, tmp_path_factory):
     """build_and_push(*arguments, **variables): the script, as typed on a machine without Python."""
     tools = bare_path(tmp_path_factory.mktemp("tools"))
     # the AWS command line may be a Python program: it alone sees this machine's own path
-    (tools / "aws").write_text(f'#!/bin/sh\nPATH={os.environ["PATH"]} exec {find("aws")} "$@"\n')
+    command = shutil.which("aws")
+    assert command, "the AWS command line is not installed"
+    (tools / "aws").write_text(f'#!/bin/sh\nPATH={os.environ["PATH"]} exec {command} "$@"\n')
     (tools / "aws").chmod(0o755)
     folders = [tools]
     for place in os.get_exec_path():  # each docker in a folder of its own, in their order
@@ -87,7 +100,7 @@ def build_and_push(aws, tmp_path_factory):
         for name in without:
             env.pop(name, None)
         return subprocess.run(
-            [str(TOP / "build_and_push.sh"), "--cpu", "--repository", REPOSITORY, *arguments],
+            [str(repository / "build_and_push.sh"), "--repository", REPOSITORY, *arguments],
             env=env,
             capture_output=True,
             text=True,
@@ -97,33 +110,16 @@ def build_and_push(aws, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def own_image_uri():
-    """The launcher's default, put back after the test."""
-    file = TOP / ".local" / "image_uri"
-    before = file.read_text() if file.exists() else None
-    yield file
-    if before is None:
-        file.unlink(missing_ok=True)
-    else:
-        file.write_text(before)
-
-
-def test_push_skip_pull_and_train(
-    image, registry, build_and_push, ecr, own_image_uri, make_job, container_s3, tmp_path
-):
-    # the image fixture has built these layers, with whatever base this machine has
-    # (a tag by name: the revision's own may change while somebody edits the tree)
+def test_push_skip_and_pull(registry, build_and_push, repository, ecr, tmp_path):
     tag = "first"
     first = build_and_push("--tag", tag)
     assert first.returncode == 0, first.stderr
     uri = first.stdout.strip()
     host, _, name_and_digest = uri.partition("/")
     name, _, digest = name_and_digest.partition("@")
-    assert (host, name) == (registry.host, REPOSITORY)
-    assert digest.startswith("sha256:")
+    assert (host, name) == (registry.host, REPOSITORY) and digest.startswith("sha256:")
     assert f"Account {ACCOUNT}, region {REGION}" in first.stderr
-    assert own_image_uri.read_text().strip() == uri
+    assert (repository / ".local" / "image_uri").read_text().strip() == uri
 
     made = ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0]
     assert made["imageTagMutability"] == "IMMUTABLE"
@@ -137,35 +133,30 @@ def test_push_skip_pull_and_train(
     saved = Path.home() / ".docker" / "config.json"
     assert not saved.exists() or registry.host not in saved.read_text()
 
-    # the emulation learns of the push, as ECR would by itself
+    # one plain image in Docker's own format, as SageMaker takes it everywhere
     manifest = registry.manifest(REPOSITORY, tag)
     content = json.loads(manifest)
-    # one plain image in Docker's own format, as SageMaker takes it everywhere
     assert content["mediaType"] == "application/vnd.docker.distribution.manifest.v2+json"
     assert {layer["mediaType"] for layer in content["layers"]} == {
         "application/vnd.docker.image.rootfs.diff.tar.gzip"
     }
+    # the emulation learns of the push, as ECR would by itself
     ecr.put_image(
         repositoryName=REPOSITORY, imageManifest=manifest, imageTag=tag, imageDigest=digest
     )
     second = build_and_push("--tag", tag)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.strip() == uri
-    assert "nothing to build or push" in second.stderr
-    assert "Building" not in second.stderr
+    assert (second.returncode, second.stdout.strip()) == (0, uri), second.stderr
+    assert "nothing to build or push" in second.stderr and "Building" not in second.stderr
 
+    # what is pulled by the digest is what was built
+    built = docker("image", "inspect", "--format", "{{.Id}}", f"{registry.host}/{REPOSITORY}:{tag}")
     docker("rmi", "--force", f"{registry.host}/{REPOSITORY}:{tag}", uri, check=False)
-    login = tmp_path / "login"
-    docker(
-        *("--config", str(login), "login", registry.host),
-        *("--username", registry.user, "--password", registry.password),
-    )
-    docker("--config", str(login), "pull", uri)
-    result = make_job({"output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/pushed"}, image=uri).run()
-    assert result.exit_code == 0, result.log
-    logs = container_s3.root / BUCKET / "sagemaker-outputs/pushed/logs"
-    assert "Finished at step 6" in (logs / "training_log").read_text()
-    assert list((logs / "tensorboard").iterdir())
+    login = ("--config", str(tmp_path / "login"))
+    who = ("--username", registry.user, "--password", registry.password)
+    docker(*login, "login", registry.host, *who)
+    docker(*login, "pull", uri)
+    assert docker("image", "inspect", "--format", "{{.Id}}", uri) == built
+    docker("rmi", "--force", uri, check=False)
 
 
 def test_each_way_to_fail_is_one_sentence(build_and_push, ecr):

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import launch_sagemaker_job
 import pytest
-from support.aws_emulation import BUCKET, PREFIX, USER, archive, emulated_aws, ready_to_train
+from support.aws_emulation import (
+    BUCKET,
+    PREFIX,
+    USER,
+    archive,
+    assert_no_credentials,
+    emulated_aws,
+    ready_to_train,
+)
 
 pytestmark = pytest.mark.aws
 
@@ -132,6 +140,7 @@ def check(aws, tmp_path, options, **variables):
     words = [str(word) for pair in given.items() for word in pair]
     done = run(tmp_path, "launch_sagemaker_job.py", "--check", *words, **account)
     assert "Traceback" not in done.stderr and aws.sent == []
+    assert_no_credentials(done.stdout + done.stderr)
     return done
 
 

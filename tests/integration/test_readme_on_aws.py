@@ -29,6 +29,7 @@ from support.aws_emulation import (
     BUCKET,
     REGION,
     ROLE,
+    assert_no_credentials,
     emulated_aws,
     launcher_policy,
     log_in,
@@ -103,6 +104,7 @@ class Reader:
             timeout=600,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        assert_no_credentials(done.stdout + done.stderr)
         return done
 
 

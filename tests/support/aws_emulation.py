@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import threading
 import urllib.request
@@ -87,15 +88,18 @@ class EmulatedAccount:
 
     def client(self, service: str) -> Any:
         """A client of the administrator's."""
-        session = boto3.Session(
-            ADMINISTRATOR, CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=self.region
-        )
-        return session.client(service, endpoint_url=self.endpoint)
+        return self._administrator.client(service, endpoint_url=self.endpoint)
+
+    @functools.cached_property
+    def _administrator(self) -> boto3.Session:
+        secret = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+        return boto3.Session(ADMINISTRATOR, secret, region_name=self.region)
 
     @property
     def partition(self) -> str:
         """aws, aws-us-gov or aws-cn."""
-        return str(boto3.Session().get_partition_for_region(self.region))
+        start = self.region.partition("-")[0]
+        return {"cn": "aws-cn"}.get(start, "aws-us-gov" if "-gov-" in self.region else "aws")
 
     @property
     def role(self) -> str:
@@ -114,10 +118,7 @@ class EmulatedAccount:
         backend = self._iam
         name = name.rpartition("/")[2]
         owner = backend.get_user(name) if kind == "user" else backend.get_role(name)
-        texts: list[Any] = list(owner.policies.values())
-        # a stack's policies are kept as Python writes them, which YAML reads
-        documents = [yaml.safe_load(text) if isinstance(text, str) else text for text in texts]
-        return [_without_gaps(document) for document in documents]
+        return [_document(str(text)) for text in owner.policies.values()]
 
     def decision(self, arn: str, action: str, resource: str, context: dict[str, str]) -> Decision:
         """What the caller's own policies and the organisation's say; IAM's simulator stops here."""
@@ -256,9 +257,12 @@ class EmulatedAccount:
         return _json({"downloadUrl": f"{self.endpoint}/pushed-layers/{digest}"})
 
     def _sagemaker_CreateTrainingJob(self, call: Call, request: Request) -> Response | None:
+        name = call.params["TrainingJobName"]
+        if any(sent.get("TrainingJobName") == name for sent in self.sent):
+            return _json({"__type": "ResourceInUse", "message": "Names must be unique."}, 400)
         self.sent.append(dict(call.params))
         if call.params["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
-            self.warm_pools[call.params["TrainingJobName"]] = "Available"
+            self.warm_pools[name] = "Available"
         return _refused_by_the_model(call)
 
     def _sagemaker_CreateHyperParameterTuningJob(self, call: Call, request: Request):
@@ -290,14 +294,15 @@ def _quota_code(name: str) -> str:
 
 
 def _refused_by_the_model(call: Call) -> Response | None:
-    for breach in breaches(call.operation, call.params):
-        said = f"Value {breach.value!r} at {breach.path} is not {breach.rule}"
-        return _json({"__type": "ValidationException", "message": said}, 400)
-    return None
+    refused = list(breaches(call.operation, call.params))
+    return _json({"__type": "ValidationException", "message": refused[0]}, 400) if refused else None
 
 
-def _without_gaps(document: Document) -> Document:
-    """moto keeps a stack's AWS::NoValue among the statements, where the service leaves it out."""
+@functools.cache
+def _document(text: str) -> Document:
+    """A policy as moto keeps it: as JSON, or, of a stack, as Python writes it, which YAML reads."""
+    document = yaml.safe_load(text)
+    # moto keeps a stack's AWS::NoValue among the statements, where the service leaves it out
     return {**document, "Statement": [s for s in document["Statement"] if isinstance(s, dict)]}
 
 
@@ -450,6 +455,13 @@ def log_in(emulated: EmulatedAccount, monkeypatch: Any, policy: Document) -> Non
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
         emulated.account = AwsAccount(emulated.region)
     iam.put_user_policy(UserName=USER, PolicyName="launcher", PolicyDocument=json.dumps(policy))
+
+
+def assert_no_credentials(printed: str) -> None:
+    """None of the credentials in use stands in what a command printed."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if secret := os.environ.get(name):
+            assert secret not in printed, name
 
 
 def make_key(emulated: EmulatedAccount, policy: Document | None = None) -> str:

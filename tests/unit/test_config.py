@@ -30,37 +30,21 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
     assert load_config(copy) == config
 
 
-def test_diphone_config_is_the_missions_table():
-    config = load_config(CODE / "rnn_args_diphone_sagemaker.yaml")
-    assert config.dataset.n_classes == 1681
-    assert config.model.n_units == 1024
-    assert config.dataset.batch_size == 48
-    assert config.model.rnn_dropout == 0.5
-    assert config.num_training_batches == 150_000
-    assert config.lr_max == 0.004
-    assert config.weight_decay == 0.002
-
-
-def test_diphone_config_differs_from_the_phoneme_config_where_the_mission_says_and_in_its_classes():
-    pairs = changed(
-        load_config(CODE / "rnn_args_phoneme_sagemaker.yaml").to_dict(),
-        load_config(CODE / "rnn_args_diphone_sagemaker.yaml").to_dict(),
-    )
-    assert set(pairs) == {
-        "batches_per_val_step",
-        "dataset.batch_size",
-        "dataset.n_classes",
-        "lr_max",
-        "model.classifier",
-        "model.n_units",
-        "model.rnn_dropout",
-        "num_training_batches",
-        "weight_decay",
-    }
-
-
-def test_phoneme_config_is_the_default_recipe():
+def test_the_diphone_file_is_the_missions_table_and_the_phoneme_file_the_default_recipe():
     assert load_config(CODE / "rnn_args_phoneme_sagemaker.yaml") == TrainingConfig()
+    config = load_config(CODE / "rnn_args_diphone_sagemaker.yaml")
+    pairs = changed(TrainingConfig().to_dict(), config.to_dict())
+    assert {name: new for name, (_, new) in pairs.items()} == {
+        "batches_per_val_step": 1500,
+        "dataset.batch_size": 48,
+        "dataset.n_classes": 1681,
+        "lr_max": 0.004,
+        "model.classifier": "factored",
+        "model.n_units": 1024,
+        "model.rnn_dropout": 0.5,
+        "num_training_batches": 150_000,
+        "weight_decay": 0.002,
+    }
 
 
 def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
@@ -92,12 +76,7 @@ def test_public_baseline_file_loads_with_one_warning(caplog, tmp_path):
         ("seed", "3", "seed", 3),
         ("cache_gb", "auto", "dataset.cache_gb", "auto"),
         ("cache_gb", "2.5", "dataset.cache_gb", 2.5),
-        (
-            "objective.schedule",
-            "[[0.3, 1], [0.9, 0]]",
-            "objective.schedule",
-            [[0.3, 1.0], [0.9, 0.0]],
-        ),
+        ("schedule", "[[0.3, 1]]", "objective.schedule", [[0.3, 1.0]]),
     ],
 )
 def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path, expected):
@@ -111,23 +90,18 @@ def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path,
     ("overrides", "words"),
     [
         ({"n_unit": 1}, ["Unknown setting 'n_unit'", "model.n_units"]),
-        ({"dataset.bach_size": 1}, ["dataset.bach_size", "dataset.batch_size"]),
         ({"use_composite_loss": True}, ["objective.phoneme_weight", "objective.schedule"]),
-        ({"alpha_schedule_start": 0.0}, ["objective.schedule"]),
         ({"batch_size": 2, "dataset.batch_size": 3}, ["dataset.batch_size", "given twice"]),
         ({"seed": 2**32}, ["seed", "4294967296", "from 0 to 4294967295"]),
         ({"lr_max": "9" * 400}, ["lr_max", "must be a number"]),
         ({"n_units": 2**31}, ["model.n_units", "2147483647"]),
-        ({"sessions": "[2023-08-11]", "days_per_batch": "2023-08-11"}, ["whole number"]),
         ({"bad_trials_dict": "{t15: {x: [1]}}"}, ["bad_trials_dict", "block numbers"]),
-        ({"feature_subset": "[" * 500}, ["feature_subset", "list"]),
         ({"model": 5, "model.n_units": 4}, ["Unknown setting 'model'"]),
         ({"seed": 1.5}, ["seed", "1.5", "whole number"]),
         ({"use_amp": "perhaps"}, ["use_amp", "perhaps", "true or false"]),
         ({"model.n_layers": 0}, ["model.n_layers", "at least 1"]),
         ({"rnn_dropout": 1.5}, ["model.rnn_dropout", "from 0 to 0.99"]),
         ({"lr_max": ".inf"}, ["lr_max", "finite"]),
-        ({"n_classes": 42}, ["dataset.n_classes", "41, 1681"]),
         ({"lr_scheduler_type": "step"}, ["lr_scheduler_type", "cosine, linear"]),
         ({"sessions": "[a, a]"}, ["lists a more than once"]),
         ({"sessions": "[]"}, ["dataset.sessions is empty"]),
@@ -147,21 +121,16 @@ def test_overrides_take_dotted_or_short_names_and_text_values(name, value, path,
         ({"schedule": "[]", "n_classes": 1681}, ["must list pairs", "[[0.3, 1.0], [0.7, 0.4]]"]),
         ({"schedule": "[0, 1]", "n_classes": 1681}, ["objective.schedule", "a list of"]),
         ({"schedule": "[[0, 1.5]]", "n_classes": 1681}, ["[0, 1.5]", "from 0 to 1"]),
-        ({"schedule": "[[0, .nan]]", "n_classes": 1681}, ["objective.schedule", "nan"]),
         ({"schedule": "[[0.5, 1], [9, 0]]", "n_classes": 1681}, ["step 60000 to step 9"]),
         (
             {"schedule": "[[0, 1], [120001, 0]]", "n_classes": 1681},
             ["step 120001", "num_training_batches = 120000"],
         ),
         ({"model.type": "transformer"}, ["model.type", "only gru", "the model is a GRU"]),
-        ({"use_wandb": True}, ["use_wandb", "only false", "TensorBoard"]),
-        ({"classifier": "shared"}, ["model.classifier", "factored, plain"]),
         ({"init_from_checkpoint": True}, ["init_checkpoint_path"]),
         ({"n_units": 300_000}, ["model.n_units 300000", "GB for weights", "no GPU has more"]),
-        ({"n_input_features": 10**6}, ["1000000 features", "no GPU has more"]),
         ({"batch_size": 3_000_000}, ["dataset.batch_size 3000000", "GB, more than 64 GPUs"]),
         ({"sessions": "[20230811]"}, ["dataset.sessions", "in quotes where they look like"]),
-        ({"bad_trials_dict": "{2023: {1: [1]}}"}, ["in quotes where they look like numbers"]),
         ({"bad_trials_dict": "{t15: {1: [1], '1': [2]}}"}, ["bad_trials_dict", "each once"]),
     ],
 )
@@ -177,9 +146,10 @@ def test_each_mistake_is_one_sentence_that_names_key_and_value(overrides, words)
     ("content", "words"),
     [
         (b"model: [", ["not valid YAML"]),
-        (b"- a\n- b\n", ["must hold keys and values"]),
+        (b"- a\n", ["must hold keys and values"]),
         (b"model: 5\n", ["'model'", "mapping of keys"]),
         (b"learning_rate: 5\n", ["Unknown setting 'learning_rate'"]),
+        (b"model.n_units: 5\n", ["written nested: model: {n_units: ...}"]),
         (b"\xff\xfe\x00", ["not valid YAML"]),
         (b"seed: 1\nlr_max: 1\nseed: 2\n", ["'seed' stands on line 1 and again on line 3"]),
         (b"a: {1: x}\nb:\n  1: x\n  01: x\n", ["1 stands on line 3 and again on line 4"]),
@@ -203,15 +173,12 @@ def test_a_missing_file_says_what_to_type():
         load_config("/nowhere/x.yaml")
 
 
-def test_a_date_is_text():
+def test_dates_are_text_and_exclusions_the_same_however_their_numbers_are_written():
     config = load_config(None, {"sessions": "[2023-08-11, 2023-08-13]"})
     assert config.dataset.sessions == ["2023-08-11", "2023-08-13"]
-
-
-def test_exclusions_are_the_same_however_their_numbers_are_written():
-    written = ("{t15: {1: [3, 4]}}", '{"t15": {"1": ["3", 4.0]}}')
-    first, second = (load_config(None, {"bad_trials_dict": text}) for text in written)
-    assert first.dataset.bad_trials_dict == second.dataset.bad_trials_dict == {"t15": {1: [3, 4]}}
+    for written in ("{t15: {1: [3, 4]}}", '{"t15": {"1": ["3", 4.0]}}'):
+        config = load_config(None, {"bad_trials_dict": written})
+        assert config.dataset.bad_trials_dict == {"t15": {1: [3, 4]}}
 
 
 def test_options_are_pairs():
@@ -273,10 +240,3 @@ def test_every_key_has_help_and_resolves_to_itself():
         if "help" in entry.metadata:
             assert entry.metadata["help"]
             assert resolve_key(path) == path
-
-
-def test_a_dotted_key_in_a_file_is_advised_to_be_nested(tmp_path) -> None:
-    path = tmp_path / "dotted.yaml"
-    path.write_text("model.n_units: 5\n")
-    with pytest.raises(ConfigError, match=r"written nested: model: \{n_units: \.\.\.\}"):
-        load_config(path)

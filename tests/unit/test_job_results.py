@@ -1,13 +1,10 @@
 """What a job left: its reason and the next step, archives unpacked without trusting them."""
 
-import gzip
 import io
 import tarfile
 
 import pytest
-from botocore.exceptions import ClientError
 from brain_to_text.errors import JobError
-from brain_to_text.launch.account import sentence
 from brain_to_text.launch.fetch import fetch, result_table, unpack
 from brain_to_text.launch.jobs import JobState
 from brain_to_text.log_lines import rows_of_log
@@ -39,53 +36,31 @@ def test_files_and_folders_arrive(tmp_path):
     assert (tmp_path / "model" / "training_log").read_bytes() == b"log"
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        ("../outside", b"x", {}),
-        ("/etc/outside", b"x", {}),
-        ("link", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
-        ("hard", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}),
-        ("device", b"", {"type": tarfile.CHRTYPE}),
-        ("training_log", b"second", {}),
-    ],
-    ids=["parent", "absolute", "symlink", "hardlink", "device", "twice"],
-)
-def test_a_dangerous_archive_writes_nothing_at_all(tmp_path, member):
-    path = archive(tmp_path / "model.tar.gz", ("training_log", b"log", {}), member)
+DANGEROUS = {
+    "parent": ("../outside", b"x", {}),
+    "absolute": ("/etc/outside", b"x", {}),
+    "symlink": ("link", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+    "hardlink": ("hard", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}),
+    "device": ("device", b"", {"type": tarfile.CHRTYPE}),
+    "large": ("large", b"1234567890", {}),
+    "twice": ("training_log", b"second", {}),
+    "truncated": ("noise", bytes(range(256)) * 500, {}),
+}
+
+
+@pytest.mark.parametrize("kind", DANGEROUS)
+def test_a_dangerous_or_damaged_archive_writes_nothing_at_all(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.fetch.MAX_BYTES", 12 if kind == "large" else 10**6)
+    path = archive(tmp_path / "model.tar.gz", ("training_log", b"log", {}), DANGEROUS[kind])
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
     inside = tmp_path / "deep" / "er"
     inside.mkdir(parents=True)
-    with pytest.raises(JobError, match="is not unpacked because") as refused:
+    with pytest.raises(JobError) as refused:
         unpack(path, inside / "model")
-    assert repr(member[0])[1:-1] in str(refused.value)
-    assert list(inside.iterdir()) == []
-    assert sorted(p.name for p in tmp_path.rglob("*outside*")) == []
-
-
-def test_a_member_of_negative_size_hides_nothing(tmp_path):
-    member = tarfile.TarInfo("back")
-    member.size = -512
-    path = tmp_path / "model.tar.gz"
-    path.write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(10240)))
-    with pytest.raises(JobError, match="'back' has a negative size"):
-        unpack(path, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("brain_to_text.launch.fetch.MAX_BYTES", 10)
-    path = archive(tmp_path / "m.tar.gz", ("a", b"123456", {}), ("b", b"123456", {}))
-    with pytest.raises(JobError, match="beyond the limit"):
-        unpack(path, tmp_path / "model")
-
-
-@pytest.mark.parametrize("keep", [0, 20, -8])
-def test_a_damaged_archive_leaves_no_half_model(tmp_path, keep):
-    path = archive(tmp_path / "m.tar.gz", ("a", bytes(range(256)) * 500, {}))
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(JobError, match="fetch it again"):
-        unpack(path, tmp_path / "model")
-    assert not (tmp_path / "model").exists() and not (tmp_path / "model.partial").exists()
+    told = "fetch it again" if kind in ("twice", "truncated") else repr(DANGEROUS[kind][0])
+    assert told in str(refused.value)
+    assert list(inside.iterdir()) == [] and not list(tmp_path.rglob("*outside*"))
 
 
 def test_the_result_table_shows_first_best_and_last():
@@ -99,9 +74,6 @@ def test_the_result_table_shows_first_best_and_last():
         " best  3,000     0.5000          1.5000",
         " last  4,500     0.6000          1.5000",
     ]
-
-
-def test_without_validation_the_table_says_so():
     assert result_table({}) == ["No validation yet; last training step -1."]
 
 
@@ -130,12 +102,6 @@ def test_every_end_has_its_reason_and_a_next_step(secondary, reason, said):
     text = " ".join(JobState("b2t-1", job).why())
     assert reason in text and "Next: " in text and said in text
     assert ("--resume-from" in text) == ("--resume-from b2t-1." in text)
-
-
-def test_a_name_that_is_taken_says_so():
-    said = {"Error": {"Code": "ResourceInUse", "Message": "Job names must be unique"}}
-    text = sentence(ClientError(said, "CreateTrainingJob"), "creating the job")
-    assert "Job names must be unique" in text and "give another --job-name" in text
 
 
 def test_a_job_that_completed_needs_no_next_step_and_an_unknown_state_is_an_end():

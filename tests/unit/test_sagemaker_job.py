@@ -1,14 +1,12 @@
 """The job request: what the user asked for, nothing secret, everything decodable."""
 
 import json
-import sys
 
 import launch_sagemaker_job
 import pytest
 import train_model_sagemaker
 from brain_to_text.config_reader import load_config
 from brain_to_text.errors import ConfigError, JobError
-from brain_to_text.launch import request_validation
 from brain_to_text.launch.request import (
     CODE_FOLDER,
     METRIC_DEFINITIONS,
@@ -19,7 +17,7 @@ from brain_to_text.launch.request import (
     new_job_name,
     training_request,
 )
-from brain_to_text.launch.request_validation import Breach
+from brain_to_text.launch.request_validation import option_of
 from brain_to_text.training.container import SageMakerEnvironment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,19 +81,12 @@ def test_the_shortest_command_makes_the_reference_job():
     }
 
 
-def test_resuming_uses_the_earlier_jobs_checkpoints():
-    made = request(resume_from="b2t-earlier")
-    assert (
-        made["CheckpointConfig"]["S3Uri"]
-        == "s3://my-bucket/sagemaker-outputs/b2t-earlier/checkpoints"
-    )
-
-
-def test_a_copied_channel_replaces_the_stream():
-    made = request(data_channel="file", s3_data_prefix="some/data/")
-    assert made["AlgorithmSpecification"]["TrainingInputMode"] == "File"
+def test_other_ways_to_start_and_to_read():
+    made = request(resume_from="b2t-earlier", data_channel="file", s3_data_prefix="some/data/")
+    states = "s3://my-bucket/sagemaker-outputs/b2t-earlier/checkpoints"
+    assert made["CheckpointConfig"]["S3Uri"] == states
     (channel,) = made["InputDataConfig"]
-    assert channel["InputMode"] == "File"
+    assert channel["InputMode"] == made["AlgorithmSpecification"]["TrainingInputMode"] == "File"
     assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://my-bucket/some/data/"
     assert made["HyperParameters"]["data-dir"] == "/opt/ml/input/data/training"
 
@@ -103,8 +94,7 @@ def test_a_copied_channel_replaces_the_stream():
 def test_short_options_and_dotted_keys_become_the_same_hyperparameters():
     short = request(batch_size=32, num_training_batches=1000)["HyperParameters"]
     dotted = request(overrides={"dataset.batch_size": "32", "num-training-batches": "1000"})
-    assert short == dotted["HyperParameters"]
-    assert short["dataset.batch_size"] == "32"
+    assert short == dotted["HyperParameters"] and short["dataset.batch_size"] == "32"
 
 
 @pytest.mark.parametrize("kind", ["diphone_sagemaker", "phoneme_sagemaker", "smoke"])
@@ -172,7 +162,6 @@ def test_numbers_and_booleans_reach_the_program_as_python_writes_them(value):
         ({"tags": {"a*b": "1"}}, "--tag is 'a*b'"),
         ({"tags": {"project": "mine"}}, "'project' is how --list finds our jobs"),
         ({"tags": {f"t{n}": "1" for n in range(56)}}, "--tag is 57 entries long"),
-        ({"overrides": {"init_checkpoint_path": "a" * 2501}}, "2,501 characters long and"),
         ({"overrides": {"init_checkpoint_path": "a" * 2501}}, "write it into a file in code/"),
         ({"max_run_hours": float("nan")}, "--max-run-hours is nan"),
         ({"subnets": ("a_b",), "security_group_ids": ("sg-1",)}, "--subnets is 'a_b'"),
@@ -231,11 +220,10 @@ def test_every_field_of_a_request_is_blamed_on_an_option_that_exists():
         "EnableInterContainerTrafficEncryption",
     }
     for settings in (EVERYTHING, {"keep_alive_minutes": 360}):
-        for path, value in leaves(request(**settings)):
+        for path in leaves(request(**settings)):
             place = ".".join(part for part in path if isinstance(part, str))
             if not place.startswith(tuple(constants)):
-                option = Breach(path, value, "right").sentence().split()[0]
-                assert option in flags | {"configuration"}, place
+                assert option_of(path).split()[0] in flags | {"configuration"}, place
 
 
 def leaves(value, path=()):
@@ -244,7 +232,7 @@ def leaves(value, path=()):
         if isinstance(part, (dict, list)):
             yield from leaves(part, (*path, name))
         else:
-            yield (*path, name), part
+            yield (*path, name)
 
 
 @pytest.mark.parametrize("name", ["role", "image_uri", "job_name"])
@@ -264,10 +252,3 @@ def test_made_names_are_valid_and_differ(config):
     assert len(names) == 20
     assert all(JobSettings(s3_bucket="my-bucket", job_name=name) for name in names)
     assert all(len(name) <= 63 for name in names)
-
-
-def test_a_request_without_boto3_is_one_sentence(monkeypatch):
-    request_validation._model.cache_clear()
-    monkeypatch.setitem(sys.modules, "botocore.loaders", None)
-    with pytest.raises(JobError, match="needs boto3: run `pip install boto3 pyyaml`"):
-        request()

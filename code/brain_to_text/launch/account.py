@@ -1,7 +1,4 @@
-"""The AWS account a command talks to: session, region, clients, and AWS errors as sentences.
-
-boto3 is imported when a session is opened, so a dry run works without it.
-"""
+"""The AWS account a command talks to: session, region, clients, and AWS errors as sentences."""
 
 from __future__ import annotations
 
@@ -11,10 +8,15 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound
+from botocore.parsers import ResponseParserError
+
 from ..errors import JobError
 from ..storage.aws_errors import DENIED, remedy
 from ..storage.store import check_aws_variables
 
+# What a call raises that AWS refused or did not get, or that a proxy's page answered.
+NO_ANSWER = (BotoCoreError, ClientError, ResponseParserError)
 # What refusals mean to somebody at the launcher.
 _MAY_NOT = "your user may not do this: attach code/aws/launcher_policy.json"
 _REMEDIES = {
@@ -33,16 +35,13 @@ class AwsAccount:
         profile: profile of the AWS configuration files; None for the default chain.
 
     Raises:
-        JobError: no region is known, the profile does not exist, or boto3 is not installed.
+        JobError: no region is known, or the profile does not exist.
         StorageError: see `check_aws_variables`.
     """
 
     def __init__(self, region: str | None = None, profile: str | None = None) -> None:
-        try:
-            import boto3
-            from botocore.exceptions import ProfileNotFound
-        except ImportError as error:
-            raise JobError("Talking to AWS needs boto3: run `pip install boto3 pyyaml`.") from error
+        import boto3  # half a second that --help and --dry-run need not wait
+
         check_aws_variables()
         chosen = region or os.environ.get("AWS_REGION") or None
         try:
@@ -64,6 +63,18 @@ class AwsAccount:
             self._clients[key] = self.session.client(service, region_name=key[1])
         return self._clients[key]
 
+    def objects(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Every object under a prefix, as S3 lists it.
+
+        Raises:
+            ClientError: S3 refused.
+        """
+        pages = self.client("s3").get_paginator("list_objects_v2")
+        for page in pages.paginate(
+            Bucket=bucket, Prefix=prefix, OptionalObjectAttributes=["RestoreStatus"]
+        ):
+            yield from page.get("Contents", [])
+
     @property
     def dns_suffix(self) -> str:
         """What the names of AWS's hosts end in, in this region's partition."""
@@ -84,14 +95,12 @@ def error_code(error: Exception) -> str:
 
 def sentence(error: Exception, doing: str) -> str:
     """One sentence for a botocore error: what was being done, what AWS answered, what to do."""
-    code = error_code(error)
+    code, name = error_code(error), type(error).__name__
     if code:
         words = " ".join(str(error.response["Error"].get("Message", "")).split())  # type: ignore[attr-defined]
         advice = remedy(code, words) or _REMEDIES.get(code, "")
-        return f"AWS refused while {doing} ({code}: {words.rstrip('.')})" + (
-            f": {advice}." if advice else "."
-        )
-    name = type(error).__name__
+        refusal = f"AWS refused while {doing} ({code}: {words.rstrip('.')})"
+        return f"{refusal}: {advice}." if advice else f"{refusal}."
     if name in ("NoCredentialsError", "PartialCredentialsError"):
         return (
             f"No AWS credentials were found while {doing}: run `aws configure`, or set AWS_PROFILE."
@@ -105,13 +114,5 @@ def explained(doing: str) -> Iterator[None]:
     """Turn botocore's errors inside the block into a JobError of one sentence."""
     try:
         yield
-    except no_answer() as error:
+    except NO_ANSWER as error:
         raise JobError(sentence(error, doing)) from error
-
-
-def no_answer() -> tuple[type[Exception], ...]:
-    """What a call raises that AWS refused or did not get, or that a proxy's page answered."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-
-    return BotoCoreError, ClientError, ResponseParserError

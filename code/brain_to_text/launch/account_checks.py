@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from botocore.exceptions import ClientError
 
 from ..errors import Finding, JobError, error
 from ..storage.locations import DATA_FILE, MANIFEST_NAME
@@ -39,8 +41,6 @@ def check_role(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
     Raises:
         ClientError: you may not ask.
     """
-    from botocore.exceptions import ClientError
-
     if job.role is None:
         yield error(
             "role-missing",
@@ -142,14 +142,18 @@ def _keys_through_s3(
     job: JobSettings, account: AwsAccount
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(key, what S3 does with it) of outputs, manifest, one file per split, and bucket."""
-    from botocore.exceptions import ClientError
-
     if job.output_kms_key:
         yield job.output_kms_key, ("Decrypt", "Encrypt", "GenerateDataKey")
-    s3 = account.client("s3")
+    s3, prefix, seen = account.client("s3"), f"{job.s3_data_prefix.strip('/')}/", set()
     try:
-        for name in _one_of_each(s3, job.s3_bucket, f"{job.s3_data_prefix.strip('/')}/"):
-            if key := s3.head_object(Bucket=job.s3_bucket, Key=name).get("SSEKMSKeyId"):
+        for entry in account.objects(job.s3_bucket, prefix):
+            name = entry["Key"].removeprefix(prefix)
+            match = DATA_FILE.fullmatch(name)
+            kind = match["split"] if match else name
+            if kind in seen or not (match or name == MANIFEST_NAME):
+                continue
+            seen.add(kind)
+            if key := s3.head_object(Bucket=job.s3_bucket, Key=entry["Key"]).get("SSEKMSKeyId"):
                 yield key, ("Decrypt",)
     except ClientError:
         return  # the check of the data meets the same refusal, and reports it
@@ -164,22 +168,8 @@ def _keys_through_s3(
             yield key, ("Decrypt", "GenerateDataKey")
 
 
-def _one_of_each(s3: Any, bucket: str, prefix: str) -> list[str]:
-    """Keys of the manifest and of one file per split."""
-    found: dict[str, str] = {}
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for entry in page.get("Contents", []):
-            name = entry["Key"].removeprefix(prefix)
-            match = DATA_FILE.fullmatch(name)
-            if match or name == MANIFEST_NAME:
-                found.setdefault(match["split"] if match else name, entry["Key"])
-    return list(found.values())
-
-
 def _customers_key(key: str, account: AwsAccount, job: JobSettings) -> str | None:
     """ARN of a key given by ARN, id or alias; None for AWS's own `aws/s3`, which needs no right."""
-    from botocore.exceptions import ClientError
-
     try:
         about = account.client("kms").describe_key(KeyId=key)["KeyMetadata"]
     except ClientError as problem:

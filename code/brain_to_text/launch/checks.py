@@ -6,9 +6,11 @@ Each finding is one line that says what to type next. `account_checks` looks at 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
+
+from botocore.exceptions import ClientError
 
 from ..config import TrainingConfig
 from ..dataset.manifest import TrialManifest
@@ -187,8 +189,6 @@ def _code(settings: JobSettings, image: Image) -> Iterator[Finding]:
 
 def check_bucket(settings: JobSettings, account: AwsAccount) -> Iterator[Finding]:
     """Is the bucket there, open to you, and in the job's region?"""
-    from botocore.exceptions import ClientError
-
     s3, bucket = account.client("s3"), settings.s3_bucket
     try:
         answer = s3.head_bucket(Bucket=bucket)
@@ -223,39 +223,41 @@ def check_bucket(settings: JobSettings, account: AwsAccount) -> Iterator[Finding
 
 def _why_refused(s3: Any, bucket: str) -> str:
     """What S3 says to a request whose answer has a body, which HEAD's has not."""
-    from botocore.exceptions import ClientError
-
     try:
         s3.list_objects_v2(Bucket=bucket, MaxKeys=1)
     except ClientError as problem:
-        return f"{error_code(problem)}: {problem.response['Error'].get('Message', '')}".rstrip(
-            ": ."
-        )
+        answer = problem.response["Error"]
+        return f"{answer.get('Code', '')}: {answer.get('Message', '')}".rstrip(": .")
     return "403 to HeadBucket"
 
 
-def check_data(
-    settings: JobSettings, config: TrainingConfig, account: AwsAccount
-) -> Iterator[Finding]:
+def check_data(job: JobSettings, config: TrainingConfig, account: AwsAccount) -> Iterator[Finding]:
     """Is the data where the job will look, indexed, and what the configuration says it is?"""
-    s3 = account.client("s3")
-    yield from _dataset(settings, config, s3)
-    yield from _starting_points(settings, s3)
-
-
-def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Finding]:
-    prefix = job.s3_data_prefix.strip("/")
+    prefix = f"{job.s3_data_prefix.strip('/')}/"
+    listing = _listing(account.objects(job.s3_bucket, prefix), prefix)
     url = s3_url(job.s3_bucket, prefix)
-    listing = _listing(s3, job.s3_bucket, f"{prefix}/")
-    files = [match for key in listing if (match := DATA_FILE.fullmatch(key))]
-    splits = Counter(match["split"] for match in files)
-    if not files:
+    splits = Counter(match["split"] for key in listing if (match := DATA_FILE.fullmatch(key)))
+    if not splits:
         yield error(
             "data-missing",
             f"There is no SESSION/data_*.hdf5 under {url}: upload the dataset (README, step 2), or "
             f"give the --s3-data-prefix that `aws s3 ls --recursive s3://{job.s3_bucket}` shows.",
         )
-        return
+    elif archived := archived_sentence(listing, url):
+        yield error("data-archived", archived)
+    else:
+        yield from _dataset(job, listing, splits, url)
+        if splits["train"] and MANIFEST_NAME in listing:
+            key = f"{prefix}{MANIFEST_NAME}"
+            answer = account.client("s3").get_object(Bucket=job.s3_bucket, Key=key)
+            yield from _manifest(answer["Body"].read(), config, listing, url)
+    yield from _starting_points(job, account)
+
+
+def _dataset(
+    job: JobSettings, listing: Mapping[str, ObjectInfo], splits: Counter[str], url: str
+) -> Iterator[Finding]:
+    """What the names and sizes of the files tell."""
     if not splits["train"]:
         yield error("data-no-train", f"{url} has no data_train.hdf5 in any session: upload them.")
     if not splits["val"]:
@@ -264,11 +266,7 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
             f"{url} has no data_val.hdf5, so no best model can be chosen: upload validation data, "
             "or set --save_final_model true.",
         )
-    if archived := archived_sentence(listing, url):
-        yield error("data-archived", archived)
-        return
-    overlooked = not_taken_sentence(listing)
-    if overlooked:
+    if overlooked := not_taken_sentence(listing):
         yield warning("data-not-taken", f"{url}: {overlooked}.")
     size = sum(info.size for info in listing.values())
     if job.data_channel == "file" and size > 0.9 * job.volume_gb * 1e9:
@@ -281,19 +279,15 @@ def _dataset(job: JobSettings, config: TrainingConfig, s3: Any) -> Iterator[Find
     if MANIFEST_NAME not in listing:
         yield warning(
             "manifest-missing",
-            f"{url} has no {MANIFEST_NAME}, so the job must index {len(files)} files while you "
-            f"pay: run `python code/prepare_dataset.py index {url}` once.",
+            f"{url} has no {MANIFEST_NAME}, so the job must index {splits.total()} files while "
+            f"you pay: run `python code/prepare_dataset.py index {url}` once.",
         )
-    elif splits["train"]:
-        yield from _against_config(job, config, s3, listing, url)
 
 
-def _against_config(
-    job: JobSettings, config: TrainingConfig, s3: Any, listing: dict[str, Any], url: str
+def _manifest(
+    content: bytes, config: TrainingConfig, listing: Mapping[str, ObjectInfo], url: str
 ) -> Iterator[Finding]:
     """What the trainer would refuse in manifest and configuration, before the job is paid for."""
-    key = f"{job.s3_data_prefix.strip('/')}/{MANIFEST_NAME}"
-    content = s3.get_object(Bucket=job.s3_bucket, Key=key)["Body"].read()
     try:
         manifest = TrialManifest.from_bytes(content, url)
         doubtful = manifest.check_fresh(listing, url)
@@ -310,16 +304,16 @@ def _against_config(
     yield from against_config(manifest, config)
 
 
-def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
+def _starting_points(job: JobSettings, account: AwsAccount) -> Iterator[Finding]:
     states = f"{job.checkpoints_of(str(job.resume_from))}/"
-    if job.resume_from and not _listing(s3, *split_s3_url(states), everything=False):
+    if job.resume_from and not any(account.objects(*split_s3_url(states))):
         yield error(
             "resume-nothing",
             f"Job {job.resume_from} left no checkpoint under {states}: check its name (--list); "
             "where it went on from another job itself, give that one's.",
         )
     model = job.init_from_checkpoint
-    if model and not _listing(s3, *split_s3_url(model), everything=False):
+    if model and not any(account.objects(*split_s3_url(model))):
         yield error(
             "init-nothing",
             f"There is nothing at {model}: give the s3:// URL of a model.tar.gz or a "
@@ -327,22 +321,13 @@ def _starting_points(job: JobSettings, s3: Any) -> Iterator[Finding]:
         )
 
 
-def _listing(s3: Any, bucket: str, prefix: str, everything: bool = True) -> dict[str, Any]:
-    """Objects under a prefix by their key relative to it, as the store's listings."""
-    found: dict[str, Any] = {}
-    for page in s3.get_paginator("list_objects_v2").paginate(
-        Bucket=bucket, Prefix=prefix, OptionalObjectAttributes=["RestoreStatus"]
-    ):
-        for entry in page.get("Contents", []):
-            key = entry["Key"].removeprefix(prefix)
-            found[key] = ObjectInfo(
-                key,
-                int(entry["Size"]),
-                entry.get("ETag", "").strip('"'),
-                "STANDARD" if _restored(entry) else entry.get("StorageClass", ""),
-            )
-        if not everything:
-            break
+def _listing(entries: Iterable[dict[str, Any]], prefix: str) -> dict[str, ObjectInfo]:
+    """Objects by their key relative to a prefix, as the store lists them."""
+    found = {}
+    for entry in entries:
+        key = entry["Key"].removeprefix(prefix)
+        kind = "STANDARD" if _restored(entry) else entry.get("StorageClass", "")
+        found[key] = ObjectInfo(key, int(entry["Size"]), entry.get("ETag", "").strip('"'), kind)
     return found
 
 

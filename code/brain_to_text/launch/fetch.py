@@ -1,4 +1,4 @@
-"""Fetch what a job left: model and outputs, unpacked without trusting the archive."""
+"""Fetch what a job left: model and outputs, written without trusting their names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from botocore.exceptions import ClientError
 
 from ..errors import JobError
 from ..log_lines import VALIDATION_FIELDS, best_validation, rows_of_log
@@ -21,6 +23,8 @@ from .request import OUTPUT_PREFIX
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 10**9
+# a file that was found: its name and size, and what writes it to a path
+Member = tuple[tarfile.TarInfo, Callable[[Path], object]]
 
 
 def fetch(
@@ -60,27 +64,26 @@ def fetch(
     if (folder / "model").exists():
         raise JobError(f"{folder / 'model'} exists already: give another folder with --to.")
     bucket, prefix = split_s3_url(output_uri)
-    s3 = account.client("s3")
-    has_model = _unpacked(s3, bucket, f"{prefix}/output/model.tar.gz", folder / "model")
-    has_model = has_model or _copied(s3, bucket, f"{prefix}/output/model/", folder / "model")
-    _unpacked(s3, bucket, f"{prefix}/output/output.tar.gz", folder / "output")
+    s3, ended = account.client("s3"), state is not None and state.is_final
+    why = state.why() if state is not None and ended else []
+    has_model, _ = (
+        _fetched(account, bucket, f"{prefix}/output/{part}", folder / part)
+        for part in ("model", "output")
+    )
     log = folder / "model" / "training_log"
     if not log.is_file():
         log = folder / "logs" / "training_log"
         if not _downloaded(s3, bucket, f"{prefix}/logs/training_log", log) and not has_model:
-            if state is not None and state.is_final:
-                raise JobError(f"{name} left nothing under {output_uri}. {' '.join(state.why())}")
+            if ended:
+                raise JobError(f"{name} left nothing under {output_uri}. {' '.join(why)}")
             raise JobError(
                 f"There is nothing under {output_uri} yet: watch the job with --watch {name}."
             )
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [*result_table(rows_of_log(text)), f"Files: {folder}"]
-    if state is not None and state.is_final:
-        lines += state.why()
+    lines = [*result_table(rows_of_log(text)), f"Files: {folder}", *why]
     if not has_model:
-        if state is not None and state.is_final:
-            return [*lines, f"There is no model: {name} ended without one."]
-        return [*lines, f"There is no model yet; try again when {name} has ended."]
+        after = f": {name} ended without one" if ended else f" yet; try again when {name} has ended"
+        return [*lines, f"There is no model{after}."]
     lines.append(
         f"Evaluate: python code/evaluate_model.py --model {folder / 'model'} "
         f"--s3-bucket {trained_on[0]} --s3-data-prefix {trained_on[1]} --split val "
@@ -89,58 +92,95 @@ def fetch(
     return lines
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .tar.gz archive that came over the network.
+def _fetched(account: AwsAccount, bucket: str, key: str, folder: Path) -> bool:
+    """Fetch a folder of the job, which is an archive in S3, or files where it asked for that.
 
-    Only files and folders, only below `folder`, no links, no devices, no name twice, bounded number
-    and size; and all of it or nothing.
+    Returns:
+        False where there is neither.
 
     Raises:
-        JobError: the archive breaks one of these rules or is damaged; `folder` does not exist then.
+        JobError: see `unpack`, or AWS refused.
     """
-    size = 0
+    s3, prefix = account.client("s3"), f"{key}/"
+    with tempfile.TemporaryDirectory() as temporary:
+        archive = Path(temporary) / f"{folder.name}.tar.gz"
+        if _downloaded(s3, bucket, f"{key}.tar.gz", archive):
+            unpack(archive, folder)
+            return True
+    with explained(f"downloading s3://{bucket}/{prefix}"):
+        entries = [e for e in account.objects(bucket, prefix) if not e["Key"].endswith("/")]
+        if entries:
+            _write(f"s3://{bucket}/{prefix}", _objects(s3, bucket, prefix, entries), folder)
+    return bool(entries)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a .tar.gz archive: only files and folders, only below `folder`, all of it or nothing.
+
+    Raises:
+        JobError: the archive breaks a rule or is damaged; `folder` does not exist then.
+    """
     try:
-        with (
-            _all_or_nothing(folder) as partial,
-            gzip.open(archive) as stream,
-            tarfile.open(fileobj=stream, mode="r:") as tar,
-        ):
-            for number, member in enumerate(tar):
-                size += member.size
-                target = partial / member.name
-                if problem := _danger(member, target.exists(), number, size):
-                    raise JobError(
-                        f"{archive.name} is not unpacked because its member {member.name!r} "
-                        f"{problem}: this is no archive that our trainer wrote."
-                    )
-                if member.isdir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                assert source is not None  # of a plain file
-                with source, target.open("xb") as file:
-                    shutil.copyfileobj(source, file)
-            while stream.read(2**20):  # tarfile stops before gzip's checksum
-                pass
+        _write(archive.name, _archived(archive), folder)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise JobError(
             f"{archive.name} could not be unpacked into {folder} ({error}): fetch it again."
         ) from error
 
 
-def _danger(member: tarfile.TarInfo, exists: bool, number: int, size: int) -> str | None:
-    """Why this member, at this place of the archive, must not be written."""
+def _archived(archive: Path) -> Iterator[Member]:
+    def write(target: Path) -> None:
+        source = tar.extractfile(member)
+        assert source is not None  # of a plain file
+        with source, target.open("xb") as file:
+            shutil.copyfileobj(source, file)
+
+    with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            yield member, write
+        while stream.read(2**20):  # tarfile stops before gzip's checksum
+            pass
+
+
+def _objects(s3: Any, bucket: str, prefix: str, entries: list[dict[str, Any]]) -> Iterator[Member]:
+    for entry in entries:
+        member = tarfile.TarInfo(entry["Key"].removeprefix(prefix))
+        member.size = entry["Size"]
+        yield member, partial(s3.download_file, bucket, entry["Key"])
+
+
+def _write(source: str, members: Iterable[Member], folder: Path) -> None:
+    """Write members below `folder`, which takes its name when all of them are there."""
+    unfinished, size = folder.with_name(f"{folder.name}.partial"), 0
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for number, (member, write) in enumerate(members):
+            size += member.size
+            target = unfinished / member.name
+            if problem := _danger(member, number, size):
+                raise JobError(
+                    f"{source} is not fetched because its member {member.name!r} {problem}: our "
+                    "trainer writes no such thing."
+                )
+            (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+            if member.isreg():
+                write(target)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _danger(member: tarfile.TarInfo, number: int, size: int) -> str | None:
+    """Why this member, the one of that number, must not be written."""
     path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name:
         return "would be written outside the folder"
     if not (member.isreg() or member.isdir()):
         return "is a link or a device"
-    if member.size < 0:
-        return "has a negative size"
     if number >= MAX_MEMBERS or size > MAX_BYTES:
         return f"is beyond the limit of {MAX_MEMBERS:,} files or {MAX_BYTES / 1e9:.0f} GB"
-    return "occurs twice" if member.isreg() and exists else None
+    return None
 
 
 def result_table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -166,56 +206,8 @@ def result_table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     ]
 
 
-def _unpacked(s3: Any, bucket: str, key: str, folder: Path) -> bool:
-    with tempfile.TemporaryDirectory() as temporary:
-        archive = Path(temporary) / key.rsplit("/", 1)[-1]
-        if not _downloaded(s3, bucket, key, archive):
-            return False
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unpack(archive, folder)
-    return True
-
-
-def _copied(s3: Any, bucket: str, prefix: str, folder: Path) -> bool:
-    """Download what lies under a prefix, by the rules for archives; False if there is nothing.
-
-    Raises:
-        JobError: a key would be written elsewhere, there is too much, or AWS refused.
-    """
-    with explained(f"downloading s3://{bucket}/{prefix}"):
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        listed = [entry for page in pages for entry in page.get("Contents", [])]
-        objects = {e["Key"]: e["Size"] for e in listed if not e["Key"].endswith("/")}
-        if not objects:
-            return False
-        with _all_or_nothing(folder) as partial:
-            for number, key in enumerate(objects):
-                member = tarfile.TarInfo(key.removeprefix(prefix))
-                if problem := _danger(member, False, number, sum(objects.values())):
-                    raise JobError(f"s3://{bucket}/{key} is not fetched: it {problem}.")
-                target = partial / member.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                s3.download_file(bucket, key, str(target))
-    return True
-
-
-@contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends well and is removed otherwise."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _downloaded(s3: Any, bucket: str, key: str, target: Path) -> bool:
     """Download an object; False when it does not exist."""
-    from botocore.exceptions import ClientError
-
     with explained(f"downloading s3://{bucket}/{key}"):
         try:
             s3.head_object(Bucket=bucket, Key=key)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobError
-from .account import AwsAccount, no_answer
+from .account import NO_ANSWER, AwsAccount
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STACK_REPOSITORY = "brain-to-text-training"  # in code/aws/stack.yaml and build_and_push.sh
@@ -115,7 +115,7 @@ def look_at(uri: str, account: AwsAccount) -> Image:
         images = ecr.batch_get_image(**where, imageIds=[wanted])["images"]
     except ecr.exceptions.RepositoryNotFoundException:
         images = []
-    except no_answer() as error:
+    except NO_ANSWER as error:
         return Image(uri, refusal=error)
     if not images:
         return Image(uri, missing=digest or tag)
@@ -167,7 +167,7 @@ def _configuration(
         )["downloadUrl"]
         with urllib.request.urlopen(url, timeout=10) as answer:
             return dict(json.load(answer))
-    except no_answer() + (urllib.error.URLError, ValueError):
+    except (*NO_ANSWER, urllib.error.URLError, ValueError):
         return None
 
 

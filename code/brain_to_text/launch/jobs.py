@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from ..errors import JobError
 from .account import AwsAccount, error_code, explained
 from .request import PROJECT_TAG
@@ -98,8 +100,6 @@ def job_state(name: str, account: AwsAccount) -> JobState:
     Raises:
         JobError: there is no such job in this account and region, or AWS refused.
     """
-    from botocore.exceptions import ClientError
-
     with explained(f"asking about job {name}"):
         try:
             answer = account.client("sagemaker").describe_training_job(TrainingJobName=name)

@@ -9,14 +9,16 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..config import TrainingConfig
 from ..config_reader import load_config
 from ..gpus import GPUS, Gpu, exchange_seconds, step_time
-from .account import AwsAccount, no_answer
+
+if TYPE_CHECKING:
+    from .account import AwsAccount
 
 TABLE = Path(__file__).with_name("instance_types.yaml")
 REFERENCE = Path(__file__).parents[2] / "rnn_args_diphone_sagemaker.yaml"  # what was measured
@@ -193,6 +195,8 @@ def hourly_price(name: str, account: AwsAccount | None = None) -> tuple[float | 
 
 def _listed_price(name: str, account: AwsAccount) -> float | None:
     """The Price List API's answer; None when it may not be asked or knows no such product."""
+    from .account import NO_ANSWER  # which needs botocore, and a trainer's report does not
+
     filters = [
         {"Type": "TERM_MATCH", "Field": field, "Value": value}
         for field, value in (("regionCode", account.region), ("instanceName", name))
@@ -202,7 +206,7 @@ def _listed_price(name: str, account: AwsAccount) -> float | None:
         answer = account.client("pricing", "us-east-1").get_products(
             ServiceCode="AmazonSageMaker", Filters=filters
         )
-    except no_answer():
+    except NO_ANSWER:
         return None
     for text in answer.get("PriceList", []):
         product = json.loads(text) if isinstance(text, str) else text

@@ -141,7 +141,7 @@ def job_config(settings: JobSettings) -> TrainingConfig:
 
 
 def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str, Any]:
-    """The CreateTrainingJob request, held against the service's own model.
+    """The CreateTrainingJob request, checked against the service's own model.
 
     Args:
         settings: with role, image and name filled in; text in "<…>" stands for what is not known.
@@ -203,12 +203,7 @@ def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str,
     environment = _environment(settings, job_name)
     if environment:
         request["Environment"] = environment
-    refused = [
-        breach.sentence()
-        for breach in breaches("CreateTrainingJob", request)
-        if not str(breach.value).startswith("<")  # a reminder of what is not known yet
-    ]
-    if refused:
+    if refused := list(breaches("CreateTrainingJob", request)):
         raise JobError(" ".join(refused))
     return request
 

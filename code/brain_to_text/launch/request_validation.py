@@ -1,17 +1,17 @@
-"""Hold a request against the service's own model, as botocore ships it: required fields, types,
-lengths, ranges, patterns, choices. botocore itself checks only the first two before it sends.
+"""Check a request against the service's own model, as botocore ships it: what is required, lengths,
+ranges, patterns, choices. botocore itself checks only the first before it sends.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from ..errors import JobError
+from botocore.loaders import Loader
+from botocore.model import ServiceModel
 
 # Java's classes that Python lacks. A letter class inside brackets cannot be said exactly: \w adds
 # digits and the underscore, which every pattern of the API that has \p{L} admits anyway.
@@ -21,17 +21,6 @@ _CLASSES = {
     r"\p{Z}": " \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
     r"\p{Alnum}": "a-zA-Z0-9",
 }
-_TYPES: dict[str, Any] = {
-    "string": str,
-    "integer": int,
-    "long": int,
-    "boolean": bool,
-    "structure": Mapping,
-    "map": Mapping,
-    "list": Sequence,
-}
-
-
 # Which option a field of the request comes from, longest path first.
 _OPTIONS = {
     "AlgorithmSpecification.TrainingImage": "--image-uri",
@@ -61,87 +50,70 @@ _IN_IMAGE = (
     " A longer one must be in the image: write it into a file in code/, run ./build_and_push.sh, "
     "and start the job as README_SAGEMAKER.md shows for the SageMaker SDK, which names the file."
 )
+Path = tuple[str | int, ...]  # where in a request, e.g. ("Tags", 3, "Key")
 
 
-@dataclass(frozen=True)
-class Breach:
-    """One rule of the model that a value breaks.
+def breaches(operation: str, request: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every rule of SageMaker's model that `request` breaks, in its order.
 
-    Attributes:
-        path: where in the request, e.g. ("Tags", 3, "Key"); a map's own keys end in "<name>".
-        value: what stands there; None where something is missing.
-        rule: what would be right, e.g. "at most 512 characters".
+    Text in "<…>" stands for what is not known yet, and breaks none.
     """
-
-    path: tuple[str | int, ...]
-    value: Any
-    rule: str
-
-    def sentence(self) -> str:
-        """What is wrong, in terms of the option that gave the value."""
-        field = ".".join(str(part) for part in self.path if isinstance(part, str))
-        option = next(
-            (flag for name, flag in _OPTIONS.items() if f"{field}.".startswith(f"{name}.")), field
-        )
-        if option in ("--env", "configuration value") and len(self.path) > 1:
-            option = f"{option} {self.path[1]}"
-        value, rule = self.value, self.rule
-        if value is None:
-            return f"{option} is not given and SageMaker needs it."
-        if isinstance(value, (str, int)):
-            text = " ".join(str(value).split())
-            shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
-        else:
-            shown = f"{len(value)} entries long"
-        if field.endswith("InSeconds"):
-            shown, rule = f"{value:,} seconds", f"{rule} seconds"
-        if rule.startswith("one of ") and len(rule) > 200:
-            near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=3, cutoff=0.5)
-            rule = "one that this boto3 knows" + (f" (nearest: {', '.join(near)})" if near else "")
-        too_long = option.startswith("configuration value ") and rule.startswith("at most ")
-        return f"{option} is {shown} and SageMaker wants it to be {rule}.{_IN_IMAGE * too_long}"
+    model = _model().operation_model(operation)
+    for path, value, rule in _walk(model.input_shape, request, ()):
+        if not str(value).startswith("<"):
+            yield _sentence(path, value, rule)
 
 
-def breaches(operation: str, request: Mapping[str, Any]) -> Iterator[Breach]:
-    """Every rule of SageMaker's model that `request` breaks, in the order of the request."""
-    yield from _walk(_model().operation_model(operation).input_shape, request, ())
+def option_of(path: Path) -> str:
+    """The option that gave a field of CreateTrainingJob, or the field's own name."""
+    field = ".".join(part for part in path if isinstance(part, str))
+    option = next(
+        (flag for name, flag in _OPTIONS.items() if f"{field}.".startswith(f"{name}.")), field
+    )
+    if option in ("--env", "configuration value") and len(path) > 1:
+        return f"{option} {path[1]}"
+    return option
+
+
+def _sentence(path: Path, value: Any, rule: str) -> str:
+    option = option_of(path)
+    if value is None:
+        return f"{option} is not given and SageMaker needs it."
+    if str(path[-1]).endswith("InSeconds"):
+        shown, rule = f"{value:,} seconds", f"{rule} seconds"
+    elif isinstance(value, (str, int)):
+        text = " ".join(str(value).split())
+        shown = f"'{text}'" if len(text) < 80 else f"{len(text):,} characters long"
+    else:
+        shown = f"{len(value)} entries long"
+    if rule.startswith("one of ") and len(rule) > 200:
+        near = difflib.get_close_matches(str(value), rule[7:].split(", "), n=3, cutoff=0.5)
+        rule = "one that this boto3 knows" + (f" (nearest: {', '.join(near)})" if near else "")
+    too_long = option.startswith("configuration value ") and rule.startswith("at most ")
+    return f"{option} is {shown} and SageMaker wants it to be {rule}.{_IN_IMAGE * too_long}"
 
 
 @cache
-def _model() -> Any:
-    try:
-        from botocore.loaders import Loader
-        from botocore.model import ServiceModel
-    except ImportError as error:
-        raise JobError("Making a request needs boto3: run `pip install boto3 pyyaml`.") from error
-
+def _model() -> ServiceModel:
     return ServiceModel(Loader().load_service_model("sagemaker", "service-2"), "sagemaker")
 
 
-def _walk(shape: Any, value: Any, path: tuple[str | int, ...]) -> Iterator[Breach]:
+def _walk(shape: Any, value: Any, path: Path) -> Iterator[tuple[Path, Any, str]]:
+    """(path, value, what would be right) of each value that breaks a rule."""
     if value is None:
-        yield Breach(path, value, "given")
-        return
-    kind = _TYPES.get(shape.type_name)
-    if kind is not None and (
-        not isinstance(value, kind) or (kind is int and isinstance(value, bool))
-    ):
-        yield Breach(path, value, f"a {shape.type_name}")
+        yield path, value, "given"
         return
     for rule in _broken_rules(shape, value):
-        yield Breach(path, value, rule)
+        yield path, value, rule
     if shape.type_name == "structure":
-        for name, inner in (dict.fromkeys(shape.required_members) | value).items():
-            if name not in shape.members:
-                yield Breach((*path, name), inner, f"one of {', '.join(shape.members)}")
-            else:
-                yield from _walk(shape.members[name], inner, (*path, name))
+        for name in dict.fromkeys([*shape.required_members, *value]):
+            yield from _walk(shape.members[name], value.get(name), (*path, name))
     elif shape.type_name == "list":
         for number, inner in enumerate(value):
             yield from _walk(shape.member, inner, (*path, number))
     elif shape.type_name == "map":
         for name, inner in value.items():
-            yield from _walk(shape.key, name, (*path, name, "<name>"))
+            yield from _walk(shape.key, name, (*path, name))
             yield from _walk(shape.value, inner, (*path, name))
 
 
@@ -149,7 +121,7 @@ def _broken_rules(shape: Any, value: Any) -> Iterator[str]:
     rules = shape.metadata
     if "enum" in rules and value not in rules["enum"]:
         yield f"one of {', '.join(rules['enum'])}"
-    counted = value if isinstance(value, int) else len(value)
+    counted = value if isinstance(value, (int, float)) else len(value)
     unit = {"string": " characters", "list": " entries", "map": " entries"}.get(shape.type_name, "")
     if "max" in rules and counted > rules["max"]:
         yield f"at most {rules['max']:,}{unit}"

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from ..config import TrainingConfig
 from ..errors import Finding, JobError, error, note, warning
-from .account import AwsAccount, error_code, explained, no_answer, sentence
+from .account import NO_ANSWER, AwsAccount, error_code, explained, sentence
 from .account_checks import check_quota, check_role
 from .checks import check_bucket, check_data, check_image, check_machine
 from .image import Image, look_at, pushed_image
@@ -210,7 +212,7 @@ def _of(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """One group's findings; AWS falling silent in the middle is a finding, too."""
     try:
         yield from check()
-    except no_answer() as problem:
+    except NO_ANSWER as problem:
         yield warning(f"{what}-unchecked", sentence(problem, f"checking the {what}"))
     except JobError as problem:
         yield error(what, str(problem))
@@ -220,8 +222,6 @@ def role_arn(role: str | None, account: AwsAccount) -> str | None:
     """The ARN of an execution role given by ARN, by name, or not at all (the stack's role)."""
     if role is not None and _ROLE_ARN.match(role):
         return role
-    from botocore.exceptions import ClientError
-
     with explained(f"looking up the role {role or STACK_ROLE}"):
         try:
             return str(account.client("iam").get_role(RoleName=role or STACK_ROLE)["Role"]["Arn"])

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from botocore.exceptions import ClientError
+
 from ..errors import JobError
 from ..log_lines import best_validation, error_rate, read_line, total_steps
 from ..redaction import one_line
-from .account import AwsAccount, error_code, no_answer
+from .account import NO_ANSWER, AwsAccount, error_code
 from .account_checks import LOG_GROUP
 from .jobs import JobState, duration, job_state
 
@@ -29,8 +31,6 @@ def new_lines(job_name: str, account: AwsAccount, tokens: dict[str, str]) -> Ite
     Yields:
         Lines of the first host as they are, those of further hosts after the host's name.
     """
-    from botocore.exceptions import ClientError
-
     logs, prefix = account.client("logs"), f"{job_name}/"
     try:
         pages = logs.get_paginator("describe_log_streams").paginate(
@@ -88,11 +88,18 @@ def watch(
             # after the state: what was logged before the end is read before leaving
             lines = list(new_lines(name, account, tokens))
             failures = 0
-        except no_answer() + (JobError,) as error:  # the job may be perfectly well
-            failures = _missed(failures, error, name, bar)
+        except (*NO_ANSWER, JobError) as error:  # the job may be perfectly well
+            failures += 1
+            if failures == PATIENCE:
+                raise JobError(
+                    f"AWS could not be asked about {name} {PATIENCE} times in a row ({error}): the "
+                    f"job is not affected; come back with --watch {name}."
+                ) from error
+            if failures == 1:
+                print(one_line(f"Lost sight of {name} for a moment: {error}"), file=bar, flush=True)
         _redraw(bar, "")
         for started, phase, message in state.transitions[shown:]:
-            print(f"{started:%H:%M:%S} {phase}: {message}", file=out, flush=True)
+            print(one_line(f"{started:%H:%M:%S} {phase}: {message}"), file=out, flush=True)
         shown = len(state.transitions)
         for line in lines:
             progress.read(line)
@@ -150,14 +157,3 @@ def _redraw(stream: TextIO, text: str) -> None:
     if stream.isatty():
         stream.write(f"\r\x1b[K{text}")
         stream.flush()
-
-
-def _missed(failures: int, error: Exception, name: str, stream: TextIO) -> int:
-    if failures + 1 >= PATIENCE:
-        raise JobError(
-            f"AWS could not be asked about {name} {PATIENCE} times in a row ({error}): the job is "
-            f"not affected; come back with --watch {name}."
-        ) from error
-    if failures == 0:
-        print(f"Lost sight of {name} for a moment: {error}", file=stream, flush=True)
-    return failures + 1

@@ -16,13 +16,12 @@ import torch
 import yaml
 
 from ..config import TrainingConfig
-from ..config_reader import config_from_dict
+from ..config_reader import config_from_dict, read_yaml
 from ..errors import CheckpointError, StorageError, short_repr
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
 from ..storage.locations import is_s3
 from ..storage.store import gunzipped, open_store
-from ..strict_yaml import read_yaml
 from .rnn_model import GRUDecoder, load_public_state_dict, without_wrappers
 from .weights_file import load_verified
 
