@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--export-streaming",
         type=Path,
         metavar="FILE",
-        help="write the real-time decoder as TorchScript; without data, do nothing else",
+        help="write the real-time decoder as TorchScript, and evaluate nothing",
     )
     words = parser.add_argument_group(
         "words (needs docker/requirements_sagemaker_words.txt)"
@@ -114,8 +114,7 @@ def evaluate(options: argparse.Namespace) -> None:
             raise ConfigError("An ensemble has no real-time decoder: give one --model.")
         export_streaming(open_model(options.model[0]), options.export_streaming)
         print(f"The real-time decoder is in {options.export_streaming}")
-        if not options.data_dir and not options.s3_bucket:
-            return
+        return
     if options.data_dir == "":
         raise ConfigError("--data-dir is empty: give a folder or an s3:// URL.")
     if options.data_dir is None and not options.s3_bucket:

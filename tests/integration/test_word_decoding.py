@@ -20,7 +20,6 @@ pytest.importorskip(
     "kenlm", reason="optional: pip install -r docker/requirements_sagemaker_words.txt"
 )
 
-from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.dataset.synthetic import random_sentences, sentence_phonemes, vocabulary
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import N_PHONEMES, phoneme_symbols
@@ -61,8 +60,7 @@ def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> DecodedTri
 def decoders(tmp_path_factory):
     random = np.random.default_rng(0)
     training = random_sentences(600, random, size=120)
-    path = tmp_path_factory.mktemp("lm") / "lm.arpa"
-    estimate_ngrams(training).write_arpa(path)
+    path = arpa(tmp_path_factory.mktemp("lm") / "lm", training)
     lexicon, _ = lexicon_of(vocabulary(120))
     held_out = random_sentences(N_HELD_OUT, random, size=120, distinct_from=set(training))
     trials = [
@@ -118,11 +116,17 @@ def test_weights_are_tuned_on_the_other_half_or_on_other_trials(decoders, monkey
 SENTENCES = ["i see the cat", "i see the dog", "you see the cat"]
 
 
+def arpa(path, sentences=SENTENCES, written=str, order=3):
+    """A model whose words are written as `written` says."""
+    model = estimate_ngrams([" ".join(map(written, s.split())) for s in sentences], order)
+    model.write_arpa(path)
+    return path
+
+
 def test_language_model_scores_are_log10(tmp_path):
     model = estimate_ngrams(SENTENCES)
-    model.write_arpa(tmp_path / "lm.arpa")
     lexicon, _ = lexicon_of(["see", "the", "cat"])
-    decoder = WordDecoder(lexicon, tmp_path / "lm.arpa")
+    decoder = WordDecoder(lexicon, arpa(tmp_path / "lm"))
     index = decoder._dictionary.get_index("the")
     _, score = decoder._model.score(decoder._model.start(False), index)
     # no sentence begins with "the"
@@ -130,106 +134,82 @@ def test_language_model_scores_are_log10(tmp_path):
     assert score == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_words_of_a_model_are_told_by_its_content(tmp_path):
-    estimate_ngrams(SENTENCES).write_arpa(tmp_path / "lm")
-    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "lm").read_bytes()))
-    assert words_of_model(tmp_path / "packed") == words_of_model(tmp_path / "lm")
-    lexicon = tmp_path / "mine.txt"
-    lexicon.write_text("qqrx K ER K S\n")
-    empty = TrialManifest((), {}, 4, 1681, "self_loop")
-    decoder, facts = make_decoder(WordOptions(str(tmp_path / "lm"), lexicon), empty, tmp_path)
-    assert decoder.words == ["cat", "dog", "i", "qqrx", "see", "the", "you"]
-    assert facts["Words that can be decoded"] == "7"
-    assert facts["Vocabulary"] == f"6 words of the language model, and 1 of {lexicon}"
-
-
-def test_a_binary_model_is_asked_for_the_words_of_the_dictionary(tmp_path, monkeypatch):
-    path = tmp_path / "lm.bin"
-    path.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(80))
+def test_the_words_of_a_model_are_told_by_its_content(tmp_path, monkeypatch):
+    path = arpa(tmp_path / "lm", ["naïve we’ll cat3", "it's Größe кот", "Cat cat"])
+    words, foreign = words_of_model(path)
+    assert set(foreign) == {"cat3", "кот"}, "a word that loses letters is no other word"
+    assert {word: sorted(forms) for word, forms in words.items()} == {
+        "naive": ["naïve"],
+        "we'll": ["we’ll"],
+        "it's": ["it's"],
+        "grosse": ["Größe"],
+        "cat": ["Cat", "cat"],
+    }
+    packed, binary = tmp_path / "packed", tmp_path / "lm.bin"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert words_of_model(packed) == (words, foreign)
+    binary.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(80))
     with pytest.raises(DataError, match="cannot be used as a language model"):
-        check_language_model(path)  # KenLM refuses what only begins like one of its files
+        check_language_model(binary)  # KenLM refuses what only begins like one of its files
     monkeypatch.setattr("kenlm.Model", lambda _: {"cat", "dog", "zzyzzx"})
-    assert words_of_model(path) == ({"cat": ["cat"], "dog": ["dog"]}, [])
+    assert words_of_model(binary) == ({"cat": ["cat"], "dog": ["dog"]}, [])
 
 
-def test_the_words_of_training_sentences_and_a_lexicon_add_up(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "words", "vocabulary"),
+    [
+        ("lm", "cat dog i qqrx see the you", "6 words of the language model"),
+        ("training", "cat qqrx see the", "3 words of 1 training sentences"),
+    ],
+)
+def test_the_words_of_a_model_and_a_lexicon_add_up(model, words, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     manifest = manifest_of([record(split="train", sentence="See the cat!"), record(sentence="No.")])
+    arpa(tmp_path / "lm")
     lexicon = tmp_path / "mine.txt"
     lexicon.write_text("qqrx K ER K S\ncat K AE T S\n")
-    decoder, facts = make_decoder(WordOptions("training", lexicon), manifest, tmp_path)
-    assert decoder.words == ["cat", "qqrx", "see", "the"]
-    assert facts["Vocabulary"] == f"3 words of 1 training sentences, and 2 of {lexicon}"
-    assert (tmp_path / "language_model.arpa").exists()
-
-
-# --- case and alphabet ----------------------------------------------------------------------------
-
-SPOKEN = random_sentences(4, np.random.default_rng(7), size=60)
-
-
-def arpa(path, sentences, written):
-    """A model whose words are written as `written` says."""
-    model = estimate_ngrams([" ".join(map(written, s.split())) for s in sentences])
-    model.write_arpa(path)
-    return path
+    if model == "lm":
+        manifest = manifest_of([record()])
+    decoder, facts = make_decoder(WordOptions(model, lexicon), manifest, tmp_path)
+    assert decoder.words == words.split()
+    assert facts["Words that can be decoded"] == f"{len(decoder.words)}"
+    assert facts["Vocabulary"] == f"{vocabulary}, and 2 of {lexicon}"
+    assert (tmp_path / "language_model.arpa").exists() == (model == "training")
 
 
 def test_a_model_in_capitals_decodes_what_the_same_model_in_lower_case_does(tmp_path):
-    manifest = manifest_of([record(split="val", sentence=sentence) for sentence in SPOKEN])
+    spoken = random_sentences(4, np.random.default_rng(7), size=60)
+    manifest = manifest_of([record(split="val", sentence=sentence) for sentence in spoken])
     lexicon = tmp_path / "mine.txt"
-    spelled = {w: phoneme_symbols(ways[0]) for w, ways in lexicon_of(SPOKEN[0].split())[0].items()}
+    spelled = {w: phoneme_symbols(ways[0]) for w, ways in lexicon_of(spoken[0].split())[0].items()}
     lexicon.write_text("".join(f"{w.upper()} {' '.join(p)}\n" for w, p in spelled.items()))
     random = np.random.default_rng(3)
-    heard = [posteriors(sentence, random, 1.0) for sentence in SPOKEN]
-    found = {}
-    for name, written in {"lower": str.lower, "upper": str.upper, "Title": str.title}.items():
-        path = arpa(tmp_path / name, SPOKEN, written)
-        for own in (None, lexicon):
-            decoder, facts = make_decoder(WordOptions(str(path), own), manifest, tmp_path)
-            found[name, own] = [decoder.hypotheses(h, OPTIONS)[0] for h in heard]
+    heard = [posteriors(sentence, random, 1.0) for sentence in spoken]
+    for added in (None, lexicon):
+        found = []
+        for written in (str.lower, str.upper):
+            path = arpa(tmp_path / "lm", spoken, written)
+            decoder, facts = make_decoder(WordOptions(str(path), added), manifest, tmp_path)
+            found.append([decoder.hypotheses(h, OPTIONS)[0] for h in heard])
             known = facts["Words of the transcripts that can be decoded"]
             assert known.startswith("100.0 % of ")
-    assert [h.text for h in found["lower", None]] == SPOKEN
-    for own in (None, lexicon):
-        for name in ("upper", "Title"):
-            for mine, other in zip(found["lower", own], found[name, own], strict=True):
-                assert mine.text == other.text
-                assert mine.language == pytest.approx(other.language, abs=1e-4)
+        for one, other in zip(*found, strict=True):
+            assert one.text == other.text
+            assert one.language == pytest.approx(other.language, abs=1e-4)
+        assert added or [h.text for h in found[0]] == spoken
 
 
-def test_words_in_several_cases_are_each_worth_their_own_score(tmp_path):
-    sentences = ["the Cat sat", "the cat sat", "a Cat", "CAT"]
-    path = arpa(tmp_path / "mixed", sentences, str)
-    words, foreign = words_of_model(path)
-    assert sorted(words["cat"]) == ["CAT", "Cat", "cat"] and not foreign
-    decoder, _ = make_decoder(WordOptions(str(path)), manifest_of([record()]), tmp_path)
-    assert decoder.words == ["a", "cat", "sat", "the"]
-
-
-@pytest.mark.parametrize("alphabet", ["кот сидит тут", "die Größe zählt für Mädchen", "猫 が 座る"])
-def test_a_model_of_another_language_is_refused_with_its_share(alphabet, tmp_path):
-    path = arpa(tmp_path / "lm", [alphabet, alphabet], str)
+def test_a_model_of_another_language_is_refused_with_its_share(tmp_path):
     manifest = manifest_of([record(split="train", sentence="the dog is near the tree")])
-    with pytest.raises(DataError, match=r"knows 0\.0 % of 6 in train, not \(the, dog"):
-        make_decoder(WordOptions(str(path)), manifest, tmp_path)
-
-
-def test_a_word_that_loses_letters_is_no_other_word(tmp_path):
-    path = arpa(tmp_path / "lm", ["naïve we’ll cat3", "it's Größe кот"], str)
-    words, foreign = words_of_model(path)
-    assert set(foreign) == {"cat3", "кот"}
-    assert words == {
-        w: [f]
-        for w, f in zip(
-            ("naive", "we'll", "it's", "grosse"), ("naïve", "we’ll", "it's", "Größe"), strict=True
-        )
-    }
+    for alphabet in ("кот сидит тут", "die Größe zählt für Mädchen"):
+        path = arpa(tmp_path / "lm", [alphabet, alphabet])
+        with pytest.raises(DataError, match=r"knows 0\.0 % of 6 in train, not \(the, dog"):
+            make_decoder(WordOptions(str(path)), manifest, tmp_path)
 
 
 def test_words_that_sound_alike_beyond_what_the_search_holds_are_named(tmp_path):
     lexicon = {f"word{chr(97 + i)}": [(5, 6)] for i in range(8)}
-    decoder = WordDecoder(lexicon, None)
-    assert decoder.dropped == ["wordg", "wordh"]
+    assert WordDecoder(lexicon, None).dropped == ["wordg", "wordh"]
 
 
 # --- N-best lists ---------------------------------------------------------------------------------
@@ -392,7 +372,7 @@ def test_what_does_not_serve_is_one_sentence_before_anything_is_decoded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.csv").write_text("file,hypothesis,score\n")
     (tmp_path / "bad.txt").write_text("cat K QQ T\n")
-    estimate_ngrams(SENTENCES, 1).write_arpa(tmp_path / "uni.arpa")
+    arpa(tmp_path / "uni.arpa", order=1)
     arguments = ("--model", model_folder, "--data-dir", data, "--output-dir", tmp_path / "out")
     assert run(*arguments, *options.split()) == 1
     assert sentence in capsys.readouterr().err.splitlines()[-1]
