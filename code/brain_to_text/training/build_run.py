@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -193,17 +192,16 @@ def _find_state(
     state, passed_over = checkpoints.load_newest()
     for sentence in passed_over:
         log.warning(f"{sentence} The other state in that folder is used.")
-    if state is None:
-        # a run that was killed before its first state starts over; another run does not
-        plain = json.loads(json.dumps(now))
-        begun = checkpoints.begun_as()
-        if begun is not None:
-            check_identity(begun, plain, checkpoints.path, accept, log)
-            log.warning(f"{checkpoints.path} holds no state of this run: it starts over.")
-        checkpoints.begin_as(plain)
-        return None
-    check_identity(state, now, checkpoints.path, accept, log)
-    return state
+    if state is not None:
+        check_identity(state["identity"], state["step"], now, checkpoints.path, accept, log)
+        return state
+    # a run that was killed before its first state starts over; another run does not
+    begun = checkpoints.begun_as()
+    if begun is not None:
+        check_identity(begun, 0, now, checkpoints.path, accept, log)
+        log.warning(f"{checkpoints.path} holds no state of this run: it starts over.")
+    checkpoints.begin_as(now)
+    return None
 
 
 def _build_model(

@@ -7,7 +7,6 @@ later job could not make again.
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +19,12 @@ from ..model.weights_file import (
     remove_quietly,
     save_atomically,
     state_to_cpu,
-    writing,
 )
 from .log_files import lock_file
 
-BEGUN = ".run.json"
+BEGUN = ".run.pt"
 STATE_NAMES = ("state-a.pt", "state-b.pt")
-_TEMPORARY = re.compile(r"(state-\w+\.pt|best_checkpoint|step_\d+|val_logits\.pt)\.tmp")
+_TEMPORARY = re.compile(r"(state-\w\.pt|best_checkpoint|step_\d+|val_logits\.pt|\.run\.pt)\.tmp")
 
 
 class CheckpointFolder:
@@ -56,24 +54,17 @@ class CheckpointFolder:
                 remove_quietly(entry)
 
     def begun_as(self) -> dict[str, Any] | None:
-        """What a state of step 0 would hold of the run that began here; None where none did."""
-        try:
-            identity = json.loads((self.path / BEGUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return {"identity": identity, "run": {"step": 0}}
+        """The identity of the run that began here; None where none did."""
+        path = self.path / BEGUN
+        return load_verified(path) if path.exists() else None
 
     def begin_as(self, identity: dict[str, Any]) -> None:
-        """Keep what a run is, before its first state.
+        """Write down which run begins here, before its first state.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        path = self.path / BEGUN
-        with writing(path):
-            draft = path.with_name(f"{BEGUN}.tmp")
-            draft.write_text(json.dumps(identity), encoding="utf-8")
-            draft.replace(path)
+        save_atomically(identity, self.path / BEGUN)
 
     def newest(self) -> Path | None:
         """The state saved or loaded last, once the write under way is done; None before the first.

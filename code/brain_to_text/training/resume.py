@@ -139,20 +139,23 @@ def identity(config: TrainingConfig, dataset: str, world_size: int) -> dict[str,
 
 
 def check_identity(
-    saved: Mapping[str, Any], now: dict[str, Any], folder: Path, accept: bool, log: RunLog
+    before: Mapping[str, Any],
+    done: int,
+    now: Mapping[str, Any],
+    folder: Path,
+    accept: bool,
+    log: RunLog,
 ) -> None:
     """Name every difference; refuse those that change what is computed, unless accepted.
 
     Args:
-        saved: a whole state.
-        now: the `identity` of this run.
-        folder: where the state lies.
+        before, now: the `identity` of the run in `folder`, and of this one.
+        done: steps that the former has done.
 
     Raises:
         CheckpointError: it has done more steps than are asked for, or has other sessions; or
             config, dataset or code differ and changes were not accepted.
     """
-    before, done = saved["identity"], saved["run"]["step"]
     wanted = now["config"]["num_training_batches"]
     if wanted < done:
         raise CheckpointError(
