@@ -308,6 +308,7 @@ def test_diphones_are_read_in_the_form_that_the_model_was_trained_on(
         assert trial.path == collapse_to_phonemes(trial.class_hypothesis, "transition")
     left_out, doubt = summary_of(out)["remarks"]
     assert "trained on transition labels and the data has self_loop labels" in doubt
+    assert "encode SOURCE TARGET --form transition" in doubt
     assert left_out.startswith("Left out: 3 trials of 1 sessions that the model has no day layer")
     said, page = capsys.readouterr().out, (out / "report.html").read_text()
     assert doubt in said and left_out in said and left_out in page

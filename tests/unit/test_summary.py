@@ -9,12 +9,7 @@ from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.scoring.error_rates import bootstrap_interval
 from brain_to_text.scoring.evaluate import example_trials
-from brain_to_text.scoring.summary import (
-    compare,
-    describe,
-    label_form_remark,
-    summarise,
-)
+from brain_to_text.scoring.summary import compare, describe, summarise
 from support.decoded_trials import decoded, record
 
 FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
@@ -170,21 +165,6 @@ def test_the_terminal_has_every_rate_with_its_interval_and_edits():
     )
     assert [line.split(":")[0] for line in lines] == ["DER", "PER", "PER (diphone path)"]
     assert describe({"n_trials": 3}) == ["3 trials without labels: no error rates"]
-
-
-# --- label forms ----------------------------------------------------------------------------------
-
-
-def test_a_remark_names_both_forms_where_they_differ():
-    for known, data in (
-        ("self_loop", "self_loop"),
-        ("self_loop", "unlabelled"),
-        (None, "self_loop"),
-    ):
-        assert label_form_remark(known, data) is None
-    said = label_form_remark("transition", "self_loop")
-    assert said is not None and "trained on transition labels and the data has self_loop" in said
-    assert "--form transition" in said
 
 
 def test_the_worst_trials_are_shown_first_then_typical_ones():

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..dataset.indexing import load_or_build_manifest
 from ..dataset.selection import select_for_evaluation
 from ..errors import ConfigError, DataError
+from ..labels.diphones import LABEL_FORMS
 from ..model.augmentations import Augmentation
 from ..model.device import autocast_dtype
 from ..model.trained_model import ModelArtefact, open_model
@@ -25,7 +26,7 @@ from ..streaming.trial_stream import TrialStream
 from .decoding import DecodedSplit, DecodedTrial, Inference, decode, greedy_decode
 from .output_files import RESULTS, check_results, result_folder, write_results, writing_to
 from .sentences import check_words, choose_weights, make_decoder, search
-from .summary import Evaluation, compare, describe, label_form_remark
+from .summary import Evaluation, compare, describe
 from .tables import n_best_rows, rescored_sentences, submission_remark
 from .word_decoder import WordOptions
 
@@ -254,7 +255,13 @@ def run_model(
     shown = example_trials(decoded.trials)
     again = run(dataset_of([np.intersect1d(trials, shown) for trials in chosen]), keep_logits=True)
     assert again is not None and again.logits is not None
-    doubt = label_form_remark(artefact.label_form, manifest.label_form)
+    form, data_form = artefact.label_form, manifest.label_form
+    if form not in (None, data_form) and data_form in LABEL_FORMS:
+        remarks += (
+            f"WARNING: the model was trained on {form} labels and the data has {data_form} labels: "
+            f"its diphones are read as {form}, and there is no DER; for one, type 'python "
+            f"code/prepare_dataset.py encode SOURCE TARGET --form {form}'",
+        )
     return Evaluation(
         artefact,
         stream.url,
@@ -263,7 +270,7 @@ def run_model(
         decoded.trials,
         decoded.seconds,
         examples={i: again.logits[i].float().log_softmax(-1).numpy() for i in shown},
-        remarks=(*remarks, *([doubt] if doubt else [])),
+        remarks=remarks,
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..dataset.manifest import TrialManifest
 from ..errors import DataError
-from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..labels.phonemes import BLANK, PHONEMES
 from ..labels.pronunciation import normalise_text
 from ..labels.recording_blocks import corpus_of
@@ -187,22 +186,6 @@ def compare(
         },
         "metrics": metrics,
     }
-
-
-def label_form_remark(known: LabelForm | None, data: str) -> str | None:
-    """One sentence where the model's diphones and the data's are in different forms.
-
-    Args:
-        known: the model's form, where training kept it.
-        data: the manifest's.
-    """
-    if known is None or data not in LABEL_FORMS or known == data:
-        return None
-    return (
-        f"WARNING: the model was trained on {known} labels and the data has {data} labels: its "
-        "diphones are read in its own form, and there is no DER; for one, type 'python "
-        f"code/prepare_dataset.py encode SOURCE TARGET --form {known}'"
-    )
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
