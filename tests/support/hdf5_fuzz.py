@@ -82,20 +82,35 @@ def mutations(seed: int, count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+def moved(layout: int, libver: str, source: int, length: int, place: int) -> bytes:
+    """A small file, `length` of whose bytes stand at another place, too."""
+    data = bytearray(small_file(layout, libver))
+    data[place : place + length] = data[source : source + length]
+    return bytes(data)
+
+
+def hanging_file() -> bytes:
+    """A file that HDF5 does not stop reading."""
+    return moved(1, "latest", 438, 130, 3060)
+
+
+def crashing_file() -> bytes:
+    """A file on which HDF5 crashes."""
+    return moved(2, "earliest", 177, 42, 13016)
+
+
 def look_at(data: bytes) -> str:
     """What index and encode make of a file: "sound", or the first sentence about it."""
-    sentences = []
     with limited(len(data)):
         inspection = inspect_file(FILE, data)
-        sentences += [str(f) for f in inspection.findings if f.severity == "error"]
+        sentences = [str(f) for f in inspection.findings if f.severity == "error"]
         for record in inspection.records:
             span = data[record.offset : record.offset + record.length]
             assert zlib.crc32(span) == record.crc32
-        for exclude in (False, True):
-            try:
-                encoded, *_ = encode_file(FILE, data, EncodingOptions(exclude_damaged=exclude))
-                inspect_file(FILE, encoded)
-            except DataError as error:
-                sentences.append(str(error))
+        try:
+            encoded, *_ = encode_file(FILE, data, EncodingOptions(exclude_damaged=True))
+            inspect_file(FILE, encoded)
+        except DataError as error:
+            sentences.append(str(error))
     assert all(sentence.isprintable() for sentence in sentences), sentences
     return sentences[0] if sentences else "sound"
