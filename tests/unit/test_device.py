@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from brain_to_text.model import gpu_ctc, packed_gru
@@ -14,62 +12,60 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture
-def capability(monkeypatch: pytest.MonkeyPatch):
-    """capability(7, 5): CUDA devices are there, and of that compute capability."""
+def refuses(monkeypatch: pytest.MonkeyPatch):
+    """refuses("bfloat16"): a GPU on which the GRU cannot be computed in these types."""
 
-    def fake(major: int, minor: int) -> None:
-        properties = SimpleNamespace(major=major, minor=minor, name="a GPU")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        monkeypatch.setattr(packed_gru, "reason_against", lambda *_: None)
+    def fake(*refused: str) -> None:
+        bad = [getattr(torch, name) for name in refused]
+        reason = lambda dtype, _: "it fails" if dtype in bad else None  # noqa: E731
+        monkeypatch.setattr(packed_gru, "reason_against", reason)
+        monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: "Triton is not installed")
 
     return fake
 
 
 @pytest.mark.parametrize(
-    ("settings", "chip", "on_gpu", "on_cpu"),
+    ("settings", "refused", "on_gpu", "on_cpu"),
     [
-        ({}, (7, 5), torch.float16, None),  # T4: no bfloat16 units, though torch can emulate them
-        ({}, (8, 0), torch.bfloat16, None),
-        ({"amp_dtype": "bfloat16"}, (7, 5), torch.float16, torch.bfloat16),
-        ({"amp_dtype": "bfloat16"}, (9, 0), torch.bfloat16, torch.bfloat16),
-        ({"amp_dtype": "float16"}, (9, 0), torch.float16, None),
-        ({"use_amp": False, "amp_dtype": "bfloat16"}, (9, 0), None, None),
+        ({}, [], torch.bfloat16, None),
+        ({}, ["bfloat16"], torch.float16, None),
+        ({}, ["bfloat16", "float16"], None, None),
+        ({"amp_dtype": "bfloat16"}, [], torch.bfloat16, torch.bfloat16),
+        ({"amp_dtype": "bfloat16"}, ["bfloat16"], torch.float16, torch.bfloat16),
+        ({"amp_dtype": "float16"}, [], torch.float16, None),
+        ({"amp_dtype": "float16"}, ["float16"], None, None),
+        ({"use_amp": False, "amp_dtype": "bfloat16"}, [], None, None),
     ],
 )
-def test_what_was_asked_for_is_taken_where_the_chip_has_it(
-    settings, chip, on_gpu, on_cpu, capability
+def test_the_type_is_the_one_asked_for_or_the_next_that_works(
+    settings, refused, on_gpu, on_cpu, refuses
 ) -> None:
-    """Emulated, bfloat16 would have torch compute one frame at a time: 37,860 launches a step."""
-    capability(*chip)
-    assert autocast_dtype(small_config(**settings), CUDA) == on_gpu
-    assert autocast_dtype(small_config(**settings), CPU) == on_cpu
+    refuses(*refused)
+    config = small_config(**settings)
+    assert autocast_dtype(config, CUDA) == on_gpu
+    assert autocast_dtype(config, CPU) == on_cpu
+    *passed_over, ctc = notes(config, CUDA)
+    taken = str(on_gpu or torch.float32).removeprefix("torch.")
+    assert passed_over == [
+        f"{name} is not used (it fails): this run computes in {taken}" for name in refused
+    ]
+    assert ctc.endswith("which waits for the GPU: Triton is not installed")
 
 
-@pytest.mark.parametrize(
-    ("refused", "asked", "taken"),
-    [
-        (["bfloat16"], "auto", torch.float16),
-        (["bfloat16", "float16"], "auto", None),
-        (["float16"], "float16", None),
-    ],
-)
-def test_a_type_in_which_cudnn_fails_is_passed_over_with_its_reason(
-    refused: list[str], asked: str, taken: torch.dtype | None, capability, monkeypatch
-) -> None:
-    capability(9, 0)
+def test_which_ctc_runs_on_a_gpu_is_said(refuses, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses()
+    assert notes(small_config(objective__ctc_kernel="torch"), CUDA) == []
     monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: None)
-    monkeypatch.setattr(
-        packed_gru,
-        "reason_against",
-        lambda dtype, _: "CUDNN_STATUS_BAD_PARAM" if str(dtype)[6:] in refused else None,
-    )
-    config = small_config(amp_dtype=asked)
-    assert autocast_dtype(config, CUDA) == taken
-    *said, _ctc = notes(config, CUDA)
-    ending = f"(CUDNN_STATUS_BAD_PARAM): this run computes in {str(taken or torch.float32)[6:]}"
-    assert len(said) == len(refused) and all(sentence.endswith(ending) for sentence in said)
+    assert "our Triton kernel" in notes(small_config(), CUDA)[0]
+
+
+def test_bfloat16_is_refused_where_the_chip_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then torch would compute the GRU one frame at a time: 37,860 launches a step."""
+    packed_gru.reason_against.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert packed_gru.reason_against(torch.bfloat16, CUDA) == "Tesla T4 has none"
+    packed_gru.reason_against.cache_clear()
 
 
 def test_why_no_gpu_is_used_is_said_in_torchs_words(monkeypatch) -> None:
@@ -91,25 +87,9 @@ def test_a_build_without_cuda_and_a_run_on_the_cpu_are_said(monkeypatch) -> None
     assert "told to use the CPU" in notes(small_config(), CPU)[0]
 
 
-def test_what_was_changed_or_chosen_for_a_gpu_is_said_with_its_reason(
-    monkeypatch, capability
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: "Triton is not installed")
-    capability(7, 5)
-    changed, ctc = notes(small_config(amp_dtype="bfloat16"), CUDA)
-    assert changed == "Tesla T4 has no bfloat16: this run computes in float16"
-    assert ctc.endswith("which waits for the GPU: Triton is not installed")
-    monkeypatch.setattr(gpu_ctc, "reason_against", lambda _: None)
-    capability(8, 6)
-    (ctc,) = notes(small_config(amp_dtype="bfloat16"), CUDA)
-    assert "our Triton kernel" in ctc
-    assert notes(small_config(objective__ctc_kernel="torch"), CUDA) == []
-
-
-def test_mfu_is_of_the_peak_in_the_runs_own_precision(monkeypatch, capability) -> None:
+def test_mfu_is_of_the_peak_in_the_runs_precision(monkeypatch, refuses) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A10G")
-    capability(8, 6)
+    refuses()
     assert peak_flops(CUDA, small_config()) == 70e12
     assert peak_flops(CUDA, small_config(use_amp=False)) == 35e12
     assert peak_flops(CUDA, small_config(use_amp=False, allow_tf32=False)) == 31.5e12

@@ -37,10 +37,9 @@ def one_thread() -> Iterator[None]:
 def autocast_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The mixed-precision type for this run, or None for float32.
 
-    On a GPU that has no bfloat16 (before compute capability 8.0: T4) it is float16 whatever the
-    configuration says: torch would emulate bfloat16, and compute the GRU one frame at a time. A
-    type in which cuDNN's GRU fails a small check is passed over. On a CPU only an explicit
-    `bfloat16` counts: few CPUs gain from it.
+    On a GPU a type in which the GRU cannot be computed, or fails a small check, is passed over
+    whatever the configuration says: bfloat16 for float16, that for float32. On a CPU only an
+    explicit `bfloat16` counts: few CPUs gain from it.
     """
     return _precision(config, device)[0]
 
@@ -54,23 +53,15 @@ def _precision(
     if device.type != "cuda":
         return (torch.bfloat16 if config.amp_dtype == "bfloat16" else None), []
     passed_over = []
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        if name == "bfloat16" and config.amp_dtype == "float16":
+    for name in ("bfloat16", "float16"):
+        if config.amp_dtype == "float16" and name == "bfloat16":
             continue
-        if name == "bfloat16" and not has_bfloat16():
-            if config.amp_dtype == "bfloat16":
-                passed_over.append(f"{torch.cuda.get_device_name(device)} has no bfloat16")
-            continue
+        dtype = getattr(torch, name)
         reason = packed_gru.reason_against(dtype, device)
         if reason is None:
             return dtype, passed_over
-        passed_over.append(f"cuDNN's GRU cannot be used in {name} here ({reason})")
+        passed_over.append(f"{name} is not used ({reason})")
     return None, passed_over
-
-
-def has_bfloat16() -> bool:
-    """Whether the current GPU computes in bfloat16 itself."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:

@@ -17,7 +17,6 @@ from torch import _VF, nn
 GRU_MODE, WEIGHTS_PER_LAYER = 3, 4  # cuDNN's number for it; matrices and biases of a layer
 DROPOUT_STATES = 32  # some 4 MB each on an H100; a step takes one of them
 CHECK_BOUND = 0.05  # of the norm; rounding to 8 bits of mantissa gives 0.01
-FIRST_CUDNN_WITH_BFLOAT16 = 91300  # aten/src/ATen/cuda/detail/CUDAHooks.cpp, from capability 8.0 on
 
 
 def packed_gru(
@@ -85,23 +84,21 @@ def packed_gru(
 
 
 def cudnn_computes(frames: torch.Tensor) -> bool:
-    """Whether cuDNN has a GRU for this device and type: torch's own rule (`use_cudnn`, RNN.cpp)."""
+    """Whether cuDNN has a GRU for this device; `reason_against` asks whether for a type, too."""
     cudnn = torch.backends.cudnn
-    if not frames.is_cuda or not cudnn.enabled or not cudnn.is_available():
-        return False
-    if frames.dtype != torch.bfloat16:
-        return True
-    return (cudnn.version() or 0) >= FIRST_CUDNN_WITH_BFLOAT16 and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
+    return frames.is_cuda and cudnn.enabled and cudnn.is_available()
 
 
 @cache
 def reason_against(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the GRU is not computed in `dtype` on that GPU; None where it is right, there and back.
 
-    A small one is held against float32 on the CPU, once per device, which waits for it.
+    A small one is held against float32 on the CPU, once per device, which waits for it. Before
+    compute capability 8.0 (T4) torch would emulate bfloat16, and compute one frame at a time.
     """
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == torch.bfloat16 and not native:
+        return f"{torch.cuda.get_device_name(device)} has none"
     sizes = torch.tensor([6, 6, 5, 3, 1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -119,10 +116,10 @@ def reason_against(dtype: torch.dtype, device: torch.device) -> str | None:
     try:
         found = results(device, dtype)
     except RuntimeError as error:
-        return " ".join(str(error).split())[:300]
+        return f"cuDNN's GRU fails in it: {' '.join(str(error).split())[:300]}"
     difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
     if not difference < CHECK_BOUND:
-        return f"its results differ from float32's by {difference:.0%}"
+        return f"cuDNN's GRU in it differs from float32's by {difference:.0%}"
     return None
 
 
