@@ -222,13 +222,25 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"Config file {path} has more than {MOST_BYTES:,} bytes, so it is no configuration: "
             "give a YAML file with --config-file."
         )
+    return read_document(content, f"Config file {path}")
+
+
+def read_document(content: bytes, name: str) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Args:
+        name: of the file, which begins the message.
+
+    Raises:
+        ConfigError: it is not YAML, or holds something else.
+    """
     try:
         document = read_yaml(content) or {}
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"Config file {path} is not valid YAML: {reason}.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name} is not valid YAML: {reason}.") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"Config file {path} must hold keys and values, not {_kind(document)}.")
+        raise ConfigError(f"{name} must hold keys and values, not {_kind(document)}.")
     return document
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..config import TrainingConfig
-from ..config_reader import config_from_dict, read_yaml
+from ..config_reader import config_from_dict, read_document
 from ..errors import CheckpointError, StorageError, short_repr
 from ..labels.diphones import LABEL_FORMS, LabelForm
 from ..log_lines import rows_of_log
@@ -90,12 +89,12 @@ def open_model(location: str | Path) -> ModelArtefact:
     """
     location = str(location)
     files, weights, content = _read(location)
-    args = _args(files, location)
-    if args is None:
+    if "args.yaml" not in files:
         raise CheckpointError(
             f"{location} holds no checkpoint/args.yaml: keep the file that training wrote beside "
             "best_checkpoint."
         )
+    args = read_document(files["args.yaml"], f"args.yaml of {location}")
     config = config_from_dict(args, f" in args.yaml of {location}")
     sessions = _session_names(content.get("sessions") or config.dataset.sessions, location)
     if sessions is None:
@@ -143,7 +142,8 @@ def initial_weights(
     weights = without_wrappers(weights)
     listed = content.get("sessions")
     if not listed:
-        dataset = (_args(files, location) or {}).get("dataset")
+        args = read_document(files.get("args.yaml", b""), f"args.yaml of {location}")
+        dataset = args.get("dataset")
         listed = dataset.get("sessions") if isinstance(dataset, Mapping) else None
     sessions = _session_names(listed, location)
     if sessions is None:
@@ -276,26 +276,3 @@ def _no_weights(location: str, found: str) -> CheckpointError:
         f"The checkpoint of {location} holds {found} where a state dict of tensors must be: give "
         "the best_checkpoint that a training run wrote."
     )
-
-
-def _args(files: Mapping[str, bytes], location: str) -> dict[str, Any] | None:
-    """args.yaml beside the checkpoint, None where there is none.
-
-    Raises:
-        CheckpointError: it is not YAML, or holds something else than keys and values.
-    """
-    if "args.yaml" not in files:
-        return None
-    try:
-        args = read_yaml(files["args.yaml"]) or {}
-    except yaml.YAMLError as error:
-        raise CheckpointError(
-            f"args.yaml is not valid YAML in {location} ({' '.join(str(error).split())[:200]}): "
-            "copy it again from the training run."
-        ) from error
-    if not isinstance(args, dict):
-        raise CheckpointError(
-            f"args.yaml of {location} must hold keys and values, not a {type(args).__name__}: copy "
-            "it again from the training run."
-        )
-    return args

@@ -67,17 +67,28 @@ def copy_atomically(source: Path, target: Path) -> None:
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = explain_write_error(path, error)  # while the half file still fills the volume
+            temporary.replace(path)
+            _sync_folder(path.parent)
+    finally:  # the reason was looked for while the half file still filled the volume
         remove_quietly(temporary)
-        raise CheckpointError(reason) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes to `path`; its folder is made.
+
+    Raises:
+        CheckpointError: the volume is full, read-only or gone.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise CheckpointError(explain_write_error(path, error)) from error
 
 
 def load_verified(file: Path | IO[bytes], name: str | None = None) -> Any:
@@ -112,20 +123,6 @@ def load_verified(file: Path | IO[bytes], name: str | None = None) -> Any:
         raise CheckpointError(
             f"Checkpoint {label} is damaged or none ({reason}): copy it again, or give another."
         ) from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around writes to `path`; its folder is made.
-
-    Raises:
-        CheckpointError: the volume is full, read-only or gone.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise CheckpointError(explain_write_error(path, error)) from error
 
 
 def _sync_folder(folder: Path) -> None:
