@@ -52,7 +52,7 @@ def _precision(
         return None, []
     if device.type != "cuda":
         return (torch.bfloat16 if config.amp_dtype == "bfloat16" else None), []
-    passed_over = []
+    passed_over: list[str] = []
     for name in ("bfloat16", "float16"):
         if config.amp_dtype == "float16" and name == "bfloat16":
             continue
