@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(typed)
     options.typed = shlex.join(["python", "code/prepare_dataset.py", *typed])
     try:
-        with _stoppable(), _encrypted(options):
+        with _encrypted(options):
             code = int(options.run(options))
             print(end="", flush=True)
             return code
@@ -173,24 +172,6 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.html is not None:
         replace_file(options.html, dataset_page(result).encode(), mark)
     return 1 if result.errors else 0
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, with nothing half-written."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -335,5 +316,11 @@ def _of_another(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kms-key", metavar="ARN", help=_KMS_KEY)
 
 
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing is left half-written
+        signal.signal(_number, _stop)
     sys.exit(run(main))

@@ -1,6 +1,6 @@
 """What a dataset of many trials costs before the first step: time and memory, by simulation.
 
-    python tests/benchmarks/bench_manifest.py [--trials 11162 100000 1000000 | --copies]
+    python tests/benchmarks/bench_manifest.py [--trials 11162 1000000 | --copies | --requests]
 
 The manifest is made up (300 sessions, 45 for the size of the real recordings; labels, sentences and
 offsets as plausible as they need to be). Two processes then start as torchrun starts them: the
@@ -31,14 +31,16 @@ import numpy as np
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
-from brain_to_text.dataset.manifest import TrialManifest, write_manifest
+from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
 from brain_to_text.dataset.selection import select_trials
+from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.storage.locations import ObjectInfo
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.training.distributed import World
+from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
 from support.manifests import manifest_of
 
@@ -177,10 +179,47 @@ def measure_copies(n_files: int = 135, n_trials: int = 83) -> None:
             print(f"| {what} | {time.monotonic() - started:.2f} |", flush=True)
 
 
+def measure_requests() -> None:
+    with tempfile.TemporaryDirectory() as folder, serve_s3(Path(folder), cached=True) as server:
+        os.environ.update(server.environment())
+        server.make_bucket("bench")
+        dataset = SyntheticDataset(
+            sessions=4,
+            train_trials=32,
+            val_trials=8,
+            test_trials=0,
+            electrodes=256,
+            bins_per_phoneme=28.0,
+        )
+        store = open_store("s3://bench/data")
+        manifest = synthesize(store, dataset)
+        size = sum(record.size for record in manifest.files.values())
+        with run_proxy(server.endpoint_url) as proxy:
+            os.environ["AWS_ENDPOINT_URL_S3"] = proxy.url
+            print(f"\n| {len(manifest.files)} files, {size / 1e6:.0f} MB | GETs | LISTs | MB | s |")
+            print("|---|---|---|---|---|")
+            store = open_store("s3://bench/data")
+            for name, action in (
+                ("index (1 process)", lambda: index_dataset(store, processes=1)),
+                ("index (2 processes)", lambda: index_dataset(store, processes=2)),
+                ("start of a job: manifest there", lambda: load_or_build_manifest(store, print)),
+                ("manifest alone", lambda: load_manifest(store)),
+            ):
+                proxy.reset_counts()
+                started = time.monotonic()
+                action()
+                counts = proxy.counts
+                gets = counts.ranged_gets + counts.other_gets
+                seconds = time.monotonic() - started
+                megabytes = counts.body_bytes / 1e6
+                print(f"| {name} | {gets} | {counts.lists} | {megabytes:.2f} | {seconds:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="*", default=[11_162, 100_000, 1_000_000])
     parser.add_argument("--copies", action="store_true", help="only: data that was copied")
+    parser.add_argument("--requests", action="store_true", help="only: requests, on a real server")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -188,6 +227,9 @@ def main() -> None:
         return
     if options.copies:
         measure_copies()
+        return
+    if options.requests:
+        measure_requests()
         return
     print("CPU seconds of the first rank; memory beyond what Python and torch take:\n")
     columns = ["trials", "manifest", "write", "load", "select", "plan 100 batches"]

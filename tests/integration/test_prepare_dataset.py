@@ -43,10 +43,23 @@ def read_all(url: object) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phoneme set, and what `encode` makes of it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_small_dataset(folder / "phonemes", form=None)
+    assert run("encode", folder / "phonemes", folder / "diphones") == 0
+    return folder
+
+
 @pytest.fixture
-def phoneme_set(tmp_path: Path) -> Path:
-    write_small_dataset(tmp_path / "phonemes", form=None)
-    return tmp_path / "phonemes"
+def phoneme_set(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "phonemes", tmp_path / "phonemes"))
+
+
+@pytest.fixture
+def encoded(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "diphones", tmp_path / "diphones"))
 
 
 # --- synthesize and index on S3 -------------------------------------------------------------------
@@ -59,13 +72,19 @@ def test_synthesize_straight_into_s3(s3_prefix: str, capsys) -> None:
     assert len(read_all(s3_prefix)) == 9
 
 
-def test_index_on_s3_agrees_with_the_folder(s3_prefix: str, upload, tmp_path: Path, capsys) -> None:
+def test_validate_and_index_on_s3_agree_with_the_folder(
+    s3_prefix: str, upload, tmp_path: Path, capsys
+) -> None:
     expected = write_small_dataset(tmp_path / "data", layout="gzip")
     upload(tmp_path / "data", s3_prefix)
+    assert run("validate", s3_prefix, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["trials"] == 15 and report["label_form"] == "self_loop"
+    assert "manifest" in {warning["kind"] for warning in report["warnings"]}, "there is none yet"
     assert run("index", s3_prefix) == 0
     assert f"Wrote {s3_prefix}/{MANIFEST_NAME}" in capsys.readouterr().out
     there = load_manifest(open_store(s3_prefix))
-    assert there is not None
+    assert there is not None and there.fingerprint() == report["fingerprint"]
     assert there.fingerprint() == index_dataset(open_store(tmp_path / "data")).fingerprint()
     found = read_all(s3_prefix)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
@@ -85,17 +104,6 @@ def test_indexing_a_part_says_what_is_gone(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert f"1 files that were indexed before are gone ({gone.relative_to(folder)})" in said
     assert f"Warning: {gone.relative_to(folder)}: is missing, though the session has" in said
-
-
-def test_validate_on_s3(s3_prefix: str, upload, tmp_path: Path, capsys) -> None:
-    write_small_dataset(tmp_path / "data")
-    upload(tmp_path / "data", s3_prefix)
-    assert run("validate", s3_prefix) == 0
-    assert "0 errors, 1 warnings" in capsys.readouterr().out  # there is no manifest yet
-    assert run("validate", s3_prefix, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["ok"] and report["trials"] == 15 and report["label_form"] == "self_loop"
-    assert report["warnings"][0]["kind"] == "manifest"
 
 
 def test_trials_that_lie_apart_are_a_warning_until_they_are_encoded(tmp_path: Path, capsys) -> None:
@@ -164,18 +172,20 @@ def test_a_diphone_set_can_change_its_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["folder", "S3"])
 def test_a_target_killed_again_and_again_is_refused_until_it_is_whole(
-    where, phoneme_set: Path, s3_prefix: str, tmp_path: Path, capsys
+    where, made: Path, s3_prefix: str, upload, tmp_path: Path, capsys
 ) -> None:
     """SIGKILL after some files; every repeat goes on; the end equals an uninterrupted one."""
-    whole, target = tmp_path / "whole", str(tmp_path / "new") if where == "folder" else s3_prefix
-    assert run("encode", phoneme_set, whole) == 0
+    source, target = str(made / "phonemes"), str(tmp_path / "new")
+    if where == "S3":
+        upload(made / "phonemes", s3_prefix)
+        source, target = s3_prefix, f"{s3_prefix}-encoded"
     store = open_store(target)
 
     def written() -> int:
         return sum(key.endswith(".hdf5") for key in store.list())
 
     for before in (0, 2):
-        typed = [sys.executable, str(FRONT_DOOR), "encode", str(phoneme_set), target]
+        typed = [sys.executable, str(FRONT_DOOR), "encode", source, target]
         process = subprocess.Popen(typed, stdout=subprocess.DEVNULL)
         while written() == before and process.poll() is None:
             time.sleep(0.005)
@@ -188,80 +198,61 @@ def test_a_target_killed_again_and_again_is_refused_until_it_is_whole(
         for command in ("index", "validate"):
             assert run(command, target) == 1
             refusal = capsys.readouterr().err
-            assert "is unfinished" in refusal and f"encode {phoneme_set} {target}'" in refusal
+            assert "is unfinished" in refusal and f"encode {source} {target}'" in refusal
         with pytest.raises(DataError, match="is unfinished"):
             load_or_build_manifest(store, print)
         if where == "folder":
             copy = shutil.copytree(target, tmp_path / f"copy {before}")
             assert run("index", copy) == 1
             assert "if this is a copy, copy it again" in capsys.readouterr().err
-    assert run("encode", phoneme_set, target) == 0
-    assert re.search(r"[1-5] of 5 files are encoded already", capsys.readouterr().out)
-    for key in open_store(whole).list():
+    assert run("encode", source, target, "--processes", 2) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"[1-5] of 5 files are encoded already", said)
+    assert "the features of 15 trials value by value, the labels of 12 by decoding" in said
+    whole = open_store(made / "diphones")
+    for key in whole.list():
         if key != MANIFEST_NAME:  # which has the times of files, or their ETags
-            assert store.read(key) == (whole / key).read_bytes()
-    first, second = load_manifest(open_store(whole)), load_manifest(store)
+            assert store.read(key) == whole.read(key)
+    first, second = load_manifest(whole), load_manifest(store)
     assert first is not None and second is not None
     assert first.fingerprint() == second.fingerprint()
 
 
 def test_a_file_that_somebody_changed_is_replaced_only_on_demand(
-    phoneme_set: Path, tmp_path: Path, capsys
+    made: Path, encoded: Path, capsys
 ) -> None:
-    target = tmp_path / "new"
-    assert run("encode", phoneme_set, target) == 0
-    with h5py.File(target / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+    source = made / "phonemes"
+    with h5py.File(encoded / SESSIONS[0] / "data_train.hdf5", "r+") as file:
         file["trial_0000"].attrs["sentence_label"] = "as corrected by hand"
-    before = tree(target)
-    assert run("encode", phoneme_set, target) == 1
+    before = tree(encoded)
+    assert run("encode", source, encoded) == 1
     assert "data_train.hdf5, which 'prepare_dataset.py encode' did not write, or which was" in (
         capsys.readouterr().err
     )
-    assert tree(target) == before
-    assert run("encode", phoneme_set, target, "--overwrite") == 0
+    assert tree(encoded) == before
+    assert run("encode", source, encoded, "--overwrite") == 0
     assert "4 of 5 files are encoded already" in capsys.readouterr().out
-    assert run("validate", target) == 0
+    assert run("validate", encoded) == 0
 
 
 def test_other_options_or_another_source_are_refused(
-    phoneme_set: Path, tmp_path: Path, capsys
+    made: Path, phoneme_set: Path, encoded: Path, capsys
 ) -> None:
-    target = tmp_path / "new"
-    assert run("encode", phoneme_set, target) == 0
-    assert run("encode", phoneme_set, target, "--form", "transition") == 1
-    assert "other options (form was self_loop)" in capsys.readouterr().err
-    copy = shutil.copytree(phoneme_set, tmp_path / "copy")
-    with h5py.File(copy / SESSIONS[0] / "data_train.hdf5", "r+") as file:
+    before = tree(encoded)
+    with h5py.File(phoneme_set / SESSIONS[0] / "data_train.hdf5", "r+") as file:
         file["trial_0000/input_features"][0, 0] += 1
-    before = tree(target)
-    assert run("encode", copy, target) == 1
-    assert "was encoded from another content of" in capsys.readouterr().err
-    assert tree(target) == before, "a refused command leaves a whole dataset whole"
-    assert run("encode", copy, target, "--overwrite") == 0
-    assert run("encode", phoneme_set, target, "--overwrite") == 0
+    for source, options, reason in (
+        (made / "phonemes", ["--form", "transition"], "other options (form was self_loop)"),
+        (phoneme_set, [], "was encoded from another content of"),
+        (encoded, [], "Source and target are both"),
+    ):
+        assert run("encode", source, encoded, *options) == 1
+        assert reason in capsys.readouterr().err
+        assert tree(encoded) == before, "a refused command leaves a whole dataset whole"
+    assert run("encode", phoneme_set, encoded, "--overwrite") == 0
     shutil.rmtree(phoneme_set / SESSIONS[1])
-    assert run("encode", phoneme_set, target) == 1
+    assert run("encode", phoneme_set, encoded) == 1
     assert f"already holds {SESSIONS[1]}/data_test.hdf5" in capsys.readouterr().err
-    assert run("encode", target, target) == 1
-    assert "Source and target are both" in capsys.readouterr().err
-
-
-def test_encode_from_s3_to_s3(
-    s3_prefix: str, s3_bucket: str, upload, phoneme_set: Path, tmp_path: Path, capsys
-) -> None:
-    upload(phoneme_set, s3_prefix)
-    target = f"s3://{s3_bucket}/encoded"
-    assert run("encode", s3_prefix, target, "--processes", 2) == 0
-    assert "the features of 15 trials value by value, the labels of 12 by decoding" in (
-        capsys.readouterr().out
-    )
-    assert run("encode", phoneme_set, tmp_path / "local") == 0
-    there, here = (load_manifest(open_store(x)) for x in (target, tmp_path / "local"))
-    assert there is not None and here is not None
-    assert there.fingerprint() == here.fingerprint()
-    capsys.readouterr()
-    assert run("encode", s3_prefix, target, "--processes", 2) == 0
-    assert "5 of 5 files are encoded already" in capsys.readouterr().out
 
 
 def test_exclude_damaged_names_what_it_leaves_out(phoneme_set: Path, tmp_path, capsys) -> None:
