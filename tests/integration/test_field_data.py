@@ -21,7 +21,7 @@ from brain_to_text.dataset.hdf5_reader import inspect_file
 from brain_to_text.dataset.hdf5_writer import data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import load_manifest
-from brain_to_text.labels.diphones import encode_diphones
+from brain_to_text.labels.diphones import LABEL_FORMS, encode_diphones
 from brain_to_text.labels.phonemes import phoneme_ids
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
@@ -138,7 +138,7 @@ def test_labels_of_test_files_are_encoded_too_and_empty_ones_stay(source) -> Non
     assert [record.class_ids is not None for record in records] == [True, False, False]
 
 
-def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
+def test_attributes_and_datasets_of_every_kind_are_copied_or_named(source, capsys) -> None:
     extra = {
         "text": "naïve",
         "bytes": np.bytes_(b"abc"),
@@ -156,7 +156,11 @@ def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
         trial.create_group("nested").create_dataset("deep", data=[1, 2])
         trial["nowhere"] = h5py.SoftLink("/nothing")
         file["notes"] = "of the day"
+        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/trial_0001")  # a name in src, too
     assert run("encode", "src", "new") == 0
+    printed = capsys.readouterr().out
+    assert f"Left out: {FILE}:trial_0000: nowhere cannot be copied" in printed
+    assert f"Left out: {FILE}: elsewhere cannot be copied" in printed
     with h5py.File(source / FILE) as old, h5py.File(f"new/{FILE}") as new:
         before, after = old["trial_0000"], new["trial_0000"]
         for name in extra:
@@ -165,16 +169,6 @@ def test_attributes_and_datasets_of_every_kind_are_copied(source) -> None:
         assert after["video"][:].tolist() == after["also"][:].tolist() == list(range(1000))
         assert after["nested/deep"][:].tolist() == [1, 2]
         assert new["notes"][()] == b"of the day"
-
-
-def test_what_cannot_be_copied_is_named(source, capsys) -> None:
-    with h5py.File(source / FILE, "r+") as file:
-        file["trial_0000"]["nowhere"] = h5py.SoftLink("/nothing")
-        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/trial_0001")  # a name in src, too
-    assert run("encode", "src", "new") == 0
-    printed = capsys.readouterr().out
-    assert f"Left out: {FILE}:trial_0000: nowhere cannot be copied" in printed
-    assert f"Left out: {FILE}: elsewhere cannot be copied" in printed
 
 
 def by_dataset(file: h5py.File, trial: str, other: str) -> None:
@@ -196,17 +190,17 @@ def by_soft_links(file: h5py.File, trial: str, other: str) -> None:
 
 def test_links_into_another_file_are_refused_by_name(source, capsys) -> None:
     shutil.copy(source / FILE, "other.hdf5")
-    links = (by_dataset, by_group, by_soft_links)
-    with h5py.File(source / FILE, "r+") as file:
-        for number, link in enumerate(links):
-            link(file, f"trial_{number:04d}", str(Path("other.hdf5").resolve()))
+    linked = sorted(source.rglob("data_[tv][ra]*.hdf5"))
+    for path, link in zip(linked, (by_dataset, by_group, by_soft_links, by_group), strict=True):
+        with h5py.File(path, "r+") as file:
+            link(file, "trial_0000", str(Path("other.hdf5").resolve()))
     for command in (["index", "src"], ["encode", "src", "new"]):
         assert run(*command) == 1
         refusal = sentence(capsys)
         assert f"{FILE}:trial_0000: " in refusal and "other.hdf5: copy the values" in refusal
-        assert run(*command, "--exclude-damaged") in (0, 1)
-        said = "".join(capsys.readouterr())
-        assert command[0] == "encode" or said.count("other.hdf5: copy the values") == len(links)
+        assert run(*command, "--exclude-damaged") == 0
+        printed = capsys.readouterr().out
+        assert len(re.findall("Left out.*trial_0000: .*other.hdf5: copy the", printed)) == 4
 
 
 def test_a_filter_that_is_not_installed_is_named_with_its_package(source, capsys) -> None:
@@ -302,7 +296,7 @@ def test_the_sentence_comes_from_whichever_is_there(source, capsys) -> None:
 
 
 def test_diphones_give_the_phonemes_that_are_not_stored(tmp_path) -> None:
-    for form in ("self_loop", "transition"):
+    for form in LABEL_FORMS:
         data = tmp_path / form
         write_small_dataset(data, form=form)
         plain = index_dataset(open_store(data))
@@ -345,62 +339,54 @@ def test_encode_converts_numbers_of_any_type(source, capsys) -> None:
 # --- labels against sentences ---------------------------------------------------------------------
 
 
-def other_alphabet(trial: h5py.Group) -> None:
-    """Silence is class 1 and the phonemes follow."""
-    labels, n = trial["seq_class_ids"], trial.attrs["seq_len"]
-    labels[:n] = np.where(labels[:n] == 40, 1, labels[:n] + 1)
+def relabelled(trial: h5py.Group, ids: np.ndarray) -> None:
+    trial["seq_class_ids"][:] = np.pad(ids, (0, 500 - len(ids)))
+    trial.attrs["seq_len"] = len(ids)
 
 
-def next_trials(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        labels = [(t["seq_class_ids"][:], t.attrs["seq_len"]) for t in file.values()]
-        for trial, (ids, n) in zip(file.values(), labels[1:] + labels[:1], strict=True):
-            trial["seq_class_ids"][:] = ids
-            trial.attrs["seq_len"] = n
-
-
-def without_silence(trial: h5py.Group) -> None:
-    ids = trial["seq_class_ids"][: trial.attrs["seq_len"]]
-    spoken = ids[ids != 40]
-    trial["seq_class_ids"][:] = np.pad(spoken, (0, 500 - len(spoken)))
-    trial.attrs["seq_len"] = len(spoken)
-
-
-def test_labels_of_another_alphabet_are_an_error(source, capsys) -> None:
-    for path in (source / FILE, source / SESSIONS[1] / "data_val.hdf5"):
+def test_labels_that_do_not_fit_their_sentences_are_found(source, capsys) -> None:
+    """Silence as class 1; without silence; of the next trial; in one trial of three."""
+    first, second = (source / session for session in SESSIONS)
+    labels = {}
+    for path in (first / "data_train.hdf5", first / "data_val.hdf5", second / "data_val.hdf5"):
+        with h5py.File(path) as file:
+            labels[path] = [t["seq_class_ids"][: t.attrs["seq_len"]] for t in file.values()]
+    wrong = zip(
+        labels,
+        (
+            lambda all_ids: [np.where(ids == 40, 1, ids + 1) for ids in all_ids],
+            lambda all_ids: [ids[ids != 40] for ids in all_ids],
+            lambda all_ids: all_ids[1:] + all_ids[:1],
+        ),
+        strict=True,
+    )
+    for path, change in wrong:
         with h5py.File(path, "r+") as file:
-            for trial in file.values():
-                (other_alphabet if "train" in path.name else without_silence)(trial)
-    assert run("validate", source) == 1
-    printed = capsys.readouterr().out
-    assert f"{FILE}: the labels of 3 of 3 trials (100%) do not fit their sentences" in printed
-    assert "0 silences for the 2 words of" in printed
-    assert "2 errors" in printed
-
-
-def test_labels_of_the_next_trial_are_found_with_the_dictionary(source, capsys) -> None:
-    next_trials(source / FILE)
-    assert run("validate", source) == 1
-    assert "'we' of 'we go' is not said so" in capsys.readouterr().out
-
-
-def test_a_few_that_do_not_fit_are_a_warning_by_share(source, capsys) -> None:
-    with h5py.File(source / FILE, "r+") as file:
+            for trial, ids in zip(file.values(), change(labels[path]), strict=True):
+                relabelled(trial, ids)
+    with h5py.File(second / "data_train.hdf5", "r+") as file:
         file["trial_0002"].attrs["sentence_label"] = "something quite different"
         del file["trial_0002/transcription"]
-        file["trial_0001"].attrs["sentence_label"] = "You, GO!"
-    assert run("validate", source) == 0
+        words = file["trial_0001"].attrs["sentence_label"].split()
+        file["trial_0001"].attrs["sentence_label"] = f"{words[0].title()}, dream!"
+    assert run("validate", source) == 1
     printed = capsys.readouterr().out
-    assert "1 of 3 trials (33%) do not fit their sentences, the first trial_0002" in printed
-    assert "trial_0001: transcription says 'you see', sentence_label 'You, GO!'" in printed
+    assert "3 errors" in printed
+    for reason in (
+        f"{FILE}: the labels of 3 of 3 trials (100%) do not fit their sentences",
+        "0 silences for the 2 words of",
+        "is not said so",
+        "1 of 3 trials (33%) do not fit their sentences, the first trial_0002",
+        "trial_0001: transcription says ",
+    ):
+        assert reason in printed
 
 
 def test_pronunciations_and_words_that_the_dictionary_lacks_are_no_finding(source, capsys) -> None:
     with h5py.File(source / FILE, "r+") as file:
         trial = file["trial_0000"]
-        phonemes = phoneme_ids(["AY", "DH", "ER", "|", "Z", "ER", "K", "|", "S", "EY", "|"])
-        trial["seq_class_ids"][:] = np.pad(phonemes, (0, 500 - len(phonemes)))
-        trial.attrs["seq_len"] = len(phonemes)
+        spoken = ["AY", "DH", "ER", "|", "Z", "ER", "K", "|", "S", "EY", "|"]
+        relabelled(trial, phoneme_ids(spoken))
         trial.attrs["sentence_label"] = "either zzqrk-say"  # a compound with a silence inside
         del trial["transcription"]
     assert run("validate", source) == 0
@@ -439,11 +425,26 @@ def external(trial: h5py.Group) -> None:
     trial.create_dataset("input_features", shape, "f4", external=[("raw.bin", 0, size)])
 
 
-def test_encode_makes_no_values_up(source, capsys) -> None:
+def not_finite(trial: h5py.Group) -> None:
+    trial["input_features"][3, 3] = np.nan
+
+
+def other_length(trial: h5py.Group) -> None:
+    trial.attrs["n_time_steps"] = 5
+
+
+def test_encode_makes_no_values_up_and_leaves_out_what_is_damaged(source, capsys) -> None:
     other = f"{SESSIONS[1]}/data_train.hdf5"
-    places = [(FILE, 0), (FILE, 1), (other, 0), (other, 1)]
-    trials = [f"{key}:trial_{number:04d}" for key, number in places]
-    for make, place in zip((hole, never_written, virtual_of_itself, external), trials, strict=True):
+    validation = f"{SESSIONS[0]}/data_val.hdf5"
+    damaged = {
+        f"{FILE}:trial_0000": hole,
+        f"{FILE}:trial_0001": never_written,
+        f"{validation}:trial_0000": not_finite,
+        f"{validation}:trial_0001": other_length,
+        f"{other}:trial_0000": virtual_of_itself,
+        f"{other}:trial_0001": external,
+    }
+    for place, make in damaged.items():
         key, _, trial = place.partition(":")
         with h5py.File(source / key, "r+") as file:
             make(file[trial])
@@ -451,21 +452,13 @@ def test_encode_makes_no_values_up(source, capsys) -> None:
     assert f"{FILE}:trial_0000: " in sentence(capsys) and not Path("new", FILE).exists()
     for command in (["index", "src"], ["encode", "src", "new2"]):
         assert run(*command, "--exclude-damaged") == 0
-        lines = capsys.readouterr().out.splitlines()
-        left_out = [line for line in lines if line.startswith("Left out")]
-        assert all(place in line for place, line in zip(trials, left_out, strict=True))
+        printed = capsys.readouterr().out
+        left_out = [line for line in printed.splitlines() if line.startswith("Left out")]
+        assert all(place in line for place, line in zip(damaged, left_out, strict=True))
         assert "prepare_dataset.py encode" not in "".join(left_out), "which would not help"
-
-
-def test_exclude_damaged_leaves_out_what_only_the_result_shows(source, capsys) -> None:
-    with h5py.File(source / FILE, "r+") as file:
-        file["trial_0001/input_features"][3, 3] = np.nan
-        file["trial_0002"].attrs["n_time_steps"] = 5
-    assert run("encode", "src", "new", "--exclude-damaged") == 0
-    printed = capsys.readouterr().out
-    assert "trial_0001: input_features holds 1 NaN" in printed
-    assert "trial_0002: attribute n_time_steps is 5 but" in printed
-    assert "the features of 13 trials value by value, the labels of 10 by decoding" in printed
+        assert "trial_0000: input_features holds 1 NaN" in printed
+        assert "trial_0001: attribute n_time_steps is 5 but" in printed
+    assert "the features of 9 trials value by value, the labels of 6 by decoding" in printed
 
 
 def test_what_is_done_is_known_by_content_not_by_clock_or_path(source, capsys) -> None:
