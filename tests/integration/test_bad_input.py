@@ -136,6 +136,11 @@ def a_trial_that_is_no_group(trial: h5py.Group) -> None:
     file[name] = np.zeros(3)
 
 
+def labels_elsewhere(trial: h5py.Group) -> None:
+    del trial["seq_class_ids"]
+    trial["seq_class_ids"] = h5py.ExternalLink("labels.hdf5", "/not/here")
+
+
 # What is wrong with a trial, and why it is refused. Of a trial in BY_INDEX alone, `encode` makes a
 # sound one.
 IN_A_TRIAL: dict[str, tuple[Change, str]] = {
@@ -161,6 +166,10 @@ IN_A_TRIAL: dict[str, tuple[Change, str]] = {
     "a damaged chunk": (damaged_chunk, "cannot be read ("),
     "a giant chunk": (one_giant_chunk, "cannot be read ("),
     # labels
+    "labels elsewhere": (
+        labels_elsewhere,
+        "seq_class_ids is a link into another file, labels.hdf5: copy the values into this file",
+    ),
     "another alphabet": (
         labels([7, 58, 12], phonemes=False),
         "label 58 is no phoneme (1 … 40), and the labels are no diphones of them in either form: "

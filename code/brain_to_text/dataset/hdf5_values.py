@@ -99,13 +99,17 @@ def open_member(group: h5py.Group, name: str | bytes) -> Any:
     Raises:
         DataError: a link leads into another file; names that file. KeyError: there is no object.
     """
-    found = group[name]
-    if h5py.h5o.get_info(found.id).fileno != h5py.h5o.get_info(group.id).fileno:
-        raise DataError(
-            f"{printable(name)} is a link into another file, {printable(found.file.filename)}: "
-            "copy the values into this file"
-        )
-    return found
+    link = group.get(name, getlink=True)
+    elsewhere = link.filename if isinstance(link, h5py.ExternalLink) else None
+    if elsewhere is None:  # a soft link may still lead to one into another file
+        found = group[name]
+        if h5py.h5o.get_info(found.id).fileno == h5py.h5o.get_info(group.id).fileno:
+            return found
+        elsewhere = found.file.filename
+    raise DataError(
+        f"{printable(name)} is a link into another file, {printable(elsewhere)}: copy the values "
+        "into this file"
+    )
 
 
 def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
@@ -115,7 +119,7 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
         DataError: it is missing, something else, in another file, or compressed by a filter that
             is not installed.
     """
-    if name not in group:
+    if name not in list(group):  # which does not follow links
         raise DataError(f"dataset {name} is missing")
     dataset = open_member(group, name)
     if not isinstance(dataset, h5py.Dataset):
