@@ -25,7 +25,7 @@ import botocore.exceptions
 import botocore.session
 import s3fs
 
-from .aws_errors import AWS_LOGIN, answer_fault, explained, named_cause
+from .aws_errors import AWS_LOGIN, answer_fault, explained, fault_of
 from .locations import split_s3_url
 from .retry import CredentialsRejectedError, RequestError, RetryPolicy
 
@@ -235,8 +235,7 @@ class Credentials:
         self.renewals = 0
         self._lock = threading.Lock()
         self._asked = -_RENEWAL_INTERVAL_SECONDS
-        self._fault: CredentialsRejectedError | None = None
-        self._hope = False
+        self._renewed: bool | RequestError = False
         self._current: botocore.credentials.Credentials | None = None
 
     def find(self) -> None:
@@ -273,22 +272,22 @@ class Credentials:
         """
         with self._lock:
             if time.monotonic() - self._asked > _RENEWAL_INTERVAL_SECONDS:
+                before = self._current
                 self.renewals += 1
                 try:
-                    self._hope, self._fault = self._changed(), None
+                    self.find()
+                    self._renewed = _may_differ(self._current, before)
                 except Exception as error:  # noqa: BLE001 (providers have no common class of errors)
-                    cause = f"credentials cannot be renewed ({named_cause(error)})"
-                    self._fault = CredentialsRejectedError(cause, AWS_LOGIN)
+                    self._renewed = fault_of(error, "renew", "credentials")
                 self._asked = time.monotonic()
-            if self._fault is not None:
-                raise CredentialsRejectedError(str(self._fault), self._fault.advice)
-            return self._hope
+            if isinstance(self._renewed, bool):
+                return self._renewed
+            cause = f"credentials cannot be renewed ({self._renewed})"
+            raise CredentialsRejectedError(cause, self._renewed.advice or AWS_LOGIN)
 
-    def _changed(self) -> bool:
-        before = self._current
-        self.find()
-        assert self._current is not None
-        after = self._current.get_frozen_credentials()
-        if isinstance(self._current, botocore.credentials.RefreshableCredentials):
-            return True
-        return before is not None and before.get_frozen_credentials() != after
+
+def _may_differ(now: Any, before: Any) -> bool:
+    """Whether credentials are others than before, or will be at some time."""
+    if isinstance(now, botocore.credentials.RefreshableCredentials):
+        return True
+    return before is not None and (before.get_frozen_credentials() != now.get_frozen_credentials())
