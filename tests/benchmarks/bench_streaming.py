@@ -53,7 +53,6 @@ from support.tiny_data import write_dataset
 
 BUCKET_URL = "s3://bench/data"
 FULL_URL = "s3://bench/full"
-HALF_URL = "s3://bench/half"
 SESSIONS = ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18", "t15.2023.08.20")
 TRIALS_PER_SESSION = 150
 BATCH_SIZE = 48
@@ -273,16 +272,8 @@ def stage() -> Iterator[Stage]:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         folder = root / "s3" / "bench" / "data"
         print(f"Writing {len(SESSIONS)} x {TRIALS_PER_SESSION} trials to {root}", flush=True)
-        half = folder.parent / "half"
-        for place, dtype in ((folder, "<f4"), (half, "<f2")):
-            write_dataset(
-                place,
-                SESSIONS,
-                {"train": TRIALS_PER_SESSION, "val": 2},
-                n_features=512,
-                bins=(500, 1200),
-                dtype=dtype,
-            )
+        splits = {"train": TRIALS_PER_SESSION, "val": 2}
+        write_dataset(folder, SESSIONS, splits, n_features=512, bins=(500, 1200))
         for session, split, _ in full_size_files():
             path = folder.parent / "full" / session / f"data_{split}.hdf5"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +287,6 @@ def stage() -> Iterator[Stage]:
         }
         os.environ.update(base)
         manifest = published(BUCKET_URL, folder)
-        published(HALF_URL, half)
         (root / "manifest").write_bytes(manifest.to_bytes())
         environments = {}
         for name, cert in (("http", None), ("tls", certificate)):
@@ -374,7 +364,7 @@ class ModelledStore(LocalStore):
 
 
 def run_trainer(
-    network: str, step_seconds: float, warm: bool, client: str, busy: bool, half: bool
+    network: str, step_seconds: float, warm: bool, client: str, busy: bool
 ) -> dict[str, float]:
     """The real trainer with a pause as its step; shares of the time after the first interval.
 
@@ -427,9 +417,8 @@ def run_trainer(
         {name: json.dumps(value) for name, value in settings.items()},
     )
     root = Path(tempfile.mkdtemp(dir=Path(os.environ["BENCH_FOLDER"]).parents[2]))
-    url = HALF_URL if half else BUCKET_URL
     paths = RunPaths(root / "model", root / "output", root / "state")
-    BrainToTextDecoder_Trainer_S3(config, url, paths).train()
+    BrainToTextDecoder_Trainer_S3(config, BUCKET_URL, paths).train()
     lines = map(json.loads, (root / "output" / "metrics.jsonl").read_text().splitlines())
     rows = [line for line in lines if "data_wait_share" in line and line["step"] > log_every]
     elapsed = sum(row["seconds_per_step"] for row in rows) * log_every
@@ -443,21 +432,21 @@ def run_trainer(
 def simulate_steps(on: Stage, networks: list[str]) -> None:
     """Table 2: share of the trainer's time that is waiting for data."""
     print("\n### The real trainer with a pause as its step\n")
-    print("| network | client | data | cache | step does | step s | waiting for data | MB/s read |")
-    print("|---|---|---|---|---|---|---|---|")
-    names = ("network", "warm", "step_seconds", "client", "busy", "half")
-    plain = ("obstore", False, False)
-    cases = [(n, w, p, *plain) for n in networks for w in (False, True) for p in (0.1, 0.5)]
+    print("| network | client | cache | step does | step s | waiting for data | MB/s read |")
+    print("|---|---|---|---|---|---|---|")
+    names = ("network", "warm", "step_seconds", "client", "busy")
+    cases = [
+        (n, w, p, "obstore", False) for n in networks for w in (False, True) for p in (0.1, 0.5)
+    ]
     for network in [n for n in networks if n != "model"]:
-        cases += [(network, False, 0.1, "obstore", False, True)]
-        cases += [(network, False, 0.1, client, True, False) for client in ("obstore", "s3fs") * 2]
+        cases += [(network, False, 0.1, client, True) for client in ("obstore", "s3fs") * 2]
     for case in cases:
-        network, warm, pause, client, busy, half = case
+        network, warm, pause, client, busy = case
         environment = on.environments["tls" if network == "tls" else "http"]
         result = in_subprocess("run_trainer", environment, **dict(zip(names, case, strict=True)))
         print(
             f"| {network} | {'-' if network == 'model' else client} "
-            f"| float{16 if half else 32} | {'warm' if warm else 'cold'} "
+            f"| {'warm' if warm else 'cold'} "
             f"| {pause} s {'of Python' if busy else 'pause'} | {result['step']:.3f} "
             f"| {100 * result['wait']:.1f} % | {result['mb_per_s']:.0f} |",
             flush=True,

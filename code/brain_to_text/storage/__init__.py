@@ -1,1 +1,1 @@
-"""Where bytes lie: folders and S3 prefixes, read, listed and written under one roof."""
+"""Folders and S3 prefixes behind one interface: listed, read and written."""

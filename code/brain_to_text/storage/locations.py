@@ -1,4 +1,4 @@
-"""Names of places: s3:// URLs (the only split of one), listings, and which keys are data files."""
+"""s3:// URLs (nothing else splits one), listings, and which keys are data files."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ class S3Store:
                 pool.map(lambda start: self._part(key, start, min(PART_BYTES, end - start)), starts)
             )
         if self._head(key)["ETag"] != before:
-            place = self._url_of(key)
+            url = self._url_of(key)
             reason = "its ETag changed while it was read"
-            raise replaced_fault(reason, place).sentence(f"read {place}")
+            raise replaced_fault(reason, url).sentence(f"read {url}")
         return data
 
     def read_range(self, key: str, offset: int, length: int, etag: str) -> bytes | memoryview:

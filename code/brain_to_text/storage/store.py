@@ -215,18 +215,17 @@ class LocalStore:
 
 def _files(root: Path) -> Iterator[Path]:
     """Every file below `root`, links followed; a folder inside itself ends there."""
-    for folder, names, files in os.walk(root, onerror=_raised, followlinks=True):
-        place = Path(folder)
-        around = [above for above in place.parents if above.is_relative_to(root)]
-        if any(place.samefile(above) for above in around):
+    for name, names, files in os.walk(root, onerror=_raised, followlinks=True):
+        folder = Path(name)
+        if any(folder.samefile(above) for above in folder.parents if above.is_relative_to(root)):
             names.clear()
             continue
-        for path in (place / name for name in files if not name.endswith(_PARTIAL)):
+        for path in (folder / file for file in files if not file.endswith(_PARTIAL)):
             if path.is_file():
                 yield path
             elif not path.name.startswith("."):
-                odd = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
-                raise OSError(errno.EINVAL, odd, str(path))
+                what = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
+                raise OSError(errno.EINVAL, what, str(path))
 
 
 def _raised(error: OSError) -> None:

@@ -9,20 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 
 from ..config import DatasetConfig
 from .batch import Batch
 from .stream_stats import StreamStats
-
-
-class Cancellable(Protocol):
-    """Reads that were begun for a batch."""
-
-    def cancel(self) -> object:
-        """Give them up; without effect once they are done."""
+from .trial_stream import Reads
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        begin: Callable[[int], tuple[Cancellable, Callable[[], Batch]]],
+        begin: Callable[[int], tuple[Reads, Callable[[], Batch]]],
         n_bytes: Callable[[int], int],
         start: int,
         stop: int,
@@ -89,7 +82,7 @@ class Prefetcher:
         on_gpu = device is not None and device.type == "cuda"
         self._copy_stream = _copy_stream(device) if on_gpu else None
         self._copied: Batch | None = None
-        self._queue: deque[tuple[int, Cancellable, Future[Batch]]] = deque()
+        self._queue: deque[tuple[int, Reads, Future[Batch]]] = deque()
         self._bytes_ahead = 0
         self._threads = ThreadPoolExecutor(limits.threads, "prepare-batch")
         self._fill()

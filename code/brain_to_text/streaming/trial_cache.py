@@ -1,15 +1,15 @@
-"""Trials kept in RAM under a byte budget, one cache per process.
+"""Trials in RAM under a byte budget, one cache per process.
 
 What comes first stays: nothing is ever evicted. Simulated on the plan's draws this hits a little
 more often than LRU or random eviction (tests/benchmarks/RESULTS.md); it moves no memory and hands
 out arrays that stay valid. A training trial comes up again and again, a validation trial once per
-validation: the former's room is kept free of the latter.
+validation: validation gets what training cannot fill.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
@@ -31,22 +31,16 @@ class TrialCache:
     """A map from trial index to its features, filled until the budget is reached.
 
     Args:
-        budget_bytes: of all features together; 0 keeps nothing.
-        first: bytes of training trials by index; that much of the budget is theirs alone. None:
-            any trial is kept.
-        rest: validation trials, kept in what the first leave.
+        budget_bytes: of all features together; 0 for no cache.
+        validation: trials that together get no more than `validation_bytes` of it.
     """
 
     def __init__(
-        self,
-        budget_bytes: int,
-        first: Mapping[int, int] | None = None,
-        rest: Collection[int] = (),
+        self, budget_bytes: int, validation: Collection[int] = (), validation_bytes: int = 0
     ) -> None:
         self.budget_bytes = budget_bytes
-        self._first, self._rest = first, rest
-        self._left = budget_bytes
-        self._left_for_rest = budget_bytes - sum((first or {}).values())
+        self._validation = validation
+        self._left, self._left_for_validation = budget_bytes, validation_bytes
         self._trials: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -55,26 +49,23 @@ class TrialCache:
         return self._trials.get(index)
 
     def put(self, index: int, features: np.ndarray) -> np.ndarray:
-        """Keep a copy of `features` if there is room for this trial.
+        """Store a copy of `features` if the budget allows it.
 
         Returns:
-            The kept copy, or `features` itself where there was no room; read-only.
+            The stored copy, or else `features` itself; read-only.
         """
-        kept = self._reserve(index, features.nbytes)
-        if kept:
+        stored = self._reserve(index in self._validation, features.nbytes)
+        if stored:
             features = features.copy()  # apart from the buffer that the read came in
         features.flags.writeable = False
-        return self._trials.setdefault(index, features) if kept else features
+        return self._trials.setdefault(index, features) if stored else features
 
-    def _reserve(self, index: int, n_bytes: int) -> bool:
+    def _reserve(self, validation: bool, n_bytes: int) -> bool:
         with self._lock:
-            late = self._first is not None and index not in self._first
-            if late and (index not in self._rest or n_bytes > self._left_for_rest):
-                return False
-            if n_bytes > self._left:
+            if n_bytes > self._left or (validation and n_bytes > self._left_for_validation):
                 return False
             self._left -= n_bytes
-            self._left_for_rest -= n_bytes if late else 0
+            self._left_for_validation -= n_bytes if validation else 0
             return True
 
 

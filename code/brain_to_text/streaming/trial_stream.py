@@ -77,18 +77,17 @@ class TrialStream:
             processes: training processes on this host; an automatic cache is its share of the RAM.
         """
         n_bytes = manifest.trials.feature_bytes()
-        train, val = (
-            {i: int(n_bytes[i]) for i in manifest.select(split, dataset.sessions)}
-            for split in ("train", "val")
-        )
-        everything = sum(train.values()) + sum(val.values())
+        train, val = (manifest.select(split, dataset.sessions) for split in ("train", "val"))
+        train_bytes, val_bytes = (int(n_bytes[np.asarray(s, int)].sum()) for s in (train, val))
         prefetch_bytes = int(dataset.prefetch_mb * 1e6)
-        budget = cache_budget_bytes(dataset.cache_gb, everything, prefetch_bytes, processes)
+        budget = cache_budget_bytes(
+            dataset.cache_gb, train_bytes + val_bytes, prefetch_bytes, processes
+        )
         return cls(
             store,
             manifest,
             concurrency=dataset.max_concurrent_reads,
-            cache=TrialCache(budget, train, val),
+            cache=TrialCache(budget, set(val), budget - train_bytes),
             threads=dataset.num_dataloader_workers,
         )
 
