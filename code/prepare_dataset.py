@@ -113,7 +113,8 @@ def run_index(options: argparse.Namespace) -> int:
     overlooked = not_taken_sentence(listing)
     if overlooked:
         print(one_line(overlooked))
-    if gone := sorted(before.files.keys() - manifest.files.keys() if before else ()):
+    gone = sorted(before.files.keys() - manifest.files.keys() if before else ())
+    if gone:
         print(
             one_line(
                 f"Warning: {len(gone)} files that were indexed before are gone ({shortened(gone)}):"

@@ -4,25 +4,22 @@ import importlib
 import json
 import subprocess
 from collections import Counter
+from functools import partial
 
 import pytest
 from botocore.parsers import ResponseParserError
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.manifest import Unfinished
-from brain_to_text.launch.account_checks import check_quota, check_role
-from brain_to_text.launch.checks import check_bucket, check_data, check_image, check_machine
-from brain_to_text.launch.image import LABEL, fingerprints, look_at
-from brain_to_text.launch.image import REPOSITORY as REPOSITORY_FOLDER
-from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG, JobSettings, job_config
+from brain_to_text.launch.checks import check_machine
+from brain_to_text.launch.image import LABEL, REPOSITORY, fingerprints
+from brain_to_text.launch.request import JobSettings
 from brain_to_text.launch.submit import preflight, prepare, submit
 from support.aws_emulation import (
-    ACCOUNT,
     BUCKET,
     PREFIX,
-    REPOSITORY,
     ROLE,
+    USER,
     allow_role,
-    deploy_stack,
     emulated_aws,
     log_in,
     policy_document,
@@ -31,8 +28,7 @@ from support.aws_emulation import (
     put_image_index,
     ready_to_train,
 )
-
-CONFIG = load_config(CODE_FOLDER / DEFAULT_CONFIG)
+from support.aws_emulation import REPOSITORY as IMAGES
 
 pytestmark = pytest.mark.aws
 
@@ -45,38 +41,26 @@ def aws(monkeypatch):
 
 @pytest.fixture
 def ready(aws, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
     ready_to_train(aws, monkeypatch)
     return aws
 
 
-def job(**settings):
-    known = {"s3_bucket": BUCKET, "role": ROLE, "job_name": "b2t-1", **settings}
-    return JobSettings(**known)
+def job(aws, **settings):
+    known = {"s3_bucket": BUCKET, "role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
+    return JobSettings(**{**known, **settings})
 
 
-def names(findings, severity="error"):
-    found = list(findings)
-    assert all("\n" not in finding.reason for finding in found)
-    return [finding.kind for finding in found if finding.severity == severity]
-
-
-def text_of(findings, name):
-    (text,) = [finding.reason for finding in findings if finding.kind == name]
-    return text
+def report(aws, **settings):
+    made = preflight(prepare(job(aws, **settings), aws.account), aws.account)
+    assert all("\n" not in finding.reason for finding in made.findings)
+    return made
 
 
 def test_a_job_that_is_ready_has_no_findings(ready):
-    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
-    assert report.lines()[-1] == "Checked: 0 errors, 0 warnings"
-    assert report.findings == ()
-    assert "AWS Price List, us-east-1" in "\n".join(report.lines())
-
-
-def test_several_errors_are_reported_together(aws, monkeypatch):
-    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
-    aws.client("s3").create_bucket(Bucket=BUCKET)
-    report = preflight(prepare(job(role=None), aws.account), aws.account)
-    assert names(report.findings) == ["role-missing", "image-missing", "data-missing"]
+    made = report(ready)
+    assert made.findings == () and made.lines()[-1] == "Checked: 0 errors, 0 warnings"
+    assert "AWS Price List, us-east-1" in "\n".join(made.lines())
 
 
 def test_one_launch_makes_each_thing_once(ready, monkeypatch):
@@ -98,7 +82,7 @@ def test_one_launch_makes_each_thing_once(ready, monkeypatch):
 
         monkeypatch.setattr(f"{place}.{name}", counted)
     tagged = ready.image_uri.split("@")[0]
-    made = prepare(job(image_uri=ready.image_uri), ready.account)
+    made = prepare(job(ready), ready.account)
     assert preflight(made, ready.account).of("error") == []
     submit(made, ready.account)
     assert set(counts.values()) == {1} and len(counts) == 5
@@ -107,347 +91,318 @@ def test_one_launch_makes_each_thing_once(ready, monkeypatch):
     assert sent["AlgorithmSpecification"]["TrainingImage"].startswith(f"{tagged}@sha256:")
 
 
-@pytest.mark.parametrize("call", ["sts.GetCallerIdentity", "ecr.BatchGetImage"])
-def test_a_page_of_a_proxy_instead_of_an_answer(ready, call):
-    def page(**_):
-        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
-
-    service = call.split(".")[0]
-    ready.account.client(service).meta.events.register(f"before-call.{call}", page)
-    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
-    if service == "sts":
-        assert names(report.findings) == ["credentials"]
-    else:
-        assert names(report.findings, "warning") == ["image-unchecked"]
-        assert names(report.findings) == []
-    assert "could not be reached" in report.findings[0].reason
+# --- what is wrong: one thing at a time
 
 
-# --- the instance type
+def nothing(aws):
+    return None
+
+
+def role_without(action, aws):
+    allow_role(aws, policy_document("job_policy.json", without=action))
+
+
+def quota(use, number, aws):
+    aws.quotas[f"ml.g5.2xlarge for {use}"] = number
+
+
+def no_role(aws):
+    iam, name = aws.client("iam"), ROLE.rpartition("/")[2]
+    for policy in iam.list_role_policies(RoleName=name)["PolicyNames"]:
+        iam.delete_role_policy(RoleName=name, PolicyName=policy)
+    iam.delete_role(RoleName=name)
+
+
+def image(labels, aws, **more):
+    return {"image_uri": put_image(aws, {LABEL: json.dumps(fingerprints()), **labels}, **more)}
+
+
+def other_code(aws, **accepted):
+    files = fingerprints()
+    files["code/train_model_sagemaker.py"] = files["code/brain_to_text/gone.py"] = "0" * 16
+    del files["code/evaluate_model.py"]
+    return {"image_uri": put_image(aws, {LABEL: json.dumps(files)}), **accepted}
+
+
+def may_everything(aws):
+    allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [allow]})
+    aws.client("iam").put_user_policy(UserName=USER, PolicyName="all", PolicyDocument=policy)
+
+
+def image_elsewhere(old, new, aws):
+    may_everything(aws)
+    return {"image_uri": aws.image_uri.replace(old, new)}
+
+
+def dataset(aws, overrides=None, **kind):
+    put_dataset(aws, "data/other", **kind)
+    return {"s3_data_prefix": "data/other", "overrides": overrides or {}}
+
+
+def changed(name, content, aws):
+    key = f"{PREFIX}/{name}"
+    aws.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
+def no_manifest(aws):
+    aws.client("s3").delete_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz")
+
+
+def far_away(aws):
+    place = {"LocationConstraint": "eu-west-1"}
+    aws.client("s3").create_bucket(Bucket="far-away", CreateBucketConfiguration=place)
+    may_everything(aws)
+    return {"s3_bucket": "far-away"}
+
+
+def huge(aws):
+    def eight_gb(parsed, **_):
+        for entry in parsed.get("Contents", []):
+            entry["Size"] = 8 * 10**9
+
+    aws.account.client("s3").meta.events.register("after-call.s3.ListObjectsV2", eight_gb)
+    return {"data_channel": "file"}
+
+
+SESSION = {"dataset.sessions": '["t15.2023.08.99"]', "dataset.days_per_batch": "1"}
+NOT_PUSHED = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/{IMAGES}@sha256:{'0' * 64}"
+HALF_MADE = Unfinished("encode", "encode OLD NEW", {}, ["s/data_train.hdf5"], "1").to_bytes()
+# (what is done to the account, settings, how severe, kind, part of the sentence); what is done may
+# give more settings
+CASES = [
+    (
+        lambda aws: aws.quotas.update({"ml.m5.xlarge for training job usage": 1}),
+        {"instance_type": "ml.m5.xlarge"},
+        "warning",
+        "instance-cpu",
+        "ml.g5.2xlarge",
+    ),
+    (nothing, {"instance_type": "ml.p3.2xlarge"}, "error", "gpu-too-old", "V100"),
+    (nothing, {"batch_size": 512}, "error", "gpu-memory", "--batch-size"),
+    (nothing, {"max_run_hours": 2.0}, "error", "max-run", "--max-run-hours"),
+    (
+        partial(quota, "training job usage", 2),
+        {
+            "instance_type": "ml.g4dn.xlarge",
+            "batch_size": 8,
+            "overrides": {"amp_dtype": "bfloat16"},
+        },
+        "note",
+        "precision",
+        "A T4 has no bfloat16: float16 instead.",
+    ),
+    (no_role, {}, "error", "role-unknown", "does not exist in account"),
+    *(
+        (partial(role_without, action), {}, "error", "permission-denied", f"{action} on {resource}")
+        for action, resource in (
+            ("s3:ListBucket", f"arn:aws:s3:::{BUCKET}: "),
+            ("ecr:BatchGetImage", "arn:aws:ecr:us-east-1:123456789012:repository/brain-to-text-t"),
+            ("logs:PutLogEvents", "arn:aws:logs:us-east-1:123456789012:log-group:/aws/sagemaker/"),
+            ("cloudwatch:PutMetricData", "*: add it as in code/aws/job_policy.json"),
+        )
+    ),
+    (nothing, {"output_prefix": "mine"}, "error", "permission-denied", "/mine/b2t-1/checkpoints/"),
+    (nothing, {"debug_shell": True}, "error", "permission-denied", "AllowShell=yes"),
+    (nothing, {"instance_count": 3}, "error", "quota", "is 2 and the job needs 3"),
+    (
+        partial(quota, "spot training job usage", 0),
+        {"spot": True, "max_run_hours": 40.0},
+        "error",
+        "quota",
+        "spot training job usage' in us-east-1 is 0",
+    ),
+    (nothing, {"keep_alive_minutes": 10}, "error", "quota", "training warm pool usage"),
+    (lambda aws: setattr(aws, "image_uri", None), {}, "error", "image-missing", "./build_and_push"),
+    (nothing, {"image_uri": "docker.io/me/image:1"}, "error", "image-not-ecr", "is not in ECR"),
+    (
+        partial(image_elsewhere, "us-east-1", "eu-west-1"),
+        {},
+        "error",
+        "image-region",
+        "build_and_push.sh --region us-east-1",
+    ),
+    (
+        partial(image_elsewhere, "brain-to-text", "something-else"),
+        {},
+        "error",
+        "image-unknown",
+        "in a repository something-else-training",
+    ),
+    (nothing, {"image_uri": NOT_PUSHED}, "error", "image-unknown", "has no image sha256:000"),
+    (partial(image, {}, architecture="arm64"), {}, "error", "image-architecture", "for arm64 and"),
+    (
+        lambda aws: {"image_uri": put_image_index(aws, "arm64")},
+        {},
+        "error",
+        "image-architecture",
+        "for arm64 and",
+    ),
+    (
+        other_code,
+        {},
+        "error",
+        "code-differs",
+        "(code/brain_to_text/gone.py, code/evaluate_model.py, code/train_model_sagemaker.py): run",
+    ),
+    (partial(other_code, accept_code_difference=True), {}, "warning", "code-differs", "gone.py"),
+    (
+        lambda aws: {"image_uri": put_image(aws, {})},
+        {},
+        "warning",
+        "image-code-unknown",
+        "does not say what code it was made of",
+    ),
+    (
+        partial(image, {"brain-to-text.mlflow": "no"}),
+        {"mlflow_tracking_uri": "https://mlflow.example.org"},
+        "error",
+        "image-without-mlflow",
+        "./build_and_push.sh --mlflow",
+    ),
+    (far_away, {}, "error", "bucket-region", "use --region eu-west-1"),
+    (nothing, {"s3_data_prefix": "data/hdf5"}, "error", "data-missing", "upload the dataset"),
+    (partial(dataset, splits=("train",)), {}, "warning", "data-no-val", "--save_final_model true"),
+    (partial(dataset, splits=("val",)), {}, "error", "data-no-train", "upload them"),
+    (no_manifest, {}, "warning", "manifest-missing", f"index s3://{BUCKET}/{PREFIX}"),
+    (
+        partial(changed, "t15.2023.08.12/data_train.hdf5", b"other bytes"),
+        {},
+        "error",
+        "manifest-stale",
+        "prepare_dataset.py index",
+    ),
+    (
+        partial(changed, "trial_manifest.json.gz", b"other bytes"),
+        {},
+        "error",
+        "manifest-stale",
+        "prepare_dataset.py index",
+    ),
+    (
+        partial(changed, "trial_manifest.json.gz", HALF_MADE),
+        {},
+        "error",
+        "manifest-stale",
+        "Repeat 'encode OLD NEW'",
+    ),
+    (
+        partial(dataset, overrides={"dataset.neural_dim": "512"}, n_features=64),
+        {},
+        "error",
+        "",
+        "64",
+    ),
+    (partial(dataset, overrides=SESSION), {}, "error", "", "08.99"),
+    (partial(dataset, sessions=2), {}, "error", "", "dataset.days_per_batch"),
+    (huge, {}, "error", "volume-too-small", "--data-channel stream"),
+    (nothing, {"resume_from": "b2t-0"}, "error", "resume-nothing", "left no checkpoint under"),
+    (
+        nothing,
+        {"init_from_checkpoint": f"s3://{BUCKET}/data/none.tar.gz"},
+        "error",
+        "init-nothing",
+        "model.tar.gz or a best_checkpoint",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    "name, severity, settings, said",
-    [
-        ("instance-cpu", "warning", {"instance_type": "ml.m5.xlarge"}, "ml.g5.2xlarge"),
-        ("gpu-too-old", "error", {"instance_type": "ml.p3.2xlarge"}, "V100"),
-        ("gpu-memory", "error", {"batch_size": 512}, "--batch-size"),
-        ("max-run", "error", {"max_run_hours": 2.0}, "--max-run-hours"),
-    ],
+    ("prepared", "settings", "severity", "kind", "said"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) and "-" in value else "",
 )
-def test_settings_that_do_not_fit_the_machine(name, severity, settings, said):
-    asked = job(**settings)
-    findings = list(check_machine(asked, job_config(asked)))
-    assert name in names(findings, severity)
-    assert said in findings[0].reason
+def test_each_problem_is_found_and_says_what_to_do(ready, prepared, settings, severity, kind, said):
+    more = prepared(ready) or {}
+    found = report(ready, **settings, **more).findings
+    wanted = [f for f in found if f.severity == severity and kind in f.kind and said in f.reason]
+    assert wanted, found
 
 
-@pytest.mark.parametrize(
-    ("instance_type", "said"),
-    [
-        ("ml.g4dn.xlarge", ["A T4 has no bfloat16: float16 instead."]),
-        ("ml.g5.2xlarge", []),
-    ],
-)
-def test_a_type_that_the_gpu_has_not_is_replaced_and_said(instance_type, said):
-    config = load_config(None, {"amp_dtype": "bfloat16", "batch_size": 8})
-    findings = check_machine(job(instance_type=instance_type), config)
-    assert [finding.reason for finding in findings if finding.kind == "precision"] == said
+def test_several_errors_are_reported_together(aws, monkeypatch):
+    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
+    aws.client("s3").create_bucket(Bucket=BUCKET)
+    found = report(aws, role=None, image_uri=None).of("error")
+    assert [f.kind for f in found] == ["role-missing", "image-missing", "data-missing"]
 
 
 def test_the_batch_size_that_is_suggested_fits():
-    text = text_of(check_machine(job(), load_config(None, {"batch_size": 512})), "gpu-memory")
-    fits = text.split("--batch-size ")[1].rstrip(".")
-    smaller = check_machine(job(), load_config(None, {"batch_size": fits}))
-    assert "gpu-memory" not in names(smaller)
+    asked = JobSettings(s3_bucket=BUCKET)
+    (large,) = check_machine(asked, load_config(None, {"batch_size": 512}))
+    fits = large.reason.split("--batch-size ")[1].rstrip(".")
+    assert list(check_machine(asked, load_config(None, {"batch_size": fits}))) == []
 
 
-# --- role, permissions, quota
-
-
-@pytest.fixture
-def role(aws):
-    deploy_stack(aws)
-    return aws
-
-
-def account_findings(aws, **settings):
-    image = f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{REPOSITORY}:1"
-    asked = job(image_uri=image, **settings)
-    return [*check_role(asked, aws.account), *check_quota(asked, aws.account)]
-
-
-def test_the_stacks_own_role_is_enough(role):
-    assert account_findings(role) == []
-
-
-def test_unknown_role(aws):
-    assert names(account_findings(aws)) == ["role-unknown"]
-
-
-@pytest.mark.parametrize(
-    "action, resource",
-    [
-        ("s3:ListBucket", f"arn:aws:s3:::{BUCKET}:"),
-        ("ecr:BatchGetImage", f"repository/{REPOSITORY}"),
-        ("logs:PutLogEvents", "/aws/sagemaker/TrainingJobs:log-stream:b2t-1/"),
-        ("cloudwatch:PutMetricData", "*"),
-    ],
-)
-def test_role_without_a_permission(role, action, resource):
-    allow_role(role, policy_document("job_policy.json", without=action))
-    findings = account_findings(role)
-    assert set(names(findings)) == {"permission-denied"}
-    assert all(action in finding.reason for finding in findings)
-    assert resource in findings[0].reason
-
-
-def test_a_deny_of_the_organisation_wins_over_the_roles_policy(role):
-    deny = {"Effect": "Deny", "NotAction": "s3:*", "Resource": "*"}
-    role.organisation = [{"Statement": [deny]}]
-    denied = {f.reason.split(" may not ")[1].split(" on ")[0] for f in account_findings(role)}
+def test_a_deny_of_the_organisation_wins_over_the_roles_policy(ready):
+    ready.organisation = [
+        {"Statement": [{"Effect": "Deny", "NotAction": ["s3:*", "iam:*"], "Resource": "*"}]}
+    ]
+    denied = {
+        f.reason.split(" may not ")[1].split(" on ")[0]
+        for f in report(ready).of("error")
+        if f.kind == "permission-denied"
+    }
     assert "logs:PutLogEvents" in denied
     assert not [action for action in denied if action.startswith("s3:")]
 
 
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        ({"output_prefix": "mine"}, f"s3:PutObject on arn:aws:s3:::{BUCKET}/mine/b2t-1/checkpo"),
-        ({"init_from_checkpoint": "s3://b/models/best"}, "s3:GetObject on arn:aws:s3:::b/models"),
-        ({"debug_shell": True}, "AllowShell=yes"),
-    ],
-)
-def test_role_without_what_a_setting_needs(role, settings, said):
-    assert any(said in finding.reason for finding in account_findings(role, **settings))
-
-
-def test_quota_too_small(role):
-    findings = account_findings(role, instance_count=3)
-    assert names(findings) == ["quota"]
-    assert "is 2 and the job needs 3" in findings[0].reason
+# --- what nobody could look at
 
 
 @pytest.mark.parametrize(
-    "settings, use",
+    "action, kind",
     [
-        ({"spot": True}, "spot training job usage"),
-        ({"keep_alive_minutes": 10}, "training warm pool usage"),
+        ("iam:SimulatePrincipalPolicy", "permissions-unchecked"),
+        ("servicequotas:ListServiceQuotas", "quota-unchecked"),
+        ("ecr:BatchGetImage", "image-unchecked"),
+        ("ecr:GetDownloadUrlForLayer", "image-code-unknown"),
+        ("s3:GetObject", "data-unchecked"),
     ],
 )
-def test_spot_and_warm_pools_have_quotas_of_their_own(role, settings, use):
-    role.quotas[f"ml.g5.2xlarge for {use}"] = 0
-    assert names(account_findings(role)) == []
-    assert use in text_of(account_findings(role, **settings), "quota")
-    role.quotas[f"ml.g5.2xlarge for {use}"] = 1
-    assert names(account_findings(role, **settings)) == []
-
-
-@pytest.mark.parametrize(
-    "action, what",
-    [
-        ("iam:SimulatePrincipalPolicy", "permissions"),
-        ("servicequotas:ListServiceQuotas", "quota"),
-        ("ecr:BatchGetImage", "image"),
-        ("s3:GetObject", "data"),
-    ],
-)
-def test_what_you_may_not_look_at_is_a_warning(ready, monkeypatch, action, what):
+def test_what_you_may_not_look_at_is_a_warning(ready, monkeypatch, action, kind):
     log_in(ready, monkeypatch, policy_document("launcher_policy.json", action))
-    report = preflight(prepare(job(image_uri=ready.image_uri), ready.account), ready.account)
-    assert names(report.findings) == []
-    assert names(report.findings, "warning") == [f"{what}-unchecked"]
-    assert "attach code/aws/launcher_policy.json" in report.findings[0].reason
+    (finding,) = report(ready).findings
+    assert (finding.severity, finding.kind) == ("warning", kind)
+    assert "launcher_policy.json" in finding.reason or kind == "image-code-unknown"
 
 
-# --- image
+@pytest.mark.parametrize(
+    ("call", "severity", "kind"),
+    [
+        ("sts.GetCallerIdentity", "error", "credentials"),
+        ("ecr.BatchGetImage", "warning", "image-unchecked"),
+    ],
+)
+def test_a_page_of_a_proxy_instead_of_an_answer(ready, call, severity, kind):
+    def page(**_):
+        raise ResponseParserError("Unable to parse response, invalid XML received: <html>")
+
+    client = ready.account.client(call.split(".")[0])
+    client.meta.events.register(f"before-call.{call}", page)
+    (finding,) = report(ready).findings
+    assert (finding.severity, finding.kind) == (severity, kind)
+    assert "could not be reached" in finding.reason
 
 
-@pytest.fixture
-def registry(aws):
-    aws.client("ecr").create_repository(repositoryName=REPOSITORY)
-    return aws
+# --- the image
 
 
-def image_findings(aws, uri, **settings):
-    image = uri and look_at(uri, aws.account)
-    return list(check_image(job(image_uri=uri, **settings), image, aws.account))
-
-
-def ours(**labels):
-    return {LABEL: json.dumps(fingerprints()), **labels}
-
-
-def test_image_of_this_code(registry):
-    assert image_findings(registry, put_image(registry, ours())) == []
-
-
-def test_image_that_is_not_there(registry):
-    uri = put_image(registry, ours())
-    assert names(image_findings(registry, None)) == ["image-missing"]
-    assert names(image_findings(registry, "docker.io/me/image:1")) == ["image-not-ecr"]
-    elsewhere = uri.replace("us-east-1", "eu-west-1")
-    assert names(image_findings(registry, elsewhere)) == ["image-region"]
-    other = uri.replace(REPOSITORY, "something-else")
-    assert names(image_findings(registry, other)) == ["image-unknown"]
-    unknown = uri.split("@")[0] + "@sha256:" + "0" * 64
-    assert names(image_findings(registry, unknown)) == ["image-unknown"]
-
-
-def test_the_image_that_a_colleague_pushed_is_found(ready, monkeypatch):
-    monkeypatch.setattr("brain_to_text.launch.submit.LAST_IMAGE", "/nowhere")
-    made = prepare(job(), ready.account)
-    assert made.image is None and made.settings.image_uri is None
-    git = ["git", "-C", str(REPOSITORY_FOLDER), "rev-parse", "--short=12", "HEAD"]
+def test_the_image_that_a_colleague_pushed_is_found(ready):
+    assert prepare(job(ready, image_uri=None), ready.account).image is None
+    git = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
     revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    pushed = put_image(ready, ours(), tag=revision)
-    made = prepare(job(), ready.account)
-    assert made.settings.image_uri == pushed
-    found = preflight(made, ready.account)
-    assert names(found.findings) == [] and "pushed from this revision" in found.findings[-1].reason
+    pushed = image({}, ready, tag=revision)["image_uri"]
+    assert prepare(job(ready, image_uri=None), ready.account).settings.image_uri == pushed
+    (finding,) = report(ready, image_uri=None).findings
+    assert finding.severity == "note" and "pushed from this revision" in finding.reason
 
 
-def test_image_for_another_processor(registry):
-    plain = put_image(registry, ours(), architecture="arm64")
-    assert names(image_findings(registry, plain)) == ["image-architecture"]
-    index = put_image_index(registry, "arm64")
-    assert names(image_findings(registry, index)) == ["image-architecture"]
-
-
-def test_image_of_other_code_names_the_files(registry):
-    files = fingerprints()
-    files["code/train_model_sagemaker.py"] = "0" * 16
-    files["code/brain_to_text/gone.py"] = "1" * 16
-    del files["code/evaluate_model.py"]
-    uri = put_image(registry, {LABEL: json.dumps(files)})
-    text = text_of(image_findings(registry, uri), "code-differs")
-    for part in (
-        "code/train_model_sagemaker.py",
-        "code/brain_to_text/gone.py",
-        "evaluate_model.py",
-    ):
-        assert part in text
-    assert "./build_and_push.sh" in text and "--accept-code-difference" in text
-    accepted = image_findings(registry, uri, accept_code_difference=True)
-    assert names(accepted) == [] and names(accepted, "warning") == ["code-differs"]
-
-
-def test_what_only_your_machine_uses_may_differ(registry):
+def test_what_only_your_machine_uses_may_differ_and_mlflow_may_be_there(ready):
     files = fingerprints()
     for path in files:
         if path.endswith(".md") or path.startswith(("code/aws/", "code/brain_to_text/launch/")):
             files[path] = "0" * 16
     files["code/.DS_Store"] = files["code/NOTICE"] = "0" * 16
-    assert image_findings(registry, put_image(registry, {LABEL: json.dumps(files)})) == []
-
-
-def test_image_whose_code_is_unknown(registry, monkeypatch):
-    uri = put_image(registry, {})
-    assert names(image_findings(registry, uri), "warning") == ["image-code-unknown"]
-    labelled = put_image(registry, ours())
-    policy = policy_document("launcher_policy.json", without="ecr:GetDownloadUrlForLayer")
-    log_in(registry, monkeypatch, policy)
-    assert names(image_findings(registry, labelled), "warning") == ["image-code-unknown"]
-
-
-def test_image_with_and_without_mlflow(registry):
-    elsewhere = "https://mlflow.example.org"
-    without = put_image(registry, ours(**{"brain-to-text.mlflow": "no"}))
-    holds = put_image(registry, ours(**{"brain-to-text.mlflow": "yes"}))
-    assert image_findings(registry, without) == []  # nobody asked for MLflow
-    assert image_findings(registry, holds, mlflow_tracking_uri=elsewhere) == []
-    findings = image_findings(registry, without, mlflow_tracking_uri=elsewhere)
-    assert "./build_and_push.sh --mlflow" in text_of(findings, "image-without-mlflow")
-
-
-# --- data
-
-
-@pytest.fixture
-def bucket(aws):
-    aws.client("s3").create_bucket(Bucket=BUCKET)
-    put_dataset(aws)
-    return aws
-
-
-def data_findings(aws, **settings):
-    asked = job(**settings)
-    bucket = list(check_bucket(asked, aws.account))
-    return bucket or list(check_data(asked, job_config(asked), aws.account))
-
-
-def test_data_as_it_should_be(bucket):
-    assert data_findings(bucket) == []
-
-
-def test_bucket_that_is_far_away(bucket):
-    s3 = bucket.client("s3")
-    s3.create_bucket(
-        Bucket="far-away", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
-    )
-    findings = data_findings(bucket, s3_bucket="far-away")
-    assert "--region eu-west-1" in text_of(findings, "bucket-region")
-
-
-def test_no_data_under_the_prefix(bucket):
-    findings = data_findings(bucket, s3_data_prefix="data/hdf5")
-    assert "upload the dataset" in text_of(findings, "data-missing")
-
-
-@pytest.mark.parametrize("split, severity", [("train", "warning"), ("val", "error")])
-def test_only_training_or_only_validation_data(bucket, split, severity):
-    put_dataset(bucket, "half", splits=(split,))
-    name = {"train": "data-no-val", "val": "data-no-train"}[split]
-    assert names(data_findings(bucket, s3_data_prefix="half"), severity) == [name]
-
-
-def test_no_manifest(bucket):
-    bucket.client("s3").delete_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz")
-    findings = data_findings(bucket)
-    command = f"prepare_dataset.py index s3://{BUCKET}/{PREFIX}"
-    assert command in text_of(findings, "manifest-missing")
-
-
-@pytest.mark.parametrize("name", ["t15.2023.08.12/data_train.hdf5", "trial_manifest.json.gz"])
-def test_manifest_that_is_damaged_or_of_files_that_changed(bucket, name):
-    bucket.client("s3").put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=b"other bytes")
-    assert names(data_findings(bucket)) == ["manifest-stale"]
-
-
-def test_a_dataset_that_is_still_being_made(bucket):
-    mark = Unfinished("encode", "encode OLD NEW", {}, ["s/data_train.hdf5"], "1").to_bytes()
-    bucket.client("s3").put_object(Bucket=BUCKET, Key=f"{PREFIX}/trial_manifest.json.gz", Body=mark)
-    refusal = text_of(data_findings(bucket), "manifest-stale")
-    assert "is unfinished" in refusal and "Repeat 'encode OLD NEW'" in refusal
-
-
-@pytest.mark.parametrize(
-    "data, overrides, said",
-    [
-        ({"n_classes": 41}, {}, "41"),
-        ({"n_features": 64}, {"dataset.neural_dim": "512"}, "64"),
-        ({}, {"dataset.sessions": '["t15.2023.08.99"]', "dataset.days_per_batch": "1"}, "08.99"),
-        ({"sessions": 2}, {}, "dataset.days_per_batch"),
-    ],
-)
-def test_data_that_the_trainer_would_refuse(bucket, data, overrides, said):
-    put_dataset(bucket, "other", **data)
-    findings = data_findings(bucket, s3_data_prefix="other", overrides=overrides)
-    assert names(findings)
-    assert any(said in finding.reason for finding in findings)
-
-
-def test_volume_smaller_than_the_copied_dataset(bucket):
-    def huge(parsed, **_):
-        for entry in parsed.get("Contents", []):
-            entry["Size"] = 8 * 10**9
-
-    bucket.account.client("s3").meta.events.register("after-call.s3.ListObjectsV2", huge)
-    assert "volume-too-small" in names(data_findings(bucket, data_channel="file"))
-    assert "volume-too-small" not in names(data_findings(bucket, data_channel="stream"))
-
-
-def test_nothing_to_start_from(bucket):
-    assert names(data_findings(bucket, resume_from="b2t-0")) == ["resume-nothing"]
-    uri = f"s3://{BUCKET}/models/none/model.tar.gz"
-    assert names(data_findings(bucket, init_from_checkpoint=uri)) == ["init-nothing"]
+    uri = put_image(ready, {LABEL: json.dumps(files), "brain-to-text.mlflow": "yes"})
+    server = "https://mlflow.example.org"
+    assert report(ready, image_uri=uri, mlflow_tracking_uri=server).findings == ()
