@@ -30,29 +30,23 @@ def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
         assert text.count("***") == 4
 
 
-def test_what_an_earlier_job_said_stands_before_what_this_one_says(tmp_path):
+def test_a_resumed_job_continues_the_log_of_the_checkpoint(tmp_path):
     with run_log(tmp_path) as log:
-        log.info("this job")
-        log.begin({"training_log": "earlier job\n", "metrics": '{"kind": "train"}\n'})
-        log.info("goes on")
-        log.metrics("validation", DER=0.5)
-    lines = log.log_file.read_text().splitlines()
-    assert lines[0] == "earlier job"
-    assert [line.split(": ", 1)[-1] for line in lines[1:]] == ["this job", "goes on"]
-    kinds = [json.loads(line)["kind"] for line in log.metrics_file.read_text().splitlines()]
-    assert kinds == ["train", "validation"]
-
-
-def test_a_job_in_the_folder_of_the_one_before_has_no_number_twice(tmp_path):
-    with run_log(tmp_path) as log:
+        log.begin()
+        log.info("earlier job")
         log.metrics("train", step=0, loss=7.4)
         earlier = log.snapshot()
+        log.info("lost")
         log.metrics("train", step=1, loss=7.3)  # after the checkpoint, and lost with the job
     with run_log(tmp_path) as log:
+        log.info("this job")
         log.begin(earlier)
+        log.info("goes on")
         log.metrics("train", step=1, loss=7.3)
-    lines = map(json.loads, log.metrics_file.read_text().splitlines())
-    assert [entry["step"] for entry in lines] == [0, 1]
+    lines = [line.split(": ", 1)[-1] for line in log.log_file.read_text().splitlines()]
+    assert lines == ["earlier job", "this job", "goes on"]
+    entries = map(json.loads, log.metrics_file.read_text().splitlines())
+    assert [entry["step"] for entry in entries] == [0, 1]
 
 
 def test_a_job_that_was_refused_leaves_the_log_of_the_run_before(tmp_path):
