@@ -96,7 +96,7 @@ def test_whoever_waits_says_for_whom(board, monkeypatch, caplog):
         pass
     with pytest.raises(TrainingError) as raised, here.meeting():
         deadline = time.monotonic() + 300
-        while "Waiting for Rank 2 on algo-2 since" not in caplog.text:
+        while "Still waiting for Rank 2 on algo-2 after" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         raise RuntimeError("[unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation")

@@ -28,7 +28,7 @@ from .checkpoints import CheckpointFolder
 from .distributed import World, sum_gradients
 from .log_files import RunLog
 from .resume import check_identity, identity, restore_run
-from .run import Interval, Run, RunPaths
+from .run import Interval, Run, RunPaths, bring_back
 
 
 def build_run(
@@ -124,12 +124,17 @@ def build_run(
         identity=now,
         batches=batches,
         interval=Interval(step, stream.stats.snapshot()),
-        resumed=saved is not None,
         next_save=time.monotonic() + config.checkpoint_interval_seconds,
         traffic_of_others=traffic_of_others,
     )
     if saved is not None:
         restore_run(run, saved)
+        if world.is_main:
+            bring_back(run)
+        log.info(
+            f"Resuming after step {run.state.step} from {paths.checkpoint_dir} (best "
+            f"{config.primary_metric} so far {run.state.best_value:.4f})"
+        )
         return run
     if config.init_from_checkpoint:
         _start_from(str(config.init_checkpoint_path), model, selection.sessions, log)

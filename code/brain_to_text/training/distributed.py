@@ -101,7 +101,7 @@ class Board:
                 if self._waited() > self._warn_after:
                     self._warn_after *= 2
                     who = self._missing() or "an answer over the network"
-                    LOGGER.warning("Waiting for %s since %.0f s", who, self._waited())
+                    LOGGER.warning("Still waiting for %s after %.0f s", who, self._waited())
 
     def _waited(self) -> float:
         since = self._waits_since

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 
 from ..config import TrainingConfig
 from ..log_lines import best_line
@@ -25,7 +25,6 @@ from .run import (
     RunPaths,
     RunState,
     ask_for_traffic,
-    bring_back,
     check_finite,
     check_refusals,
     log_step,
@@ -136,7 +135,9 @@ class BrainToTextDecoder_Trainer_S3:
                 if self._checkpoint_due(run):
                     self._save_state(run)
 
-                with self._waiting(run):
+                # a signal ends the wait at once, unless other ranks would wait for us
+                alone = run.world.size == 1
+                with self.interruption.immediate() if alone else nullcontext():
                     batch = next(run.batches)
                 if state.step == first_step:
                     age = process_seconds()
@@ -155,10 +156,6 @@ class BrainToTextDecoder_Trainer_S3:
                 state.step += 1
         except RunInterrupted:
             self._stop_on_signal(run)
-
-    def _waiting(self, run: Run) -> AbstractContextManager[None]:
-        """Waiting for data: a signal ends it at once, unless other ranks would wait for us."""
-        return self.interruption.immediate() if run.world.size == 1 else nullcontext()
 
     def _validation_due(self, run: Run) -> bool:
         """After step 0 (so that trouble shows at once), every so often, and after the last step."""
@@ -269,15 +266,9 @@ class BrainToTextDecoder_Trainer_S3:
         )
 
     def _open_outputs(self, run: Run, closing: ExitStack) -> None:
-        """On the main rank: what an earlier job left, trackers, the log's live copy, the config."""
+        """On the main rank: trackers, the log's live copy, the configuration."""
         if not run.world.is_main:
             return
-        if run.resumed:
-            bring_back(run)
-            run.log.info(
-                f"Resuming after step {run.state.step} from {run.paths.checkpoint_dir} (best "
-                f"{run.config.primary_metric} so far {run.state.best_value:.4f})"
-            )
         facts = {"data": self.data_url, "dataset": run.identity["dataset"]}
         tracked = trackers.follow(run.log, run.paths, run.config.to_dict(), facts)
         if tracked is not None:

@@ -123,7 +123,6 @@ class Run:
     Attributes:
         identity: what a resumed run must share with this one.
         batches: training batches from the run's step on, under way.
-        resumed: an earlier job's state was continued.
         next_save: clock at which a state is due.
         refusals_logged: refused updates that the log has named.
         best: the trials as the best model decoded them, where this job validated it.
@@ -146,7 +145,6 @@ class Run:
     identity: dict[str, Any]
     batches: Prefetcher
     interval: Interval
-    resumed: bool
     next_save: float
     refusals_logged: int = 0
     best: DecodedSplit | None = None
@@ -285,6 +283,7 @@ def log_step(run: Run, result: StepResult) -> None:
         "frames_per_second": sum(frames for _, _, frames, _ in shares) / elapsed,
         "data_wait_share": traffic.wait_seconds / elapsed,
         "cache_hit_rate": traffic.hit_rate,
+        "retries": traffic.retries,
         **dataclasses.asdict(traffic),
     }
     if run.train_step.objective.is_joint:
