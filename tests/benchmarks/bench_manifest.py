@@ -1,6 +1,6 @@
 """What a dataset of many trials costs before the first step: time and memory, by simulation.
 
-    python tests/benchmarks/bench_manifest.py [--trials 11162 1000000 | --copies | --requests]
+    python tests/benchmarks/bench_manifest.py [--trials 11162 1000000 | --copies]
 
 The manifest is made up (300 sessions, 45 for the size of the real recordings; labels, sentences and
 offsets as plausible as they need to be). Two processes then start as torchrun starts them: the
@@ -31,16 +31,14 @@ import numpy as np
 from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.hdf5_writer import TrialContents, data_file_bytes
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
-from brain_to_text.dataset.manifest import TrialManifest, load_manifest, write_manifest
+from brain_to_text.dataset.manifest import TrialManifest, write_manifest
 from brain_to_text.dataset.selection import select_trials
-from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.storage.locations import ObjectInfo
 from brain_to_text.storage.store import open_store
 from brain_to_text.streaming.batch_plan import BatchPlan
 from brain_to_text.training.distributed import World
-from support.fault_proxy import run_proxy
 from support.local_s3 import serve_s3
 from support.manifests import manifest_of
 
@@ -52,12 +50,14 @@ def made_up_manifest(n_trials: int, n_sessions: int) -> TrialManifest:
     """`n_trials` trials of 512 features, evenly over sessions; 8 in 10 are for training."""
     rng = np.random.default_rng(0)
     trials, ends = [], {}
+    lengths = rng.integers(15, 46, n_trials)
+    spoken = np.split(rng.integers(1, 41, lengths.sum(), np.int32), np.cumsum(lengths))
     for number in range(n_trials):
         session = f"t15.{2000 + number % n_sessions:04d}.01.01"
         within = number // n_sessions
         split = SPLITS[within % len(SPLITS)]
         key = f"{session}/data_{split}.hdf5"
-        phonemes = rng.integers(1, 41, int(rng.integers(15, 46))).astype(np.int32)
+        phonemes = spoken[number]
         bins = 20 * len(phonemes) + 40
         offset = ends.get(key, 4016)
         ends[key] = offset + bins * 2048 + 6000
@@ -72,7 +72,7 @@ def made_up_manifest(n_trials: int, n_sessions: int) -> TrialManifest:
                 dtype="<f4",
                 offset=offset,
                 length=bins * 2048,
-                crc32=int(rng.integers(2**32)),
+                crc32=number * 2_654_435_761 % 2**32,
                 class_ids=None if split == "test" else encode_diphones(phonemes),
                 phoneme_ids=None if split == "test" else phonemes,
                 sentence_label=f"sentence {number:08d} of about thirty letters",
@@ -179,47 +179,10 @@ def measure_copies(n_files: int = 135, n_trials: int = 83) -> None:
             print(f"| {what} | {time.monotonic() - started:.2f} |", flush=True)
 
 
-def measure_requests() -> None:
-    with tempfile.TemporaryDirectory() as folder, serve_s3(Path(folder), cached=True) as server:
-        os.environ.update(server.environment())
-        server.make_bucket("bench")
-        dataset = SyntheticDataset(
-            sessions=4,
-            train_trials=32,
-            val_trials=8,
-            test_trials=0,
-            electrodes=256,
-            bins_per_phoneme=28.0,
-        )
-        store = open_store("s3://bench/data")
-        manifest = synthesize(store, dataset)
-        size = sum(record.size for record in manifest.files.values())
-        with run_proxy(server.endpoint_url) as proxy:
-            os.environ["AWS_ENDPOINT_URL_S3"] = proxy.url
-            print(f"\n| {len(manifest.files)} files, {size / 1e6:.0f} MB | GETs | LISTs | MB | s |")
-            print("|---|---|---|---|---|")
-            store = open_store("s3://bench/data")
-            for name, action in (
-                ("index (1 process)", lambda: index_dataset(store, processes=1)),
-                ("index (2 processes)", lambda: index_dataset(store, processes=2)),
-                ("start of a job: manifest there", lambda: load_or_build_manifest(store, print)),
-                ("manifest alone", lambda: load_manifest(store)),
-            ):
-                proxy.reset_counts()
-                started = time.monotonic()
-                action()
-                counts = proxy.counts
-                gets = counts.ranged_gets + counts.other_gets
-                seconds = time.monotonic() - started
-                megabytes = counts.body_bytes / 1e6
-                print(f"| {name} | {gets} | {counts.lists} | {megabytes:.2f} | {seconds:.1f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="*", default=[11_162, 100_000, 1_000_000])
     parser.add_argument("--copies", action="store_true", help="only: data that was copied")
-    parser.add_argument("--requests", action="store_true", help="only: requests, on a real server")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -227,9 +190,6 @@ def main() -> None:
         return
     if options.copies:
         measure_copies()
-        return
-    if options.requests:
-        measure_requests()
         return
     print("CPU seconds of the first rank; memory beyond what Python and torch take:\n")
     columns = ["trials", "manifest", "write", "load", "select", "plan 100 batches"]

@@ -24,6 +24,7 @@ from brain_to_text.labels.diphones import decode_diphones
 from brain_to_text.storage.locations import MANIFEST_NAME
 from brain_to_text.storage.store import open_store
 from support.commands import run, tree
+from support.fault_proxy import FaultProxy
 from support.small_data import SESSIONS, span_of, write_small_dataset
 from support.tiny_data import append_in_turns
 
@@ -73,7 +74,7 @@ def test_synthesize_straight_into_s3(s3_prefix: str, capsys) -> None:
 
 
 def test_validate_and_index_on_s3_agree_with_the_folder(
-    s3_prefix: str, upload, tmp_path: Path, capsys
+    s3_prefix: str, upload, fault_proxy: FaultProxy, tmp_path: Path, capsys
 ) -> None:
     expected = write_small_dataset(tmp_path / "data", layout="gzip")
     upload(tmp_path / "data", s3_prefix)
@@ -81,8 +82,13 @@ def test_validate_and_index_on_s3_agree_with_the_folder(
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["trials"] == 15 and report["label_form"] == "self_loop"
     assert "manifest" in {warning["kind"] for warning in report["warnings"]}, "there is none yet"
+    fault_proxy.reset_counts()
     assert run("index", s3_prefix) == 0
     assert f"Wrote {s3_prefix}/{MANIFEST_NAME}" in capsys.readouterr().out
+    every_byte = sum(path.stat().st_size for path in (tmp_path / "data").rglob("*.hdf5"))
+    counts = fault_proxy.counts
+    assert counts.ranged_gets == 5 and counts.lists == 1, "each file once"
+    assert every_byte <= counts.body_bytes < every_byte + 10_000
     there = load_manifest(open_store(s3_prefix))
     assert there is not None and there.fingerprint() == report["fingerprint"]
     assert there.fingerprint() == index_dataset(open_store(tmp_path / "data")).fingerprint()
