@@ -95,26 +95,22 @@ def test_synthesize_repeats_itself_and_nothing_else(tmp_path, capsys) -> None:
     assert run("synthesize", tmp_path, "--sessions", 2, *small, "--seed", 1, "--overwrite") == 0
 
 
-def test_a_report_replaces_only_a_report(source, capsys) -> None:
-    for _ in range(2):
-        assert run("validate", "src", "--html", "report") == 0
-    Path("thesis").write_text("years of work")
-    for name in ("thesis", f"src/{FILE}", f"src/{MANIFEST_NAME}", "src"):
-        before = tree(source.parent)
-        capsys.readouterr()
-        assert run("validate", "src", "--html", name) == 1
-        assert "give" in sentence(capsys) and tree(source.parent) == before
-
-
-def test_files_are_made_as_the_users_umask_says(source) -> None:
+def test_a_report_replaces_only_a_report_and_the_users_umask_holds(source, capsys) -> None:
     before = os.umask(0o077)
     try:
         assert run("encode", "src", "new") == 0
-        assert run("validate", "src", "--html", "report.html") == 0
+        for _ in range(2):
+            assert run("validate", "new", "--html", "report") == 0
     finally:
         os.umask(before)
-    made = [p for p in Path("new").rglob("*") if p.is_file()]
-    assert {p.stat().st_mode & 0o777 for p in (*made, Path("report.html"))} == {0o600}
+    made = [path for path in Path("new").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in (*made, Path("report"))} == {0o600}
+    Path("thesis").write_text("years of work")
+    for name in ("thesis", f"src/{FILE}", "src"):
+        files = tree(source.parent)
+        capsys.readouterr()
+        assert run("validate", "src", "--html", name) == 1
+        assert "give" in sentence(capsys) and tree(source.parent) == files
 
 
 # --- what a source trial has, its target has ------------------------------------------------------
