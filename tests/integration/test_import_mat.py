@@ -118,7 +118,7 @@ def test_words_that_nobody_knows_are_named_given_or_left_out(benchmark_folder, t
     path = benchmark_folder / "train" / f"{SESSIONS[0]}.mat"
     savemat(path, variables(["Turn it up", "the zzqrk", "", "Go 2 it"]))
     assert run("import-mat", benchmark_folder, tmp_path / "a") == 1
-    assert "how to pronounce 2 words (and how often they occur): zzqrk (1), 2 (1);" in (
+    assert "is known for 2 words (and how often each occurs): zzqrk (1), 2 (1);" in (
         capsys.readouterr().err
     )
     lexicon = tmp_path / "words.txt"
@@ -127,7 +127,7 @@ def test_words_that_nobody_knows_are_named_given_or_left_out(benchmark_folder, t
     assert run("import-mat", benchmark_folder, tmp_path / "b", *options) == 0
     printed = capsys.readouterr().out
     assert f"Left out: {path}:trial_0002: " in printed and "has no words" in printed
-    assert f"Left out: {path}:trial_0003: " in printed and "how to pronounce 2;" in printed
+    assert f"Left out: {path}:trial_0003: " in printed and "is known for 2;" in printed
     assert "18 trials (6 train" in printed
 
 

@@ -187,7 +187,7 @@ def test_text_as_people_type_it_is_labelled_as_its_plain_form(typed, plain):
 def test_accents_decide_between_two_words():
     resume = [phoneme_symbols(text_phonemes(word)) for word in ("resume", "r\u00e9sum\u00e9")]
     assert [way[-2] for way in resume] == ["M", "EY"]
-    with pytest.raises(DataError, match="how to pronounce ros\u00e9"):
+    with pytest.raises(DataError, match="is known for ros\u00e9"):
         text_phonemes("a ros\u00e9")  # the dictionary has "rose" alone
     own = {"ros\u00e9": [(28, 25, 38, 13)]}
     assert text_phonemes("rose", own).tolist() == text_phonemes("rose").tolist()
@@ -207,7 +207,7 @@ def test_accents_decide_between_two_words():
     ],
 )
 def test_words_that_are_not_certain_are_named(sentence, words):
-    reason = f"pronounce {', '.join(words)}; spell out numbers and signs, or add lines 'word PHO"
+    reason = f"known for {', '.join(words)}; spell out numbers and signs, or add lines 'word PHO"
     with pytest.raises(UnknownWordsError, match=reason) as refused:
         text_phonemes(sentence)
     assert refused.value.words == words

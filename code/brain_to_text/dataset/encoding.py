@@ -104,7 +104,7 @@ def encode_files(
         log: receives one line per thing left out, about files skipped, and what was compared.
 
     Raises:
-        DataError: damage in the source, words that nobody can pronounce, a target that holds
+        DataError: damage in the source, words without a known pronunciation, a target that holds
             something else. StorageError: source or target cannot be read or written.
     """
     if options.lexicon is not None and not options.exclude_damaged:
@@ -142,7 +142,7 @@ def encode_files(
 
 
 def _refuse_unknown_words(sources: Sources, lexicon: Lexicon, processes: int) -> None:
-    """Name every word that nobody can pronounce at once, before anything is written.
+    """Name every word without a known pronunciation at once, before anything is written.
 
     Raises:
         DataError: there are some.
@@ -159,7 +159,7 @@ def _refuse_unknown_words(sources: Sources, lexicon: Lexicon, processes: int) ->
     if counts:
         words = ", ".join(f"{word} ({count})" for word, count in counts.most_common())
         raise DataError(
-            f"Nobody says how to pronounce {len(counts)} words (and how often they occur): "
+            f"No pronunciation is known for {len(counts)} words (and how often each occurs): "
             f"{words}; {UNKNOWN_WORDS_ADVICE}, or leave such trials out with --exclude-damaged."
         )
 
@@ -247,8 +247,8 @@ def encode_file(
                     stored = old.read(trial, labels=options.lexicon is None)
                     made = _encoded(old, stored, options)
                     group = new.create_group(trial)
-                    anew = {"input_features", *(() if made.class_ids is None else _LABELS)}
-                    lost = list(_copy(stored.group, group, {*stored.group} - anew))
+                    rewritten = {"input_features", *(() if made.class_ids is None else _LABELS)}
+                    lost = list(_copy(stored.group, group, {*stored.group} - rewritten))
                     features = write_trial(group, made, options.dtype)
                     lost += _copy(stored.group["input_features"], group["input_features"], ())
             except DataError as damage:

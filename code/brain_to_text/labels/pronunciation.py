@@ -1,4 +1,4 @@
-"""Words as people type them, and how they are spoken: the CMU dictionary, a user's own lexicon."""
+"""Words as people type them, and how they are spoken: the CMU dictionary and a user's lexicon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pronunciation = tuple[int, ...]
 Lexicon = dict[str, list[Pronunciation]]
 
 _DICTIONARY = Path(__file__).with_name("cmudict.dict.gz")
-_KEPT = re.compile(r"[^a-z' -]")
+_NOT_SCORED = re.compile(r"[^a-z' -]")
 _LONGEST = 200  # phonemes of a word; decoders recurse over them
 _VOICELESS = {"P", "T", "K", "F", "TH"}
 _SIBILANT = {"S", "Z", "SH", "ZH", "CH", "JH"}
@@ -48,12 +48,12 @@ _SPELT_OUT = re.compile(r"[a-z](\.[a-z])+")  # U.S., e.g.
 
 
 class UnknownWordsError(DataError):
-    """Words of a sentence that nobody says how to pronounce, as they stand there: `words`."""
+    """Words of a sentence that have no known pronunciation: `words`, as they are written."""
 
     def __init__(self, sentence: str, words: list[str]) -> None:
         super().__init__(
-            f"The sentence {sentence!r} cannot be turned into phonemes: nobody says how to "
-            f"pronounce {', '.join(dict.fromkeys(words))}; {UNKNOWN_WORDS_ADVICE}."
+            f"The sentence {sentence!r} cannot be turned into phonemes: no pronunciation is "
+            f"known for {', '.join(dict.fromkeys(words))}; {UNKNOWN_WORDS_ADVICE}."
         )
         self.words = words
 
@@ -83,23 +83,23 @@ def normalise_text(sentence: str) -> str:
     characters vanish, a hyphen before a space and double hyphens too, an apostrophe joins the word
     before it.
     """
-    text = _KEPT.sub("", _without_accents(typed_text(sentence)))
+    text = _NOT_SCORED.sub("", _without_accents(typed_text(sentence)))
     text = text.replace("- ", " ").replace("--", "").replace(" '", "'")
     return " ".join(text.split())
 
 
-def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray:
+def text_phonemes(sentence: str, lexicon: Lexicon | None = None) -> np.ndarray:
     """Phoneme ids [n] int32 of a sentence, silence after every word.
 
     Args:
-        own_words: pronunciations that take precedence over the CMU Pronouncing Dictionary.
+        lexicon: pronunciations that take precedence over the CMU Pronouncing Dictionary.
 
     Raises:
-        UnknownWordsError: words that are not certain: with digits, signs or foreign letters, or
-            that nobody knows. DataError: there are no words.
+        UnknownWordsError: words without a known pronunciation, such as those with digits, signs or
+            foreign letters. DataError: there are no words.
     """
     words = [word for word in _BETWEEN_WORDS.split(typed_text(sentence)) if word.strip("'-.")]
-    spoken = [_ways(word, own_words or {}) for word in words]
+    spoken = [_ways(word, lexicon or {}) for word in words]
     if unknown := [word for word, ways in zip(words, spoken, strict=True) if not ways]:
         raise UnknownWordsError(sentence, unknown)
     if not words:
@@ -107,13 +107,13 @@ def text_phonemes(sentence: str, own_words: Lexicon | None = None) -> np.ndarray
     return np.asarray([p for ways in spoken for p in (*ways[0], SILENCE)], dtype=np.int32)
 
 
-def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
+def _ways(word: str, lexicon: Lexicon) -> list[Pronunciation]:
     """How a typed word may be said, its accents heeded where they decide between two words."""
     plain = _without_accents(word)
     bare = plain.strip("'-.")
     for spelling in (word, plain, word.strip("'-."), bare):
-        if own_words.get(spelling):
-            return own_words[spelling]
+        if lexicon.get(spelling):
+            return lexicon[spelling]
     if _SPELT_OUT.fullmatch(bare):
         letters = [pronunciations_of(f"{letter}.") for letter in bare.split(".")]
         return [_joined(letters)] if all(letters) else []
@@ -124,7 +124,7 @@ def _ways(word: str, own_words: Lexicon) -> list[Pronunciation]:
 
 
 def pronunciations_of(word: str) -> list[Pronunciation]:
-    """How a normalised word may be said: phoneme ids without silence; empty if nobody knows.
+    """How a normalised word may be said: phoneme ids without silence; empty if unknown.
 
     The CMU Pronouncing Dictionary first; then hyphenated compounds from their parts, and
     possessives and plurals with 's from their stem.
@@ -179,7 +179,7 @@ def _cmu() -> dict[str, list[list[str]]]:
 
 
 def lexicon_of(words: Iterable[str]) -> tuple[Lexicon, list[str]]:
-    """Pronunciations of `words`, and the words nobody knows, which no decoder can then say."""
+    """Pronunciations of `words`, and the words without one, which no decoder can then say."""
     found = {word: pronunciations_of(word) for word in sorted(set(words))}
     lexicon = {word: ways for word, ways in found.items() if ways}
     return lexicon, [word for word, ways in found.items() if not ways]
