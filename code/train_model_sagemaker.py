@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.argv[1:] if arguments is None else arguments, environment
         )
         train(options, overrides, environment)
+        environment.forget_failure()
     except Exception as error:  # noqa: BLE001
         if not isinstance(error, BrainToTextError):
             traceback.print_exc()
@@ -129,7 +130,6 @@ def train(
         ),
         log_url=_log_url(options, environment),
         accept_changes=accept_changes == "true",
-        started=environment.forget_failure,
         report=write_report,
     )
     trainer.train()

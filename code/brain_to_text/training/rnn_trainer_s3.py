@@ -45,7 +45,6 @@ class BrainToTextDecoder_Trainer_S3:
         paths: where results go.
         log_url: object-store folder that gets a live copy of the log; None for none.
         accept_changes: resume even when config, dataset or code differ from the checkpoint's.
-        started: called on the main rank once the run holds its folders. None for nothing.
         report: called with the run when its best model is final; writes the report. None for none.
     """
 
@@ -57,7 +56,6 @@ class BrainToTextDecoder_Trainer_S3:
         *,
         log_url: str | None = None,
         accept_changes: bool = False,
-        started: Callable[[], None] | None = None,
         report: Callable[[Run], None] | None = None,
     ) -> None:
         self.config = config
@@ -65,7 +63,6 @@ class BrainToTextDecoder_Trainer_S3:
         self.paths = paths
         self.log_url = log_url
         self.accept_changes = accept_changes
-        self.started = started
         self.report = report
         self.interruption = Interruption()
 
@@ -90,8 +87,6 @@ class BrainToTextDecoder_Trainer_S3:
                     checkpoints = self._hold_checkpoints(world, closing)
                     log.close()
                     log = self._open_log(world)
-                    if world.is_main and self.started is not None:
-                        self.started()
                     run = build_run(
                         self.config,
                         self.data_url,
