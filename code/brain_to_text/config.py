@@ -133,10 +133,10 @@ class ObjectiveConfig:
     """Loss = weight x phoneme CTC + (1 - weight) x diphone CTC."""
 
     phoneme_weight: float = key(0.0, "fixed weight of the phoneme term (diphone sets)", 0, 1)
-    ctc_kernel: Literal["auto", "torch", "triton"] = key(
+    ctc_kernel: Literal["auto", "torch"] = key(
         "auto",
         "CTC on GPUs; auto: ours in Triton, which never makes the host wait, where it agrees with "
-        "torch's on that GPU; triton: the same, and an error where it does not",
+        "torch's on that GPU",
     )
     schedule: list[list[float]] | None = key(
         None,

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from brain_to_text.errors import ConfigError
 from brain_to_text.model import gpu_ctc
 from support import reference_float64 as reference
 from support.stand_in_gpu import plain_alphas
@@ -67,7 +66,7 @@ print(json.dumps({
     "one frame": ask([(1, []), (1, [3]), (1, [3, 4])], 7),
     "no labels": ask([(9, []), (4, [])], 7),
     "repeats": ask([(9, [5] * 5), (8, [5] * 5), (11, [2, 2, 2, 6]), (9, [1, 1, 2, 2, 2, 3])], 7),
-    "1001 states": ask([(525, some(500, 30))], 30),
+    "301 states": ask([(165, some(150, 30))], 30),
     "reason against": gpu_ctc.reason_against(torch.device("cpu")),
 }))
 """
@@ -178,9 +177,6 @@ def test_without_triton_torchs_own_is_used(
 ) -> None:
     monkeypatch.setattr(gpu_ctc, "triton", None)
     assert gpu_ctc.reason_against(CPU) == "Triton is not installed"
-    assert not gpu_ctc.usable("auto", CPU) and not gpu_ctc.usable("torch", CPU)
-    with pytest.raises(ConfigError, match=r"ctc_kernel is triton, but Triton is not"):
-        gpu_ctc.usable("triton", CPU)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +199,3 @@ def test_a_kernel_that_disagrees_or_cannot_be_built_is_left_aside(
     monkeypatch.setattr(gpu_ctc, "ctc_nll_without_waiting", broken)
     reason = gpu_ctc.reason_against(CPU)
     assert reason is not None and (said or "(Failed to find C compiler.)") in reason
-    assert not gpu_ctc.usable("auto", CPU)

@@ -272,7 +272,7 @@ def test_averaging_switched_on_late_begins_with_the_weights_of_then() -> None:
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"model__bidirectional": True}])
 def test_no_step_synchronises_with_the_gpu(options: dict[str, Any]) -> None:
     device = torch.device("cuda:0")
-    config = small_config(**NOISY, **options, objective__ctc_kernel="triton")
+    config = small_config(**NOISY, **options)
     step = build(config, device=device)
     batches = [example_batch([40 + k, 31, 38], [0, 1, 1], seed=k).to(device) for k in range(4)]
     for k in range(3):

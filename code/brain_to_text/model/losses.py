@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from ..config import TrainingConfig
 from ..labels.diphones import N_DIPHONES, marginalise_log_probs
 from ..streaming.batch import Batch
+from . import gpu_ctc
 from .device import send
-from .gpu_ctc import ctc_nll_without_waiting, label_scores, usable
+from .gpu_ctc import ctc_nll_without_waiting, label_scores
 from .rnn_model import Packing
 
 
@@ -52,7 +53,7 @@ def ctc_nll(
     else:
         spoken = F.pad(labels, (1, 0)).index_select(0, packing.trial)
         scores = packing.padded(log_probs.gather(1, spoken))
-    if device.type == "cuda" and usable(kernel, device):
+    if device.type == "cuda" and kernel == "auto" and gpu_ctc.reason_against(device) is None:
         return ctc_nll_without_waiting(
             scores, labels, send(frame_lengths, device), send(label_lengths, device)
         )

@@ -6,6 +6,7 @@ Parameter names and shapes are the public baseline's (`day_weights.0` [C, C], `d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,8 +23,6 @@ from ..labels.diphones import N_DIPHONES
 from .classifier import PLAIN_NAMES, PREFIX, FactoredClassifier, frame_logits, unfolded
 from .device import one_thread, send
 from .packed_gru import packed_gru
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 class GRUDecoder(nn.Module):
@@ -217,13 +216,8 @@ class Packing:
 
 
 def without_wrappers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by their own names, without the prefixes that wrappers leave."""
-    weights = {}
-    for name, value in state_dict.items():
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
-        weights[name] = value
-    return weights
+    """Weights without the prefixes that DistributedDataParallel and torch.compile leave."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state_dict.items()}
 
 
 def load_public_state_dict(

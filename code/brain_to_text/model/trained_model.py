@@ -88,15 +88,14 @@ def open_model(location: str | Path) -> ModelArtefact:
         ConfigError: its args.yaml has settings that cannot work here.
     """
     location = str(location)
-    files, weights, content = _read(location)
-    if "args.yaml" not in files:
+    files, args, content = _read(location)
+    weights, sessions = _weights(content, location), _sessions(content, args, location)
+    if not args:
         raise CheckpointError(
             f"{location} holds no checkpoint/args.yaml: keep the file that training wrote beside "
             "best_checkpoint."
         )
-    args = read_document(files["args.yaml"], f"args.yaml of {location}")
     config = config_from_dict(args, f" in args.yaml of {location}")
-    sessions = _session_names(content.get("sessions") or config.dataset.sessions, location)
     if sessions is None:
         raise CheckpointError(
             f"{location} does not say which sessions its day layers belong to: list them as "
@@ -138,14 +137,9 @@ def initial_weights(
         StorageError: the place cannot be read.
     """
     location = str(location)
-    files, weights, content = _read(location)
-    weights = without_wrappers(weights)
-    listed = content.get("sessions")
-    if not listed:
-        args = read_document(files.get("args.yaml", b""), f"args.yaml of {location}")
-        dataset = args.get("dataset")
-        listed = dataset.get("sessions") if isinstance(dataset, Mapping) else None
-    sessions = _session_names(listed, location)
+    _, args, content = _read(location)
+    weights = without_wrappers(_weights(content, location))
+    sessions = _sessions(content, args, location)
     if sessions is None:
         return weights, None
     layers = sum(name.startswith("day_weights.") for name in weights)
@@ -161,8 +155,8 @@ def initial_weights(
 # --- what lies where ------------------------------------------------------------------------------
 
 
-def _read(location: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor], dict[str, Any]]:
-    """The files of a model by name, its weights, and what lies beside these."""
+def _read(location: str) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
+    """The files of a model by name, what args.yaml holds, and what the checkpoint holds."""
     files = _files(location)
     if "best_checkpoint" not in files:
         raise CheckpointError(
@@ -173,7 +167,8 @@ def _read(location: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor], dic
     content = load_verified(io.BytesIO(files.pop("best_checkpoint")), name)
     if not isinstance(content, dict):
         raise _no_weights(location, f"a {type(content).__name__}")
-    return files, _weights(content, location), content
+    args = read_document(files.get("args.yaml", b""), f"args.yaml of {location}")
+    return files, args, content
 
 
 def _files(location: str) -> dict[str, bytes]:
@@ -235,12 +230,17 @@ def _first_of_each(
     return {name: read(key) for name, key in found.items() if key is not None}
 
 
-def _session_names(listed: Any, location: str) -> tuple[str, ...] | None:
+def _sessions(
+    content: dict[str, Any], args: dict[str, Any], location: str
+) -> tuple[str, ...] | None:
     """The sessions of the day layers, None where nothing lists them.
 
     Raises:
         CheckpointError: something else than distinct names.
     """
+    dataset = args.get("dataset")
+    in_args = dataset.get("sessions") if isinstance(dataset, dict) else None
+    listed = content.get("sessions") or in_args
     if not listed:
         return None
     names = tuple(listed) if isinstance(listed, (list, tuple)) else ()
