@@ -52,8 +52,8 @@ def posteriors(sentence: str, random: np.random.Generator, noise: float) -> np.n
 
 
 def trial(index: int, sentence: str | None, log_probs: np.ndarray) -> DecodedTrial:
-    own = record(trial=index, sentence=sentence)
-    return replace(decoded(index, None, [], own=own), phoneme_log_probs=log_probs)
+    of = record(trial=index, sentence=sentence)
+    return replace(decoded(index, None, [], of=of), phoneme_log_probs=log_probs)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_clean_posteriors_give_the_sentence(decoders):
 def test_a_language_model_lowers_the_word_error_rate_on_held_out_sentences(decoders):
     without, with_model, trials = decoders
     found = {decoder: sentences(decoder, trials) for decoder in (without, with_model)}
-    rates = {decoder: total_errors(own, "WER").rate for decoder, own in found.items()}
+    rates = {decoder: total_errors(texts, "WER").rate for decoder, texts in found.items()}
     assert rates[with_model] < rates[without]
     spoken = [t.record.sentence_label for t in trials]
     assert rates[with_model] == jiwer.wer(spoken, [t.sentence for t in found[with_model]])
@@ -255,7 +255,7 @@ def data(tmp_path_factory):
         trial["input_features"] = np.zeros((5, 32), np.float32)
         trial.attrs["n_time_steps"] = 5
     with h5py.File(folder / SESSIONS[0] / "data_val.hdf5", "r+") as file:
-        del file["trial_0000"].attrs["sentence_label"]
+        del file["trial_0000"].attrs["sentence_label"], file["trial_0000"]["transcription"]
     with h5py.File(folder / SESSIONS[1] / "data_val.hdf5", "r+") as file:
         file["trial_0000"].attrs["sentence_label"] = "Never said before."
     return folder

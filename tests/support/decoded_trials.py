@@ -52,14 +52,14 @@ def decoded(
     reference: list[int] | None,
     hypothesis: list[int],
     *,
-    own: TrialRecord | None = None,
+    of: TrialRecord | None = None,
     classes: tuple[list[int], list[int]] | None = None,
     path: list[int] | None = None,
 ) -> DecodedTrial:
     """A trial with what the model said about it; `classes` are diphones (reference, hypothesis)."""
     return DecodedTrial(
         index=index,
-        record=own or record(trial=index),
+        record=of or record(trial=index),
         reference=reference,
         hypothesis=hypothesis,
         class_reference=classes[0] if classes else None,

@@ -50,7 +50,7 @@ def scored(n_batches: int = 1):
         for position in range(0, 7, 2):
             logits[trial, position, batch.labels[trial, position]] += 20
     rows = [part.tolist() for part in np.array_split(np.arange(6), n_batches)]
-    parts = [(batch.take(own), logits[own], frames[own]) for own in rows]
+    parts = [(batch.take(part), logits[part], frames[part]) for part in rows]
     result = decoded(parts, dataset_of([batch]), loss=True)
     return logits, batch, frames, result
 

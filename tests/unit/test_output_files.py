@@ -31,7 +31,7 @@ FIRST, SECOND = "t15.2023.08.11", "t15.2023.08.13"
 def test_columns_do_not_depend_on_the_first_trial(tmp_path):
     trials = [
         decoded(0, [1], [1]),
-        decoded(1, [1, 2], [1], own=record(trial=1, sentence="hello world")),
+        decoded(1, [1, 2], [1], of=record(trial=1, sentence="hello world")),
     ]
     rows = [trial_row(replace(trial, sentence="hello")) for trial in trials]
     write_table(tmp_path / "table.csv", rows)

@@ -23,7 +23,7 @@ def trials():
             0,
             [1, 2, 3],
             [1, 9, 3],
-            own=record(FIRST, 0, block=2, corpus="one"),
+            of=record(FIRST, 0, block=2, corpus="one"),
             classes=([5, 6, 7], [5, 6]),
             path=[1, 2, 3],
         ),
@@ -31,7 +31,7 @@ def trials():
             1,
             [1, 2],
             [1, 2],
-            own=record(FIRST, 1, block=3, corpus="one"),
+            of=record(FIRST, 1, block=3, corpus="one"),
             classes=([5, 6], [5, 6]),
             path=[1],
         ),
@@ -39,7 +39,7 @@ def trials():
             2,
             LONG,
             [9, 9, *LONG[2:]],
-            own=record(SECOND, 0, block=2, corpus="two"),
+            of=record(SECOND, 0, block=2, corpus="two"),
             classes=(LONG, [7, 7, 7, *LONG[3:]]),
             path=LONG,
         ),
@@ -47,7 +47,7 @@ def trials():
             3,
             [1, 2],
             [1],
-            own=record(SECOND, 1, block=2, corpus="one"),
+            of=record(SECOND, 1, block=2, corpus="one"),
             classes=([5], [5]),
             path=[],
         ),
@@ -96,7 +96,7 @@ def test_every_rate_is_grouped_with_intervals():
 def test_the_worst_diphones_come_first_by_name():
     k, ae, t, s = phoneme_ids(["K", "AE", "T", "S"]).tolist()
     heard = [[k, t], [k, ae, s], [k, ae, s], *[[k, ae, t]] * 3]
-    rows = summarise([decoded(i, [k, ae, t], own) for i, own in enumerate(heard)])["worst_diphones"]
+    rows = summarise([decoded(i, [k, ae, t], one) for i, one in enumerate(heard)])["worst_diphones"]
     assert rows == [
         {"diphone": "AE→T", "rate": 2 / 6, "errors": 2, "tokens": 6},
         {"diphone": "K→AE", "rate": 1 / 6, "errors": 1, "tokens": 6},
