@@ -87,7 +87,7 @@ class _PlannedTrial:
 
 def synthesize(
     target: ObjectStore,
-    dataset: SyntheticDataset | None = None,
+    dataset: SyntheticDataset,
     *,
     overwrite: bool = False,
     typed: str = "prepare_dataset.py synthesize",
@@ -105,7 +105,6 @@ def synthesize(
         DataError: a description that cannot be made, a target that holds something else.
         StorageError: the target cannot be written.
     """
-    dataset = dataset or SyntheticDataset()
     plans = _plan(dataset)
     keys = {f"{name}/data_{trial.split}.hdf5" for name, plan in plans.items() for trial in plan}
     origin = Origin("prepare_dataset.py synthesize", asdict(dataset))

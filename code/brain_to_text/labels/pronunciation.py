@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import re
 import unicodedata
-import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -160,11 +159,6 @@ def _possessive(last: str) -> list[str]:
 def dictionary_words() -> Iterable[str]:
     """Every word of the CMU dictionary."""
     return _cmu().keys()
-
-
-def dictionary_fingerprint() -> str:
-    """8 hex digits that change with the dictionary's content."""
-    return f"{zlib.crc32(_DICTIONARY.read_bytes()):08x}"
 
 
 @cache

@@ -7,13 +7,12 @@ blocks, 11,162 sentences. Blocks are recorded either for training or for validat
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class RecordingBlock:
+class RecordingBlock(NamedTuple):
     """One block of one session; `held_out` blocks are shared by validation and test."""
 
     session: str
@@ -28,14 +27,8 @@ def recording_blocks() -> tuple[RecordingBlock, ...]:
     """Every block in order of date and block number."""
     with Path(__file__).with_name("recording_blocks.csv").open(encoding="utf-8") as file:
         return tuple(
-            RecordingBlock(
-                row["session"],
-                int(row["block"]),
-                int(row["sentences"]),
-                row["corpus"],
-                row["split"] != "train",
-            )
-            for row in csv.DictReader(file)
+            RecordingBlock(session, int(block), int(sentences), corpus, split != "train")
+            for session, block, sentences, corpus, split in list(csv.reader(file))[1:]
         )
 
 
