@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
+from brain_to_text.storage.locations import ObjectInfo
 from brain_to_text.storage.store import open_store
 from support.fault_proxy import FaultProxy, run_proxy
 from support.local_s3 import LocalS3, make_certificate, serve_s3
@@ -107,11 +109,19 @@ def tiny_dataset_s3(
     return s3_prefix
 
 
-@pytest.fixture
-def tiny_manifest_s3(tiny_dataset: TinyDataset, tiny_dataset_s3: str) -> TrialManifest:
-    """The manifest of the uploaded tiny dataset, as if it had been indexed there (but faster)."""
-    local = index_dataset(open_store(tiny_dataset.folder))
-    return uploaded(local, open_store(tiny_dataset_s3).list())
+@pytest.fixture(scope="session")
+def tiny_manifest(tiny_dataset: TinyDataset) -> TrialManifest:
+    """The manifest of the tiny dataset in its folder."""
+    return index_dataset(open_store(tiny_dataset.folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest_s3(tiny_dataset: TinyDataset, tiny_manifest: TrialManifest) -> TrialManifest:
+    """The manifest as if the dataset had been indexed on S3, whose ETags are MD5 sums."""
+    store = open_store(tiny_dataset.folder)
+    sums = {key: hashlib.md5(store.read(key)).hexdigest() for key in tiny_manifest.files}
+    listing = {key: ObjectInfo(key, 0, etag) for key, etag in sums.items()}
+    return uploaded(tiny_manifest, listing)
 
 
 @pytest.fixture

@@ -378,9 +378,7 @@ def run_trainer(
     from brain_to_text.training.rnn_trainer_s3 import BrainToTextDecoder_Trainer_S3, RunPaths
 
     class PausingStep(TrainStep):
-        def __call__(
-            self, batch: Any, step: int, global_batch_size: int | None = None
-        ) -> StepResult:
+        def __call__(self, *_: Any) -> StepResult:
             end = time.thread_time() + step_seconds
             while busy and time.thread_time() < end:
                 sum(range(50))

@@ -12,7 +12,6 @@ import botocore.utils
 import numpy as np
 import pytest
 import torch
-from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import DataError, StorageError
 from brain_to_text.storage import s3_clients
@@ -59,10 +58,9 @@ def training_batches(
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_dataset) -> list[Batch]:
+def expected(tiny_dataset, tiny_manifest) -> list[Batch]:
     """The same batches, read from the folder that was uploaded."""
-    manifest = index_dataset(open_store(tiny_dataset.folder))
-    with training_batches(str(tiny_dataset.folder), manifest) as dataset:
+    with training_batches(str(tiny_dataset.folder), tiny_manifest) as dataset:
         return list(dataset.batches())
 
 
@@ -208,10 +206,9 @@ def test_a_file_replaced_during_the_run_is_detected_and_never_mixed_in(
 
 
 def test_data_indexed_in_a_folder_streams_from_s3_after_an_upload(
-    tiny_dataset, expected, tiny_dataset_s3: str, fault_proxy: FaultProxy
+    tiny_manifest, expected, tiny_dataset_s3: str, fault_proxy: FaultProxy
 ) -> None:
-    manifest = index_dataset(open_store(tiny_dataset.folder))
-    with training_batches(tiny_dataset_s3, manifest) as dataset:
+    with training_batches(tiny_dataset_s3, tiny_manifest) as dataset:
         assert_identical(list(dataset.batches()), expected)
 
 

@@ -34,8 +34,8 @@ Open = Callable[..., BrainToTextDatasetS3]
 
 
 @pytest.fixture
-def manifest(tiny_dataset) -> TrialManifest:
-    return index_dataset(open_store(tiny_dataset.folder))
+def manifest(tiny_manifest: TrialManifest) -> TrialManifest:
+    return tiny_manifest
 
 
 def by_session(manifest: TrialManifest, split: str = "train") -> list[np.ndarray]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brain_to_text.dataset.indexing import index_dataset
 from brain_to_text.dataset.manifest import TrialManifest
 from brain_to_text.errors import StorageError
 from brain_to_text.storage.retry import RequestError, RetryPolicy
-from brain_to_text.storage.store import LocalStore, open_store
+from brain_to_text.storage.store import LocalStore
 from brain_to_text.streaming.trial_stream import TrialStream
 
 
@@ -43,8 +42,8 @@ def throttled() -> None:
 
 
 @pytest.fixture
-def manifest(tiny_dataset) -> TrialManifest:
-    return index_dataset(open_store(tiny_dataset.folder))
+def manifest(tiny_manifest: TrialManifest) -> TrialManifest:
+    return tiny_manifest
 
 
 def test_a_budget_that_is_over_at_once_leaves_three_attempts(

@@ -69,18 +69,16 @@ class S3Store:
         raise endless.sentence(f"list {self.url}")
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        if length is None:
-            length = int(self._head(key)["ContentLength"]) - offset
-        if length <= PART_BYTES:
-            return self._part(key, offset, max(length, 0))
-        before = self._head(key)["ETag"]
-        end = offset + length
+        if length is not None and length <= PART_BYTES:
+            return self._part(key, offset, length)
+        before = self._head(key)
+        end = int(before["ContentLength"]) if length is None else offset + length
         starts = range(offset, end, PART_BYTES)
         with ThreadPoolExecutor(_AT_ONCE, "read-part") as pool:
             data = b"".join(
                 pool.map(lambda start: self._part(key, start, min(PART_BYTES, end - start)), starts)
             )
-        if self._head(key)["ETag"] != before:
+        if len(starts) > 1 and self._head(key)["ETag"] != before["ETag"]:
             url = self._url_of(key)
             reason = "its ETag changed while it was read"
             raise replaced_fault(reason, url).sentence(f"read {url}")
