@@ -18,40 +18,17 @@ LONG = [1, 2] * 6  # 12 phonemes: another group of lengths
 
 def trials():
     """Four trials. Errors: PER 1, 0, 2, 1 of 3, 2, 12, 2; DER 1, 0, 3, 0; path 0, 1, 0, 2."""
-    return [
-        decoded(
-            0,
-            [1, 2, 3],
-            [1, 9, 3],
-            of=record(FIRST, 0, block=2, corpus="one"),
-            classes=([5, 6, 7], [5, 6]),
-            path=[1, 2, 3],
-        ),
-        decoded(
-            1,
-            [1, 2],
-            [1, 2],
-            of=record(FIRST, 1, block=3, corpus="one"),
-            classes=([5, 6], [5, 6]),
-            path=[1],
-        ),
-        decoded(
-            2,
-            LONG,
-            [9, 9, *LONG[2:]],
-            of=record(SECOND, 0, block=2, corpus="two"),
-            classes=(LONG, [7, 7, 7, *LONG[3:]]),
-            path=LONG,
-        ),
-        decoded(
-            3,
-            [1, 2],
-            [1],
-            of=record(SECOND, 1, block=2, corpus="one"),
-            classes=([5], [5]),
-            path=[],
-        ),
+    rows = [  # phonemes, diphones, path; session, block, corpus
+        ([1, 2, 3], [1, 9, 3], ([5, 6, 7], [5, 6]), [1, 2, 3], FIRST, 2, "one"),
+        ([1, 2], [1, 2], ([5, 6], [5, 6]), [1], FIRST, 3, "one"),
+        (LONG, [9, 9, *LONG[2:]], (LONG, [7, 7, 7, *LONG[3:]]), LONG, SECOND, 2, "two"),
+        ([1, 2], [1], ([5], [5]), [], SECOND, 2, "one"),
     ]
+    found = []
+    for index, (reference, hypothesis, classes, path, session, block, corpus) in enumerate(rows):
+        trial = record(session, index, block=block, corpus=corpus)
+        found.append(decoded(index, reference, hypothesis, of=trial, classes=classes, path=path))
+    return found
 
 
 def test_rates_counts_and_intervals():
