@@ -307,7 +307,7 @@ def _of_another(command: argparse.ArgumentParser) -> None:
     """What the commands have in common that make a dataset out of another."""
     command.add_argument("--form", choices=LABEL_FORMS, default="self_loop", help="label form")
     command.add_argument(
-        "--lexicon", help="for labels from text: own words, lines of 'word PHONEME PHONEME …'"
+        "--lexicon", help="for labels from text: more words, lines of 'word PHONEME PHONEME …'"
     )
     command.add_argument(
         "--exclude-damaged", action="store_true", help="leave out, by name, what cannot be encoded"

@@ -371,7 +371,7 @@ def test_labels_that_do_not_fit_their_sentences_are_found(source, capsys) -> Non
     for reason in (
         f"{FILE}: the labels of 3 of 3 trials (100%) do not fit their sentences",
         "0 silences for the 2 words of",
-        "is not said so",
+        "is not pronounced so",
         "1 of 3 trials (33%) do not fit their sentences, the first trial_0002",
         "trial_0001: transcription says ",
     ):

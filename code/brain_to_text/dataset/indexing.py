@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,9 +17,9 @@ from ..storage.locations import (
     MANIFEST_NAME,
     ObjectInfo,
     data_files,
+    dataset_command,
     not_taken_sentence,
     refuse_archived,
-    session_and_split,
 )
 from ..storage.store import ObjectStore, open_store
 from .file_content import FileContent
@@ -44,7 +43,7 @@ def load_or_build_manifest(
     splits: Collection[str] = SPLITS,
     sessions: Collection[str] | None = None,
 ) -> TrialManifest:
-    """The dataset's manifest, checked against one listing; built and kept if there is none.
+    """The dataset's manifest, checked against one listing; built and stored if there is none.
 
     Args:
         log: receives one line when the index is built, and one per trial left out.
@@ -52,7 +51,7 @@ def load_or_build_manifest(
         splits, sessions: what the run is going to read; None for all sessions.
 
     Raises:
-        StorageError: the place cannot be listed or read.
+        StorageError: the dataset cannot be listed or read.
         DataError: no data there, a stale manifest, damage, or archived files that are to be read.
     """
     listing = store.list()
@@ -63,13 +62,12 @@ def load_or_build_manifest(
     if manifest is None:
         manifest = _built(store, listing, log, keep_damaged=on_damage == "exclude")
     else:
-        places = {key: session_and_split(key) for key in manifest.files.keys() & listing.keys()}
-        read = {
-            key: listing[key]
-            for key, (session, split) in places.items()
-            if split in splits and (sessions is None or session in sessions)
-        }
-        refuse_archived(read, store.url)
+        read = [
+            file.key
+            for file in manifest.trials.files
+            if file.split in splits and (sessions is None or file.session in sessions)
+        ]
+        refuse_archived({key: listing[key] for key in read if key in listing}, store.url)
         manifest = _current(manifest, store, listing, log)
     if on_damage == "stop":
         refuse_damage(store.url, manifest.damaged, "--dataset.on_damaged_trial exclude")
@@ -82,7 +80,7 @@ def load_or_build_manifest(
     if not manifest.trials:
         raise DataError(
             f"{store.url} has no sound trial: see why with "
-            f"'python code/prepare_dataset.py validate {store.url}'."
+            f"{dataset_command('validate', store.url)}."
         )
     return manifest
 
@@ -111,7 +109,7 @@ def _built(
     if not manifest.damaged or keep_damaged:
         try:
             write_manifest(store, manifest)
-            log(f"Kept the index as {store.url}/{MANIFEST_NAME} for the next run")
+            log(f"Wrote the index to {store.url}/{MANIFEST_NAME} for the next run")
         except StorageError as error:
             log(f"The index serves this run only: {error}")
     return manifest
@@ -228,9 +226,8 @@ def refuse_damage(url: str, damaged: Sequence[Finding], exclude: str) -> None:
         return
     more = f" (and {len(damaged) - 1} more findings)" if len(damaged) > 1 else ""
     raise DataError(
-        f"{url}/{damaged[0]}{more}; see all with "
-        f"'python code/prepare_dataset.py validate {shlex.quote(url)}', repair them, or "
-        f"leave them out with {exclude}."
+        f"{url}/{damaged[0]}{more}; see all with {dataset_command('validate', url)}, repair them, "
+        f"or leave them out with {exclude}."
     )
 
 

@@ -130,15 +130,15 @@ def sound_answers(
     """The results of `in_workers` where every job must survive.
 
     Args:
-        jobs: by the place that a job is about, as messages name it.
+        jobs: by the file that a job is about, as messages name it.
 
     Raises:
-        DataError: one did not; says of which place.
+        DataError: one did not; names the file.
     """
     with closing(in_workers(function, jobs, processes)) as answers:
-        for done, (place, answer) in enumerate(answers, 1):
+        for done, (file, answer) in enumerate(answers, 1):
             if isinstance(answer, Lost):
-                raise DataError(f"{place}: {answer.damage}.")
+                raise DataError(f"{file}: {answer.damage}.")
             yield answer
             progress(done, len(jobs))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import Finding
-from ..storage.locations import shortened
+from ..storage.locations import dataset_command, shortened
 
 LOST = "lost data"  # kind of these findings
 # Neighbouring bins of sound features, z-scored or counted, differ in some channel.
@@ -54,8 +54,7 @@ def lost_sentence(findings: Sequence[Finding], url: str) -> str:
     """One line that names what was lost in a dataset."""
     return (
         f"Warning: data seems to be lost in {shortened([str(f) for f in findings])}; see all with "
-        f"'python code/prepare_dataset.py validate {url}', leave trials out by "
-        "dataset.bad_trials_dict"
+        f"{dataset_command('validate', url)}, leave trials out by dataset.bad_trials_dict"
     )
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import DataError, Finding
-from ..storage.locations import DATA_FILE, MANIFEST_NAME, ObjectInfo, shortened
+from ..storage.locations import (
+    DATA_FILE,
+    MANIFEST_NAME,
+    ObjectInfo,
+    dataset_command,
+    shortened,
+)
 from ..storage.store import ObjectStore, gunzipped
 from .file_content import FileContent, labels_crc32
 from .trial_table import SPLITS, TrialTable
@@ -197,7 +202,10 @@ class TrialManifest:
             UnfinishedError: the bytes are those of `Unfinished`.
             DataError: they are damaged, no manifest, or one of another version.
         """
-        name, again = f"{url}/{MANIFEST_NAME}", f"make it again with {_index_command(url)}"
+        name, again = (
+            f"{url}/{MANIFEST_NAME}",
+            f"make it again with {dataset_command('index', url)}",
+        )
         first, _, lines = gunzipped(data, name, again).partition(b"\n")
         try:
             document = json.loads(first)
@@ -215,7 +223,7 @@ class TrialManifest:
 def load_manifest(
     store: ObjectStore, listing: Mapping[str, ObjectInfo] | None = None
 ) -> TrialManifest | None:
-    """The manifest kept with a dataset, None if there is none. Read again where it comes damaged.
+    """The manifest stored with a dataset, None if there is none. Read again where it comes damaged.
 
     Args:
         listing: the store's, if known already.
@@ -250,7 +258,7 @@ def earlier_manifest(store: ObjectStore, listing: Mapping[str, ObjectInfo]) -> T
 
 
 def write_manifest(store: ObjectStore, manifest: TrialManifest) -> None:
-    """Keep the manifest with its dataset.
+    """Store the manifest with its dataset.
 
     Raises:
         StorageError: writing there is not possible.
@@ -280,15 +288,11 @@ def _from_document(document: dict[str, Any], lines: bytes) -> TrialManifest:
     )
 
 
-def _index_command(url: str) -> str:
-    return f"'python code/prepare_dataset.py index {shlex.quote(url)}'"
-
-
 def _stale(url: str, **files: Sequence[str]) -> DataError:
     """An error that names files as changed, removed or added."""
     parts = ", ".join(f"{len(k)} {word} ({shortened(k)})" for word, k in files.items() if k)
     restore = "copy the removed files again, or " if files.get("removed") else ""
     return DataError(
         f"The trial manifest of {url} no longer fits the data files: {parts}; "
-        f"{restore}re-index with {_index_command(url)}."
+        f"{restore}re-index with {dataset_command('index', url)}."
     )

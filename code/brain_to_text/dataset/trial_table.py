@@ -47,8 +47,8 @@ class FileTrials(NamedTuple):
 class _Line(NamedTuple):
     """What the line of a trial says, in this order; the first ten as in `TrialRecord`.
 
-    Labels are kept as phonemes: diphones follow from these, the form, and whether the closing pair
-    is there, which the number of labels says.
+    Labels are stored as phonemes. Diphones follow from these, the form, and whether the closing
+    pair is there, which the number of labels says.
     """
 
     trial: str
@@ -212,10 +212,10 @@ class TrialTable(Sequence[TrialRecord]):
         import numpy as np
 
         (rows, columns), filters, *numbers = line.chunks
-        places = product(range(0, line.n_time_steps, rows), range(0, self.n_features, columns))
+        corners = product(range(0, line.n_time_steps, rows), range(0, self.n_features, columns))
         gaps, sizes, masks = np.array(numbers, np.int64)
         offsets = np.cumsum(gaps + sizes) - sizes
-        table = np.column_stack([np.array(list(places)), offsets, sizes, masks])
+        table = np.column_stack([np.array(list(corners)), offsets, sizes, masks])
         return ChunkLayout((rows, columns), tuple(filters), table)
 
 
@@ -235,7 +235,7 @@ def _line_of(record: TrialRecord) -> _Line:
 def _packed(chunks: ChunkLayout) -> list[Any]:
     """Shape, filters, and of each chunk its gap to the one before, its size and its filter mask.
 
-    Chunks are in row-major order of their place in the array, so their first row and column need
+    Chunks are in row-major order, so their first row and column need
     not be stored.
     """
     _, _, offsets, sizes, masks = chunks.table.T

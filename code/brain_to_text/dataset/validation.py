@@ -18,7 +18,13 @@ from ..errors import DataError, Finding
 from ..labels.phonemes import SILENCE
 from ..labels.pronunciation import normalise_text, pronunciations_of
 from ..redaction import one_line
-from ..storage.locations import MANIFEST_NAME, data_files, not_taken, session_and_split
+from ..storage.locations import (
+    MANIFEST_NAME,
+    data_files,
+    dataset_command,
+    not_taken,
+    session_and_split,
+)
 from ..storage.store import ObjectInfo, ObjectStore
 from .indexing import inspect_dataset, manifest_from_inspections
 from .isolation import Progress
@@ -160,7 +166,7 @@ def validate_dataset(
         processes: worker processes; None decides by size.
 
     Raises:
-        StorageError: the place cannot be read. DataError: there are no data files, or not
+        StorageError: the dataset cannot be read. DataError: there are no data files, or not
             all of them yet.
     """
     listing = store.list()
@@ -332,24 +338,24 @@ def _not_as_said(trial: TrialRecord) -> str | None:
     """Why a trial's phonemes cannot be its sentence's; None if they can."""
     assert trial.phoneme_ids is not None and trial.sentence_label is not None
     ids = trial.phoneme_ids.tolist()
-    ends = [place for place, phoneme in enumerate(ids) if phoneme == SILENCE]
+    ends = [position for position, phoneme in enumerate(ids) if phoneme == SILENCE]
     spoken = [tuple(ids[a:b]) for a, b in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
     words = normalise_text(trial.sentence_label).split()
     if len(spoken) == len(" ".join(words).replace("-", " ").split()) > len(words):
         words = " ".join(words).replace("-", " ").split()
     if len(spoken) != len(words):
         return f"{len(spoken)} silences for the {len(words)} words of {trial.sentence_label!r}"
-    known = [(word, said) for word, said in zip(words, spoken, strict=True) if _ways(word)]
-    wrong = [word for word, said in known if said not in _ways(word)]
+    known = [(word, ids) for word, ids in zip(words, spoken, strict=True) if _ways(word)]
+    wrong = [word for word, ids in known if ids not in _ways(word)]
     if len(wrong) > len(known) / 2:
-        return f"{wrong[0]!r} of {trial.sentence_label!r} is not said so"
+        return f"{wrong[0]!r} of {trial.sentence_label!r} is not pronounced so"
     return None
 
 
 def _manifest_state(
     store: ObjectStore, found: TrialManifest, listing: Mapping[str, ObjectInfo]
 ) -> Iterator[Finding]:
-    again = f"type 'python code/prepare_dataset.py index {store.url}'"
+    again = f"type {dataset_command('index', store.url)}"
     reason, severity = f"does not describe the trials that are there: {again}", "error"
     try:
         stored = load_manifest(store, listing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,11 @@ def not_taken_sentence(listing: Mapping[str, ObjectInfo]) -> str | None:
     if not keys:
         return None
     return f"Not taken, because not named SESSION/data_{{train,val,test}}.hdf5: {shortened(keys)}"
+
+
+def dataset_command(command: str, url: str) -> str:
+    """What a user types to have a dataset indexed or validated, in quotes."""
+    return f"'python code/prepare_dataset.py {command} {shlex.quote(url)}'"
 
 
 def shortened(names: Sequence[str], limit: int = 4) -> str:
