@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from .config import TrainingConfig
 
-Precision = Literal["bfloat16", "float16", "tf32", "float32"]
-
 OLDEST_CAPABILITY = 7.5  # that the image's torch has code for (sm_75: T4)
-FIRST_WITH_BFLOAT16 = 8.0
+FIRST_WITH_BFLOAT16 = 8.0  # and with TF32
 
 MEAN_BINS = 850  # mean trial length of the public corpus, 20 ms bins
 LONGEST_OVER_MEAN = 2.0  # the longest of 48 trials with lognormal lengths, sigma 0.35
@@ -32,12 +29,13 @@ WEIGHT_BYTES = 32  # of AdamW for every weight: four read, three written, the gr
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device; dense peaks in TFLOP/s, without sparsity, None where it has no such unit.
+    """One device.
 
     Attributes:
         capability: CUDA compute capability.
         memory_gib: of one device.
         bandwidth: of its memory, GB/s.
+        half, float32: dense peaks in TFLOP/s, without sparsity: of 16-bit types, of float32.
         all_reduce: bus bandwidth among the devices of one machine, GB/s, as nccl-tests defines it.
         sustained: share of the peaks that its power allows for long.
         seconds_per_step: measured with rnn_args_diphone_sagemaker.yaml (batch 48) by the command in
@@ -47,27 +45,21 @@ class Gpu:
     capability: float
     memory_gib: float
     bandwidth: float
-    bfloat16: float | None
-    float16: float
-    tf32: float | None
+    half: float
     float32: float
     all_reduce: float = PCIE
     sustained: float = 1.0
     seconds_per_step: float | None = None
 
     @property
-    def half(self) -> Precision:
-        """The 16-bit type that the trainer picks."""
-        return "bfloat16" if self.capability >= FIRST_WITH_BFLOAT16 else "float16"
+    def has_bfloat16(self) -> bool:
+        """Else the 16-bit type is float16."""
+        return self.capability >= FIRST_WITH_BFLOAT16
 
-    def exact(self, allow_tf32: bool) -> Precision:
-        """The type of its float32 products."""
-        return "tf32" if allow_tf32 and self.tf32 else "float32"
-
-    def peak(self, precision: Precision) -> float | None:
-        """FLOP/s in that precision; None where the device has no unit for it."""
-        teraflops = getattr(self, precision)
-        return None if teraflops is None else teraflops * 1e12
+    def peak(self, mixed: bool, allow_tf32: bool) -> float:
+        """FLOP/s of products in mixed precision, or of float32's; TF32 has half of the former."""
+        exact = self.half / 2 if allow_tf32 and self.has_bfloat16 else self.float32
+        return 1e12 * (self.half if mixed else exact)
 
 
 # Vendor data sheets (figures quoted with sparsity are halved): NVIDIA V100, T4 (2019), A10 and
@@ -75,29 +67,29 @@ class Gpu:
 # AWS's figure for the G5 family (it has about half of the A10's tensor rate). T4 and L4 sustain
 # about half of it at 70 W.
 GPUS = {
-    "V100": Gpu(7.0, 16, 900, None, 125.0, None, 15.7),
-    "T4": Gpu(7.5, 16, 320, None, 65.0, None, 8.1, sustained=0.5),
-    "A10G": Gpu(8.6, 24, 600, 70.0, 70.0, 35.0, 31.5),
-    "A10": Gpu(8.6, 24, 600, 125.0, 125.0, 62.5, 31.2),
-    "A100": Gpu(8.0, 40, 1555, 312.0, 312.0, 156.0, 19.5, NVLINK_3),
-    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 312.0, 156.0, 19.5, NVLINK_3),
-    "L4": Gpu(8.9, 24, 300, 121.0, 121.0, 60.0, 30.3, sustained=0.5),
-    "L40S": Gpu(8.9, 48, 864, 362.0, 362.0, 183.0, 91.6),
-    "H100 PCIe": Gpu(9.0, 80, 2000, 756.0, 756.0, 378.0, 51.0),
-    "H100": Gpu(9.0, 80, 3350, 989.0, 989.0, 494.0, 67.0, NVLINK_4),
-    "H200": Gpu(9.0, 141, 4800, 989.0, 989.0, 494.0, 67.0, NVLINK_4),
-    "B200": Gpu(10.0, 180, 8000, 2250.0, 2250.0, 1100.0, 75.0, NVLINK_4),
-    "RTX PRO 6000": Gpu(12.0, 96, 1597, 500.0, 500.0, 250.0, 120.0),
-    "GeForce RTX 4090": Gpu(8.9, 24, 1008, 165.2, 165.2, 82.6, 82.6),
+    "V100": Gpu(7.0, 16, 900, 125.0, 15.7),
+    "T4": Gpu(7.5, 16, 320, 65.0, 8.1, sustained=0.5),
+    "A10G": Gpu(8.6, 24, 600, 70.0, 31.5),
+    "A10": Gpu(8.6, 24, 600, 125.0, 31.2),
+    "A100": Gpu(8.0, 40, 1555, 312.0, 19.5, NVLINK_3),
+    "A100 80GB": Gpu(8.0, 80, 2039, 312.0, 19.5, NVLINK_3),
+    "L4": Gpu(8.9, 24, 300, 121.0, 30.3, sustained=0.5),
+    "L40S": Gpu(8.9, 48, 864, 362.0, 91.6),
+    "H100 PCIe": Gpu(9.0, 80, 2000, 756.0, 51.0),
+    "H100": Gpu(9.0, 80, 3350, 989.0, 67.0, NVLINK_4),
+    "H200": Gpu(9.0, 141, 4800, 989.0, 67.0, NVLINK_4),
+    "B200": Gpu(10.0, 180, 8000, 2250.0, 75.0, NVLINK_4),
+    "RTX PRO 6000": Gpu(12.0, 96, 1597, 500.0, 120.0),
+    "GeForce RTX 4090": Gpu(8.9, 24, 1008, 165.2, 82.6),
 }
 
 
-def known_as(name: str) -> str | None:
-    """The name in `GPUS` of a device that calls itself `name`, e.g. 'Tesla T4'."""
+def gpu_called(name: str) -> Gpu | None:
+    """The one of `GPUS` that calls itself `name`, e.g. 'Tesla T4'."""
     words = name.replace("-", " ").split()
     for known in sorted(GPUS, key=len, reverse=True):
         if all(word in words for word in known.split()):
-            return known
+            return GPUS[known]
     return None
 
 
@@ -192,9 +184,7 @@ def step_time(
     """
     model, batch = config.model, config.dataset.batch_size if trials is None else trials
     longest_bins = LONGEST_OVER_MEAN * mean_bins if longest_bins is None else longest_bins
-    precision = gpu.half if config.use_amp else gpu.exact(config.allow_tf32)
-    peak, value_bytes = gpu.peak(precision), 2 if config.use_amp else 4
-    assert peak is not None  # every device has these types
+    peak, value_bytes = gpu.peak(config.use_amp, config.allow_tf32), 2 if config.use_amp else 4
     rate, bandwidth = UTILISATION * gpu.sustained * peak, gpu.bandwidth * 1e9
     C, H = config.width, model.n_units
     directions = 2 if model.bidirectional else 1

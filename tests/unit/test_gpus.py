@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from brain_to_text.config import TrainingConfig
 from brain_to_text.config_reader import load_config
-from brain_to_text.gpus import GPUS, known_as, n_frames, step_time, training_flops
+from brain_to_text.gpus import GPUS, gpu_called, n_frames, step_time, training_flops
 from brain_to_text.launch.request import CODE_FOLDER, DEFAULT_CONFIG
 
 
@@ -23,20 +23,22 @@ def test_frames_are_the_models(bins, frames) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "teraflops"),
+    ("name", "mixed", "teraflops"),
     [
-        ("Tesla T4", "float16", 65.0),
-        ("Tesla T4", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.0),
-        ("NVIDIA H100 PCIe", "bfloat16", 756.0),
-        ("NVIDIA L40S", "bfloat16", 362.0),
+        ("Tesla T4", True, 65.0),
+        ("Tesla T4", False, 8.1),
+        ("NVIDIA H100 80GB HBM3", True, 989.0),
+        ("NVIDIA H100 PCIe", True, 756.0),
+        ("NVIDIA L40S", False, 181.0),
     ],
 )
-def test_peaks_are_found_by_device_name(name, precision, teraflops) -> None:
-    peak = GPUS[known_as(name)].peak(precision)
-    assert peak == (None if teraflops is None else teraflops * 1e12)
-    assert known_as("NVIDIA GeForce GTX 1080") is None
-    assert known_as("NVIDIA A100-SXM4-80GB") == "A100 80GB"
+def test_peaks_are_found_by_device_name(name, mixed, teraflops) -> None:
+    assert gpu_called(name).peak(mixed, allow_tf32=True) == teraflops * 1e12
+
+
+def test_names_that_are_part_of_others_and_unknown_ones() -> None:
+    assert gpu_called("NVIDIA A100-SXM4-80GB") == GPUS["A100 80GB"]
+    assert gpu_called("NVIDIA GeForce GTX 1080") is None
 
 
 def test_the_public_baselines_own_log_is_near_the_estimate() -> None:

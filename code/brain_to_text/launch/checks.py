@@ -59,7 +59,7 @@ def check_machine(job: JobSettings, config: TrainingConfig) -> Iterator[Finding]
             "ml.g5.2xlarge.",
         )
         return
-    if config.use_amp and config.amp_dtype == "bfloat16" and gpu.half != "bfloat16":
+    if config.use_amp and config.amp_dtype == "bfloat16" and not gpu.has_bfloat16:
         yield note("precision", f"A {row.gpu} has no bfloat16: float16 instead.")
     n_gpus, batch = row.gpus * job.instance_count, config.dataset.batch_size
     need, memory = memory_gib(config, n_gpus), gpu.memory_gib

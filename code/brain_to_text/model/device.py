@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .. import gpus
 from ..config import TrainingConfig
+from ..gpus import gpu_called
 from . import gpu_ctc, packed_gru
 
 
@@ -66,13 +66,10 @@ def _precision(
 
 def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
     """Peak FLOP/s of the device in the precision this run uses; None for an unlisted device."""
-    known = gpus.known_as(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if known is None:
+    gpu = gpu_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
         return None
-    gpu, dtype = gpus.GPUS[known], autocast_dtype(config, device)
-    if dtype is None:
-        return gpu.peak(gpu.exact(config.allow_tf32))
-    return gpu.peak("bfloat16" if dtype == torch.bfloat16 else "float16")
+    return gpu.peak(autocast_dtype(config, device) is not None, config.allow_tf32)
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -21,27 +21,24 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     everything else. A parameter without a gradient, such as the day layer of a session that is not
     in the batch, is not touched by a step: neither decayed nor moved by its momentum.
     """
-    groups: dict[str, list[nn.Parameter]] = {"bias": [], "day_layer": [], "other": []}
+    decay = {"bias": 0.0, "day_layer": config.weight_decay_day, "other": config.weight_decay}
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in decay}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if name.startswith("day_"):
-            groups["day_layer"].append(parameter)
+            kind = "day_layer"
         elif name.startswith("gru.bias") or (name.startswith("out.") and name.endswith("bias")):
-            groups["bias"].append(parameter)
+            kind = "bias"
         else:
-            groups["other"].append(parameter)
-    settings = {
-        "bias": {"lr": config.lr_max, "weight_decay": 0.0},
-        "day_layer": {"lr": config.lr_max_day, "weight_decay": config.weight_decay_day},
-        "other": {"lr": config.lr_max, "weight_decay": config.weight_decay},
-    }
+            kind = "other"
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
     return AdamW(
         [
-            {"params": parameters, "group_type": name, **settings[name]}
-            for name, parameters in groups.items()
+            {"params": parameters, "group_type": kind, "weight_decay": decay[kind]}
+            for kind, parameters in groups.items()
             if parameters
         ],
+        lr=config.lr_max,
         betas=(config.beta0, config.beta1),
         eps=config.epsilon,
         fused=True,
