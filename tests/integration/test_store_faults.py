@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from brain_to_text.dataset.indexing import index_dataset, load_or_build_manifest
 from brain_to_text.dataset.manifest import write_manifest
-from brain_to_text.errors import BrainToTextError, DataError, StorageError
+from brain_to_text.errors import BrainToTextError, StorageError
 from brain_to_text.storage import s3_store
 from brain_to_text.storage.locations import MANIFEST_NAME, ObjectInfo
 from brain_to_text.storage.retry import RetryPolicy
@@ -241,7 +241,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(at, monkeypatc
         answer.headers["ETag"] = f'"{number}"'
         return answer
 
-    with pytest.raises(DataError, match="its ETag changed while it was read"):
+    with pytest.raises(StorageError, match="was replaced while it was read; try again"):
         at(replaced).read("x", 0, len(BODY))
 
 

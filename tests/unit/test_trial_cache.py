@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -57,39 +56,22 @@ def test_training_trials_find_their_room_whatever_was_read_before(
     assert len(kept & set(range(8, 12))) == min(max(room - 8, 0), 4)
 
 
-def test_threads_may_fill_it_together() -> None:
-    cache = TrialCache(10**6)
-    trials = [np.full((20, 4), i, np.float32) for i in range(400)]
-
-    def fill(offset: int) -> None:
-        for i in range(offset, 400, 4):
-            cache.put(i, trials[i])
-
-    threads = [threading.Thread(target=fill, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(cache.get(i), trials[i]) for i in range(400))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("available", "processes", "expected"),
+    ("setting", "available", "processes", "expected"),
     [
-        (32 * GB, 1, 14 * GB),  # everything fits
-        (16 * GB, 1, int(0.75 * (16 * GB - (2 << 30) - 2 * GB))),
-        (16 * GB, 2, int(0.75 * (16 * GB - (2 << 30) - 4 * GB) / 2)),
-        (3 * GB, 1, 0),
+        ("auto", 32 * GB, 1, 14 * GB),  # everything fits
+        ("auto", 16 * GB, 1, int(0.75 * (16 * GB - (2 << 30) - 2 * GB))),
+        ("auto", 16 * GB, 2, int(0.75 * (16 * GB - (2 << 30) - 4 * GB) / 2)),
+        ("auto", 3 * GB, 1, 0),
+        (3.5, 0, 1, 3_500_000_000),
+        (0, 32 * GB, 1, 0),
     ],
 )
-def test_the_automatic_budget_leaves_room(available: int, processes: int, expected: int) -> None:
-    budget = cache_budget_bytes("auto", 14 * GB, 2 * GB, processes, lambda: available)
+def test_the_budget_is_as_given_or_leaves_memory_to_the_rest(
+    setting, available: int, processes: int, expected: int
+) -> None:
+    budget = cache_budget_bytes(setting, 14 * GB, 2 * GB, processes, lambda: available)
     assert budget == expected
-
-
-def test_a_given_budget_is_taken_as_given() -> None:
-    assert cache_budget_bytes(3.5, 14 * GB, 2 * GB, 1, lambda: 0) == 3_500_000_000
-    assert cache_budget_bytes(0, 14 * GB, 2 * GB) == 0
 
 
 def _write(path: Path, text: str) -> None:

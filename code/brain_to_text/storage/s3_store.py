@@ -78,10 +78,9 @@ class S3Store:
             data = b"".join(
                 pool.map(lambda start: self._part(key, start, min(PART_BYTES, end - start)), starts)
             )
-        if len(starts) > 1 and self._head(key)["ETag"] != before["ETag"]:
-            url = self._url_of(key)
-            reason = "its ETag changed while it was read"
-            raise replaced_fault(reason, url).sentence(f"read {url}")
+        if len(starts) > 1 and self._head(key).get("ETag") != before.get("ETag"):
+            replaced = RequestError("it was replaced while it was read", "try again")
+            raise replaced.sentence(f"read {self._url_of(key)}")
         return data
 
     def read_range(self, key: str, offset: int, length: int, etag: str) -> bytes | memoryview:
