@@ -36,7 +36,7 @@ from brain_to_text.config_reader import load_config
 from brain_to_text.dataset.indexing import load_or_build_manifest
 from brain_to_text.dataset.synthetic import SyntheticDataset, synthesize
 from brain_to_text.model.trained_model import open_model
-from brain_to_text.scoring.error_rates import PairedComparison, compare_paired
+from brain_to_text.scoring.error_rates import compare_paired
 from brain_to_text.scoring.evaluate import run_model
 from brain_to_text.scoring.tables import trial_row
 from brain_to_text.storage.store import open_store
@@ -129,7 +129,7 @@ def rate(run: Run, metric: str) -> float:
     return sum(t[errors] for t in run) / sum(t[labels] for t in run)
 
 
-def compared(pairs: list[tuple[Run, Run]], metric: str) -> PairedComparison:
+def compared(pairs: list[tuple[Run, Run]], metric: str) -> dict[str, Any]:
     """The second of each pair against the first, over all trials of all pairs."""
     errors, labels = COUNTS[metric]
     for one, other in pairs:
@@ -161,20 +161,21 @@ def report(runs: dict[tuple[int, int, str], Run], options: argparse.Namespace) -
 def _verdict(pairs: list[tuple[Run, Run]], metric: str) -> str:
     """Trials as the unit, then seeds."""
     whole = compared(pairs, metric)
+    difference = whole["difference"]
     errors, labels = COUNTS[metric]
     edits = np.array([[sum(t[errors] for t in run) for run in pair] for pair in pairs])
     better = int((edits[:, 1] < edits[:, 0]).sum())
     text = (
-        f"{metric} {whole.rate_b:.4f} against {whole.rate_a:.4f}, difference "
-        f"{whole.difference.value:+.4f} ({whole.difference.low:+.4f} to "
-        f"{whole.difference.high:+.4f}), p = {whole.p_value:.2g} over {whole.n_trials} trials; "
+        f"{metric} {whole['rate_b']:.4f} against {whole['rate_a']:.4f}, difference "
+        f"{difference['value']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f}), "
+        f"p = {whole['p_value']:.2g} over {whole['n_trials']} trials; "
         f"better on {better} of {len(pairs)} seeds"
     )
     if len(pairs) > 1:
         tokens = [sum(t[labels] for t in pair[0]) for pair in pairs]
         by_seed = compare_paired(edits[:, 0], edits[:, 1], tokens)
         least = 2 / 2 ** len(pairs)
-        text += f", p = {by_seed.p_value:.3g} (the least possible is {least:.3g})"
+        text += f", p = {by_seed['p_value']:.3g} (the least possible is {least:.3g})"
     return text
 
 

@@ -8,7 +8,6 @@ import jiwer
 import numpy as np
 from brain_to_text.scoring.error_rates import (
     ErrorCounts,
-    Interval,
     align,
     bootstrap_interval,
     compare_paired,
@@ -62,7 +61,7 @@ def test_intervals_cover_the_truth_at_their_stated_rate():
         difficulty = random.beta(2, 8, size=40)
         errors = random.binomial(tokens, difficulty)
         interval = bootstrap_interval(errors, tokens, resamples=800, seed=repeat)
-        covered += interval.low <= truth <= interval.high
+        covered += interval["low"] <= truth <= interval["high"]
     # standard error of the coverage: sqrt(0.95 * 0.05 / 400) = 0.011
     assert 0.915 <= covered / repeats <= 0.985
 
@@ -74,13 +73,13 @@ def test_paired_test_is_uniform_under_the_null_and_finds_a_real_difference():
         tokens = random.integers(10, 50, size=60)
         difficulty = random.beta(2, 8, size=60)
         a, b = random.binomial(tokens, difficulty), random.binomial(tokens, difficulty)
-        p_values.append(compare_paired(a, b, tokens, resamples=400, seed=repeat).p_value)
+        p_values.append(compare_paired(a, b, tokens, resamples=400, seed=repeat)["p_value"])
     assert 0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.10
     better = random.binomial(tokens, 0.6 * difficulty)
     comparison = compare_paired(a, better, tokens)
-    assert comparison.p_value < 0.01
-    assert comparison.difference.high < 0
-    assert comparison.trials_better > comparison.trials_worse
+    assert comparison["p_value"] < 0.01
+    assert comparison["difference"]["high"] < 0
+    assert comparison["trials_better"] > comparison["trials_worse"]
 
 
 def test_few_differing_trials_give_the_share_of_sign_patterns():
@@ -89,11 +88,11 @@ def test_few_differing_trials_give_the_share_of_sign_patterns():
     observed = abs(difference.sum())
     patterns = itertools.product((-1, 1), repeat=4)
     expected = np.mean([abs(np.dot(p, difference[:4])) >= observed for p in patterns])
-    p_value = compare_paired(a, a + difference, np.full(6, 20)).p_value
+    p_value = compare_paired(a, a + difference, np.full(6, 20))["p_value"]
     assert abs(p_value - expected) < 0.02, "four standard errors of 10,000 draws"
 
 
 def test_equal_models_differ_by_nothing():
     comparison = compare_paired([1, 2, 3], [1, 2, 3], [10, 10, 10])
-    assert comparison.p_value == 1.0
-    assert comparison.difference == Interval(0.0, 0.0, 0.0)
+    assert comparison["p_value"] == 1.0
+    assert comparison["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 from brain_to_text.errors import DataError
 from brain_to_text.labels.phonemes import phoneme_ids
@@ -37,7 +35,7 @@ def test_rates_counts_and_intervals():
     errors["PER (diphone path)"] = ([0, 1, 0, 2], [3, 2, 12, 2])
     assert list(summary["rates"]) == list(errors)
     for name, (edits, labels) in errors.items():
-        assert summary["rates"][name] == asdict(bootstrap_interval(edits, labels))
+        assert summary["rates"][name] == bootstrap_interval(edits, labels)
         assert summary["rates"][name]["value"] == sum(edits) / sum(labels)
         assert summary["rates"][name]["low"] < summary["rates"][name]["value"]
         assert summary["rates"][name]["value"] < summary["rates"][name]["high"]

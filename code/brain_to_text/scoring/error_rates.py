@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -52,34 +52,6 @@ class ErrorCounts:
         return self.edits / self.reference_labels if self.reference_labels else float("nan")
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A rate with its two-sided confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Model B against model A on the same trials; a negative difference means B is better.
-
-    Attributes:
-        difference: rate B minus rate A, with its interval over resampled trials.
-        p_value: two-sided, of the test that swaps the models' results trial by trial.
-        trials_better, trials_worse: where B makes fewer, or more, errors than A.
-    """
-
-    rate_a: float
-    rate_b: float
-    difference: Interval
-    p_value: float
-    trials_better: int
-    trials_worse: int
-    n_trials: int
-
-
 # --- alignment ------------------------------------------------------------------------------------
 
 
@@ -106,8 +78,8 @@ def bootstrap_interval(
     *,
     resamples: int = N_RESAMPLES,
     seed: int = 0,
-) -> Interval:
-    """Token-weighted rate and its interval over trials drawn with replacement.
+) -> dict[str, float]:
+    """Token-weighted rate (value) and its interval (low, high) over trials drawn with replacement.
 
     Where resampling says nothing there is a bound instead. Without any error it is the exact
     binomial bound on trials with an error (Clopper & Pearson 1934), at one error in each of them.
@@ -122,10 +94,10 @@ def bootstrap_interval(
     n, value = len(error_counts), float(error_counts.sum() / token_counts.sum())
     if not error_counts.any():
         trials_with_an_error = 1 - ((1 - LEVEL) / 2) ** (1 / n)
-        return Interval(value, 0.0, float(trials_with_an_error / token_counts.mean()))
+        return _interval(value, 0.0, float(trials_with_an_error / token_counts.mean()))
     if n == 1:
-        return Interval(value, 0.0, max(value, 1.0))
-    return Interval(value, *_resampled(error_counts, token_counts, resamples, seed))
+        return _interval(value, 0.0, max(value, 1.0))
+    return _interval(value, *_resampled(error_counts, token_counts, resamples, seed))
 
 
 def compare_paired(
@@ -135,12 +107,17 @@ def compare_paired(
     *,
     resamples: int = N_RESAMPLES,
     seed: int = 0,
-) -> PairedComparison:
+) -> dict[str, Any]:
     """Is model B better than model A, given both models' errors on the same trials?
 
     Under the null hypothesis the two models are exchangeable on every trial: the p-value is the
     share of random sign patterns of the per-trial differences that give at least the observed
     difference, the observed pattern counted among them.
+
+    Returns:
+        rate_a, rate_b; difference: rate B minus rate A as value, low and high, negative where B is
+        better; p_value, two-sided; trials_better, trials_worse: where B makes fewer, or more,
+        errors than A; n_trials.
     """
     a, b, token_counts = np.asarray(errors_a), np.asarray(errors_b), np.asarray(tokens)
     difference, total = b - a, int(token_counts.sum())
@@ -148,15 +125,19 @@ def compare_paired(
     low, high = min(value, -1.0), max(value, 1.0)
     if len(a) > 1:
         low, high = _resampled(difference, token_counts, resamples, seed)
-    return PairedComparison(
-        rate_a=float(a.sum() / total),
-        rate_b=float(b.sum() / total),
-        difference=Interval(value, low, high),
-        p_value=_sign_flip_p_value(difference, resamples, seed),
-        trials_better=int((difference < 0).sum()),
-        trials_worse=int((difference > 0).sum()),
-        n_trials=len(a),
-    )
+    return {
+        "rate_a": float(a.sum() / total),
+        "rate_b": float(b.sum() / total),
+        "difference": _interval(value, low, high),
+        "p_value": _sign_flip_p_value(difference, resamples, seed),
+        "trials_better": int((difference < 0).sum()),
+        "trials_worse": int((difference > 0).sum()),
+        "n_trials": len(a),
+    }
+
+
+def _interval(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
 
 
 def _resampled(
@@ -219,7 +200,7 @@ def rates_by(
     for name in sorted(set(keys)):
         group = names == name
         table[name] = {
-            **asdict(bootstrap_interval(errors_of[group], tokens_of[group], resamples=2000)),
+            **bootstrap_interval(errors_of[group], tokens_of[group], resamples=2000),
             "n_trials": int(group.sum()),
             "tokens": int(tokens_of[group].sum()),
             "errors": int(errors_of[group].sum()),

@@ -160,7 +160,7 @@ def model_report(contents: Mapping[str, Any]) -> str:
             worst_diphones: rows {diphone, rate, errors, tokens}.
             examples: rows {heading, name, sentence, decoded, alignment, posteriors, labels, kind,
                 seconds_per_frame}.
-            comparison: {other, n_trials, left_out, metrics: name → fields of `PairedComparison`}.
+            comparison: {other, n_trials, left_out, metrics: name → as `compare_paired`}.
             members: of an ensemble, rows {model, rates}.
             remarks: sentences about what was left out or is in doubt.
             config: YAML text. words, data, environment: facts.

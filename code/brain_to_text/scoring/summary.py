@@ -114,7 +114,7 @@ def summarise(trials: Sequence[DecodedTrial], trained_on: Collection[str] = ()) 
         if not scored:
             continue
         total = _edits_and_labels(scored, name)
-        by_rate["rates"][name] = asdict(bootstrap_interval(*total))
+        by_rate["rates"][name] = bootstrap_interval(*total)
         by_rate["counts"][name] = asdict(total_errors(scored, name))
         by_rate["groups"][name] = {
             kind: rates_by([key(trial) for trial in scored], *total) for kind, key in groups.items()
@@ -169,7 +169,7 @@ def compare(
         if both:
             errors, labels = _edits_and_labels([trial for trial, _ in both], name)
             errors_other, _ = _edits_and_labels([trial for _, trial in both], name)
-            metrics[name] = asdict(compare_paired(errors_other, errors, labels))
+            metrics[name] = compare_paired(errors_other, errors, labels)
     names = {t.index: t.record.name for t in (*trials, *other)}
     left_out = {
         "decoded by this model only": this_one.keys() - other_one.keys(),
