@@ -118,7 +118,7 @@ class TrialStream:
             cached = self.cache.get(index)
             trials[index] = self._begin(index) if cached is None else cached
             self.stats.add(cache_hits=cached is not None, cache_misses=cached is None)
-        return Reads(trials, [int(i) for i in indices])
+        return Reads(trials, [int(i) for i in indices], self._lock)
 
     def close(self) -> None:
         """Give up what nobody has begun to read; a GET in flight ends within its time limit."""
@@ -129,7 +129,7 @@ class TrialStream:
         with self._lock:
             under_way = list(self._under_way.values())
         for read in under_way:
-            read.features.cancel()
+            read.cancel()
         self._store.close()
 
     def __enter__(self) -> TrialStream:
@@ -141,7 +141,8 @@ class TrialStream:
     def _begin(self, index: int) -> _Read:
         with self._lock:
             read = self._under_way.get(index)
-            if read is not None and read.join():
+            if read is not None and not read.cancelled():
+                read.waiting += 1
                 return read
             read = self._under_way[index] = _Read()
         self._readers.submit(self._finish, index, read)
@@ -149,26 +150,25 @@ class TrialStream:
 
     def _finish(self, index: int, read: _Read) -> None:
         """One trial, from its first attempt to its last. Runs on a reading thread."""
-        features = self.cache.get(
-            index
-        )  # another batch's read may have ended since `submit` looked
+        # another batch's read may have ended since `submit` looked
+        features = self.cache.get(index)
         error: BaseException | None = None
         try:
             if features is None:
-                features = self._load(index, read.features)
+                features = self._load(index, read)
         except BaseException as raised:  # noqa: BLE001 (raised where the trial is waited for)
             error = raised
         with self._lock:
             if self._under_way.get(index) is read:
                 del self._under_way[index]
-        if not read.features.set_running_or_notify_cancel():
+        if not read.set_running_or_notify_cancel():
             return
         if features is None:
-            read.features.set_exception(error)
+            read.set_exception(error)
         else:
-            read.features.set_result(features)
+            read.set_result(features)
 
-    def _load(self, index: int, features: Future[np.ndarray]) -> np.ndarray:
+    def _load(self, index: int, read: _Read) -> np.ndarray:
         record = self.manifest.trials[index]
         etag = self.manifest.files[record.key].etag
 
@@ -179,19 +179,19 @@ class TrialStream:
             return self._decoded(record, span)
 
         def wait(seconds: float) -> None:
-            if self._closing.wait(seconds) or features.cancelled():
+            if self._closing.wait(seconds) or read.cancelled():
                 raise CancelledError
 
         wait(0)
         self.stats.add(trials_read=1, bytes_needed=record.stored_bytes)
-        read = self._store.retries.run(
+        features = self._store.retries.run(
             f"read {record.trial} (bytes {record.offset}-{record.offset + record.length - 1}) of "
             f"{self.url}/{record.key}",
             attempt,
             "start the job again to resume, or raise dataset.retry_budget_seconds",
             wait,
         )
-        return self.cache.put(index, read)
+        return self.cache.put(index, features)
 
     def _decoded(self, record: TrialRecord, span: bytes | memoryview) -> np.ndarray:
         """The features that verified bytes hold."""
@@ -218,12 +218,16 @@ class Reads:
     Args:
         trials: each distinct one's features, or its read under way.
         wanted: the batch, in its order.
+        lock: of the stream.
     """
 
-    def __init__(self, trials: dict[int, np.ndarray | _Read], wanted: list[int]) -> None:
+    def __init__(
+        self, trials: dict[int, np.ndarray | _Read], wanted: list[int], lock: threading.Lock
+    ) -> None:
         self._trials = trials
         self._wanted = wanted
-        self._left = False
+        self._lock = lock
+        self._reads = [trial for trial in trials.values() if isinstance(trial, _Read)]
 
     def result(self) -> list[np.ndarray]:
         """Wait for all of them; as `TrialStream.fetch`.
@@ -233,7 +237,7 @@ class Reads:
         """
         try:
             arrays = {
-                index: trial.features.result() if isinstance(trial, _Read) else trial
+                index: trial.result() if isinstance(trial, _Read) else trial
                 for index, trial in self._trials.items()
             }
         finally:
@@ -242,29 +246,15 @@ class Reads:
 
     def cancel(self) -> None:
         """Give up what no other batch waits for; without effect once it is done."""
-        if not self._left:
-            self._left = True
-            for trial in self._trials.values():
-                if isinstance(trial, _Read):
-                    trial.leave()
+        with self._lock:
+            while self._reads:
+                read = self._reads.pop()
+                read.waiting -= 1
+                if read.waiting == 0:
+                    read.cancel()
 
 
-class _Read:
+class _Read(Future[np.ndarray]):
     """One trial's read, and how many batches wait for it; the last to leave cancels it."""
 
-    def __init__(self) -> None:
-        self.features: Future[np.ndarray] = Future()
-        self._waiters = 1
-        self._lock = threading.Lock()
-
-    def join(self) -> bool:
-        """Wait for it too; False where it was given up."""
-        with self._lock:
-            self._waiters += 1
-            return not self.features.cancelled()
-
-    def leave(self) -> None:
-        with self._lock:
-            self._waiters -= 1
-            if self._waiters == 0:
-                self.features.cancel()
+    waiting = 1
