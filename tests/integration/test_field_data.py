@@ -179,7 +179,7 @@ def by_group(file: h5py.File, trial: str, other: str) -> None:
 
 def by_soft_links(file: h5py.File, trial: str, other: str) -> None:
     file["elsewhere"] = h5py.ExternalLink(other, "/")
-    file["chain"] = h5py.SoftLink("elsewhere/trial_0000")
+    file["chain"] = h5py.SoftLink("elsewhere/trial_0001")
     del file[f"{trial}/input_features"]
     file[f"{trial}/input_features"] = h5py.SoftLink("/chain/input_features")
 
