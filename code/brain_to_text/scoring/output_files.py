@@ -22,7 +22,7 @@ from ..labels.phonemes import BLANK, PHONEMES
 from ..storage.ownership import lies_in, lock, refuse_others
 from .decoding import DecodedTrial
 from .error_rates import align
-from .report_pages import model_report
+from .report_pages import dataset_facts, model_report
 from .summary import Evaluation, diphone_name
 from .tables import trial_row, write_logits, write_submission, write_table
 
@@ -159,7 +159,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
         "metrics": artefact.metrics,
         "examples": examples,
         "config": artefact.config.to_yaml(),
-        "data": _data_facts(evaluation),
+        "data": dataset_facts(evaluation.manifest, evaluation.data),
         "remarks": evaluation.remarks,
         "environment": {**_environment_facts(evaluation), **evaluation.job},
     }
@@ -189,20 +189,6 @@ def write_results(evaluation: Evaluation, folder: Path, *, logits: bool = False)
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _data_facts(evaluation: Evaluation) -> dict[str, Any]:
-    manifest = evaluation.manifest
-    by_split = {s: len(manifest.select(s)) for s in ("train", "val", "test")}
-    sessions = manifest.sessions
-    return {
-        "Location": evaluation.data,
-        "Fingerprint": manifest.fingerprint(),
-        "Trials": ", ".join(f"{count:,} {s}" for s, count in by_split.items() if count),
-        "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}",
-        "Features per bin": manifest.n_features,
-        "Label form": manifest.label_form,
-    }
 
 
 def _environment_facts(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..dataset.trial_table import SPLITS
 from ..dataset.validation import SplitSummary, ValidationReport
@@ -243,17 +244,25 @@ def dataset_page(report: ValidationReport) -> str:
             "by_session": _by_session(report.rows),
             "splits": report.rows,
             "lengths": _lengths(manifest.trials),
-            "facts": {
-                "Location": report.url,
-                "Fingerprint": manifest.fingerprint(),
-                "Features per bin": manifest.n_features,
-                "Classes": manifest.n_classes or None,
-                "Label form": manifest.label_form,
-                "Files": f"{len(manifest.files):,}, "
-                f"{sum(f.size for f in manifest.files.values()) / 1e6:,.1f} MB",
-            },
+            "facts": dataset_facts(manifest, report.url),
         }
     )
+
+
+def dataset_facts(manifest: TrialManifest, url: str) -> dict[str, Any]:
+    """What a page says about a dataset in a table."""
+    by_split = {split: len(manifest.select(split)) for split in SPLITS}
+    sessions, size = manifest.sessions, sum(file.size for file in manifest.files.values())
+    return {
+        "Location": url,
+        "Fingerprint": manifest.fingerprint(),
+        "Trials": ", ".join(f"{count:,} {split}" for split, count in by_split.items() if count),
+        "Sessions": f"{len(sessions)}, {sessions[0]} … {sessions[-1]}" if sessions else "none",
+        "Features per bin": manifest.n_features,
+        "Classes": manifest.n_classes or None,
+        "Label form": manifest.label_form,
+        "Files": f"{len(manifest.files):,}, {size / 1e6:,.1f} MB",
+    }
 
 
 def _folded(findings: Iterable[Finding]) -> list[tuple[str, list[Finding], int]]:
