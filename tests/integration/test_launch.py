@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import io
 import json
 import os
@@ -31,67 +30,36 @@ from support.aws_emulation import (
 
 pytestmark = pytest.mark.aws
 
-# By case: options, the same as keyword arguments, and what the request then holds by dotted path.
-CASES = {
-    "spot with checkpoints": (
-        ["--spot", "--max-run-hours", "30", "--max-wait-hours", "40"],
-        {"spot": True, "max_run_hours": 30.0, "max_wait_hours": 40.0},
+# Options, the same as keyword arguments, and what the request then holds by dotted path.
+OPTIONS = {
+    "a spot job in a VPC": (
+        "--spot --max-run-hours 30 --max-wait-hours 40 --subnets subnet-1 subnet-2 "
+        "--security-group-ids sg-1 --encrypt-traffic --output-kms-key k1 --volume-kms-key k2 "
+        "--mlflow-tracking-uri https://mlflow.example.org --env A=b --tag t=v",
         {
-            "EnableManagedSpotTraining": True,
-            "StoppingCondition": {"MaxRuntimeInSeconds": 108000, "MaxWaitTimeInSeconds": 144000},
-            "CheckpointConfig.S3Uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1/checkpoints",
-        },
-    ),
-    "FastFile": (
-        ["--data-channel", "fastfile"],
-        {"data_channel": "fastfile"},
-        {
-            "AlgorithmSpecification.TrainingInputMode": "FastFile",
-            "InputDataConfig": [
-                {
-                    "ChannelName": "training",
-                    "InputMode": "FastFile",
-                    "DataSource": {
-                        "S3DataSource": {
-                            "S3DataType": "S3Prefix",
-                            "S3Uri": f"s3://{BUCKET}/data/hdf5_data_diphone_encoded/",
-                            "S3DataDistributionType": "FullyReplicated",
-                        }
-                    },
-                }
-            ],
-        },
-    ),
-    "VPC and KMS": (
-        ["--subnets", "subnet-1", "subnet-2", "--security-group-ids", "sg-1", "--encrypt-traffic"]
-        + ["--output-kms-key", "k1", "--volume-kms-key", "k2", "--keep-alive-minutes", "10"],
-        {
+            "spot": True,
+            "max_run_hours": 30.0,
+            "max_wait_hours": 40.0,
             "subnets": ("subnet-1", "subnet-2"),
             "security_group_ids": ("sg-1",),
             "encrypt_traffic": True,
             "output_kms_key": "k1",
             "volume_kms_key": "k2",
-            "keep_alive_minutes": 10,
-        },
-        {
-            "VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["subnet-1", "subnet-2"]},
-            "EnableInterContainerTrafficEncryption": True,
-            "OutputDataConfig.KmsKeyId": "k1",
-            "ResourceConfig.VolumeKmsKeyId": "k2",
-            "ResourceConfig.KeepAlivePeriodInSeconds": 600,
-            "Environment": {"S3_KMS_KEY_ID": "k1"},
-        },
-    ),
-    "MLflow": (
-        ["--mlflow-tracking-uri", "https://mlflow.example.org", "--env", "A=b", "--tag", "t=v"],
-        {
             "mlflow_tracking_uri": "https://mlflow.example.org",
             "environment": {"A": "b"},
             "tags": {"t": "v"},
         },
         {
+            "EnableManagedSpotTraining": True,
+            "StoppingCondition": {"MaxRuntimeInSeconds": 108000, "MaxWaitTimeInSeconds": 144000},
+            "CheckpointConfig.S3Uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1/checkpoints",
+            "VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["subnet-1", "subnet-2"]},
+            "EnableInterContainerTrafficEncryption": True,
+            "OutputDataConfig.KmsKeyId": "k1",
+            "ResourceConfig.VolumeKmsKeyId": "k2",
             "Environment": {
                 "A": "b",
+                "S3_KMS_KEY_ID": "k1",
                 "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
                 "MLFLOW_EXPERIMENT_NAME": "brain-to-text",
                 "MLFLOW_RUN_NAME": "b2t-1",
@@ -99,25 +67,22 @@ CASES = {
             "Tags": [{"Key": "project", "Value": "brain-to-text"}, {"Key": "t", "Value": "v"}],
         },
     ),
-    "own settings": (
-        ["--batch-size", "32", "--model.n_units", "768", "--retries", "0"],
-        {"batch_size": 32, "overrides": {"model.n_units": 768}, "retries": 0},
+    "settings and a channel": (
+        "--data-channel fastfile --batch-size 32 --model.n_units 768 --retries 0 "
+        "--keep-alive-minutes 10",
         {
-            "HyperParameters": {
-                "s3-bucket": BUCKET,
-                "s3-data-prefix": "data/hdf5_data_diphone_encoded",
-                "config-file": "defaults",
-                "output-s3-uri": f"s3://{BUCKET}/sagemaker-outputs/b2t-1",
-                "batches_per_val_step": "1500",
-                "dataset.batch_size": "32",
-                "dataset.n_classes": "1681",
-                "lr_max": "0.004",
-                "model.classifier": "factored",
-                "model.rnn_dropout": "0.5",
-                "num_training_batches": "150000",
-                "weight_decay": "0.002",
-            },
+            "data_channel": "fastfile",
+            "batch_size": 32,
+            "overrides": {"model.n_units": 768},
+            "retries": 0,
+            "keep_alive_minutes": 10,
+        },
+        {
+            "AlgorithmSpecification.TrainingInputMode": "FastFile",
+            "HyperParameters.dataset.batch_size": "32",
+            "HyperParameters.model.n_units": None,  # the schema's default
             "RetryStrategy": None,
+            "ResourceConfig.KeepAlivePeriodInSeconds": 600,
         },
     ),
 }
@@ -160,20 +125,21 @@ def basics(aws):
     return ["--s3-bucket", BUCKET, "--role", ROLE, "--image-uri", aws.image_uri, "--job-name"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OPTIONS)
 def test_command_function_and_dry_run_make_the_same_request_on_the_wire(aws, case, capsys):
-    options, settings, fields = CASES[case]
+    options, settings, fields = OPTIONS[case]
     known = {"role": ROLE, "image_uri": aws.image_uri, "job_name": "b2t-1"}
-    assert run(*basics(aws), "b2t-1", "--dry-run", *options) == 0
+    assert run(*basics(aws), "b2t-1", "--dry-run", *options.split()) == 0
     announced = json.loads(capsys.readouterr().out)
     launch_training_job(BUCKET, account=aws.account, **known, **settings)
-    assert run(*basics(aws), "b2t-2", "--skip-checks", *options) == 0
+    assert run(*basics(aws), "b2t-2", "--skip-checks", *options.split()) == 0
     by_function, by_command = aws.sent
     assert by_function == announced
     assert renamed(by_command, "b2t-2") == announced
     for path, value in fields.items():
-        *parents, last = path.split(".")
-        assert functools.reduce(dict.__getitem__, parents, announced).get(last) == value, path
+        section, _, name = path.partition(".")
+        found = announced.get(section)
+        assert (found.get(name) if name else found) == value, path
 
 
 def renamed(request, name):
@@ -273,36 +239,28 @@ def launched(aws, name="b2t-1"):
 def test_describe_and_stop(aws, capsys):
     launched(aws)
     assert run("--describe", "b2t-1") == 0
-    described = capsys.readouterr()
-    assert json.loads(described.out)["TrainingJobName"] == "b2t-1"
+    assert json.loads(capsys.readouterr().out)["TrainingJobName"] == "b2t-1"
     assert run("--stop", "b2t-1") == 1  # the emulation completes jobs at once
     assert "nothing to stop" in capsys.readouterr().err
     assert run("--describe", "b2t-none") == 1
     assert "There is no training job b2t-none" in capsys.readouterr().err
 
 
-def test_the_list_holds_this_projects_jobs_whatever_their_names(aws, capsys):
+def test_the_list_holds_this_projects_jobs_whose_warm_instances_are_given_back(aws, capsys):
     assert run("--list") == 0
     assert "No training jobs of this project" in capsys.readouterr().out
     launched(aws, "any-name")
     other = {**aws.sent[0], "TrainingJobName": "b2t-of-another-project", "Tags": []}
     aws.client("sagemaker").create_training_job(**other)
-    assert run("--list") == 0
-    said = capsys.readouterr().out
-    assert "any-name" in said and "another-project" not in said
-
-
-def test_warm_instances_are_shown_and_given_back(aws, capsys):
-    launched(aws)
-    assert run("--release", "b2t-1") == 1
-    assert "launched without a warm pool" in capsys.readouterr().err
     assert run(*basics(aws), "b2t-2", "--keep-alive-minutes", "360", "--skip-checks") == 0
     assert run("--list") == 0
-    assert "--release b2t-2" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "any-name" in listed and "another-project" not in listed
+    assert "--release b2t-2" in listed
     assert run("--release", "b2t-2") == 0
-    capsys.readouterr()
-    assert run("--release", "b2t-2") == 1
-    assert "its warm pool is terminated" in capsys.readouterr().err
+    for name, told in (("any-name", "launched without a warm pool"), ("b2t-2", "is terminated")):
+        assert run("--release", name) == 1
+        assert told in capsys.readouterr().err
 
 
 def test_a_debug_shell_says_how_to_get_in(aws, capsys):
@@ -312,10 +270,7 @@ def test_a_debug_shell_says_how_to_get_in(aws, capsys):
     assert "aws ssm start-session --target sagemaker-training-job:b2t-1_algo-1" in said
 
 
-@pytest.mark.parametrize(
-    "action", ["--check", "--list", "--watch", "--describe", "--stop", "--release", "--fetch"]
-)
-def test_credentials_that_a_service_repeats_are_not_printed(aws, action, capsys):
+def test_credentials_that_a_service_repeats_are_not_printed(aws, capsys):
     secrets = [os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
 
     def repeat(**_):
@@ -324,9 +279,12 @@ def test_credentials_that_a_service_repeats_are_not_printed(aws, action, capsys)
     launched(aws)
     for service in ("iam", "s3", "ecr", "sagemaker", "logs", "pricing", "service-quotas", "kms"):
         aws.account.client(service).meta.events.register("before-call", repeat)
-    where = [] if action == "--list" else ["b2t-1"]
-    assert run(*([*basics(aws), "b2t-2", action] if action == "--check" else [action, *where])) <= 1
-    assert "***" in capsys.readouterr().err
+    commands = [[*basics(aws), "b2t-2", "--check"], ["--list"]]
+    for action in ("--watch", "--describe", "--stop", "--release", "--fetch"):
+        commands.append([action, "b2t-1"])
+    for command in commands:
+        run(*command)
+        assert "***" in capsys.readouterr().err, command
 
 
 # --- what was checked is what runs
