@@ -63,7 +63,8 @@ def run_trainer() -> None:
     try:
         run(failure)
     except errors.ClientError as problem:
-        failure.write(str(problem))
+        if not failure.read():
+            failure.write(str(problem))
         raise
     finally:
         failure.release()
@@ -311,10 +312,9 @@ class FailureFile:
 
     def read(self) -> str:
         """What the trainer wrote; "" when it wrote nothing."""
-        try:
+        with contextlib.suppress(OSError):
             return self.path.read_text(errors="replace").strip()
-        except OSError:
-            return ""
+        return ""
 
     def write(self, text: str) -> None:
         """Put the text there, in the room that was kept.
@@ -322,8 +322,6 @@ class FailureFile:
         Where it cannot be written it is logged and the process ends: the toolkit would try, fail
         likewise, and then report success.
         """
-        if self.read() == text:
-            return
         self.release()
         try:
             self.path.write_text(text)
@@ -333,10 +331,8 @@ class FailureFile:
 
     def release(self) -> None:
         """Give the room back."""
-        try:
+        with contextlib.suppress(OSError):
             self._reserve.unlink(missing_ok=True)
-        except OSError as cause:
-            log.warning("%s is left behind: %s", self._reserve, cause)
 
 
 def failure_text(stderr: Iterable[str], return_code: int) -> str:

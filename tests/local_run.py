@@ -64,7 +64,8 @@ if __name__ == "__main__":
     if failed:
         sys.exit(failed)
 
-from brain_to_text.log_lines import rows_of_log
+from brain_to_text.launch.fetch import result_table
+from brain_to_text.log_lines import best_validation, rows_of_log
 from set_up import exclusive
 from support import local_mode
 from support.container_job import write_configuration
@@ -321,29 +322,23 @@ def unpacked(run: Run, name: str) -> Path:
 
 
 def show_results(run: Run) -> int:
-    """Unpack the job's archives, print the curve and where everything is; the exit code."""
+    """Unpack the job's archives, print its validations and where everything is; the exit code."""
     model = unpacked(run, "model")
-    held = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
-    missing = sorted(PROMISED - held)
+    missing = sorted(name for name in PROMISED if not (model / name).is_file())
     if missing:
         raise LocalRunError(f"model.tar.gz lacks {', '.join(missing)}: see {_short(run.folder)}.")
-
-    # a step validated again after a resume counts once
-    rows = rows_of_log((model / "training_log").read_text()).get("validation", [])
-    curve = {row["step"]: row for row in rows}
-    print(f"\n{'step':>8}  {'DER':>7}  {'PER':>7}  {'CTC loss':>8}")
-    for step, row in sorted(curve.items()):
-        print(f"{step:>8,}  {row['der']:7.4f}  {row['per']:7.4f}  {row['ctc_loss']:8.4f}")
+    rows = rows_of_log((model / "training_log").read_text())
+    data = f".local/s3/{BUCKET}/{DATA_PREFIX}"
+    print("", *result_table(rows), "", sep="\n")
     for report in unpacked(run, "output").rglob("report.html"):
-        print(f"\nreport       {report}")
+        print(f"report       {report}")
     print(f"model        {_short(model)}")
     print(f"in S3        s3://{BUCKET}/{OUTPUT_PREFIX}/{run.job}/  (.local/s3/{BUCKET}/...)")
     print(f"logs         {_short(run.folder)}")
-    data = f".local/s3/{BUCKET}/{DATA_PREFIX}"
     print(f"evaluate     .venv/bin/python code/evaluate_model.py --model {_short(model)} \\")
     print(f"                 --data-dir {data} --output-dir {_short(run.folder)}/evaluation")
 
-    best = min(curve.values(), key=lambda row: row["der"], default=None)
+    best = best_validation(rows.get("validation", []))
     if run.steps is None and (best is None or max(best["der"], best["per"]) >= LEARNED):
         say(f"The decoder did not learn: DER and PER should fall below {LEARNED:.2f}.")
         return 1

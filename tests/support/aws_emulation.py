@@ -491,50 +491,30 @@ def put_image(
     labels: dict[str, str] | None = None,
     architecture: str = "amd64",
     tag: str | None = None,
+    index: bool = False,
 ) -> str:
-    """Push an image as build_and_push.sh does; returns its digest URI."""
+    """Push an image as build_and_push.sh does, or an index of one image; returns its digest URI."""
     config = {"architecture": architecture, "config": {"Labels": labels or {}}}
     content = json.dumps(config).encode()
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     emulated.layers[digest] = content
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {
-            "mediaType": "application/vnd.docker.container.image.v1+json",
-            "digest": digest,
-            "size": len(content),
-        },
-        "layers": [],
-    }
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    held = {"mediaType": kind, "digest": digest, "size": len(content)}
+    manifest: dict[str, Any] = {"schemaVersion": 2, "mediaType": kind}
+    if index:
+        manifest["mediaType"] = "application/vnd.oci.image.index.v1+json"
+        manifest["manifests"] = [
+            {**held, "platform": {"architecture": architecture, "os": "linux"}}
+        ]
+    else:
+        image = "application/vnd.docker.container.image.v1+json"
+        manifest |= {"config": {**held, "mediaType": image}, "layers": []}
     text = json.dumps(manifest)
     own = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     emulated.client("ecr").put_image(
         repositoryName=REPOSITORY, imageManifest=text, imageTag=tag or own[7:15], imageDigest=own
     )
     return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{REPOSITORY}@{own}"
-
-
-def put_image_index(emulated: EmulatedAccount, architecture: str) -> str:
-    """Push an index of images for one architecture; returns its digest URI."""
-    platform = {"architecture": architecture, "os": "linux"}
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [
-            {
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "digest": "sha256:" + hashlib.sha256(architecture.encode()).hexdigest(),
-                "size": 2,
-                "platform": platform,
-            }
-        ],
-    }
-    image = emulated.client("ecr").put_image(
-        repositoryName=REPOSITORY, imageManifest=json.dumps(manifest), imageTag=architecture
-    )["image"]
-    host = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
-    return f"{host}/{REPOSITORY}@{image['imageId']['imageDigest']}"
 
 
 def put_dataset(

@@ -25,7 +25,6 @@ from support.aws_emulation import (
     policy_document,
     put_dataset,
     put_image,
-    put_image_index,
     ready_to_train,
 )
 from support.aws_emulation import REPOSITORY as IMAGES
@@ -232,7 +231,7 @@ CASES = [
     (nothing, {"image_uri": NOT_PUSHED}, "error", "image-unknown", "has no image sha256:000"),
     (partial(image, {}, architecture="arm64"), {}, "error", "image-architecture", "for arm64 and"),
     (
-        lambda aws: {"image_uri": put_image_index(aws, "arm64")},
+        partial(image, {}, architecture="arm64", index=True),
         {},
         "error",
         "image-architecture",
