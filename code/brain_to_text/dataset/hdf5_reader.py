@@ -23,6 +23,7 @@ from ..storage.locations import session_and_split
 from .file_content import FileContent, content_of
 from .hdf5_values import (
     filters_of,
+    has_member,
     open_member,
     printable,
     read_dataset,
@@ -189,7 +190,7 @@ class DataFile:
         """Whether a trial must have labels, or has some though its split (test) need not."""
         if self.split != "test":
             return True
-        return "seq_class_ids" in list(trial) and read_number(trial, "seq_len") not in (None, 0)
+        return has_member(trial, "seq_class_ids") and read_number(trial, "seq_len") not in (None, 0)
 
     def _take(self, name: str, chunks: Iterable[list[int]]) -> None:
         """Note where a trial's features lie; refuse bytes that another trial has already."""
@@ -249,7 +250,7 @@ def _read_labels(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, str]:
         DataError: missing, impossible, or contradicting each other.
     """
     labels, stored = _sequence(group, "seq_class_ids", "seq_len", N_DIPHONES), None
-    if "seq_class_ids_phoneme" in list(group):
+    if has_member(group, "seq_class_ids_phoneme"):
         stored = _sequence(group, "seq_class_ids_phoneme", "seq_len_phoneme", N_PHONEMES)
     elif labels.max() < N_PHONEMES:
         return labels, labels, "phoneme"

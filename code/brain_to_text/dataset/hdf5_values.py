@@ -90,6 +90,11 @@ def text_of(value: Any, what: str) -> str:
     return whole.partition("\0")[0].strip()
 
 
+def has_member(group: h5py.Group, name: str) -> bool:
+    """Whether there is something under a name, if only a link that leads nowhere."""
+    return bool(group.id.links.exists(name.encode()))
+
+
 def open_member(group: h5py.Group, name: str | bytes) -> Any:
     """The object under a name, in the same file.
 
@@ -119,7 +124,7 @@ def read_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
         DataError: it is missing, something else, in another file, or compressed by a filter that
             is not installed.
     """
-    if name not in list(group):  # which does not follow links
+    if not has_member(group, name):
         raise DataError(f"dataset {name} is missing")
     dataset = open_member(group, name)
     if not isinstance(dataset, h5py.Dataset):
