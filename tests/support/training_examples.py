@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,22 @@ from brain_to_text.config import TrainingConfig
 from brain_to_text.labels.diphones import encode_diphones
 from brain_to_text.model.rnn_model import GRUDecoder
 from brain_to_text.model.train_step import TrainStep
+from brain_to_text.streaming.batch import Batch
 
 CPU = torch.device("cpu")
 
 
-@dataclass
-class ExampleBatch:
-    features: torch.Tensor
-    n_time_steps: torch.Tensor
-    labels: torch.Tensor
-    label_lengths: torch.Tensor
-    phoneme_labels: torch.Tensor
-    phoneme_lengths: torch.Tensor
-    day_indices: torch.Tensor
-    trial_indices: torch.Tensor
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Those trials, padded to their own longest."""
+    taken = {name: value[rows] for name, value in vars(batch).items() if name != "step"}
+    taken["features"] = taken["features"][:, : int(taken["n_time_steps"].max())]
+    return dataclasses.replace(batch, **taken)
 
-    def to(self, device: torch.device) -> Any:
-        moved = {
-            name: value.to(device) if name in ("features", "labels", "phoneme_labels") else value
-            for name, value in vars(self).items()
-        }
-        return ExampleBatch(**moved)
 
-    def take(self, rows: list[int]) -> ExampleBatch:
-        """Those trials, padded to their own longest."""
-        taken = {name: value[rows] for name, value in vars(self).items()}
-        taken["features"] = taken["features"][:, : int(taken["n_time_steps"].max())]
-        return ExampleBatch(**taken)
+def of_phonemes(batch: Batch) -> Batch:
+    """With the phonemes as class labels."""
+    labels, lengths = batch.phoneme_labels, batch.phoneme_lengths
+    return dataclasses.replace(batch, labels=labels, label_lengths=lengths)
 
 
 def small_config(**changes: Any) -> TrainingConfig:
@@ -70,7 +59,7 @@ def example_batch(
     days: list[int],
     n_phonemes: int = 3,
     seed: int = 0,
-) -> ExampleBatch:
+) -> Batch:
     """Random trials of 6 features and these lengths in bins, with self-loop diphone labels."""
     random = np.random.default_rng(seed)
     B, T = len(lengths), max(lengths)
@@ -81,7 +70,8 @@ def example_batch(
             random.standard_normal((length, 6), dtype=np.float32)
         )
     diphones = np.stack([encode_diphones(row) for row in phonemes]).astype(np.int64)
-    return ExampleBatch(
+    return Batch(
+        step=seed,
         features=features,
         n_time_steps=torch.tensor(lengths),
         labels=torch.from_numpy(diphones),

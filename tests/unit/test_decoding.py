@@ -17,7 +17,7 @@ from brain_to_text.scoring.error_rates import ErrorCounts
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoded_trials import dataset_of
-from support.training_examples import build, example_batch, small_config
+from support.training_examples import build, example_batch, of_phonemes, rows_of, small_config
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=1, max_size=4))
@@ -50,7 +50,7 @@ def scored(n_batches: int = 1):
         for position in range(0, 7, 2):
             logits[trial, position, batch.labels[trial, position]] += 20
     rows = [part.tolist() for part in np.array_split(np.arange(6), n_batches)]
-    parts = [(batch.take(part), logits[part], frames[part]) for part in rows]
+    parts = [(rows_of(batch, part), logits[part], frames[part]) for part in rows]
     result = decoded(parts, dataset_of([batch]), loss=True)
     return logits, batch, frames, result
 
@@ -90,7 +90,7 @@ def test_the_result_does_not_depend_on_how_trials_are_batched() -> None:
 
 def test_a_phoneme_model_has_one_error_rate() -> None:
     _, batch, frames, _ = scored()
-    batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
+    batch = of_phonemes(batch)
     logits = torch.randn(6, 18, 41, generator=torch.Generator().manual_seed(1))
     dataset = dataset_of([batch], form="phoneme")
     numbers = decoded([(batch, logits, frames)], dataset, loss=True).numbers

@@ -14,7 +14,7 @@ from brain_to_text.dataset.trial_record import TrialRecord
 from brain_to_text.labels.diphones import marginalise_log_probs
 from brain_to_text.model.losses import JointObjective, ctc_nll
 from brain_to_text.model.rnn_model import Packing
-from support.training_examples import CPU, example_batch, small_config
+from support.training_examples import CPU, example_batch, of_phonemes, small_config
 
 
 def case(seed: int = 0, frames: tuple[int, ...] = (14, 11, 12)):
@@ -122,6 +122,5 @@ def test_a_schedule_counts_in_shares_of_the_run_or_in_steps() -> None:
 
 def test_a_phoneme_model_has_one_term() -> None:
     logits, packing, batch = case()
-    batch.labels, batch.label_lengths = batch.phoneme_labels, batch.phoneme_lengths
-    terms = loss(0.0, logits[:, :41], packing, batch, n_classes=41)
+    terms = loss(0.0, logits[:, :41], packing, of_phonemes(batch), n_classes=41)
     assert terms.alpha == 0 and terms.phoneme is None and math.isfinite(float(terms.total))

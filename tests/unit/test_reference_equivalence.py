@@ -8,8 +8,9 @@ import pytest
 import torch
 from brain_to_text.model.losses import ctc_nll
 from brain_to_text.model.rnn_model import GRUDecoder
+from brain_to_text.streaming.batch import Batch
 from support import reference_float64 as reference
-from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
+from support.training_examples import CPU, build, example_batch, small_config
 
 STEPS = 50
 DAYS = [[0, 0, 1, 1], [1, 2, 2, 2], [0, 0, 0, 2], [1, 1, 1, 1]]  # session 0 pauses, then returns
@@ -19,7 +20,7 @@ def float64(model: GRUDecoder) -> reference.Weights:
     return {name: p.detach().double().clone() for name, p in model.named_parameters()}
 
 
-def reference_logits(batch: ExampleBatch, trial: int, weights, config) -> torch.Tensor:
+def reference_logits(batch: Batch, trial: int, weights, config) -> torch.Tensor:
     features = batch.features[trial, : batch.n_time_steps[trial]].double()
     return reference.logits(
         reference.smooth(features, config.dataset.data_transforms.smooth_kernel_std),

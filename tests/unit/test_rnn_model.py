@@ -6,7 +6,7 @@ import pytest
 import torch
 from brain_to_text.errors import CheckpointError
 from brain_to_text.model.rnn_model import GRUDecoder, Packing, load_public_state_dict
-from support.training_examples import CPU, build, example_batch, small_config
+from support.training_examples import CPU, build, example_batch, rows_of, small_config
 
 
 def fresh(n_days: int = 3, n_classes: int = 41, **model) -> GRUDecoder:
@@ -31,7 +31,7 @@ def test_a_trial_alone_and_padded_in_a_batch_has_equal_logits(bidirectional: boo
     features, n = step.augmentation(batch.features, batch.n_time_steps)
     together = model(features, batch.day_indices, n_time_steps=n)
     for trial in range(4):
-        alone = batch.take([trial])
+        alone = rows_of(batch, [trial])
         features, n = step.augmentation(alone.features, alone.n_time_steps)
         logits = model(features, alone.day_indices)[0]
         frames = len(logits)

@@ -5,6 +5,7 @@ No wait, no operation on two devices, and the CPU's numbers: everywhere, without
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,10 @@ from brain_to_text.model.packed_gru import DROPOUT_STATES
 from brain_to_text.scoring import decoding
 from brain_to_text.scoring.decoding import Inference, decode
 from brain_to_text.streaming import prefetch
+from brain_to_text.streaming.batch import Batch
 from support.decoded_trials import dataset_of
 from support.stand_in_gpu import GPU, OnGpu, StandInGpu, stand_in_gpu
-from support.training_examples import CPU, ExampleBatch, build, example_batch, small_config
+from support.training_examples import CPU, build, example_batch, small_config
 
 FULL: dict[str, Any] = {  # everything a step can be made of, but for autocast's types
     "dataset__data_transforms__white_noise_std": 1.0,
@@ -41,14 +43,13 @@ def gpu() -> Iterator[StandInGpu]:
         yield gpu
 
 
-def sent(batch: ExampleBatch) -> ExampleBatch:
+def sent(batch: Batch) -> Batch:
     """As the data loader sends it: from pinned memory."""
-    for name in ("features", "labels", "phoneme_labels"):
-        setattr(batch, name, send(getattr(batch, name), GPU))
-    return batch
+    names = ("features", "labels", "phoneme_labels")
+    return dataclasses.replace(batch, **{name: send(getattr(batch, name), GPU) for name in names})
 
 
-def batches(device: torch.device, n: int = 4) -> list[ExampleBatch]:
+def batches(device: torch.device, n: int = 4) -> list[Batch]:
     made = [example_batch([40 + k, 31, 38], [k % 3, 1, 1], seed=k) for k in range(n)]
     return made if device == CPU else [sent(batch) for batch in made]
 
@@ -132,7 +133,7 @@ def test_an_evaluation_waits_once_all_is_computed_and_is_the_cpus(gpu: StandInGp
         step, given = build(config, device=device), batches(device, 3)
         gpu.reset()
 
-        def one_by_one() -> Iterator[ExampleBatch]:
+        def one_by_one() -> Iterator[Batch]:
             for batch in given:
                 yield batch
                 assert gpu.waits == {}

@@ -12,7 +12,7 @@ from brain_to_text.model import rnn_model
 from brain_to_text.model import train_step as train_step_module
 from brain_to_text.model.device import allow_tf32
 from brain_to_text.model.train_step import Health, largest_batch
-from support.training_examples import build, example_batch, small_config
+from support.training_examples import build, example_batch, rows_of, small_config
 
 NOISY: dict[str, Any] = {
     "dataset__data_transforms__white_noise_std": 1.0,
@@ -106,7 +106,7 @@ def test_gradients_of_shares_add_up_to_those_of_the_batch() -> None:
         step, found = build(config, rank=rank), {}
         named = list(step.model.named_parameters())
         step.after_backward = lambda _: found.update({n: p.grad for n, p in named})
-        step(batch.take(rows), 0, global_batch_size=4)
+        step(rows_of(batch, rows), 0, global_batch_size=4)
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     whole, one, other = gradients([0, 1, 2, 3], 0), gradients([0, 1], 0), gradients([2, 3], 1)
