@@ -94,6 +94,32 @@ def missing_chunks(trial: h5py.Group) -> None:
     trial.create_dataset("input_features", old.shape, old.dtype, chunks=(10, 6))[:10] = old[:10]
 
 
+def virtual(trial: h5py.Group) -> None:
+    """Of values in the same file, but not of all."""
+    old = trial["input_features"]
+    layout = h5py.VirtualLayout(old.shape, "f4")
+    layout[:10] = h5py.VirtualSource(old)[:10]
+    trial.move("input_features", "values")
+    trial.create_virtual_dataset("input_features", layout)
+
+
+def external(trial: h5py.Group) -> None:
+    old = trial.pop("input_features")
+    stored = [("raw.bin", 0, old.nbytes)]
+    trial.create_dataset("input_features", old.shape, old.dtype, external=stored)
+
+
+def packed_by_sperr(trial: h5py.Group) -> None:
+    """As the package hdf5plugin would do it."""
+    old = trial.pop("input_features")
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk(old.shape)
+    plist.set_filter(32028, h5py.h5z.FLAG_OPTIONAL, (3,))
+    space = h5py.h5s.create_simple(old.shape)
+    made = h5py.h5d.create(trial.id, b"input_features", h5py.h5t.IEEE_F32LE, space, plist)
+    made.write_direct_chunk((0, 0), bytes(200))
+
+
 def compact(trial: h5py.Group) -> None:
     old = trial.pop("input_features")[()]
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -163,6 +189,13 @@ IN_A_TRIAL: dict[str, tuple[Change, str]] = {
     # how features are stored
     "never written": (never_written, "input_features was never written"),
     "missing chunks": (missing_chunks, "has 1 of its 10 chunks: the others were never"),
+    "virtual": (virtual, "input_features lies in other files (virtual): copy the values"),
+    "external": (external, "input_features lies in other files (external): copy the values"),
+    "packed by sperr": (
+        packed_by_sperr,
+        "is compressed by HDF5 filter 32028 (without a name), which is not installed: type 'pip "
+        "install hdf5plugin', or set HDF5_PLUGIN_PATH",
+    ),
     "a damaged chunk": (damaged_chunk, "cannot be read ("),
     "a giant chunk": (one_giant_chunk, "cannot be read ("),
     # labels

@@ -199,25 +199,6 @@ def test_links_into_another_file_are_refused_by_name(source, capsys) -> None:
         assert len(re.findall("Left out.*trial_0000: .*other.hdf5: copy the", printed)) == 4
 
 
-def test_a_filter_that_is_not_installed_is_named_with_its_package(source, capsys) -> None:
-    with h5py.File(source / FILE, "r+") as file:
-        trial = file["trial_0000"]
-        features = trial["input_features"][()]
-        del trial["input_features"]
-        stored = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        stored.set_chunk(features.shape)
-        stored.set_filter(32028, h5py.h5z.FLAG_OPTIONAL, (3,))
-        space = h5py.h5s.create_simple(features.shape)
-        kind = h5py.h5t.IEEE_F32LE
-        made = h5py.h5d.create(trial.id, b"input_features", kind, space, stored)
-        made.write_direct_chunk((0, 0), bytes(200))
-    for command in (["index", "src"], ["encode", "src", "new"]):
-        assert run(*command) == 1
-        refusal = sentence(capsys)
-        assert "HDF5 filter 32028 (" in refusal
-        assert "which is not installed: type 'pip install hdf5plugin'" in refusal
-
-
 # --- attributes and labels as tools write them ----------------------------------------------------
 
 
@@ -389,72 +370,7 @@ def test_pronunciations_and_words_that_the_dictionary_lacks_are_no_finding(sourc
     assert "do not fit" not in capsys.readouterr().out
 
 
-# --- a proof proves -------------------------------------------------------------------------------
-
-
-def hole(trial: h5py.Group, dtype="f4") -> None:
-    old = trial["input_features"][:]
-    del trial["input_features"]
-    new = trial.create_dataset("input_features", old.shape, dtype, chunks=(10, 6))
-    new[:10] = old[:10]
-
-
-def never_written(trial: h5py.Group) -> None:
-    shape = trial["input_features"].shape
-    del trial["input_features"]
-    trial.create_dataset("input_features", shape, "f8")
-
-
-def virtual_of_itself(trial: h5py.Group) -> None:
-    """Of values in the same file, but not of all."""
-    old = trial["input_features"]
-    layout = h5py.VirtualLayout(old.shape, "f4")
-    layout[:10] = h5py.VirtualSource(old)[:10]
-    trial.move("input_features", "kept")
-    trial.create_virtual_dataset("input_features", layout)
-
-
-def external(trial: h5py.Group) -> None:
-    shape = trial["input_features"].shape
-    del trial["input_features"]
-    size = 4 * shape[0] * shape[1]
-    trial.create_dataset("input_features", shape, "f4", external=[("raw.bin", 0, size)])
-
-
-def not_finite(trial: h5py.Group) -> None:
-    trial["input_features"][3, 3] = np.nan
-
-
-def other_length(trial: h5py.Group) -> None:
-    trial.attrs["n_time_steps"] = 5
-
-
-def test_encode_makes_no_values_up_and_leaves_out_what_is_damaged(source, capsys) -> None:
-    other = f"{SESSIONS[1]}/data_train.hdf5"
-    validation = f"{SESSIONS[0]}/data_val.hdf5"
-    damaged = {
-        f"{FILE}:trial_0000": hole,
-        f"{FILE}:trial_0001": never_written,
-        f"{validation}:trial_0000": not_finite,
-        f"{validation}:trial_0001": other_length,
-        f"{other}:trial_0000": virtual_of_itself,
-        f"{other}:trial_0001": external,
-    }
-    for place, make in damaged.items():
-        key, _, trial = place.partition(":")
-        with h5py.File(source / key, "r+") as file:
-            make(file[trial])
-    assert run("encode", "src", "new") == 1
-    assert f"{FILE}:trial_0000: " in sentence(capsys) and not Path("new", FILE).exists()
-    for command in (["index", "src"], ["encode", "src", "new2"]):
-        assert run(*command, "--exclude-damaged") == 0
-        printed = capsys.readouterr().out
-        left_out = [line for line in printed.splitlines() if line.startswith("Left out")]
-        assert all(place in line for place, line in zip(damaged, left_out, strict=True))
-        assert "prepare_dataset.py encode" not in "".join(left_out), "which would not help"
-        assert "trial_0000: input_features holds 1 NaN" in printed
-        assert "trial_0001: attribute n_time_steps is 5 but" in printed
-    assert "the features of 9 trials value by value, the labels of 6 by decoding" in printed
+# --- a repeated command ---------------------------------------------------------------------------
 
 
 def test_what_is_done_is_known_by_content_not_by_clock_or_path(source, capsys) -> None:
