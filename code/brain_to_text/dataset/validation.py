@@ -31,7 +31,7 @@ from .isolation import Progress
 from .manifest import TrialManifest, earlier_manifest, load_manifest
 from .selection import ctc_problem
 from .trial_record import TrialRecord
-from .trial_table import SPLITS, FileTrials
+from .trial_table import FileTrials
 
 _PATCHING = (14, 4, 3)  # patch size, stride and random cut of the reference recipe
 _EXTREME_VALUE = 100.0  # z-scored features stay far below
@@ -356,24 +356,24 @@ def _manifest_state(
     store: ObjectStore, found: TrialManifest, listing: Mapping[str, ObjectInfo]
 ) -> Iterator[Finding]:
     again = f"type {dataset_command('index', store.url)}"
-    reason, severity = f"does not describe the trials that are there: {again}", "error"
     try:
         stored = load_manifest(store, listing)
-        if stored is not None:
-            stored.check_fresh(listing, store.url)
-            if stored.fingerprint() == found.fingerprint():
-                return
-        else:
+        if stored is None:
             reason = f"is not there, so that every job would index first: {again}"
-            severity = "warning"
+            yield Finding(MANIFEST_NAME, None, reason, "manifest", "warning")
+            return
+        stored.check_fresh(listing, store.url)
+        if stored.fingerprint() == found.fingerprint():
+            return
+        reason = f"does not describe the trials that are there: {again}"
     except DataError as error:
         reason = str(error).rstrip(".")
-    yield Finding(MANIFEST_NAME, None, reason, "manifest", severity)
+    yield Finding(MANIFEST_NAME, None, reason, "manifest")
 
 
 def _shared_sentences(trials: Sequence[TrialRecord]) -> int:
-    spoken: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for trial in trials:
-        if trial.sentence_label:
-            spoken[trial.split].add(trial.sentence_label.strip().lower())
-    return len(spoken["train"] & spoken["val"])
+    train, val = (
+        {t.sentence_label.strip().lower() for t in trials if t.split == split and t.sentence_label}
+        for split in ("train", "val")
+    )
+    return len(train & val)
