@@ -370,29 +370,12 @@ def test_a_push_leaves_a_digest_and_no_login(desk):
     assert desk.noted("host").strip() == "unix:///run/somewhere.sock"
 
 
-def test_what_is_there_is_not_built_again(desk):
-    (desk.answers / "describe-images").write_text(DIGEST)
-    done = desk.run(AWS_REGION="eu-west-1")
-    assert done.stdout == f"{REGISTRY}/brain-to-text-training@{DIGEST}\n"
-    assert "already there" in done.stderr
-    assert "build" not in desk.noted("docker")
-    assert "create-repository" not in desk.noted("aws")
-
-
-def test_a_repository_is_made_where_there_is_none(desk):
-    missing = error("RepositoryNotFoundException", "DescribeRepositories", "The repository ...")
-    (desk.answers / "describe-repositories.failed").write_text(missing)
-    desk.run("--region", "eu-west-1")
-    made = desk.noted("aws")
-    assert "--image-tag-mutability IMMUTABLE --image-scanning-configuration scanOnPush=true" in made
-    assert "--encryption-configuration encryptionType=AES256 " in made
-    assert "put-lifecycle-policy" in made and '"tagStatus": "untagged"' in made
-
-
-def test_the_region_comes_from_the_profile_last(desk):
+def test_the_region_comes_from_the_profile_last_and_the_command_line_is_needed(desk):
     assert desk.says().endswith("no AWS region: give --region, or set AWS_REGION.")
     (desk.answers / "get").write_text("eu-central-1")
     assert "region eu-central-1" in desk.run().stderr
+    (desk.tools / "aws").unlink()
+    assert "(aws) was not found: install it" in desk.says("--region", "eu-west-1")
 
 
 @pytest.mark.parametrize(
@@ -425,11 +408,6 @@ def test_the_region_comes_from_the_profile_last(desk):
 def test_each_refusal_is_one_sentence(desk, operation, message, says):
     (desk.answers / f"{operation}.failed").write_text(message)
     assert says in desk.says("--region", "eu-west-1")
-
-
-def test_without_the_aws_command_line_it_says_what_to_install(desk):
-    (desk.tools / "aws").unlink()
-    assert "(aws) was not found: install it" in desk.says("--region", "eu-west-1")
 
 
 def test_a_refused_push_says_why(desk):

@@ -110,9 +110,13 @@ def sentence(error: Exception, doing: str) -> str:
 
 
 @contextmanager
-def explained(doing: str) -> Iterator[None]:
-    """Turn botocore's errors inside the block into a JobError of one sentence."""
+def explained(doing: str, **known: str) -> Iterator[None]:
+    """Turn botocore's errors inside the block into a JobError of one sentence.
+
+    Args:
+        known: sentences by AWS error code, instead of the general one.
+    """
     try:
         yield
     except NO_ANSWER as error:
-        raise JobError(sentence(error, doing)) from error
+        raise JobError(known.get(error_code(error)) or sentence(error, doing)) from error

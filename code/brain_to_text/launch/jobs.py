@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from ..errors import JobError
-from .account import AwsAccount, error_code, explained
+from .account import AwsAccount, explained
 from .request import PROJECT_TAG
 
 EXIT_CODES = {"Completed": 0, "Failed": 3, "Stopped": 4}
@@ -100,16 +98,13 @@ def job_state(name: str, account: AwsAccount) -> JobState:
     Raises:
         JobError: there is no such job in this account and region, or AWS refused.
     """
-    with explained(f"asking about job {name}"):
-        try:
-            answer = account.client("sagemaker").describe_training_job(TrainingJobName=name)
-        except ClientError as error:
-            if error_code(error) in ("ValidationException", "ResourceNotFound"):
-                raise JobError(
-                    f"There is no training job {name} in {account.region}: see --list, or give the "
-                    "--region it runs in."
-                ) from error
-            raise
+    unknown = (
+        f"There is no training job {name} in {account.region}: see --list, or give the --region "
+        "it runs in."
+    )
+    doing = f"asking about job {name}"
+    with explained(doing, ValidationException=unknown, ResourceNotFound=unknown):
+        answer = account.client("sagemaker").describe_training_job(TrainingJobName=name)
     answer.pop("ResponseMetadata", None)
     return JobState(name, answer)
 

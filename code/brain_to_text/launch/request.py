@@ -200,8 +200,7 @@ def training_request(settings: JobSettings, config: TrainingConfig) -> dict[str,
         request["RetryStrategy"] = {"MaximumRetryAttempts": settings.retries}
     if settings.debug_shell:
         request["RemoteDebugConfig"] = {"EnableRemoteDebug": True}
-    environment = _environment(settings, job_name)
-    if environment:
+    if environment := _environment(settings, job_name):
         request["Environment"] = environment
     if refused := list(breaches("CreateTrainingJob", request)):
         raise JobError(" ".join(refused))
@@ -245,14 +244,13 @@ def _hyperparameters(
 
 
 def _environment(settings: JobSettings, job_name: str) -> dict[str, str]:
-    environment = dict(settings.environment)
-    if settings.output_kms_key:
-        environment.setdefault(KMS_KEY_VARIABLE, settings.output_kms_key)
+    """The job's variables; what was given by --env stays."""
+    ours = {KMS_KEY_VARIABLE: settings.output_kms_key} if settings.output_kms_key else {}
     if settings.mlflow_tracking_uri:
-        environment.setdefault("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri)
-        environment.setdefault("MLFLOW_EXPERIMENT_NAME", "brain-to-text")
-        environment.setdefault("MLFLOW_RUN_NAME", job_name)
-    return environment
+        ours["MLFLOW_TRACKING_URI"] = settings.mlflow_tracking_uri
+        ours["MLFLOW_EXPERIMENT_NAME"] = "brain-to-text"
+        ours["MLFLOW_RUN_NAME"] = job_name
+    return {**ours, **settings.environment}
 
 
 def _data_channel(settings: JobSettings) -> dict[str, Any]:
@@ -284,14 +282,10 @@ def check_settings(settings: JobSettings) -> None:
             f"Bucket name '{settings.s3_bucket}' is not valid: "
             "give your bucket's, lower-case letters, digits, dots and dashes alone, without s3://."
         )
-    if settings.instance_count < 1:
-        refuse(f"--instance-count is {settings.instance_count} but a job needs at least one.")
-    for name in ("max_run_hours", "max_wait_hours"):
-        hours = getattr(settings, name)
-        if hours is not None and not 0 < hours < math.inf:
-            refuse(f"--{name.replace('_', '-')} is {hours:g}: give a number of hours above 0.")
-    if settings.volume_gb < 1:
-        refuse(f"--volume-gb is {settings.volume_gb} but a job needs a volume: give at least 1.")
+    for name in ("instance_count", "volume_gb", "max_run_hours", "max_wait_hours"):
+        number = getattr(settings, name)
+        if number is not None and not 0 < number < math.inf:
+            refuse(f"--{name.replace('_', '-')} is {number:g}: give a number above 0.")
     if settings.data_channel not in ("stream", "fastfile", "file"):
         refuse(f"--data-channel is '{settings.data_channel}': choose stream, fastfile or file.")
     if settings.max_wait_hours is not None:
