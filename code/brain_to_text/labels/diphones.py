@@ -40,18 +40,23 @@ def encode_diphones(
     current = np.asarray(phonemes, dtype=np.int32).reshape(-1)
     if form not in LABEL_FORMS:
         raise DataError(f"Label form '{form}' is unknown: use one of {', '.join(LABEL_FORMS)}.")
-    outside = np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))
-    if outside.size:
+    if not current.size:
+        return current
+    if current.min() <= BLANK or current.max() >= N_PHONEMES:
+        position = int(np.flatnonzero((current <= BLANK) | (current >= N_PHONEMES))[0])
         raise DataError(
-            f"Phoneme label {outside[0]} is {current[outside[0]]}, outside 1 … {N_PHONEMES - 1}."
+            f"Phoneme label {position} is {current[position]}, outside 1 … {N_PHONEMES - 1}."
         )
-    previous = np.concatenate([[BLANK], current])
-    labels = N_PHONEMES * previous + np.append(current, BLANK)
+    step = 2 if form == "self_loop" else 1
+    labels = np.empty(step * current.size + bool(closing), dtype=np.int32)
+    changes = labels[: step * current.size : step]
+    changes[:] = current
+    changes[1:] += N_PHONEMES * current[:-1]
     if form == "self_loop":
-        loops = (N_PHONEMES + 1) * current
-        labels = np.append(np.stack([labels[:-1], loops], axis=1), labels[-1:])
-    whole = labels if closing else labels[:-1]
-    return (whole if current.size else whole[:0]).astype(np.int32)
+        labels[1 : 2 * current.size : 2] = (N_PHONEMES + 1) * current
+    if closing:
+        labels[-1] = N_PHONEMES * current[-1] + BLANK
+    return labels
 
 
 def decode_diphones(diphones: Iterable[int] | np.ndarray, form: LabelForm) -> np.ndarray:
