@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,9 @@ def test_what_only_botocore_knows_is_read_through_s3fs(
     assert s3_clients._obstore_will_do("bucket")
     assert not s3_clients._obstore_will_do("arn:aws:s3:us-east-1:111122223333:accesspoint/data")
     assert not s3_clients._obstore_will_do("bucket--use1-az4--x-s3")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "obstore", None)  # as where it is not installed
+        assert not s3_clients._obstore_will_do("bucket")
     monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", "true")
     assert not s3_clients._obstore_will_do("bucket")
 
