@@ -22,6 +22,7 @@ from ..storage.locations import (
     MANIFEST_NAME,
     ObjectInfo,
     archived_sentence,
+    dataset_command,
     not_taken_sentence,
     s3_url,
     shortened,
@@ -280,7 +281,7 @@ def _dataset(
         yield warning(
             "manifest-missing",
             f"{url} has no {MANIFEST_NAME}, so the job must index {splits.total()} files while "
-            f"you pay: run `python code/prepare_dataset.py index {url}` once.",
+            f"you pay: run {dataset_command('index', url)} once.",
         )
 
 
@@ -299,7 +300,7 @@ def _manifest(
             "manifest-doubtful",
             f"S3 cannot tell whether {len(doubtful)} files ({shortened(doubtful)}) are those that "
             "were indexed: the job reads their labels when it starts, and ends if they are others; "
-            f"if you changed them, run `python code/prepare_dataset.py index {url}` first.",
+            f"if you changed them, run {dataset_command('index', url)} first.",
         )
     yield from against_config(manifest, config)
 

@@ -19,6 +19,7 @@ from ..config import DatasetConfig
 from ..dataset.manifest import TrialManifest
 from ..dataset.trial_record import TrialRecord
 from ..errors import DataError, StorageError
+from ..storage.locations import dataset_command
 from ..storage.retry import PATIENCE, RequestError
 from ..storage.store import ObjectStore
 from .stream_stats import StreamStats
@@ -204,7 +205,7 @@ class TrialStream:
                 raise RequestError(
                     f"its bytes are not those in the manifest (CRC-32 is {crc:08x}, expected "
                     f"{record.crc32:08x})",
-                    f"run `python code/prepare_dataset.py index {self.url}` if the file was "
+                    f"run {dataset_command('index', self.url)} if the file was "
                     "replaced, or upload it again if it is damaged",
                     PATIENCE,
                     DataError,
