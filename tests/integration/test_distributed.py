@@ -166,7 +166,7 @@ def test_one_ranks_reason_is_what_the_others_fail_with(data, tmp_path):
     process = start(own, tmp_path / "run", 2, on_damaged_trial="stop")
     assert process.wait(300) != 0
     said = (tmp_path / "run" / "said").read_text()
-    reason = re.search(r"ERROR: (The bytes of trial trial_0003 of \S+ .*)", said)[1]
+    reason = re.search(r"ERROR: (Cannot read trial_0003 .*)", said)[1]
     assert re.search(rf"ERROR: Rank [01] on \S+ failed: {re.escape(reason)}", said), said
     assert reason in (tmp_path / "run" / "output" / "failure").read_text()
 
