@@ -71,8 +71,8 @@ def test_it_holds_what_training_needs_and_not_the_sdk(image):
     in_image(image, "pip", "check")
 
 
-def test_torch_compile_finds_its_compilers(image):
-    """What torch calls at run time: g++ for CPUs, gcc with Python's headers for Triton."""
+def test_torch_finds_its_compilers(image):
+    """What it calls at run time: g++ for CPUs, gcc with Python's headers for Triton."""
     for compiler in ("g++ -x c++", "gcc -x c"):
         program = (
             f"echo '#include <Python.h>' | {compiler} -fsyntax-only -I$(python -c '{HEADERS}') -"
