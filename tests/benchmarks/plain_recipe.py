@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from brain_to_text.config import TrainingConfig
 from brain_to_text.model.augmentations import gaussian_kernel
+from brain_to_text.model.optimizer import build_optimizer
 from torch import nn
 
 
@@ -92,22 +93,7 @@ class PlainStep:
         self.kernel = gaussian_kernel(
             self.transforms.smooth_kernel_std, self.transforms.smooth_kernel_size
         ).to(device)
-        day = [p for n, p in model.named_parameters() if n.startswith("day_")]
-        bias = [p for n, p in model.named_parameters() if n.startswith("gru.bias")]
-        bias.append(model.out.bias)
-        named = {id(p) for p in day + bias}
-        other = [p for p in model.parameters() if id(p) not in named]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": bias, "weight_decay": 0.0},
-                {"params": day, "weight_decay": 0.0},
-                {"params": other},
-            ],
-            lr=config.lr_max,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(model, config)
 
     def augment(self, x: torch.Tensor, n_time_steps: torch.Tensor):
         x = x + torch.randn(x.shape, device=self.device) * self.transforms.white_noise_std
