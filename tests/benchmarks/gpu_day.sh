@@ -134,7 +134,7 @@ part_train() {
     note "$code" $((SECONDS - from)) "train: stopped by SIGTERM"
     step train "train: the same, resumed to its end" "${command[@]}"
     step train "evaluate" "$python" code/evaluate_model.py --model "$work/small/model" \
-        --data-dir "$work/smoke" --split val --output-dir "$work/evaluated" --device "$device"
+        --data-dir "$work/smoke" --split val --output-dir "$work/evaluated"
     said train "Val batch|Finished|Resum|WARNING|ERROR|computes in|CTC runs"
 }
 
