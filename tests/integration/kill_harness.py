@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "code")]
@@ -132,7 +133,6 @@ class Job:
             shutil.rmtree(self.run / name, ignore_errors=True)
         (self.run / "output").mkdir(parents=True)
         # children are forked from a process that has imported torch and done nothing else
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["brain_to_text.training.rnn_trainer_s3", "torch._dynamo"])
         self.process = context.Process(
@@ -140,7 +140,8 @@ class Job:
             args=(self.data, self.run, self.settings, {**os.environ, **self.variables}),
             kwargs={"missing": self.missing, "packages": self.packages},
         )
-        self.process.start()
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            self.process.start()
         return self
 
     def kill_some_time(self, rng: random.Random) -> str | None:
