@@ -42,6 +42,11 @@ class TinyDataset:
     features: dict[str, np.ndarray]
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name no case by its bytes: gzip writes the time into them, and workers must agree on names."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
     """The toolkit writes PYTHONPATH and more into the process it runs in: not for the next test."""
