@@ -43,7 +43,7 @@ class TinyDataset:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name no case by its bytes: gzip writes the time into them, and workers must agree on names."""
+    """Name no case by its bytes: gzip writes the time there, and workers must agree on names."""
     return "bytes" if isinstance(val, bytes) else None
 
 
