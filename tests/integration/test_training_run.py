@@ -467,6 +467,16 @@ def test_changes_are_named_and_refused_unless_accepted(train, finished):
     assert "Finished at step 8" in accepted.said
 
 
+def test_a_refused_run_can_have_its_folders_with_other_checkpoints(train, finished):
+    """What the refusal advises works, and the refused run's folders belong to the new one alone."""
+    checkpoints = finished.folder / "checkpoints"
+    claimed = (checkpoints / ".folders").read_text()
+    refused = train("other", "--checkpoint-dir", str(checkpoints), lr_max=0.001)
+    assert refused.code == 1 and "give this run its own checkpoint location" in refused.failure
+    assert (checkpoints / ".folders").read_text() == claimed
+    assert train("other", lr_max=0.001).code == 0
+
+
 def test_changed_data_is_refused(train, finished, tmp_path):
     write_dataset(tmp_path / "other", n_features=16, bins=(80, 140), seed=7)
     run = train("finished", **{"data-dir": tmp_path / "other"})

@@ -21,6 +21,7 @@ def test_credentials_never_reach_the_log(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a-long-session-token")
     with run_log(tmp_path) as log:
+        log.begin()
         log.info("key AKIAIOSFODNN7EXAMPLE with wJalrXUtnFEMI/K7MDENG and a-long-session-token")
         log.warning("again wJalrXUtnFEMI/K7MDENG")
     written = log.log_file.read_text()
@@ -56,7 +57,7 @@ def test_a_job_that_was_refused_leaves_the_log_of_the_run_before(tmp_path):
         log.metrics("train", step=0, loss=7.4)
     with run_log(tmp_path) as log:
         log.info("refused")
-    assert "the run before" in log.log_file.read_text().splitlines()[0]
+    assert log.log_file.read_text().endswith("the run before\n")
     assert log.metrics_file.read_text().count("\n") == 1
     with run_log(tmp_path) as log:
         log.info("another run")
@@ -68,6 +69,7 @@ def test_a_job_that_was_refused_leaves_the_log_of_the_run_before(tmp_path):
 
 def test_two_runs_never_write_one_log(tmp_path):
     with run_log(tmp_path) as log:
+        log.begin()
         log.info("the first")
         for ours, option in ((log.log_file, "--model-dir"), (tmp_path / "b", "--output-data-dir")):
             with pytest.raises(InUseError, match=f"in use by another run.*{option}"):
@@ -106,6 +108,7 @@ def test_a_copy_that_fails_is_one_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr("brain_to_text.training.log_files.open_store", refuse)
     with run_log(tmp_path) as log:
+        log.begin()
         uploader = LogUploader({"training_log": log.log_file}, "s3://nowhere", 0.01)
         log.info("something to copy")
         uploader._thread.join(0.2)

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ..errors import DataError, InUseError, StorageError
@@ -79,7 +80,7 @@ def replace_file(path: Path, data: bytes, mark: bytes) -> None:
     open_store(path.parent).write(path.name, data)
 
 
-def claim_folder(record: Path, folder: Path, patterns: Iterable[str], option: str) -> None:
+def claim_folder(record: Path, folder: Path, patterns: Iterable[str], option: str) -> bool:
     """Let a run write into `folder`: the first time, only where nothing of another run lies.
 
     Args:
@@ -87,30 +88,54 @@ def claim_folder(record: Path, folder: Path, patterns: Iterable[str], option: st
         patterns: what the run will write there, or replace.
         option: that gives the run another folder.
 
+    Returns:
+        Whether this is the first time.
+
     Raises:
         InUseError: a file of such a name is there, and the run has not claimed the folder before.
         StorageError: the record cannot be read or written.
     """
+    claimed = _claimed(record)
     real = os.path.realpath(folder)
+    if real in claimed:
+        return False
+    refuse_others(
+        folder,
+        patterns,
+        lambda file: False,
+        " of another run, which this run would replace",
+        f"give this run its own {option}, or move that away (if this run's folders were "
+        "moved, that lets it resume and write them anew)",
+    )
+    _write_claims(record, [*claimed, real])
+    return True
+
+
+def give_back_folder(record: Path, folder: Path) -> None:
+    """Let another run have a folder that this one left as it was; on a full volume, not."""
+    real = os.path.realpath(folder)
+    with suppress(StorageError):
+        _write_claims(record, [other for other in _claimed(record) if other != real])
+
+
+def _claimed(record: Path) -> list[str]:
     try:
-        claimed = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-        if real in claimed:
-            return
-        refuse_others(
-            folder,
-            patterns,
-            lambda file: False,
-            " of another run, which this run would replace",
-            f"give this run its own {option}, or move that away (if this run's folders were "
-            "moved, that lets it resume and write them anew)",
-        )
-        draft = record.with_name(f"{record.name}.tmp")
-        draft.write_text("\n".join([*claimed, real]), encoding="utf-8")
+        return record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    except OSError as error:
+        raise _unusable(record, error) from error
+
+
+def _write_claims(record: Path, folders: Iterable[str]) -> None:
+    draft = record.with_name(f"{record.name}.tmp")
+    try:
+        draft.write_text("\n".join(folders), encoding="utf-8")
         draft.replace(record)
     except OSError as error:
-        raise StorageError(
-            f"{record} cannot be written ({error.strerror}): give a writable folder."
-        ) from error
+        raise _unusable(record, error) from error
+
+
+def _unusable(record: Path, error: OSError) -> StorageError:
+    return StorageError(f"{record} cannot be written ({error.strerror}): give a writable folder.")
 
 
 def lock(opened: int, refusal: str) -> str:

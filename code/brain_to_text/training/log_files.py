@@ -48,7 +48,8 @@ def scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class RunLog(logging.Handler):
     """The run's log lines on stdout and in `training_log`, its numbers in `metrics.jsonl`.
 
-    What an earlier job left in these files stays until `begin` says what this run is.
+    What an earlier job left in these files stays until `begin` says what this run is. A run that is
+    refused before leaves them as they were, so that another run can have the folders.
 
     Args:
         log_file: the `training_log` of the model folder; None (ranks other than 0) only warns.
@@ -67,6 +68,7 @@ class RunLog(logging.Handler):
         if metrics_file is not None:
             self._entries = lock_file(metrics_file, "--output-data-dir")
         self._left = {path: path.stat().st_size for path in (log_file, metrics_file) if path}
+        self._begun = False
         self._failure: OSError | None = None
         self._uploader: LogUploader | None = None
         self._followers: list[Callable[[Mapping[str, Any]], None]] = []
@@ -141,6 +143,7 @@ class RunLog(logging.Handler):
                 text = (earlier or {}).get(name, "").encode()
                 with writing(path):
                     path.write_bytes(text + path.read_bytes()[self._left[path] :])
+        self._begun = True
 
     def upload_to(self, url: str, others: Mapping[str, Path]) -> None:
         """Keep `URL/training_log` up to date from now on, in a thread.
@@ -156,11 +159,18 @@ class RunLog(logging.Handler):
         if self._uploader is not None:
             self._uploader.close()
         LOGGER.removeHandler(self)
+        if not self._begun:
+            self._restore()
         for file in (self._lines, self._entries):
             if file is not None:
                 with suppress(OSError):  # what could not be written was named when it was logged
                     file.close()
         super().close()
+
+    def _restore(self) -> None:
+        for path, size in self._left.items():
+            with suppress(OSError):
+                os.truncate(path, size) if size else path.unlink()
 
     def _log(self, level: int, message: str) -> None:
         LOGGER.log(level, "%s", message)

@@ -10,7 +10,7 @@ from ..config import TrainingConfig
 from ..log_lines import best_line
 from ..model.weights_file import writing
 from ..scoring.decoding import DecodedSplit, Inference, decode
-from ..storage.ownership import claim_folder
+from ..storage.ownership import claim_folder, give_back_folder
 from . import trackers
 from .build_run import build_run, try_largest_batches
 from .checkpoints import CheckpointFolder
@@ -78,13 +78,14 @@ class BrainToTextDecoder_Trainer_S3:
         world, log = World(), RunLog()
         with self.interruption, ExitStack() as closing:
             closing.callback(lambda: log.close())
+            refused = closing.enter_context(ExitStack())  # undoes what a refused start has done
             try:
                 with self.interruption.immediate():
                     slowest_read = 2 * self.config.dataset.retry_budget_seconds
                     world = World.join(max(self.config.rank_timeout_seconds, slowest_read))
                     closing.push(lambda kind, error, trace: world.leave(error))
                     # held before the first byte is written: another run's log may lie here
-                    checkpoints = self._hold_checkpoints(world, closing)
+                    checkpoints = self._hold_checkpoints(world, closing, refused)
                     log.close()
                     log = self._open_log(world)
                     run = build_run(
@@ -97,6 +98,7 @@ class BrainToTextDecoder_Trainer_S3:
                         accept_changes=self.accept_changes,
                         closing=closing,
                     )
+                    refused.pop_all()
                     self._open_outputs(run, closing)
             except RunInterrupted:
                 world.announce_stop()
@@ -244,14 +246,20 @@ class BrainToTextDecoder_Trainer_S3:
 
     # --- opening ----------------------------------------------------------------------------------
 
-    def _hold_checkpoints(self, world: World, closing: ExitStack) -> CheckpointFolder | None:
+    def _hold_checkpoints(
+        self, world: World, closing: ExitStack, refused: ExitStack
+    ) -> CheckpointFolder | None:
         if not world.is_main:
             return None
         checkpoints = CheckpointFolder(self.paths.checkpoint_dir)
         closing.callback(checkpoints.close)
         claimed = self.paths.checkpoint_dir / ".folders"
-        claim_folder(claimed, self.paths.model_dir, MODEL_FILES, "--model-dir")
-        claim_folder(claimed, self.paths.output_data_dir, OUTPUT_FILES, "--output-data-dir")
+        for folder, files, option in (
+            (self.paths.model_dir, MODEL_FILES, "--model-dir"),
+            (self.paths.output_data_dir, OUTPUT_FILES, "--output-data-dir"),
+        ):
+            if claim_folder(claimed, folder, files, option):
+                refused.callback(give_back_folder, claimed, folder)
         return checkpoints
 
     def _open_log(self, world: World) -> RunLog:
